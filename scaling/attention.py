@@ -46,11 +46,11 @@ class AttentionBackend(NamedTuple):
 
     ``takes``: True if it supports a call on one of its ``devices`` (None: any); ``needs`` describes
     this condition; ``windows``: supports sliding windows; ``meant``: True if it may be selected
-    automatically. ``operators``: dispatcher names of its forward; each call runs some of them, and
-    selective checkpointing saves their results. ``package``: required package besides torch, by
-    import name; ``install``: how to install it. ``deterministic``: the backward can be
-    deterministic. ``kept_bytes(heads, length, compute_bytes)``: bytes per token saved for backward
-    in addition to queries, keys, values and output; by default the log-sum-exp in fp32.
+    automatically. ``operators``: dispatcher names of its forward; each call runs some of these, and
+    selective checkpointing saves their results. ``package``: import name of a package required in
+    addition to torch; ``install``: command to install the package. ``deterministic``: the backward
+    can be deterministic. ``kept_bytes(heads, length, compute_bytes)``: bytes per token saved for
+    backward in addition to queries, keys, values and output; by default the log-sum-exp in fp32.
     """
 
     name: str

@@ -170,6 +170,6 @@ class DocumentFlops:
 def document_flops(model: ModelConfig, lengths: Sequence[int]) -> int:
     """Return the model FLOPs of training on documents of these lengths.
 
-    For example, ``document_flops(model, [512, 512])`` is less than that of one document of 1,024.
+    For example, ``document_flops(model, [512, 512]) < document_flops(model, [1024])``.
     """
     return DocumentFlops.of(model)(sum(lengths), sum(length**2 for length in lengths))

@@ -221,7 +221,7 @@ LAWS: tuple[Law, ...] = (
         source="Step Law, arXiv 2503.04715",
         setting=_ADAMW,
         schedule="cosine to 1e-5 after 2,000 steps of warm-up",
-        # The smallest dense N is from the paper; the other bounds are those of its published runs.
+        # The smallest dense N is from the paper; the other bounds are from its published runs.
         fitted={
             "dense": (Range("parameters", 59e6, 1.07e9), Range("tokens", 4e9, 1e11)),
             "moe": (Range("parameters", 2.15e9, 2.16e9), Range("tokens", 2e9, 2e10)),

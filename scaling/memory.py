@@ -51,8 +51,8 @@ class MemoryEstimate:
     Estimates: ``saved``: activations saved for backward by the micro-batches in flight (one without
     a pipeline), by operation (``scaling/saved.py``). ``compute_copies``: weights cast to the
     compute type and unsharded weights. ``reduction``: gradients in addition to the rank's own
-    before their reduction: one bucket at ZeRO stage 0; else those of one unit and its buffer, and
-    unsharded fp32 gradients if micro-batches are accumulated before the reduction. ``moments``:
+    before their reduction: one bucket at ZeRO stage 0; else the gradients and buffer of one unit,
+    and unsharded fp32 gradients if micro-batches are accumulated before the reduction. ``moments``:
     bytes of all live tensors at each moment, by kind (``scaling/moments.py``).
 
     Not included: allocator fragmentation, buffers of the communication back end, the CUDA context,
@@ -113,16 +113,13 @@ def estimate_memory(
     precision: PrecisionConfig = COMPUTE,
     activation_offload: float = 0.0,
 ) -> MemoryEstimate:
-    """Return a rank's peak memory during a step, for the largest rank of each axis or for
-    ``pp_rank``.
+    """Return a rank's peak memory during a step: for the largest rank of each axis, or ``pp_rank``.
 
-    ZeRO shards over hdp, or over the ranks of a replica, as in ``parallel/zero.py`` and
-    ``shards.py``. ``layout`` None: one unsharded stage. ``compute_bytes``: bytes per activation
-    element. ``logits_chunk_tokens``: tokens per chunk of the loss (None: ``models/loss.py``).
-    ``optimizer`` None: AdamW. ``attention``: its device is the device of the step (on a CPU norms
-    save more, and gradient buckets stay allocated). ``attention_backend`` None: the first supported
-    back end. For example, ``estimate_memory(model, micro_batch_tokens=4096, compute_bytes=2,
-    zero=Zero(), hdp=8)``.
+    ZeRO shards as in ``parallel/zero.py`` and ``shards.py``. ``layout`` None: one unsharded stage.
+    ``compute_bytes``: per activation element. ``logits_chunk_tokens``: tokens per chunk of the loss
+    (None: ``models/loss.py``). ``optimizer`` None: AdamW. ``attention``: defines the device (on a
+    CPU norms save more, gradient buckets stay allocated); ``attention_backend`` None: the first
+    supported.
     """
     stages, pp = (layout.stages, layout.pp) if layout else ((range(model.num_layers),), 1)
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are unsharded to the end

@@ -77,8 +77,7 @@ class Parameterization:
     def of_run(cls, config: RunConfig, stage: int = -1) -> Parameterization:
         """Return the parameterization of a run, with its optimizer, full batch and length.
 
-        For a run with stages: that of ``stage`` (default: the last one), with the length of all
-        stages.
+        For a run with stages: of ``stage`` (default: the last one), with the length of all stages.
         """
         places = places_of(config)
         # As configured: rounded up to complete steps, a run of the base's length would be longer.

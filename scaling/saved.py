@@ -1,7 +1,7 @@
 """Activations that each operation of a block saves for its backward; one table, without torch.
 
-The memory estimate reads the table, and ``benchmarks/memory.py`` compares it with the tensors that
-autograd saves. Bytes are those of one token, in the types given by ``Kernels``.
+The memory estimate reads the table, and ``benchmarks/memory.py`` compares the table with the
+tensors that autograd saves. Bytes are per token, in the types given by ``Kernels``.
 """
 
 # D width, N query heads, Q query features, K key features (and as many of values), F hidden width

@@ -1,7 +1,7 @@
 """Parameter shards of a rank: shapes after tensor, expert and ZeRO sharding.
 
 ``parallel/tensor.py`` and ``parallel/zero.py`` do the sharding; a test compares both on every
-preset. Shapes are those of the first rank of each axis, the largest for uneven shards.
+preset. Shapes refer to the first rank of each axis, which has the largest of uneven shards.
 """
 
 # E experts, F hidden width, D width

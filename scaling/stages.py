@@ -15,8 +15,8 @@ class StagePlace:
     """A stage of a run: the config in effect, and its position among the stages.
 
     ``number`` counts from 1; a run without stages has one, whose ``name`` is None. ``local`` is the
-    stage's batch plan counted from its own first step, ``batch`` that of the run up to the stage's
-    end.
+    stage's batch plan counted from its own first step, ``batch`` the run's batch plan up to the end
+    of the stage.
     """
 
     number: int

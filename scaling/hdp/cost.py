@@ -2,8 +2,8 @@
 
 A rank with a share 1/n of documents of s tokens each computes 1/n of their matrix products (linear
 in s) and of their attention (quadratic in s; the zig-zag halves of ``parallel.hdp.shard`` have
-equal cost). It also waits for the hops of keys and values that its attention blocks do not hide
-(arXiv 2502.21231). FLOPs are those of ``scaling.count``, activations those of ``scaling.memory``.
+equal cost). The rank also waits for the hops of keys and values that its attention blocks do not
+hide (arXiv 2502.21231). FLOPs are computed by ``scaling.count``, activations by ``scaling.memory``.
 """
 
 from __future__ import annotations

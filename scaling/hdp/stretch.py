@@ -14,7 +14,7 @@ from allometry.scaling.hdp.plan import Plan
 def makespan(plan: Plan) -> float:
     """Return the seconds until the last rank has run its units; ring members start together.
 
-    Without a pipeline the result equals that of ``parallel.hdp.replay``. Raises PlanError if the
+    Without a pipeline the result equals ``parallel.hdp.replay``'s makespan. Raises PlanError if the
     plan deadlocks.
     """
     check_plan(plan)

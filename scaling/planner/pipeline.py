@@ -19,14 +19,15 @@ def bubble(
 ) -> Floats:
     """Return idle seconds per step of a rank, for a pipeline of equal stages.
 
-    The times are those of a rank for one micro-batch, with all its ``chunks``: F, B (activation
-    gradients) and W (weight gradients). Schedules of runs, as replayed (``parallel.hdp.replay``):
-    gpipe and 1f1b (arXiv 2006.09503) lose (p-1)(F+B+W); interleaved_1f1b (arXiv 2104.04473) and
-    looped_bfs lose this over the chunks; interleaved_zero_bubble (p-1) max(F+B-W, B) over the
-    chunks; zbv_zero_bubble (p-1) max(F, B, W) over its 2 chunks, exact if B is the longest and
-    there are 2p micro-batches; dualpipe_v (p-1)(F+B-W) over its 2 chunks, exact if B is no longer
-    than F, else up to half more. Published: interleaved as above, zb_h1 (p-1)(F+B-W), zb_h2
-    (p-1)(F+B-2W) (arXiv 2401.10241, table 2), zbv 0 for F=B=W, else (p-1)(longest - shortest)/2.
+    The times are for one micro-batch on a rank with all its ``chunks``: F, B (activation gradients)
+    and W (weight gradients). Schedules of runs, as replayed (``parallel.hdp.replay``): gpipe and
+    1f1b (arXiv 2006.09503) lose (p-1)(F+B+W); interleaved_1f1b (arXiv 2104.04473) and looped_bfs
+    lose this over the chunks; interleaved_zero_bubble (p-1) max(F+B-W, B) over the chunks;
+    zbv_zero_bubble (p-1) max(F, B, W) over its 2 chunks, exact if B is the longest and there are 2p
+    micro-batches; dualpipe_v (p-1)(F+B-W) over its 2 chunks, exact if B is no longer than F, else
+    up to half more. Published: interleaved as above, zb_h1 (p-1)(F+B-W), zb_h2 (p-1)(F+B-2W) (arXiv
+    2401.10241, table 2), zbv 0 for F=B=W, else (p-1)(longest - shortest)/2. For example, 1f1b on 4
+    stages with F = 1, B = W = 1 loses 9.
     """
     schedule = np.asarray(schedule)
     assert np.isin(schedule, SCHEDULES).all(), schedule

@@ -27,8 +27,8 @@ _UNFUSED = ("masked", "reference", "blocked")
 class Case:
     """One run with one layout on one kind of hardware.
 
-    ``row`` is a row of ``Cases``; ``memory`` is that of the largest rank; ``left_out``: phrases for
-    requested features without a term in the cost model.
+    ``row`` is a row of ``Cases``; ``memory`` is the estimate of the largest rank; ``left_out``:
+    phrases for requested features without a term in the cost model.
     """
 
     row: dict[str, Any]

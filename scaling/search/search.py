@@ -248,8 +248,8 @@ class Search:
     ) -> Iterator[tuple[Choice, float]]:
         """Yield valid proposals that fit, the best first, with the seconds of a step.
 
-        ``hardware``, ``constants``: replace those of the search, for times only. ``wanted``: filter
-        of proposals to check.
+        ``hardware``, ``constants``: replacements of the search's own, for times only. ``wanted``:
+        filter of proposals to check.
         """
         if not self.fitting:
             return
