@@ -128,7 +128,10 @@ def projection(
 
 
 def rank_of(group: Mapping[str, Any], smaller: int) -> int:
-    """Return the rank r for matrices with this smaller dimension."""
+    """Return the rank r for matrices with this smaller dimension.
+
+    For example, ``rank: null`` of the rule ``apollo`` gives 256 for 1024.
+    """
     return 1 if group["rule"] == "apollo_mini" else projection_rank(group["rank"], smaller)
 
 

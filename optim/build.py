@@ -141,7 +141,7 @@ def set_lr(optimizer: Optimizer, fraction: float) -> None:
     """Set the learning rate of every group to ``fraction`` of its peak.
 
     A step at 0 updates the states of every optimizer (moments, momenta, step counts), but no
-    parameter.
+    parameter. For example, ``set_lr(optimizer, schedule.fraction(step))``.
     """
     assert fraction >= 0.0, fraction
     for group in optimizer.param_groups:
@@ -162,7 +162,7 @@ def take_step(
     ``is_bad`` receives the norm after ``along`` is summed and returns (0-dim, 1 or 0, the same on
     all ranks) whether the update is skipped: parameters and states then keep their bits. torch's
     AdamW reads this flag on the device; all other optimizers count steps on the host, which waits
-    for it.
+    for it. For example, ``take_step(optimizer, schedule.fraction(step), 1.0, mesh)``.
     """
     set_lr(optimizer, fraction)
     if isinstance(optimizer, DeepSpeedOptimizer):

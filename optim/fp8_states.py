@@ -47,6 +47,8 @@ KEYS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 class Groups:
     """Division of a parameter's rows into groups: ``columns`` are divided into ``cuts`` equal
     parts, and each part into groups of 128, the last of which may be shorter.
+
+    For example, ``Groups(300, 1)`` has 3 groups, and column 130 is in group 1.
     """
 
     columns: int

@@ -55,7 +55,7 @@ class MatrixOps(ABC):
 
         ``partials``: the sums over this rank's parts, [m] for each parameter (``partial_sums``).
         One collective is used for all; a parameter may occur several times with different partial
-        sums.
+        sums. For example, ``ops.sums(parameters, [partial_sums(part) for part in parts])``.
         """
 
     def squared_norms(self, parameters: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:

@@ -101,7 +101,10 @@ def on_main_rank(mesh: Mesh, work: Callable[[], T], what: str) -> T | None:
 
 
 def from_main_rank(mesh: Mesh, work: Callable[[], T], what: str) -> T:
-    """Run ``work`` on the main rank and broadcast its result (must not be None) to all ranks."""
+    """Run ``work`` on the main rank and broadcast its result (must not be None) to all ranks.
+
+    For example, ``from_main_rank(mesh, path.read_text, "reading a file")``.
+    """
     result = mesh.broadcast_object(on_main_rank(mesh, work, what))
     assert result is not None
     return result

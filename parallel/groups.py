@@ -77,7 +77,10 @@ class Groups:
 
 
 def grid_of(degrees: Degrees) -> dict[str, int]:
-    """Return the sizes of the dimensions of the rank grid, outermost first."""
+    """Return the sizes of the dimensions of the rank grid, outermost first.
+
+    For example, hdp = 4 with ep = 2, and tp = 2, give expert_shard = 2, ep = 2 and tp = 2.
+    """
     return {
         "pp": degrees.pp,
         "replicas": degrees.replicas,

@@ -151,7 +151,10 @@ class Mesh:
         return held[0]
 
     def gather_objects(self, value: T) -> list[T]:
-        """Return the values of all ranks, in rank order, on every rank."""
+        """Return the values of all ranks, in rank order, on every rank.
+
+        For example, ``mesh.gather_objects(mesh.rank)`` is [0, 1, ...].
+        """
         gathered: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(gathered, value, group=self.host_group)

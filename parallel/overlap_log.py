@@ -47,7 +47,7 @@ class OverlapLog(CollectiveLog):
     """Log of messages and of the FLOPs issued between start and end of each message.
 
     ``flops``: of all products so far. ``messages``: in order of their start; messages that are
-    never awaited end with the log.
+    never awaited end with the log. For example, ``[message.behind for message in log.messages]``.
     """
 
     def __init__(self, mesh: Mesh) -> None:

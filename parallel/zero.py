@@ -61,6 +61,8 @@ class FullyShardedSync(GradientSync):
 
     Parameters become DTensors, sharded in the dimension given by ``scaling.shards.zero_dim``: the
     first, or another one if there are too few experts. Between steps parameters are always sharded.
+    For example, ``regather: step`` makes stage 3 keep a block's parameters until the end of the
+    step.
     """
 
     def __init__(

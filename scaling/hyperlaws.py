@@ -165,7 +165,10 @@ def step_law(parameters: float, tokens: float) -> tuple[float, float]:
 
 
 def deepseek_law(flops: float) -> tuple[float, float]:
-    """Return (learning rate, batch in tokens) of DeepSeek LLM, arXiv 2401.02954, eq. 1."""
+    """Return (learning rate, batch in tokens) of DeepSeek LLM, arXiv 2401.02954, eq. 1.
+
+    For example, C = 1e20 gives 9.86e-4 and 1.02e6.
+    """
     return 0.3118 * flops**-0.1250, 0.2920 * flops**0.3271
 
 
@@ -267,7 +270,10 @@ LAWS: tuple[Law, ...] = (
 
 
 def suggest(target: Target, laws: Sequence[Law] = LAWS) -> tuple[Suggestion, ...]:
-    """Return the suggestions of all laws for the target, in the order of the laws."""
+    """Return the suggestions of all laws for the target, in the order of the laws.
+
+    For example, ``suggest(Target.of(model, 10**10, 4096))``.
+    """
     suggestions = []
     for law in laws:
         ranges = law.fitted.get(target.kind, ())

@@ -84,7 +84,10 @@ class Kernels:
 
 
 def fp8_bytes(width: int, rows: int = 1) -> int:
-    """Return bytes of ``width`` elements, in ``rows`` rows, that are saved in FP8."""
+    """Return bytes of ``width`` elements, in ``rows`` rows, that are saved in FP8.
+
+    For example, 32 elements in one row take 36 bytes.
+    """
     return width + 2 * rows * -(-width // rows // SAVED_GROUP)
 
 

@@ -114,7 +114,10 @@ def at_regime(model: ModelConfig, number: int, *, widen_experts: bool) -> ModelC
 
 
 def resize(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
-    """Return the model at ``size`` of an axis; horizon and batch do not change the model."""
+    """Return the model at ``size`` of an axis; horizon and batch do not change the model.
+
+    For example, ``resize(model, Axis.WIDTH, 1024)``.
+    """
     match axis:
         case Axis.WIDTH:
             return at_width(model, size)

@@ -29,7 +29,8 @@ class Parts:
     """Flat fp32 partitions of a started engine, addressed by parameter.
 
     A partition that is stored in files stays in memory until another partition is read or ``close``
-    is called, since consecutive tensors are usually in the same partition.
+    is called, since consecutive tensors are usually in the same partition. For example,
+    ``parts.read(parameter, "exp_avg")``.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ def replay(plan: Plan, orders: Callable[[int], Orders] | None = None) -> Replay:
     (``schedule_orders``); None: no pipeline, forward and then backward of each unit. The cost of a
     unit is the sum over all stages, which are assumed equal. All members of a ring start a pass
     together; only the first half of a split backward contains a ring. Time is linear in the number
-    of passes.
+    of passes. For example, ``replay(plan).makespan`` without a pipeline.
 
     Raises:
         PlanError: the plan violates a rule (``check_plan``) or deadlocks; the message names the

@@ -47,7 +47,8 @@ def ring_table(ring: Sequence[int], member: int, lengths: Sequence[int], tag: in
     ``ring``: the hdp ranks in ring order; ``member``: this rank's index in the ring; ``lengths``:
     the lengths of the unsharded documents; ``tag``: a number that is unique among the units of the
     step. With gloo, members that run different units at the same time then wait for each other
-    instead of receiving keys of the wrong unit.
+    instead of receiving keys of the wrong unit. For example, ``ring_table((2, 0), 1, (100,), 0)``
+    is the table of hdp rank 0 in a ring of ranks 2 and 0.
     """
     assert 0 <= member < len(ring), (ring, member)
     assert len(set(ring)) == len(ring), ring
@@ -69,7 +70,10 @@ class Rows:
         return tuple(b - a for a, b in zip(self.starts, self.stops, strict=True))
 
     def index(self) -> slice | Ints:
-        """Return an index of these rows: a slice if the runs are adjacent, else an array."""
+        """Return an index of these rows: a slice if the runs are adjacent, else an array.
+
+        For example, ``Rows((0, 4), (4, 6)).index()`` is ``slice(0, 6)``.
+        """
         if self.starts[1:] == self.stops[:-1]:
             return slice(self.starts[0], self.stops[-1])
         runs = zip(self.starts, self.stops, strict=True)
@@ -119,7 +123,10 @@ class Ring:
         return self.ranks[self.member - 1]
 
     def source(self, step: int) -> int:
-        """Return the member whose keys this member has after ``step`` hops."""
+        """Return the member whose keys this member has after ``step`` hops.
+
+        For example, member 0 of 3 has the keys of member 2 after one hop.
+        """
         return (self.member - step) % self.size
 
     def tokens(self, member: int) -> int:

@@ -99,7 +99,8 @@ def applied(config: RunConfig, choice: Choice, world_size: int, *, check: bool =
     """Return the run with this layout.
 
     With ``check`` the sections are validated as when a config is read, and invalid ones raise
-    UserError; ``Layout.of`` checks the rest.
+    UserError; ``Layout.of`` checks the rest. For example,
+    ``applied(config, search.best(1)[0], 8)``.
     """
     sections = choice.sections(world_size)
     asked, parallel = sections["parallel"], config.parallel
