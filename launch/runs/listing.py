@@ -31,7 +31,10 @@ class _Found:
 
 
 def listed(asked: Runs) -> Report:
-    """List the runs in a folder. Raises UserError: the folder is missing or has no run."""
+    """List the runs in a folder. Raises UserError: the folder is missing or has no run.
+
+    For example, ``listed(Runs(folder=Path("runs"), tree=True)).text``.
+    """
     if not asked.folder.is_dir():
         raise UserError(f"{asked.folder} is not a folder; name one that holds runs")
     found = _Found([], [])
