@@ -173,7 +173,7 @@ def _checkpoint(run: RunStatus, step: int) -> str:
 
 
 def _elsewhere(runs: Sequence[RunStatus], names: Sequence[str]) -> list[str]:
-    """Return a remark on runs whose last launch was on another host."""
+    """Return a remark on crashed runs of other hosts, which may still be running there."""
     here = socket.gethostname()
     far = [
         f"{name} on {run.host}"

@@ -78,7 +78,7 @@ def minimize(
     half of the searches with the larger objectives is dropped, as long as ``survivors`` searches
     remain. None: every search continues to its end.
     """
-    # glibc returns a freed block to the system unless a block of the same size was freed before. A
+    # glibc returns a freed block to the system unless a block at least as large was freed before. A
     # search frees blocks of a few hundred KiB all the time, and page faults for new blocks took two
     # thirds of its time. This block of 16 MiB is never used. Other C libraries ignore it.
     np.empty(2**21)
