@@ -62,11 +62,11 @@ def optimal_mixture(
 
     ``laws``: a fit for each validation set, which reads columns ``domains``; ``weights``: by
     validation set (1 by default), not negative; ``least`` and ``most``: bounds of some domains (0
-    and 1 by default; ``most`` = U/D avoids repetition of a domain of U tokens); ``at``: other
-    columns of the laws (N, D); ``bounds``: upper bounds of the losses of some validation sets.
-    Sequential least squares from points spread over the simplex: sums of mixing_exponential laws
-    are convex, so all starts agree; other laws may have several minima. Raises UserError: unknown
-    name, negative weight, or no mixture found. For example, ``optimal_mixture(laws, ["a", "b"])``.
+    and 1 by default; ``most`` = U/D keeps a domain of U tokens from being repeated); ``at``: other
+    columns of the laws (N, D), equal for every mixture; ``bounds``: upper bounds of the losses of
+    some validation sets. Sequential least squares from points spread over the simplex: sums of
+    mixing_exponential laws are convex, so all starts agree; other laws may have several minima.
+    Raises UserError: a name is unknown, a weight negative, or no mixture is found.
     """
     from scipy.optimize import minimize
 
