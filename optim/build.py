@@ -181,9 +181,7 @@ def take_step(
 
 
 def settle(optimizer: Optimizer) -> None:
-    """Make the values loaded from a checkpoint visible to the model; every rank calls this
-    function.
-    """
+    """Make values loaded from a checkpoint visible to the model; every rank calls this."""
     if isinstance(optimizer, DeepSpeedOptimizer):
         optimizer.settle()
 

@@ -235,8 +235,7 @@ class Fp8States:
     def adamw(
         self, name: str, parameter: Tensor, gradient: Tensor, state: Tensors, group: dict[str, Any]
     ) -> None:
-        """Run AdamW's step on this rank's part in place; ``state["step"]`` already counts this
-        step.
+        """Run AdamW's step on this rank's part in place; ``step`` already counts this step.
 
         Processes some rows at a time, or uses one kernel, so no moment is stored in fp32 as a full
         tensor.

@@ -105,9 +105,7 @@ class Schedule:
         return tuple(self._ends[1:])
 
     def fraction(self, step: int) -> float:
-        """Return the learning rate of ``step`` (after + 1 ... total_steps) divided by the peak
-        rate.
-        """
+        """Return the rate of ``step`` (after + 1 ... total_steps) divided by the peak rate."""
         assert self._ends[0] < step <= self.total_steps, (step, self._ends)
         number = bisect_left(self._ends, step) - 1
         return self._stretches[number].fraction(step - self._ends[number])

@@ -80,9 +80,7 @@ def with_heartbeat(mesh: Mesh, work: Callable[[], T], what: str) -> T:
 
 
 def on_all_ranks(mesh: Mesh, work: Callable[[], T], what: str) -> T:
-    """Run ``work`` on every rank; if ``work`` fails on any rank, raise the first UserError on all
-    ranks.
-    """
+    """Run ``work`` on every rank; if any rank fails, raise the first UserError on all ranks."""
     result: list[T] = []
     failure: str | None = None
     try:

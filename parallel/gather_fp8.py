@@ -41,9 +41,7 @@ class Fp8Gather:
         ]
         self._scales: Tensor | None = None
         self.stale = True
-        """True if parameters have changed since the scales were computed. The value must be the
-        same on all ranks.
-        """
+        """True if parameters have changed since the last scales; must be equal on all ranks."""
 
     @torch.no_grad()
     def refresh(self) -> None:

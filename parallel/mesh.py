@@ -169,9 +169,7 @@ class Mesh:
         return int(bounds[0]) == -int(bounds[1])
 
     def barrier(self, reason: str) -> None:
-        """Wait for all ranks; on timeout raise RuntimeError that lists the absent ranks and
-        ``reason``.
-        """
+        """Wait for all ranks; after the timeout raise RuntimeError that names absent ranks."""
         if self.world_size == 1:
             return
         # Over the store: a group cannot name the ranks that are absent, and to receive from all
@@ -217,9 +215,7 @@ class Mesh:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, sharing its memory; other tensors are returned
-    unchanged.
-    """
+    """Return this rank's shard of a DTensor, sharing its memory, or any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

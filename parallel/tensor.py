@@ -245,8 +245,7 @@ def _norm_over_ranks(module: Attention, mesh: DeviceMesh) -> None:
 
 
 def _exchange_around_products(module: Attention, mesh: DeviceMesh) -> None:
-    """Make attention [B, l, D] -> [B, l, D] all-gather tokens as rows and reduce-scatter sums as
-    rows.
+    """Make attention [B, l, D] -> [B, l, D] gather tokens as rows and scatter sums as rows.
 
     Rows are in rank order, as in ``_exchange_rows``. Only the inputs and outputs of attention
     itself, 1/tp of the full width, are copied to sequence order and back.

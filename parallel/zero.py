@@ -154,9 +154,7 @@ class FullyShardedSync(GradientSync):
             self._fp8.stale = True  # the optimizer step follows
 
     def _end_without_backward(self, part: Transformer) -> None:
-        """Free the parameters that a part has gathered in this step, as the end of a backward
-        would.
-        """
+        """Free the parameters that a part has gathered in this step, as a backward would."""
         self.close(part)
         state: Any = part._get_fsdp_state()  # type: ignore[operator]
         state._root_post_backward_final_callback()

@@ -48,8 +48,7 @@ class Target:
         parameters: int | None = None,
         loss: float | None = None,
     ) -> Target:
-        """Return the target of a run of ``model``, or of a similar model with ``parameters``
-        parameters.
+        """Return the target of ``model``, or of a similar model with ``parameters`` parameters.
 
         The similar model keeps the share of active parameters and the ratio of width to depth, so
         its number of layers grows as the cube root of N; its C is 6 x active x tokens, without
@@ -183,9 +182,7 @@ def minicpm_batch(loss: float) -> float:
 
 
 def hyperp_base_lr(tokens: float) -> float:
-    """Return HyperP's best learning rate at 8 layers and 2²¹ tokens per step, arXiv 2603.28743, eq.
-    8.
-    """
+    """Return HyperP's best rate at 8 layers and 2²¹ tokens per step, arXiv 2603.28743, eq. 8."""
     return float(24.27 * tokens**-0.320)
 
 

@@ -99,9 +99,7 @@ class Traffic:
         in_flight: int,
         costs: ContextCosts,
     ) -> Traffic:
-        """Return the estimate for ``travelling`` bytes of all ``layers`` per micro-batch of
-        ``tokens``.
-        """
+        """Return the estimate for ``travelling`` bytes of all ``layers`` per micro-batch."""
         number = len(layers)
         flops = layer_flops(model, sequence_length)[1:-1]
         slow = 1 / costs.attention_efficiency - 1

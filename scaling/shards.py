@@ -25,8 +25,7 @@ PREFETCHED = 2
 
 
 def tensor_dim(spec: ParamSpec) -> int | None:
-    """Return the dimension sharded by tensor parallelism; None if the parameter is replicated over
-    tp.
+    """Return the dimension that tensor parallelism shards; None for replicated parameters.
 
     For example, 0 for ``wq.weight`` and 1 for ``wo.weight``.
     """

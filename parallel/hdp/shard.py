@@ -23,8 +23,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def chunks(length: int, n: int, member: int) -> tuple[range, range]:
-    """Return the two ranges of positions that ``member`` of ``n`` has in a document of ``length``
-    tokens.
+    """Return the two ranges of positions of ``member`` of ``n`` in a document of ``length``.
 
     For example, ``chunks(8, 2, 0)`` is ``range(0, 2), range(6, 8)``.
     """
@@ -33,9 +32,7 @@ def chunks(length: int, n: int, member: int) -> tuple[range, range]:
 
 
 def _chunk(length: int, n: int, i: int) -> range:
-    """Return chunk i of 2n, split as in ``torch.tensor_split``: the first chunks are one token
-    longer.
-    """
+    """Return chunk i of 2n, split as in ``torch.tensor_split``: longer chunks come first."""
     short, longer = divmod(length, 2 * n)
     start = i * short + min(i, longer)
     return range(start, start + short + (i < longer))
@@ -138,8 +135,7 @@ class Ring:
         return short_d + (member < longer_d), short_d + (2 * self.size - 1 - member < longer_d)
 
     def pairing(self, source: int) -> Pairing | None:
-        """Return the rows of this member that see rows of ``source``; None if the pair has no such
-        rows.
+        """Return the rows of this member that see rows of ``source``; None without such rows.
 
         The causal mask keeps or drops complete pairs of chunks. For an earlier member, its first
         chunk is visible to both of our chunks and its second chunk to neither. For a later member,

@@ -192,9 +192,7 @@ def _unpack(saved: Tensor | _Handle) -> Tensor:
 
 
 class _Moved:
-    """Storages that one block offloaded in one micro-batch, as weak references: graphs outlive
-    backward.
-    """
+    """Storages offloaded by one block in one micro-batch; weak, since graphs outlive backward."""
 
     def __init__(self) -> None:
         self._kept: list[weakref.ref[_Kept]] = []

@@ -153,9 +153,7 @@ class Space:
             yield from self.of_core(core)
 
     def cores(self) -> Iterator[Core]:
-        """Yield degrees whose product is the number of ranks, by ascending ZeRO stage for equal
-        degrees.
-        """
+        """Yield degrees whose product is the number of ranks, in ascending order of ZeRO stages."""
         number, model = self.world_size, self.config.model
         experts = model.experts.num_experts if isinstance(model, MoEModel) else 1
         within = [tp for tp in divisors(number) if tp <= self.node and model.num_heads % tp == 0]
