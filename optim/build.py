@@ -124,8 +124,8 @@ def init_states(optimizer: Optimizer) -> None:
 def begin_anew(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
     """Recompute states that depend on initial values (radii) from the current parameter values.
 
-    For parameters whose other states are those before a first step. Every rank of a pipeline stage
-    calls this function.
+    The other states of the parameters must be initial states. Every rank of a pipeline stage calls
+    this function.
 
     Raises:
         UserError: a matrix of zeros on a sphere.

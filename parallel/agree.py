@@ -1,8 +1,8 @@
 """Run slow or fallible work so that all ranks finish it together and see the same result.
 
-Disk operations have no time limit. While a disk operation runs, all ranks exchange a small
-all-reduce every few seconds, so no collective has to wait for a disk. A slow disk is therefore not
-mistaken for a dead rank, and a dead rank is detected within ``parallel.timeout_s``.
+Disk operations have no time limit. While a disk operation runs, all ranks call a small all-reduce
+every few seconds, so no collective has to wait for a disk. A slow disk is therefore not mistaken
+for a dead rank, and a dead rank is detected within ``parallel.timeout_s``.
 """
 
 from __future__ import annotations

@@ -81,7 +81,8 @@ class Mesh:
     ``checkpoint_group`` (gloo) is reserved for the checkpoint writer: its thread communicates
     concurrently, and two threads in one group would interleave their collectives. Close the mesh,
     or use it as a context manager, when the run ends; a process group that the caller started stays
-    open. ``restart``: the reason for which the launcher restarted this process.
+    open. ``restart``: number of restarts by the launcher and the last reason; None on the first
+    start.
     """
 
     device: torch.device

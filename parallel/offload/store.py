@@ -73,7 +73,7 @@ class ActivationStore:
     second half waits for each tensor in turn.
 
     ``lanes``: copies to the host and back; None: the lanes of the device. For example,
-    ``store.bytes_out`` after a step is the amount of offloaded data of the step's forwards.
+    ``store.bytes_out`` after the first step is the amount of data offloaded by that step.
     """
 
     def __init__(
