@@ -219,7 +219,7 @@ class Space:
         return [(name, n) for name, n in found if pp * n <= layers and stays(name, n)]
 
     def _sequences(self) -> int:
-        """Return a common divisor of all batch sizes of the run."""
+        """Return the greatest common divisor of the run's batch sizes."""
         batch = self.config.batch
         if batch.ramp is None:
             return batch.sequences
