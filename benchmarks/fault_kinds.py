@@ -144,8 +144,7 @@ class Fault:
         return disturbed, straight
 
     def environment(self, case: Case, draw: random.Random, step: int, work: Path) -> dict[str, str]:
-        """Return environment variables of the disturbed launch; the fault creates ``NAME.struck``.
-        """
+        """Return environment variables of the disturbed launch; the fault creates ``NAME.struck``."""
         struck = str(work / "runs" / f"{case.name}.struck")
         if self.inside is not None:
             path = os.pathsep.join([str(HERE / "fault_hook"), *_own_path()])
@@ -160,8 +159,7 @@ class Fault:
         return {"LD_PRELOAD": str(shim(work)), self.files: told}
 
     def felt(self, folder: Path) -> int:
-        """Count the effects of the fault in the run folder and log, for faults without a restart.
-        """
+        """Count the effects of the fault in the run folder and log, for faults without a restart."""
         said = folder.with_suffix(".log").read_text(errors="replace")
         if self.files == "FAULT_READS":
             struck = folder.with_suffix(".struck")
@@ -199,7 +197,7 @@ FAULTS = {
         straight="training.skip_steps=[{step}]",
         but=("flops",),  # a rejected step was computed, a skipped step was not
     ),
-    "slow-rank": Fault(nothing, inside="slow", restarts=False, last=4),  # detected after several steps
+    "slow-rank": Fault(nothing, inside="slow", restarts=False, last=4),  # takes time to detect
     "corrupt-read": Fault(kill, files="FAULT_READS"),
 }
 

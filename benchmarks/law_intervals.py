@@ -7,8 +7,8 @@
 token twice and did not diverge) and overtraining (Gadre et al., arXiv 2403.08540; trained on C4,
 loss on C4). Each law is fitted to the rows up to a quantile of N D (half, three quarters, nine
 tenths) and predicts the rows above. *Parameters*: intervals of the bootstrap alone, without the
-error of the form. *Whole*: intervals of ``predict``. Both are computed for the law and
-(``allometry predict --noise``) for one run. Measured rows scatter, so the intervals of one run should cover 95 %.
+error of the form. *Whole*: intervals of ``predict``. Both are computed for the law and for one run
+(``noise=True``). Measured rows scatter, so the intervals of one run should cover 95 %.
 
 Simulated ladders (8x8, 5x5 and 4x3 of N and D, noise 0.3 %) follow the fitted law, and the
 predicted point has 10 times the largest N and D: intervals of the law should cover the truth at
