@@ -64,7 +64,8 @@ def whole_file(file: Path) -> int:
 
 
 def resume(mesh: Mesh, folder: RunFolder, state: dict[str, torch.Tensor], kind: str) -> None:
-    """Select, verify and load a checkpoint like a launch, or let the main rank verify all contents."""
+    """Select, verify and load a checkpoint like a launch, or let the main rank
+    verify its contents."""
 
     def choose() -> Path:
         path = checkpoint.choose(folder, "auto")
@@ -98,7 +99,7 @@ def bytes_read() -> int:
 
 
 def timed(mesh: Mesh, work: Callable[[], None]) -> dict[str, float]:
-    """Run ``work``; return wall-clock seconds of the slowest rank, largest CPU seconds and GB read."""
+    """Run ``work``; return seconds of the slowest rank, and the largest CPU seconds and GB read."""
     mesh.barrier("timing")
     begun, cpu, read = time.perf_counter(), time.process_time(), bytes_read()
     work()

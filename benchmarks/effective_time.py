@@ -138,7 +138,7 @@ def effective(
 
 
 def restart_for(goal: float, near: Way, far: Way | None, both_lost: float, runs: int) -> float:
-    """Return the longest restart for which the mean reaches ``goal``, to 0.1 s; 0 if there is none."""
+    """Return the longest restart for which the mean reaches ``goal``, to 0.1 s; 0 if none does."""
     low, high = 0.0, 3600.0
     while high - low > 0.05:
         middle = (low + high) / 2

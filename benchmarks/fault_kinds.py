@@ -144,7 +144,7 @@ class Fault:
         return disturbed, straight
 
     def environment(self, case: Case, draw: random.Random, step: int, work: Path) -> dict[str, str]:
-        """Return environment variables of the disturbed launch; the fault creates ``NAME.struck``."""
+        """Return environment variables of the disturbed launch; the fault makes ``NAME.struck``."""
         struck = str(work / "runs" / f"{case.name}.struck")
         if self.inside is not None:
             path = os.pathsep.join([str(HERE / "fault_hook"), *_own_path()])
@@ -159,7 +159,7 @@ class Fault:
         return {"LD_PRELOAD": str(shim(work)), self.files: told}
 
     def felt(self, folder: Path) -> int:
-        """Count the effects of the fault in the run folder and log, for faults without a restart."""
+        """Count the effects of the fault in the run folder and log, if it causes no restart."""
         said = folder.with_suffix(".log").read_text(errors="replace")
         if self.files == "FAULT_READS":
             struck = folder.with_suffix(".struck")

@@ -90,7 +90,7 @@ class Launch:
         return found
 
     def wait(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Return once ``until`` is true or the launcher has ended; kill the launch after LIMIT_S."""
+        """Return once ``until`` is true or the launcher has ended; kill it after LIMIT_S."""
         looked = 0.0
         while self.process.poll() is None and not until():
             if time.time() - looked > 0.3:

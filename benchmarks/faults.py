@@ -129,7 +129,7 @@ def _left(
 
 
 def _recovered(launch: Launch, done: dict[str, Any], struck: Struck) -> None:
-    """Wait for the next step after a fault; add the recovery time and the lost steps to ``done``."""
+    """Wait for the next step after a fault; add recovery time and lost steps to ``done``."""
 
     def begun() -> list[int]:
         new = events(launch.folder)[struck.events :]

@@ -34,7 +34,7 @@ GOAL = 0.01
 
 
 def held_out(law: str, rows: Observations, by: str) -> dict[str, Any]:
-    """Fit a law without the rows that have the largest value of a column, and predict these rows."""
+    """Fit a law without the rows with the largest value of a column, and predict these rows."""
     largest_n = rows[by] == rows[by].max()
     rest, part = rows.take(~largest_n), rows.take(largest_n)
     found = fit(form_named(law), rest)

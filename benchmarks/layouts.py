@@ -122,7 +122,7 @@ class Layouts:
         )
 
     def _experts(self) -> tuple[str]:
-        """Return the override of a model with as many active parameters: 2 of 8 half-width experts."""
+        """Return a model override with as many active parameters: 2 of 8 half-width experts."""
         shape = self.shape
         model = {
             "kind": "moe",
