@@ -204,8 +204,7 @@ TIERS = {"nvme": tempfile.gettempdir(), "cpu": 0.0, "bucket_mib": 1.0}
 
 @dataclass(frozen=True)
 class Result:
-    """Peak of a case's fullest rank: predicted and measured bytes, location and
-    kinds of tensors."""
+    """Peak of a case's fullest rank: predicted and measured bytes, where, and kinds of tensors."""
 
     name: str
     ranks: int

@@ -100,8 +100,7 @@ def survives(config: RunConfig, limit: int) -> bool:
 
 
 def smallest(config: RunConfig, expected: int) -> float:
-    """Return the smallest of ``SHARES`` of ``expected`` bytes that the run
-    survives, inf if none."""
+    """Return the smallest of ``SHARES`` of ``expected`` bytes that the run survives, else inf."""
     low, high = -1, len(SHARES)
     while high - low > 1:
         middle = (low + high) // 2
@@ -142,9 +141,7 @@ def main() -> None:
     parser.add_argument("--layers-times", type=int, default=1, help="so many times the layers")
     asked = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in SETTINGS.items()):
-        resource.setrlimit(
-            resource.RLIMIT_STACK, (STACK, STACK)
-        )  # applies to every thread created later
+        resource.setrlimit(resource.RLIMIT_STACK, (STACK, STACK))  # of all later threads
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | SETTINGS)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

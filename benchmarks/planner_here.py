@@ -255,8 +255,7 @@ def left_one_out(cases: Cases, seconds: np.ndarray, belief: Calibration) -> np.n
 
 
 def compare(found: dict[str, dict[str, float]], hardware: HardwareConfig) -> dict[str, Any]:
-    """Return rows of predicted and measured tokens/s, and errors by clock and
-    number of processes."""
+    """Return rows of predicted and measured tokens/s, and errors by clock and process count."""
     trials = [trial for trial in TRIALS if trial.name in found]
     rows = [
         Case.of(t.config(), hardware, world_size=t.ranks, name=HARDWARE, device="cpu").row

@@ -76,10 +76,7 @@ def runs() -> list[Run]:
     """Return the published runs whose layout is sufficiently described."""
     found = []
     llama = B405 | {"hardware": "h100", "tp": 8, "pp": 16, "zero": 2, "micro_batch": 1}
-    llama |= {
-        "chunks": 8,
-        "schedule": "interleaved",
-    }  # one layer per chunk, as its section 3.3 says
+    llama |= {"chunks": 8, "schedule": "interleaved"}  # one layer per chunk: its section 3.3
     for name, more, tflops in (
         ("8K, 8192 GPUs", {"dp": 64, "sequence": 8192, "global_batch": 2048}, 430),
         ("8K, 16384 GPUs", {"dp": 128, "sequence": 8192, "global_batch": 2048}, 400),
@@ -126,9 +123,7 @@ def runs() -> list[Run]:
 def judged(found: list[Run]) -> np.ndarray:
     """Return the predicted tokens/s of each row, with constants adapted to the other half."""
     h100 = load_hardware("h100")
-    slower = (
-        500 / h100.gpu.power_w
-    ) ** 0.5  # at its board's power limit, as in configs/hardware/b300.yaml
+    slower = (500 / h100.gpu.power_w) ** 0.5  # at its power limit, as in configs/hardware/b300.yaml
     gpu = h100.gpu.model_copy(
         update={
             **{"memory_bytes": 9.6e10, "memory_bandwidth": 2.4e12, "power_w": 500},
