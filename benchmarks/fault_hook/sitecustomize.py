@@ -36,7 +36,7 @@ def slow(_):
 
 
 ACTIONS = {
-    "exit137": lambda _: os._exit(137),  # as a process ends that a container's memory limit killed
+    "exit137": lambda _: os._exit(137),  # exit code under a container memory limit
     "hang": lambda _: time.sleep(1e6),
     "nan": spoil,
     "slow": slow,
