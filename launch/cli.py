@@ -29,6 +29,7 @@ COMMANDS: Commands = {
     "runs": (runs.Runs, "runs.listing:listed"),
     "branch": (runs.Branch, "runs.branch:branched"),
     "prepare": (runs.Prepare, "runs.prepare:prepared"),
+    "adopt": (runs.Adopt, "runs.adopt:adopted"),
     "convert": (runs.Convert, "runs.convert:converted"),
     "fetch": (runs.Fetch, "runs.fetch:fetched"),
     "evaluate": (runs.Evaluate, "runs.evaluate:evaluated"),

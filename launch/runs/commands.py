@@ -65,6 +65,28 @@ class Prepare(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adopt(Command):
+    """Make one source of token files that others wrote in shards, without a copy of them.
+
+    Shards are pairs of .bin and .idx as Megatron, datatrove or NeMo Curator write them. Each is
+    read once and checked; an interrupted command goes on when it is given again.
+    """
+
+    shards: tuple[str, ...] = argument(
+        "NAME=PATTERN or PATTERN of .idx files, or their folder: web='shards/*.idx'", paths=True
+    )
+    out: Path = option("folder for the index, the list of shards and manifest.json", REQUIRED, "-o")
+    tokenizer: Path = option("tokenizer.json that they were made with", REQUIRED)
+    validation: tuple[str, ...] = option("NAME=PATTERN of shards that are held out", ())
+    end_of_document: str | None = option(
+        "token of --tokenizer that ends documents; default: its eos_token, or a well-known name"
+    )
+    allow_inner_ends: bool = option("take documents that hold the end-of-document token", False)
+    allow_missing_ends: bool = option("take documents that do not end with it", False)
+    processes: int | None = option("worker processes; default: cores", min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Convert(Command):
     """Export a run's checkpoint as a Hugging Face folder, or import one as a new run.
 
