@@ -157,6 +157,7 @@ class _Adoption:
             (self.partial / _JOURNAL).open("a", encoding="utf-8") as journal,
             Workers(min(processes, max(1, len(missing)))) as workers,
         ):
+            journal.write("\n")  # after a line that was being written
             for prefix, one in zip(missing, workers.map(look, iter(missing)), strict=True):
                 found[prefix] = one
                 row = {"shard": str(prefix), "state": states[prefix], **asdict(one)}
@@ -187,8 +188,9 @@ class _Adoption:
             try:
                 row = json.loads(line)
                 told = {key: row.pop(key) for key in _told(tokenizer)}
+                shard = row.pop("shard"), row.pop("state")
                 if told == _told(tokenizer):
-                    known[row.pop("shard"), row.pop("state")] = Examination(**row)
+                    known[shard] = Examination(**row)
             except (ValueError, KeyError, TypeError):  # the line that was being written
                 continue
         return known

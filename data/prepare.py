@@ -59,7 +59,7 @@ from allometry.data.writer import TokenWriter, load_megatron
 
 DEFAULT_VOCAB_SIZE = 8192
 _PARTIAL = ".partial"
-_DECIDING = "text_key", "max_documents", "max_bytes", "separator", "on_bad_line"
+_DECIDING = "text_key", "split_key", "max_documents", "max_bytes", "separator", "on_bad_line"
 _SAMPLE_CHARACTERS = 4 << 20
 _SAMPLED_FROM = 16  # times the sample: how far a source is read for it
 
@@ -74,7 +74,9 @@ class PrepareRequest:
     ``max_documents`` and ``max_bytes`` (of UTF-8 text) end a source early. ``processes`` None
     takes all cores; the files do not depend on it. ``separator`` stands between the documents of a
     text file. ``on_bad_line``: whether text that is missing or damaged stops the preparation or is
-    left out and counted ("skip"), up to ``max_bad_lines`` in a source.
+    left out and counted ("skip"), up to ``max_bad_lines`` in a source. ``split_key``: the field
+    whose hash decides whether a document is held out, in place of that of its text: the text or id
+    of what it was made from.
     """
 
     inputs: tuple[str, ...]
@@ -90,6 +92,7 @@ class PrepareRequest:
     separator: str | None = None
     on_bad_line: OnBadLine = "stop"
     max_bad_lines: int = 1000
+    split_key: str | None = None
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -313,7 +316,7 @@ def _open_inputs(request: PrepareRequest) -> dict[str, Corpus]:
                 f"two inputs give the source {name!r} (the second is {value}); name one of them "
                 "with name=input"
             )
-        corpora[name] = open_corpus(source, request.text_key, request.separator)
+        corpora[name] = open_corpus(source, request.text_key, request.separator, request.split_key)
     return corpora
 
 
@@ -340,7 +343,8 @@ def _already_prepared(
     if manifest is None:
         return None
     advice = "choose another output folder or remove this one"
-    recorded = manifest.request | {"end_of_document": manifest.tokenizer.end_of_document}
+    recorded = {"split_key": None, **manifest.request}
+    recorded["end_of_document"] = manifest.tokenizer.end_of_document
     for key, value in identity.items():
         before = recorded.get(key, value)  # an older manifest has fewer keys
         nothing_was_bad = key == "on_bad_line" and before == "stop"

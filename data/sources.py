@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allometry.configs.data import DocumentData, SequenceData, Source
@@ -80,6 +80,15 @@ class Sources(Reading):
         return self._train[source].store.num_tokens
 
     @property
+    def kinds(self) -> dict[str, str]:
+        """The kind of each source: natural, rephrased or generated."""
+        return {source.name: source.kind for source in self.data.sources}
+
+    def ledger_by_kind(self, position: int) -> dict[str, int]:
+        """Tokens of each kind of text in the first ``position`` samples, exactly."""
+        return sums_by_kind(self.kinds, self.ledger(position))
+
+    @property
     def stores(self) -> tuple[TokenStore, ...]:
         """All token files, training then held-out."""
         orders = [*self._train, *self._validation.values()]
@@ -115,10 +124,12 @@ class Sources(Reading):
     def describe(self) -> dict[str, Any]:
         """What the data are, for a run's record: sizes, shares and fingerprints (JSON)."""
         sources = {}
+        tags = {source.name: _tags(source) for source in self.data.sources}
         for (name, share), order in zip(self.mixture.shares().items(), self._train, strict=True):
             held_out = self._validation.get(name)
             sources[name] = {
                 "share": share,
+                **tags[name],
                 "train": _describe(order.store),
                 "validation": None if held_out is None else _describe(held_out.store),
             }
@@ -138,6 +149,22 @@ class Sources(Reading):
                 self._validation[name].store.prefix,
             )
         return evenly(available, min(count, available))
+
+
+def sums_by_kind(kinds: Mapping[str, str], tokens: Mapping[str, int]) -> dict[str, int]:
+    """Tokens of each kind, of sources' tokens."""
+    sums: dict[str, int] = {}
+    for name, count in tokens.items():
+        kind = kinds.get(name, "natural")
+        sums[kind] = sums.get(kind, 0) + count
+    return sums
+
+
+def _tags(source: Source) -> dict[str, str]:
+    """What a record says of text that is not natural."""
+    if source.kind == "natural":
+        return {}
+    return {"kind": source.kind} | ({} if source.parent is None else {"parent": source.parent})
 
 
 def evenly(available: int, count: int) -> list[int]:

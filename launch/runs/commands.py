@@ -53,6 +53,10 @@ class Prepare(Command):
         "share of the documents held out, chosen by their hash", 0.05
     )
     text_key: str = option("field that holds the text; meta.text: a field in a field", "text")
+    split_key: str | None = option(
+        "field whose hash decides what is held out: the text or id that a document was made from; "
+        "default: the text itself"
+    )
     separator: str | None = option(
         "what stands between the documents of a text file; default: each file is one document"
     )

@@ -28,6 +28,7 @@ def prepared(asked: Prepare) -> Report:
         separator=asked.separator,
         on_bad_line=cast(OnBadLine, asked.on_bad_line),
         max_bad_lines=asked.max_bad_lines,
+        split_key=asked.split_key,
     )
     return manifest_report(prepare(request, quiet=asked.json), asked.out)
 

@@ -64,11 +64,11 @@ def shards(prepared: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def request(shards: Path, prepared: Path, **changes: Any) -> AdoptRequest:
+def request(folder: Path, prepared: Path, **changes: Any) -> AdoptRequest:
     plain = AdoptRequest(
-        shards=(f"web={shards}/train/*.idx",),
-        validation=(f"web={shards}/validation",),
-        out=str(shards / "store"),
+        shards=(f"web={folder}/train/*.idx",),
+        validation=(f"web={folder}/validation",),
+        out=str(folder / "store"),
         tokenizer=str(prepared / "tokenizer.json"),
         processes=1,
     )
