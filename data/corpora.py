@@ -254,9 +254,10 @@ class FileCorpus(Corpus):
         """The document of one line or row, unless it has none."""
         try:
             text, group = self._fields(value) if isinstance(value, bytes) else value
-            for one in (text, group):
-                if isinstance(one, BadText):
-                    raise one
+            if isinstance(text, BadText):
+                raise text
+            if isinstance(group, BadText):
+                raise group
             if text is None:
                 log.left_out.add(NULL, f"{path}:{number}")
                 return

@@ -79,14 +79,10 @@ class Sources(Reading):
     def _epoch_tokens(self, source: int) -> int:
         return self._train[source].store.num_tokens
 
-    @property
-    def kinds(self) -> dict[str, str]:
-        """The kind of each source: natural, rephrased or generated."""
-        return {source.name: source.kind for source in self.data.sources}
-
-    def ledger_by_kind(self, position: int) -> dict[str, int]:
-        """Tokens of each kind of text in the first ``position`` samples, exactly."""
-        return sums_by_kind(self.kinds, self.ledger(position))
+    def by_kind(self, tokens: Mapping[str, int]) -> dict[str, int]:
+        """Sums by kind of tokens of sources, as a ``ledger`` has them; empty if all is natural."""
+        sums = sums_by_kind({source.name: source.kind for source in self.data.sources}, tokens)
+        return {} if set(sums) <= {"natural"} else sums
 
     @property
     def stores(self) -> tuple[TokenStore, ...]:

@@ -9,7 +9,6 @@ from typing import Any
 from allometry.configs.auto import THIS_MACHINE
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
-from allometry.data.sources import sums_by_kind
 from allometry.data.stream import Stream, missing_sources
 from allometry.launch.command import Report
 from allometry.launch.start import has_gpu
@@ -93,7 +92,7 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
         "epochs": {name: account.epochs for name, account in accounts.items()},
         "sources": {name: asdict(account) for name, account in accounts.items()},
         "repetition": facts_of(found),
-        "kinds": sums_by_kind(stream.kinds, read),
+        "kinds": stream.by_kind(read),
         "advice": {
             **dict(repetition_advice(config, found)),
             **dict(synthetic_advice(config, read)),
@@ -285,7 +284,7 @@ def _data(data: dict[str, Any]) -> list[str]:
 
 def _kinds(kinds: dict[str, int]) -> list[str]:
     """Shares of kinds of text, where not all is natural."""
-    if set(kinds) <= {"natural"}:
+    if not kinds:
         return []
     total = max(1, sum(kinds.values()))
     return ["  kinds           " + ", ".join(f"{k} {n / total:.1%}" for k, n in kinds.items())]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from allometry.data.sources import sums_by_kind
 from allometry.trainer.record.column import Column
 
 if TYPE_CHECKING:
@@ -62,14 +61,6 @@ class FinishedStep:
     def accounts(self) -> dict[str, Account]:
         """What was read of each source so far."""
         return self.stream.accounts(self.batch.sequences_before(self.step + 1))
-
-    @cached_property
-    def kind_tokens(self) -> dict[str, int]:
-        """Tokens so far of each kind of text; empty where all is natural."""
-        kinds = self.stream.kinds
-        if set(kinds.values()) <= {"natural"}:
-            return {}
-        return sums_by_kind(kinds, {name: one.tokens for name, one in self.accounts.items()})
 
     @cached_property
     def tokens(self) -> int:
@@ -190,7 +181,7 @@ _LOOP = (
         "kind_tokens/KIND",
         "tokens",
         "read so far of natural, rephrased and generated sources, where not all are natural",
-        lambda s: s.kind_tokens,
+        lambda s: s.stream.by_kind({name: one.tokens for name, one in s.accounts.items()}),
     ),
     Column(
         "validation/SOURCE",
