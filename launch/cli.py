@@ -66,6 +66,8 @@ SELECT: Commands = {
     "import": (select.Import, "select.show:imported"),
     "random": (select.Random, "select.show:random"),
     "perplexity": (select.Perplexity, "select.perplexity:scored"),
+    "betr": (select.Betr, "select.near:near_targets"),
+    "prototypes": (select.Prototypes, "select.near:near_centres"),
 }
 LADDER: Commands = {
     "run": (ladder.Run, "studies.ladder.work:run"),
