@@ -65,7 +65,12 @@ def write_pool(folder: Path) -> tuple[TokenStore, NDArray[np.int64], Target]:
     """The pool, the kind of each of its documents, and the examples of the target."""
     inputs = ("builtin:python-prose", "builtin:python-code")
     made = PrepareRequest(
-        inputs=inputs, out=str(folder / "made"), vocab_size=VOCABULARY, validation_fraction=0.15
+        inputs=inputs,
+        out=str(folder / "made"),
+        vocab_size=VOCABULARY,
+        validation_fraction=0.15,
+        max_bytes=3_000_000,
+        processes=1,
     )
     prepare(made, quiet=True)
     rng = np.random.default_rng(0)
