@@ -22,8 +22,10 @@ from allometry.data.select.features import (
     drawn,
     embedder,
     hashed_bigrams,
+    largest_id,
     read,
     require,
+    stacked,
 )
 from allometry.data.store import TokenStore
 
@@ -91,7 +93,7 @@ def betr(
     store: TokenStore,
     targets: Sequence[Target],
     *,
-    sample: int = 10_000_000,
+    sample: int = 1_000_000,
     top: float = 0.1,
     kind: str = "tfidf",
     seed: int = 0,
@@ -114,10 +116,9 @@ def betr(
             "learn from; score a store with more documents, or raise --sample or --top"
         )
     examples = equal_examples(targets, seed)
-    documents = read(store, sampled)
-    width = 1 + max(int(ids.max(initial=0)) for ids in (*documents, *examples))
-    embed = embedder(kind, store, documents, width)
-    places = best_ranks(embed.rows(documents), embed.rows(examples))
+    most = max(int(ids.max(initial=0)) for ids in examples)
+    embed = embedder(kind, store, sampled, 1 + max(most, largest_id(store, sampled)))
+    places = best_ranks(stacked(embed.rows, store, sampled), embed.rows(examples))
     near = places < positives
     others = np.flatnonzero(~near)
     others = others[permutation(f"others:{seed}", len(others))[:positives]]
@@ -125,8 +126,8 @@ def betr(
     classifier = linear.SGDClassifier(
         loss="log_loss", max_iter=_EPOCHS, tol=None, random_state=seed, average=True
     )
-    classifier.fit(hashed_bigrams([documents[row] for row in rows.tolist()]), near[rows])
-    del documents
+    rows.sort()
+    classifier.fit(stacked(hashed_bigrams, store, sampled[rows]), near[rows])
     scores = np.full(store.num_documents, np.nan, np.float32)
     for part in batches(store, np.flatnonzero(store.lengths > 0)):
         scores[part] = classifier.decision_function(hashed_bigrams(read(store, part)))

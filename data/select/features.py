@@ -9,7 +9,7 @@ scikit-learn and scipy are imported where they are used.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from allometry.data.order import permutation
 from allometry.data.select.text import decoder_of
 from allometry.data.store import TokenStore
 
-Ids = NDArray[np.int64]
+Ids = NDArray[np.integer[Any]]
 BATCH_TOKENS = 1 << 22
 """Tokens of the documents whose rows are made at a time."""
 HASH_BITS = 18
@@ -74,13 +74,16 @@ def hashed_bigrams(documents: Sequence[Ids]) -> Any:
 
 
 class TfIdf:
-    """TF-IDF of token ids (1 + log of counts, smoothed idf), the idf of ``documents``."""
+    """TF-IDF of token ids (1 + log of counts, smoothed idf), the idf of ``documents`` (by number).
 
-    def __init__(self, documents: Sequence[Ids], width: int) -> None:
+    Ids are below ``width``.
+    """
+
+    def __init__(self, store: TokenStore, documents: NDArray[np.int64], width: int) -> None:
         text = require("sklearn.feature_extraction.text")
         self._width = width
         self._transformer = text.TfidfTransformer(sublinear_tf=True)
-        self._transformer.fit(counts(documents, width))
+        self._transformer.fit(stacked(lambda some: counts(some, width), store, documents))
 
     def rows(self, documents: Sequence[Ids]) -> Any:
         """See ``Embedder``."""
@@ -136,19 +139,34 @@ class Static:
         return made / np.where(norms > 0.0, norms, 1.0)
 
 
-def embedder(kind: str, store: TokenStore, sample: Sequence[Ids], width: int) -> Embedder:
-    """The embedder that ``kind`` names: tfidf, or static:FOLDER. Raises UserError."""
+def embedder(kind: str, store: TokenStore, sample: NDArray[np.int64], width: int) -> Embedder:
+    """The embedder ``kind``: tfidf (of ``sample``), or static:FOLDER. Raises UserError."""
     name, _, rest = kind.partition(":")
     if name == "tfidf" and not rest:
-        return TfIdf(sample, width)
+        return TfIdf(store, sample, width)
     if name == "static" and rest:
         return Static(Path(rest), store)
     raise UserError(f"--embedder={kind} is not known; use tfidf or static:FOLDER")
 
 
 def read(store: TokenStore, documents: NDArray[np.int64]) -> list[Ids]:
-    """The token ids of documents."""
-    return [np.asarray(store.read(number), np.int64) for number in documents.tolist()]
+    """The token ids of documents: views of the files."""
+    return [store.read(number) for number in documents.tolist()]
+
+
+def stacked(
+    rows: Callable[[Sequence[Ids]], Any], store: TokenStore, documents: NDArray[np.int64]
+) -> Any:
+    """``rows`` of documents, made in ``batches``, one below the other."""
+    from scipy import sparse
+
+    parts = [rows(read(store, part)) for part in batches(store, documents)]
+    return sparse.vstack(parts, "csr") if sparse.issparse(parts[0]) else np.concatenate(parts)
+
+
+def largest_id(store: TokenStore, documents: NDArray[np.int64]) -> int:
+    """The largest token id in documents."""
+    return max(int(store.read(number).max(initial=0)) for number in documents.tolist())
 
 
 def batches(store: TokenStore, documents: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

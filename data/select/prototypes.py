@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
-from allometry.data.select.features import batches, drawn, embedder, read, require
+from allometry.data.select.features import (
+    batches,
+    drawn,
+    embedder,
+    largest_id,
+    read,
+    require,
+    stacked,
+)
 from allometry.data.store import TokenStore
 
 _ROWS_AT_ONCE = 1024
@@ -53,13 +61,10 @@ def prototypes(
         raise UserError(
             f"--k={count} clusters of {len(sampled)} documents have fewer than two each; lower --k"
         )
-    documents = read(store, sampled)
-    width = _width(store, documents)
-    embed = embedder(kind, store, documents, width)
+    embed = embedder(kind, store, sampled, 1 + largest_id(store, np.flatnonzero(store.lengths)))
     means = cluster.MiniBatchKMeans(
         count, random_state=seed, n_init=3, batch_size=max(1024, 2 * count)
-    ).fit(embed.rows(documents))
-    del documents
+    ).fit(stacked(embed.rows, store, sampled))
     scores = np.full(store.num_documents, np.nan, np.float32)
     clusters = np.full(store.num_documents, -1, np.int32)
     for part in batches(store, np.flatnonzero(store.lengths > 0)):
@@ -73,11 +78,6 @@ def prototypes(
             scores[again] = np.nan
             dropped += len(again)
     return Prototypes(scores, clusters, dropped)
-
-
-def _width(store: TokenStore, documents: list[NDArray[np.int64]]) -> int:
-    """Columns for all ids of a store: its vocabulary, or more where a sample of it said less."""
-    return max(store.vocab_bound, 1 + max(int(ids.max(initial=0)) for ids in documents))
 
 
 def _duplicates(

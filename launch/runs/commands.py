@@ -81,7 +81,9 @@ class Adopt(Command):
     )
     out: Path = option("folder for the index, the list of shards and manifest.json", REQUIRED, "-o")
     tokenizer: Path = option("tokenizer.json that they were made with", REQUIRED)
-    validation: tuple[str, ...] = option("NAME=PATTERN of shards that are held out", ())
+    validation: tuple[str, ...] = option(
+        "NAME=PATTERN of shards that are held out; repeat for more", (), paths=True
+    )
     end_of_document: str | None = option(
         "token of --tokenizer that ends documents; default: its eos_token, or a well-known name"
     )

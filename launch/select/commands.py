@@ -65,14 +65,17 @@ class Betr(Command):
 
     store: Path = argument("token files, without .bin/.idx")
     targets: tuple[str, ...] = option(
-        "JSON Lines of examples, or a store without .bin/.idx; repeat for more", (), "--target"
+        "JSON Lines of examples, or a store without .bin/.idx; repeat for more",
+        (),
+        "--target",
+        paths=True,
     )
     target_keys: tuple[str, ...] = option(
         "fields of an example, which are one text; repeat for more; default: text",
         (),
         "--target-key",
     )
-    sample: int = option("documents that are ranked", 10_000_000, min=2)
+    sample: int = option("documents that are ranked", 1_000_000, min=2)
     top: float = option("share of these that count as near", 0.1)
     embedder: str = option("tfidf, or static:FOLDER (.safetensors and tokenizer.json)", "tfidf")
     keep: float | None = option("also say what this share of the tokens keeps, at --side top")

@@ -107,12 +107,14 @@ def test_prototypes_are_clusters_and_duplicates_have_no_score(store: TokenStore)
     assert np.isnan(kept.scores).sum() == 1
 
 
-def test_rows_are_unit_vectors(store: TokenStore) -> None:
+def test_rows_are_unit_vectors(tmp_path: Path) -> None:
     documents = [np.array([1, 2, 2]), np.array([2, 1, 2]), np.array([], np.int64)]
-    for rows in (TfIdf(documents, 5).rows(documents), hashed_bigrams(documents)):
+    write_store(tmp_path / "few", documents)
+    bags = TfIdf(TokenStore(tmp_path / "few"), np.arange(3), 5).rows(documents)
+    pairs = hashed_bigrams(documents)
+    for rows in (bags, pairs):
         norms = np.sqrt(np.asarray(rows.multiply(rows).sum(1))).ravel()
         np.testing.assert_allclose(norms, [1, 1, 0], atol=1e-6)
-    bags, pairs = TfIdf(documents, 5).rows(documents), hashed_bigrams(documents)
     assert abs(bags[0] - bags[1]).sum() == 0.0, "TF-IDF sees no order"
     assert abs(pairs[0] - pairs[1]).sum() > 0.1, "pairs do"
 
@@ -124,9 +126,9 @@ def test_what_cannot_be_scored_is_a_sentence(
     with pytest.raises(UserError, match=r"10 documents with a share of 0\.1 near the target"):
         betr(store, [few], sample=10)
     with pytest.raises(UserError, match="--embedder=bert is not known; use tfidf or static:FOLDER"):
-        embedder("bert", store, [], 1)
+        embedder("bert", store, np.arange(2), 1)
     with pytest.raises(UserError, match=r"has 0 \.safetensors files"):
-        embedder(f"static:{tmp_path}", store, [], 1)
+        embedder(f"static:{tmp_path}", store, np.arange(2), 1)
     with pytest.raises(UserError, match="--k=300 clusters of 399 documents have fewer than two"):
         prototypes(store, 300)
     for text, says in (
