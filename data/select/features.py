@@ -136,7 +136,8 @@ class Static:
             if len(ids):
                 row[:] = self._vectors[ids].mean(0)
         norms = np.linalg.norm(made, axis=1, keepdims=True)
-        return made / np.where(norms > 0.0, norms, 1.0)
+        made /= np.where(norms > 0.0, norms, 1.0)
+        return made
 
 
 def embedder(kind: str, store: TokenStore, sample: NDArray[np.int64], width: int) -> Embedder:
