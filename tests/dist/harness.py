@@ -230,8 +230,7 @@ def serve(link: Connection, rank: int) -> None:
 
 
 class _Collector:
-    """Garbage collection after calls: models and meshes are in cycles, and gloo groups have
-    threads.
+    """Garbage collection after calls: models and meshes form cycles, and gloo groups keep threads.
 
     Collections skip the objects created by imports, which take a fifth of a second to traverse; the
     server's imports are already frozen.

@@ -199,7 +199,7 @@ def test_groups_without_rows_have_gradients_of_zeros(counts: list[int]) -> None:
         assert weight.grad is not None
         return [x.grad.double(), weight.grad.double()]
 
-    for _ in range(3):  # reuse memory freed by the step
+    for _ in range(3):  # fills freed memory with NaN
         junk = torch.full((4, 64, 256), float("nan"), device=CUDA, dtype=torch.bfloat16)
         del junk
         found = gradients(grouped_linear, torch.bfloat16)
