@@ -88,8 +88,8 @@ class Betr(Command):
 class Prototypes(Command):
     """Score the documents of STORE by their distance to the nearest of K cluster centres.
 
-    Near duplicates get no score, so that no share keeps them (arXiv 2206.14486, 2308.12284). Requires
-    the extra: pip install 'allometry[select]'.
+    Near duplicates get no score, so that no share keeps them (arXiv 2206.14486, 2308.12284).
+    Requires the extra: pip install 'allometry[select]'.
     """
 
     store: Path = argument("token files, without .bin/.idx")
