@@ -281,8 +281,11 @@ def write_tensors(path: Path, state: dict[str, Tensor], read: Callable[[str], Te
     ``read`` is asked for one at a time, by the name there. Returns sizes and checksums.
     """
     writer = ShardWriter(path)
-    with _alone():
-        dcp.save(state, storage_writer=writer, planner=_OneByOne(read), no_dist=True)
+    try:
+        with _alone():
+            dcp.save(state, storage_writer=writer, planner=_OneByOne(read), no_dist=True)
+    except dcp.CheckpointException as error:  # what ``read`` refused
+        raise (refusal_in(error) or error) from None
     return writer.files
 
 
