@@ -90,7 +90,7 @@ def test_wrong_exports(trained: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "file").write_text("mine")
     refused("exists and is not empty", trained, out=tmp_path / "file")
     (tmp_path / "out.partial").mkdir()
-    refused("conversion that runs or was interrupted", trained, out=out)
+    refused("command that runs or was interrupted", trained, out=out)
     (tmp_path / "out.partial").rmdir()
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
     refused("transformers, which is not installed", trained, out=out, check=True)

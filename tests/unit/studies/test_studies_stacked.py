@@ -138,7 +138,7 @@ CASES = {
         *(MuonH(lr=1.0, weight_decay=0.0, step_norm="spectral"), 2.0**-5),
     ),
     "mixture, bias": (
-        *(mixture(gate="sigmoid", balance={"kind": "bias", "rate": 0.01}), MUP),
+        *(mixture(gate="sigmoid", balance={"kind": "bias", "rate": 0.01, "centered": True}), MUP),
         *(AdamW(lr=1.0, weight_decay=0.1), 2.0**-7),
     ),
     "mixture, muonh": (
