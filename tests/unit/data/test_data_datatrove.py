@@ -36,9 +36,7 @@ def test_adopted_shards_of_datatrove_are_those_of_prepare(tmp_path: Path) -> Non
         LocalPipelineExecutor(
             pipeline=[
                 JsonlReader(str(tmp_path / "in")),
-                LambdaFilter(
-                    lambda one, h=split == "validation": held_out(one.text, FRACTION) == h
-                ),
+                LambdaFilter(lambda one, wanted=wanted: held_out(one.text, FRACTION) == wanted),
                 MegatronDocumentTokenizer(
                     str(tmp_path / split),
                     tokenizer_name_or_path=tokenizer,
