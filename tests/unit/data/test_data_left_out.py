@@ -1,4 +1,4 @@
-"""What `prepare` says of what it leaves out."""
+"""Messages of `prepare` about skipped input."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Names and descriptions: what corresponds, and a sentence for everything that does not."""
+"""Names and configs: correspondences, and one sentence for unsupported values."""
 
 from typing import Any
 
@@ -212,7 +212,7 @@ def test_equal_gates_are_equal() -> None:
 
 
 def tensors(family: Family) -> dict[str, torch.Tensor]:
-    """Our parameters, each number its own."""
+    """Return our parameters with random values."""
     generator = torch.Generator().manual_seed(0)
     return {s.name: torch.randn(s.shape, generator=generator) for s in inventory(model(family))}
 
@@ -228,7 +228,7 @@ def test_split_and_join_are_inverse(family: Family) -> None:
     for counterpart in wanted:
         name = counterpart.spec.name
         joined = counterpart.join(places[name], theirs.__getitem__)
-        if counterpart.offset:  # rounded where it was taken away
+        if counterpart.offset:  # rounded when it was subtracted
             assert torch.equal(joined, counterpart.kept(ours[name], torch.float32))
             assert (joined - ours[name]).abs().max() <= 2**-23
         else:

@@ -1,4 +1,4 @@
-"""Sliding windows of attention, each back end against the definition; frequencies of positions."""
+"""Sliding windows of attention, each back end against the definition; rotary frequencies."""
 
 # B sequences, L tokens, N query heads, K key/value heads, H head width
 
@@ -37,7 +37,7 @@ def documents() -> Documents:
 
 
 def by_definition(q: Tensor, k: Tensor, v: Tensor, packed: Documents | None, window: int) -> Tensor:
-    """One query and one head at a time: the last ``window`` keys of its document."""
+    """Compute one query and one head at a time: the last ``window`` keys of its document."""
     made = torch.zeros_like(q)
     for b in range(2):
         for i in range(L):
@@ -62,7 +62,7 @@ def test_each_back_end_is_the_definition(window: int, packed: bool) -> None:
         got = outcome(attend(*qkv, within, 0.3, backend, window=window), qkv)
         for one, other in zip(got, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    # torch has no backward of flex_attention for a CPU.
+    # torch's flex_attention has no backward on a CPU.
     alone = [x.detach() for x in qkv]
     got_BLNH = attend(*alone, within, 0.3, "flex", window=window)
     torch.testing.assert_close(got_BLNH, expected[0], rtol=1e-12, atol=1e-12)
