@@ -1,4 +1,4 @@
-"""The search for layouts: what it proposes is what the trainer takes, and the best of it."""
+"""The search for layouts proposes layouts that the trainer accepts, and the best of them."""
 
 from __future__ import annotations
 

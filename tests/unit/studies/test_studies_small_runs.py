@@ -1,4 +1,4 @@
-"""The small run of a certificate keeps the mixture of the run, as far as it is long enough."""
+"""The small run of a certificate keeps the run's mixture if it is long enough."""
 
 from __future__ import annotations
 
