@@ -237,7 +237,7 @@ def test_a_sweep_finds_the_same_by_either_engine() -> None:
     how: Any = {"step": 2.0, "engine": "stacked", "done": heard.__setitem__}
     stacked = Runner(sweep(), rates, **how).run(sizes, SEEDS)
     assert stacked.losses.keys() == plain.losses.keys()
-    calm = [trial for trial in plain.losses if trial.log2_lr <= -5.0]  # others magnify rounding
+    calm = [trial for trial in plain.losses if trial.log2_lr <= -5.0]  # others amplify rounding
     assert len(calm) == 12
     for trial in calm:
         assert stacked.losses[trial] == pytest.approx(plain.losses[trial], abs=1e-4), trial

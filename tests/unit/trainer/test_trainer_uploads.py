@@ -1,4 +1,4 @@
-"""Checkpoints in object stores: whole or not there, and a run that goes on without them."""
+"""Checkpoints in object stores: complete or absent, and a run that continues without them."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_what_was_cut_short_counts_for_nothing(tiny: Make, tmp_path: Path, url: 
     store = Store.of(url, "URL")
     steps = store.steps()
     assert steps[-1] == 20
-    store.fs.rm_file(store.at(20, LISTED))  # what an upload has last
+    store.fs.rm_file(store.at(20, LISTED))  # the last file of an upload
     assert 20 not in store.steps()
     with pytest.raises(UserError, match=r"no whole upload of step 20; it has"):
         fetch(store, tmp_path / "fetched", 20)
