@@ -1,14 +1,15 @@
-"""Held-out loss of a target by how documents were chosen from a noisy pool, at equal tokens.
+"""Compare methods of selecting documents from a noisy pool by the held-out loss of a target.
 
     python benchmarks/selection.py [--out results.json] [--seeds 3] [--steps 120]
 
-The pool holds docstrings of the built-in corpus (the target's kind), the same with their tokens
+The pool contains docstrings of the built-in corpus (the target's kind), the same with their tokens
 shuffled, near duplicates of a few of them (5 % of the tokens changed), and source code (off
-target). Each method keeps the same share of the pool's tokens, and equal runs train on what it
-keeps. The target's held-out documents are in two halves: one gives BETR's examples, the other the
-loss. Losses have 95 % intervals of Student's t over seeds; differences to random are taken seed by
-seed. A seed decides a run's initialisation and order, and the random selection; scores are made
-once. Two small runs, each on a random half of the pool, score the other half by perplexity.
+target). Each method selects the same share of the pool's tokens, and equal runs train on its
+selection. The target's held-out documents are in two halves: one is the source of BETR's examples,
+the other of the loss. Losses have 95 % intervals of Student's t over seeds; differences to random
+selection are taken seed by seed. A seed determines a run's initialization and order, and the random
+selection; scores are computed once. Two small runs, each on a random half of the pool, score the
+other half by perplexity.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ Documents = list[NDArray[np.int64]]
 
 
 def cut(store: TokenStore, tokens: int, rng: np.random.Generator) -> Documents:
-    """Documents of a store in random order, cut, until they have ``tokens``."""
+    """Return documents of a store in random order, truncated, with ``tokens`` tokens in all."""
     chosen: Documents = []
     for number in rng.permutation(store.num_documents).tolist():
         if tokens <= 0:
@@ -62,7 +63,7 @@ def cut(store: TokenStore, tokens: int, rng: np.random.Generator) -> Documents:
 
 
 def write_pool(folder: Path) -> tuple[TokenStore, NDArray[np.int64], Target]:
-    """The pool, the kind of each of its documents, and the examples of the target."""
+    """Return the pool, the kind of each of its documents, and the examples of the target."""
     inputs = ("builtin:python-prose", "builtin:python-code")
     made = PrepareRequest(
         inputs=inputs,
@@ -129,7 +130,7 @@ def run(folder: Path, name: str, seed: int, steps: int, select: dict[str, Any] |
 def score(
     folder: Path, pool: TokenStore, target: Target, steps: int
 ) -> dict[str, tuple[str, list[str], float]]:
-    """Write scores by each scorer: their path, the sides to try, seconds per million tokens."""
+    """Write scores by each scorer; return path, sides to try and seconds per million tokens."""
     million = pool.num_tokens / 1e6
     found: dict[str, tuple[str, list[str], float]] = {}
     begun = time.perf_counter()
@@ -159,14 +160,14 @@ def score(
 def kept_shares(
     path: str, side: str, pool: TokenStore, kinds: NDArray[np.int64]
 ) -> dict[str, float]:
-    """The share of each kind in the tokens that are kept."""
+    """Return the share of each kind in the selected tokens."""
     _, documents = kept_documents(np.load(path), pool.lengths, KEEP, side)
     sums = np.bincount(kinds[documents], pool.lengths[documents], len(KINDS))
     return dict(zip(KINDS, (sums / sums.sum()).round(4).tolist(), strict=True))
 
 
 def interval(values: list[float]) -> list[float]:
-    """Mean and half of the 95 % interval of Student's t."""
+    """Return the mean and half of the 95 % interval of Student's t."""
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
     return [round(float(np.mean(values)), 4), round(float(half), 4)]
 

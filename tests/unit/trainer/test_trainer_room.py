@@ -167,7 +167,7 @@ def test_no_room_is_said_before_the_first_step(
     assert folder.exists() == resumed
     if resumed:
         assert len(rows(folder)) == 5
-    monkeypatch.setattr(room, "free_bytes", lambda path: None)  # a system that does not say
+    monkeypatch.setattr(room, "free_bytes", lambda path: None)  # a system without this information
     run(config)
     monkeypatch.setattr(room, "free_bytes", lambda path: 0)
     run(config)  # the run is finished and needs no more space

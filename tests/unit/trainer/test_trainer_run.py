@@ -54,7 +54,7 @@ def test_record_of_a_run(tiny: Make) -> None:
     described = json.loads((folder / "run.json").read_text())
     most = described["plan"]["flops_per_token"]["total"]  # of documents as long as a sequence
     least = flops_per_token(config.model, 1).total
-    assert least < last["flops"] / last["tokens"] < most  # test_trainer_flops.py has it exactly
+    assert least < last["flops"] / last["tokens"] < most  # exact in test_trainer_flops.py
     assert last["s1"] == pytest.approx(sum(row["lr"] for row in found))
     assert [step["lr"] for step in found[:3]] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
     for key in ("grad_norm", "tokens_per_s", "mfu", "peak_bytes", "time_s", "s2"):

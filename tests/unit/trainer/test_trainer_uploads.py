@@ -110,7 +110,7 @@ def test_a_store_that_takes_nothing_does_not_end_the_run(
     assert not list(folder.glob("checkpoints/.upload*"))
     monkeypatch.undo()
     run(tiny("checkpoint.upload={url: 'memory://runs/a'}", "checkpoint.every_steps=null"))
-    assert Store.of("memory://runs/a", "URL").steps() == [20]  # what a launch finds undone
+    assert Store.of("memory://runs/a", "URL").steps() == [20]  # unfinished, found by a launch
 
 
 def test_only_the_newest_stay(tiny: Make) -> None:
