@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from allometry.configs.decoder import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from allometry.models.documents import Documents
 
 
 class Turn(NamedTuple):
@@ -18,6 +20,19 @@ class Turn(NamedTuple):
 
     cos_BL1h: Tensor
     sin_BL1h: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Geometry:
+    """Where tokens are; the same for all blocks. ``windowed``: how those with a window turn.
+
+    Not a tuple on purpose: FSDP2 casts every float tensor that it finds among a module's inputs,
+    and the rotary tables must stay wide.
+    """
+
+    turn: Turn
+    windowed: Turn
+    documents: Documents | None
 
 
 def turn_of(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from allometry.models.attention import Attend, attend, backend_of
+from allometry.models.attention import Attend, attend, backend_of, filled
 from allometry.models.documents import Documents
 from allometry.models.transformer import Transformer
 from allometry.parallel.hdp.ring import ring_attention
@@ -37,13 +37,15 @@ class ContextAttention:
     ) -> Tensor:
         """Return causal attention [B, L, N, H] within each document.
 
-        Where documents have a ring, no ``window`` is shorter than they are
+        Keys and values travel together in a ring, narrower values filled up with zeros. Where
+        documents have a ring, no ``window`` is shorter than they are
         (``scaling.context.check_context``).
         """
         if documents is not None and documents.ring is not None:
+            width, v_BLKH = v_BLKH.shape[-1], filled(v_BLKH, q_BLNH.shape[-1])
             q, k, v = (x.flatten(0, 1) for x in (q_BLNH, k_BLKH, v_BLKH))
             o_TNH, _ = ring_attention(q, k, v, documents.ring, self._group_name, scale)
-            return o_TNH.view(q_BLNH.shape)
+            return o_TNH.view(q_BLNH.shape)[..., :width]
         if self._here is not attend:
             return self._here(q_BLNH, k_BLKH, v_BLKH, documents, scale, window=window)
         # As if not compiled: what is fastest in compiled code is compiled for one L, and here each

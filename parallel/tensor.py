@@ -16,6 +16,7 @@ arithmetic is at those seams.
 | their biases                  | Shard(0)              |
 | gains over all heads          | Shard(0)              |
 | wo, down                      | Shard(1)              |
+| wq, wkv of latents, wo        | Shard(0), Shard(1)    |
 | experts' gate, up [E, F, D]   | Shard(1)              |
 | experts' down [E, D, F]       | Shard(2)              |
 | the same, ``expert_tp: 1``    | Shard(0)              |
@@ -50,13 +51,14 @@ from torch.distributed.tensor import (
 from typing_extensions import override
 
 from allometry.models.head import OutputHead
+from allometry.models.latent import LatentAttention
 from allometry.models.layers import Embedding, RMSNorm
 from allometry.models.moe import Experts, MoEFeedForward
 from allometry.models.parameters import local_weight
 from allometry.models.transformer import Attention, FeedForward, Transformer
 from allometry.models.vocabulary import SharedSoftmax, Vocabulary
 from allometry.parallel.mesh import Axis, Mesh
-from allometry.parallel.tensor_chunks import chunk_attention, chunk_feed_forward
+from allometry.parallel.tensor_chunks import chunk_attention, chunk_feed_forward, joined
 
 
 def apply_tensor(
@@ -82,6 +84,12 @@ def apply_tensor(
                     _cut_weights(module, tp, {"wq": 0, "wk": 0, "wv": 0, "wo": 1})
                     if module.norm_over == "width":
                         _norm_over_ranks(module, tp)
+                    if chunked:
+                        chunk_attention(module, mesh.tp)
+                    else:
+                        _exchange_around_products(module, tp)
+                case LatentAttention():
+                    _cut_weights(module, tp, {"wq": 0, "wkv": 0, "wo": 1})
                     if chunked:
                         chunk_attention(module, mesh.tp)
                     else:
@@ -238,17 +246,19 @@ def _norm_over_ranks(module: Attention, mesh: DeviceMesh) -> None:
     module.normed = normed  # type: ignore[assignment,method-assign]
 
 
-def _exchange_around_products(module: Attention, mesh: DeviceMesh) -> None:
+def _exchange_around_products(module: Attention | LatentAttention, mesh: DeviceMesh) -> None:
     """Let attention [B, l, D] -> [B, l, D] gather tokens as rows, and scatter its sums as rows.
 
     Rows come in the order of ranks, as ``_exchange_rows`` has them. Only what attention itself
-    reads and writes, 1/tp of a full width, is copied to the order of sequences and back.
+    reads and writes, 1/tp of a full width, is copied to the order of sequences and back. Latents
+    are made of a rank's own tokens and gathered in one message instead of the tokens.
     """
     project, output = module.project, module.wo.forward
 
-    def gather_and_project(x_BlD: Tensor) -> tuple[Tensor, ...]:
+    def gather_and_project(*parts: Tensor) -> tuple[Tensor, ...]:
+        x_BlD, widths = joined(parts)
         rows_TD = gather(x_BlD.flatten(0, 1), mesh, dim=0)
-        made = project(rows_TD[None])
+        made = project(*rows_TD[None].split(widths, dim=-1))
         return tuple(in_sequences(y[0], len(x_BlD), mesh.size()) for y in made)
 
     def multiply_and_scatter(o_BLD: Tensor) -> Tensor:

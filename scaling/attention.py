@@ -45,7 +45,8 @@ class AttentionBackend(NamedTuple):
     """One way to compute causal attention within documents.
 
     ``takes``: whether it can do a call on one of its ``devices`` (None: any), ``needs`` the same in
-    words; ``windows``: whether it has sliding windows; ``meant``: whether it may be chosen without
+    words; ``windows``: whether it has sliding windows; ``narrow_values``: whether values may be
+    narrower than keys; ``meant``: whether it may be chosen without
     being named. ``operators``: those of its forward as torch's dispatcher names them; some of them
     run in each call, and selective checkpointing keeps their results. ``package``: what must be
     installed beside torch, by import name, and ``install`` how. ``deterministic``: whether its
@@ -65,6 +66,7 @@ class AttentionBackend(NamedTuple):
     install: str = ""
     deterministic: bool = True
     windows: bool = False
+    narrow_values: bool = False
 
     def able(self, call: AttentionCall) -> bool:
         """Whether it can do the call, where its package is installed."""
@@ -106,6 +108,7 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         kept_bytes=lambda heads, length, compute_bytes: compute_bytes * heads * length,
         devices=("cpu",),
         windows=True,
+        narrow_values=True,
     ),
     AttentionBackend(  # torch's flash kernel; for wide types on CUDA another of SDPA's
         "flash",
@@ -178,6 +181,7 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         operators=("aten::bmm",),
         meant=lambda call: False,
         windows=True,
+        narrow_values=True,
         kept_bytes=lambda heads, length, compute_bytes: max(4, compute_bytes) * heads * length,
     ),
 )

@@ -1,6 +1,6 @@
 """Counting parameters and floating-point operations."""
 
-# L tokens in a sequence, N query heads, H head width, V vocabulary, D width
+# L tokens in a sequence, N query heads, H width of a query, V width of a value
 
 from __future__ import annotations
 
@@ -66,13 +66,19 @@ def active_numel(model: ModelConfig, spec: ParamSpec) -> int:
 def attention_flops(model: ModelConfig, sequence_length: int, window: int | None = None) -> int:
     """Return forward FLOPs per token of scores and weighted values of one layer, rounded down.
 
-    4·N·H for each key that a query meets: (L+1)/2 in the mean under the causal mask, and under a
-    window W < L, where the first W meet as many and the others W, W - W(W-1)/2L.
+    2·N·H of a score and 2·N·V of a weighted value, V wide, for each key that a query meets: (L+1)/2
+    in the mean under the causal mask, and under a window W < L, where the first W meet as many and
+    the others W, W - W(W-1)/2L.
     """
-    features, length = model.num_heads * model.head_width, sequence_length
+    features, length = _score_features(model), sequence_length
     if window is None or window >= length:
-        return 2 * features * (length + 1)
-    return 2 * features * window * (2 * length - window + 1) // length
+        return features * (length + 1)
+    return features * window * (2 * length - window + 1) // length
+
+
+def _score_features(model: ModelConfig) -> int:
+    """Multiply-adds of a query and a key that it meets: N (H + V)."""
+    return model.num_heads * (model.head_width + model.value_width)
 
 
 @lru_cache(maxsize=64)
@@ -96,7 +102,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
 
     Forward = 2 x (weights of every matrix product, the head included even when tied, and of the
     routed experts those that a token visits) + ``attention_flops`` of each layer: with 2·N·H for a
-    score and 2·N·H for the weighted values of each key that a query meets, under the causal mask
+    score and 2·N·V for the weighted values of each key that a query meets, under the causal mask
     (position p meets p) or within a window. Backward = 2 x forward, one product for each operand.
     Lookups, norms, RoPE, softmax, and whatever a kernel or activation checkpointing recomputes are
     not counted: this is the numerator of MFU (PaLM, arXiv 2204.02311, appendix B, with the causal
@@ -132,7 +138,7 @@ class DocumentFlops:
     def of(cls, model: ModelConfig) -> DocumentFlops:
         """The coefficients of this model."""
         one = flops_per_token(model, 1)
-        each = 3 * 4 * model.num_heads * model.head_width
+        each = 3 * 2 * _score_features(model)
         windowed = model.num_windowed
         return cls(
             one.total - one.attention,

@@ -180,10 +180,14 @@ class Multipliers(ABC):
             )
 
     def scores(self, base_head_dim: int | None) -> float:
-        """Return the multiplier of q·k: √base/H, which is 1/√H where heads keep their width."""
+        """Return the multiplier of q·k: √base/H, which is 1/√H where heads keep their width.
+
+        Times what ``rope_scaling`` multiplies scores by.
+        """
         width = self.model.head_width
         base = base_head_dim or width
-        return 1.0 / math.sqrt(width) if base == width else math.sqrt(base) / width
+        plain = 1.0 / math.sqrt(width) if base == width else math.sqrt(base) / width
+        return plain * self.model.score_factor
 
 
 def muon_rate(spec: ParamSpec, m: Fraction, optimizer: OptimizerConfig | None) -> float:
