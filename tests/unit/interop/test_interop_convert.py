@@ -48,8 +48,9 @@ def our_model(config: RunConfig, step: Path) -> torch.nn.Module:
     model = build_model(config.model, rules, "fp32").eval()
     weights = CheckpointWeights(step)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights.read(name))
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in weights.shapes:
+                tensor.copy_(weights.read(name))
     return model
 
 

@@ -29,6 +29,7 @@ from allometry.scaling.count import count_parameters
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import ForwardScales, Parameterization
 from hf_published import (
+    DEEPSEEK_V3,
     GEMMA_3,
     LLAMA_2,
     MISTRAL,
@@ -92,6 +93,9 @@ def test_sizes_are_those_of_the_published_models() -> None:
     assert counted["gemma3_text"] == 999_885_952
     assert counted["mixtral"] == 46_702_792_704
     assert counted["qwen3_moe"] == 30_532_122_624
+    # DeepSeek's tensors have a bias for each expert of 58 routers, which are no parameters of ours.
+    assert counted["deepseek_v3"] + 58 * 256 == 671_026_419_200
+    assert count_parameters(from_hf(DEEPSEEK_V3, "x")[1]).active == 37_552_282_624
 
 
 @pytest.mark.parametrize(
@@ -238,9 +242,11 @@ def test_equal_gates_are_equal() -> None:
 
 
 def tensors(family: Family) -> dict[str, torch.Tensor]:
-    """Our parameters, each number its own."""
+    """Our parameters and biases of routers, each number its own."""
     generator = torch.Generator().manual_seed(0)
-    return {s.name: torch.randn(s.shape, generator=generator) for s in inventory(model(family))}
+    specs = [c.spec for c in counterparts(model(family), family)]
+    assert [s for s in specs if not s.name.endswith("router.bias")] == [*inventory(model(family))]
+    return {s.name: torch.randn(s.shape, generator=generator) for s in specs}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
