@@ -63,8 +63,8 @@ class YarnScaling(Section):
     mscale_all_dim: float = Field(
         0.0,
         ge=0.0,
-        description="multiplies scores by (0.1 x this x ln(factor) + 1)^2, those of numbers that are "
-        "not rotated too (DeepSeek-V3)",
+        description="multiplies all scores by (0.1 x this x ln(factor) + 1)^2, of numbers that are "
+        "not rotated, too (DeepSeek-V3)",
     )
     truncate: bool = Field(
         True, description="bounds of the mixture are rounded outwards to whole frequencies"
@@ -254,8 +254,8 @@ class Decoder(Section):
         for key, usual in (("head_dim", None), ("qkv_bias", False), ("qk_norm", False)):
             if getattr(self, key) != usual:
                 raise ValueError(
-                    f"{key}={getattr(self, key)} has no place in latent_attention, which has widths "
-                    f"and norms of its own; leave {key} out"
+                    f"{key}={getattr(self, key)} has no place in latent_attention, which has "
+                    f"widths and norms of its own; leave {key} out"
                 )
         if self.kv_heads != self.num_heads:
             raise ValueError(

@@ -74,17 +74,17 @@ def attend(
     if backend is None:
         compiling = torch.compiler.is_compiling()
         backend = backend_of(q_BLNH, documents, compiled=compiling, window=window).name
+    run = RUN[backend] if window is None else partial(RUN[backend], window=window)
     width = v_BLKH.shape[-1]
-    if not named(backend).narrow_values:
-        v_BLKH = filled(v_BLKH, q_BLNH.shape[-1])
-    more = {} if window is None else {"window": window}
-    return RUN[backend](q_BLNH, k_BLKH, v_BLKH, documents, scale, **more)[..., :width]
+    if width == q_BLNH.shape[-1] or named(backend).narrow_values:
+        return run(q_BLNH, k_BLKH, v_BLKH, documents, scale)
+    wide_BLKH = filled(v_BLKH, q_BLNH.shape[-1])
+    return run(q_BLNH, k_BLKH, wide_BLKH, documents, scale)[..., :width]
 
 
 def filled(v_BLKH: Tensor, width: int) -> Tensor:
-    """Return values with zeros after each up to this width; the result's first columns are theirs."""
-    missing = width - v_BLKH.shape[-1]
-    return F.pad(v_BLKH, (0, missing)) if missing else v_BLKH
+    """Return values with zeros after them up to this width, and nothing changed before."""
+    return F.pad(v_BLKH, (0, width - v_BLKH.shape[-1]))
 
 
 def attend_by(backend: str | None) -> Attend:

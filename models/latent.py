@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): low-rank projections."""
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
 
 # B batch, L length, D width, N heads, q, c ranks of queries' and of keys' and values' latents,
 # n, r numbers of a query that are not rotated and that are, v width of a value, H = n + r
@@ -24,8 +24,8 @@ class LatentAttention(nn.Module):
     [N (n + v)], n numbers of a key and a value for each head; W_KR x [r], rotated, is the rest of
     the key of every head. The output of all heads [N v] is multiplied by W_O.
 
-    ``latent_q`` holds W_DQ, ``wq`` W_UQ or W_Q, ``latent_kv`` W_DKV and W_KR, ``wkv`` W_UKV. ``core``
-    is what context parallelism replaces.
+    ``latent_q`` holds W_DQ, ``wq`` W_UQ or W_Q, ``latent_kv`` W_DKV and W_KR, ``wkv`` W_UKV.
+    ``core`` is what context parallelism replaces.
     """
 
     def __init__(self, specs: Specs, model: ModelConfig, scale: float, layer: int) -> None:
@@ -67,8 +67,11 @@ class LatentAttention(nn.Module):
         return self.wo(o_BLNv.flatten(2))
 
     def compress(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return latents of queries [B, L, q] (x without them), of keys and values [B, L, c], and
-        what is to be rotated of all keys [B, L, r], token by token."""
+        """Return what ``project`` takes, token by token.
+
+        Latents of queries [B, L, q] (x itself without ``q_lora_rank``), of keys and values
+        [B, L, c], and what is to be rotated of all keys [B, L, r].
+        """
         made = multiply(x_BLD, self.qkv)
         *queries, shared_BLM = separate(made, self.qkv.rows())
         latent_BLc, rotated_BLr = shared_BLM.split(self.latent_widths, dim=-1)
@@ -78,5 +81,5 @@ class LatentAttention(nn.Module):
     def project(
         self, q_BLq: Tensor, latent_BLc: Tensor, rotated_BLr: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries [B, L, N H], keys with values [B, L, N (n + v)], and the third as it is."""
+        """Return queries [B, L, N H], keys with values [B, L, N (n + v)], the third as it is."""
         return self.wq(q_BLq), self.wkv(latent_BLc), rotated_BLr

@@ -76,8 +76,8 @@ def frequencies(
 ) -> Tensor:
     """Return fp64 [h]: f_i = theta**(-2i/H), or what ``scaling`` makes of it.
 
-    linear: f_i / s (arXiv 2306.15595). llama3 and yarn: f_i (k_i + (1 - k_i) / s), with the share k_i
-    in [0, 1] that ``_kept_by_wavelength`` and ``_kept_by_turns`` give; s is ``factor``.
+    linear: f_i / s (arXiv 2306.15595). llama3 and yarn: f_i (k_i + (1 - k_i) / s), with the share
+    k_i in [0, 1] that ``_kept_by_wavelength`` and ``_kept_by_turns`` give; s is ``factor``.
     """
     even = torch.arange(0, head_width, 2, device=device, dtype=torch.float64)
     plain_h = theta ** (-even / head_width)
@@ -105,8 +105,8 @@ def _kept_by_turns(
 ) -> Tensor:
     """Return the share k_i [h] of each frequency that is kept (YaRN, arXiv 2309.00071, eq. 17-23).
 
-    The frequency of number d(t) = H ln(M / (2 pi t)) / (2 ln theta) turns t times in the M tokens of
-    ``original_length``. k_i = 1 - clamp((i - low) / (high - low), 0, 1) between low =
+    The frequency of number d(t) = H ln(M / (2 pi t)) / (2 ln theta) turns t times in the M tokens
+    of ``original_length``. k_i = 1 - clamp((i - low) / (high - low), 0, 1) between low =
     d(``beta_fast``) and high = d(``beta_slow``), rounded down and up where ``truncate`` is set.
     """
 

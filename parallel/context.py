@@ -42,10 +42,13 @@ class ContextAttention:
         (``scaling.context.check_context``).
         """
         if documents is not None and documents.ring is not None:
-            width, v_BLKH = v_BLKH.shape[-1], filled(v_BLKH, q_BLNH.shape[-1])
+            width = v_BLKH.shape[-1]
+            if width < q_BLNH.shape[-1]:
+                v_BLKH = filled(v_BLKH, q_BLNH.shape[-1])
             q, k, v = (x.flatten(0, 1) for x in (q_BLNH, k_BLKH, v_BLKH))
             o_TNH, _ = ring_attention(q, k, v, documents.ring, self._group_name, scale)
-            return o_TNH.view(q_BLNH.shape)[..., :width]
+            o_BLNH = o_TNH.view(q_BLNH.shape)
+            return o_BLNH if width == q_BLNH.shape[-1] else o_BLNH[..., :width]
         if self._here is not attend:
             return self._here(q_BLNH, k_BLKH, v_BLKH, documents, scale, window=window)
         # As if not compiled: what is fastest in compiled code is compiled for one L, and here each

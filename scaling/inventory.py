@@ -105,7 +105,7 @@ def attention_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
 def latent_attention_specs(
     model: ModelConfig, latent: LatentAttention, prefix: str
 ) -> Iterator[ParamSpec]:
-    """Yield the parameters of multi-head latent attention: ranks grow with the width, as heads do."""
+    """Yield the parameters of multi-head latent attention; ranks grow with the width, as heads."""
     heads, width, rank = model.num_heads, model.width, latent.q_lora_rank
     if rank is not None:
         yield matrix(f"{prefix}.latent_q.weight", Role.HIDDEN, rank, width)

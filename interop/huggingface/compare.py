@@ -65,14 +65,18 @@ def compare(
 
     ``dtype`` is what an export rounded weights to; fp32 for an import (``imported``), which took
     ``folding`` out of the weights instead of putting it in; ``left_out`` are tensors of the folder
-    that are no part of the model. Raises UserError if a tensor differs in a bit or logits by more than ``TOLERANCE`` of the largest.
+    that are no part of the model. Raises UserError if a tensor differs in a bit or logits by more
+    than ``TOLERANCE`` of the largest.
     """
     stored = FolderWeights(folder)  # read as an import would
     tied = config.model.tied_embeddings
     places = locate(wanted, stored.shapes, str(folder), tied=tied, left_out=left_out)
     for counterpart in wanted:
         name = counterpart.spec.name
-        there, expected = counterpart.join(places[name], stored.read), value_of(weights, counterpart)
+        there, expected = (
+            counterpart.join(places[name], stored.read),
+            value_of(weights, counterpart),
+        )
         if imported:
             there = unfolded(name, there, folding)
         else:

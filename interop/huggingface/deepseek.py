@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (arXiv 2412.19437): what its ``config.json`` and its tensors have that others lack."""
+"""DeepSeek-V3 (arXiv 2412.19437): keys of its ``config.json``, names and rows of its tensors."""
 
 # E experts, N heads, c rank of keys' and values' latent, n, r numbers of a query that are not
 # rotated and that are
@@ -158,4 +158,3 @@ def beyond(values: Mapping[str, Any], names: Collection[str]) -> tuple[str, ...]
     found = ((name, own.match(name)) for name in names)
     ahead = range(layers, layers + depths)
     return tuple(sorted(name for name, match in found if match and int(match[1]) in ahead))
-

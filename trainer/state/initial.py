@@ -259,7 +259,7 @@ def _check_model(before: RunConfig, config: RunConfig, key: str) -> tuple[Differ
 
 
 def _multipliers(config: RunConfig) -> ForwardScales:
-    """What the forward pass multiplies besides ``rope_scaling``'s factor of scores, which is free."""
+    """What the forward pass multiplies, but for ``rope_scaling``'s factor, which may change."""
     model = config.model.model_copy(update={"rope_scaling": None})
     return Parameterization.of_run(config.model_copy(update={"model": model})).forward
 

@@ -97,7 +97,12 @@ def by_formula(state: dict[str, Tensor], config: DenseModel, x_TD: Tensor) -> Te
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"latent": {"q_lora_rank": None}}, {"window": {"tokens": 5}}, {"latent": {"v_head_dim": 10}}],
+    [
+        {},
+        {"latent": {"q_lora_rank": None}},
+        {"window": {"tokens": 5}},
+        {"latent": {"v_head_dim": 10}},
+    ],
     ids=["low rank", "full queries", "window", "equal widths"],
 )
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "documents"])
@@ -112,7 +117,9 @@ def test_equals_the_formulas(options: dict[str, Any], packed: bool) -> None:
     y_BLD = made(x_BLD, Geometry(turn, turn, there))
     state = {name: p.detach().clone().requires_grad_() for name, p in made.named_parameters()}
     bounds = itertools.accumulate(LENGTHS if packed else [L, L], initial=0)
-    parts = [by_formula(state, config, x_BLD.flatten(0, 1)[a:b]) for a, b in itertools.pairwise(bounds)]
+    parts = [
+        by_formula(state, config, x_BLD.flatten(0, 1)[a:b]) for a, b in itertools.pairwise(bounds)
+    ]
     wanted_TD = torch.cat(parts)
     torch.testing.assert_close(y_BLD.flatten(0, 1), wanted_TD, rtol=0, atol=1e-12)
     weights_TD = torch.randn(wanted_TD.shape, dtype=torch.float64, generator=generator)
