@@ -106,6 +106,7 @@ def test_sizes_are_those_of_the_published_models() -> None:
         ("qwen3_0_6b", "qwen3", 596_049_920),
         ("olmo2_1b", "olmo2", 1_484_916_736),
         ("gemma3_1b", "gemma3_text", 999_885_952),
+        ("moe_deepseek_v3", "deepseek_v3", 671_026_404_352),
     ],
 )
 def test_presets_have_the_sizes_of_the_published_models(
