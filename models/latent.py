@@ -59,6 +59,8 @@ class LatentAttention(nn.Module):
         widths = self.key_widths[0], self.value_width
         kv_BLN = kv_BLM.unflatten(2, (-1, sum(widths)))
         plain_BLNn, v_BLNv = kv_BLN.split(widths, dim=-1)
+        if self.value_width == sum(self.key_widths):  # else they are copied to be filled up
+            v_BLNv = v_BLNv.contiguous()  # a view would keep keys for backward
         shared_BLNr = rotate(rotated_BLr[:, :, None], *turn).expand(-1, -1, kv_BLN.shape[2], -1)
         k_BLNH = torch.cat([plain_BLNn, shared_BLNr], dim=-1)
         o_BLNv = self.core(

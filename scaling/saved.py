@@ -216,7 +216,9 @@ class Block:
                     rows[NORMS] += kernels.product_input(width, self._recipe())
         rows[QKV] += 3 * kernels.compute * queries
         rows[ATTENTION] += kernels.compute * queries + self._scores
-        if self._trains("attention.wo"):  # a copy of the output's first columns
+        # Of narrower values the product reads a copy of the output's first columns.
+        copied = kernels.saves or latent.v_head_dim < self.model.head_width
+        if copied and self._trains("attention.wo"):
             values = self.model.num_heads * latent.v_head_dim
             rows[ATTENTION] += kernels.product_input(values, self._recipe())
         return rows + self._dropout()
