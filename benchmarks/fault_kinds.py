@@ -16,8 +16,10 @@ from pathlib import Path
 
 from fault_compare import events
 from fault_launch import Case, Launch, shim
+from fault_settings import STEPS
 
 HERE = Path(__file__).parent
+LAST_FULL = 36  # the last step after which a disk is filled: saves come after it
 NOBODY = "nobody: the run had ended"
 DISK_BYTES = 24 << 20  # of a disk that is filled
 FULL_S = 20.0  # for which it stays full at most
@@ -108,7 +110,7 @@ class Fault:
     launcher starts the ranks again; ``files``: what files.c does, by its variable. ``full``: the
     run lies on a small disk. ``disturbed`` and ``straight``: what the descriptions of the run and
     of the one without a fault have besides, at the step of the strike. ``but``: columns in which
-    the two may differ.
+    the two may differ. ``last``: the last step after which it strikes.
     """
 
     strike: Callable[[Launch, random.Random, int], str]
@@ -120,6 +122,7 @@ class Fault:
     disturbed: str | None = None
     straight: str | None = None
     but: tuple[str, ...] = ()
+    last: int = STEPS - 1
 
     @property
     def anywhere(self) -> bool:
@@ -165,6 +168,9 @@ class Fault:
             return sum(event["event"] == "checkpoint_failed" for event in events(folder))
         if self.inside == "nan":
             return sum(event["event"] == "bad_step" for event in events(folder))
+        if self.inside == "slow":  # counted where each is the rank that was slowed
+            named = {e["rank"] for e in events(folder) if e["event"] == "straggler"}
+            return int(named == {json.loads(folder.with_suffix(".struck").read_text())})
         return said.count("restart")
 
 
@@ -181,7 +187,7 @@ FAULTS = {
     "launcher": Fault(launcher, again=True),
     "everything": Fault(everything, again=True),
     "stop": Fault(stop),
-    "disk-full": Fault(fill, full=True, restarts=False),
+    "disk-full": Fault(fill, full=True, restarts=False, last=LAST_FULL),
     "slow-disk": Fault(kill_in_save, files="FAULT_WRITES"),
     "nan": Fault(
         nothing,
@@ -191,6 +197,7 @@ FAULTS = {
         straight="training.skip_steps=[{step}]",
         but=("flops",),  # a step that is rejected was computed, one that is skipped was not
     ),
+    "slow-rank": Fault(nothing, inside="slow", restarts=False, last=4),  # it takes a while to see
     "corrupt-read": Fault(kill, files="FAULT_READS"),
 }
 

@@ -33,11 +33,12 @@ DOCUMENTS = (
     *("parallel.context.min_chunk_tokens=4", "parallel.context.capacity_tokens=64"),
 )
 MUONH = ("optimizer.kind=muonh", "optimizer.weight_decay=0.0")
+TENSOR = ("parallel.tp=2", "batch.micro_batch_sequences=8")  # a message for each layer and batch
 SETTINGS: dict[str, tuple[str, ...]] = {
     "zero0": (),
     "zero1": ("parallel.zero.stage=1",),
     "zero3": ("parallel.zero.stage=3",),
-    "tp2": ("parallel.tp=2",),
+    "tp2": TENSOR,
     "pp2": ("parallel.pp=2",),
     "ep2": ("parallel.ep=2", "parallel.zero.stage=1"),
     "documents": DOCUMENTS,
@@ -45,11 +46,22 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "muonh-pp2": (*MUONH, "parallel.pp=2"),
     "bf16": ("training.compute_dtype=bf16", "parallel.zero.stage=1"),
     "fp8-states": ("optimizer.states.kind=fp8", "parallel.zero.stage=1"),
+    "moe-zero3": ("parallel.zero.stage=3",),
+    "moe-tp2-muonh": (*MUONH, *TENSOR),
+    "moe-pp2-bf16": ("training.compute_dtype=bf16", "parallel.pp=2"),
+    "moe-documents-zero2": (*DOCUMENTS, "parallel.zero.stage=2"),
+    "moe-ep2-muonh-fp8-states": (
+        *(*MUONH, "optimizer.states.kind=fp8", "training.compute_dtype=bf16"),
+        *("parallel.ep=2", "parallel.zero.stage=1"),
+    ),
+    "moe-tier-file-muonh": (
+        *(*MUONH, "parallel.zero.stage=2", "parallel.zero.optimizer_states={nvme: SWAP}"),
+    ),
     "tier-host": ("parallel.zero.stage=1", "parallel.zero.optimizer_states={device: 0.5}"),
     "tier-file": ("parallel.zero.stage=1", "parallel.zero.optimizer_states={nvme: SWAP}"),
 }
 """Overrides of ``described`` by name; ranks that no axis takes lie on hdp."""
-MIXTURES = {"ep2"}
+MIXTURES = {"ep2", *(name for name in SETTINGS if name.startswith("moe-"))}
 
 
 def described(setting: str, folder: Path, data: Path, overrides: tuple[str, ...] = ()) -> RunConfig:

@@ -37,7 +37,6 @@ COUNTED = (
     *("restarts", "rows", "rows_differ", "tensors_differ", "steps_lost", "orphans"),
     *("felt", "healed", "refused"),
 )
-LAST_FULL = 36  # the last step after which a disk is filled: saves come after it
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,8 @@ def disturbed(case: Case, work: Path) -> dict[str, Any]:
     """Do a case; what came of it."""
     folder = work / "runs" / case.name
     draw, fault = random.Random(case.name), FAULTS[case.fault]
-    last_step = LAST_FULL if fault.full else STEPS - 1
     first_step = SAVE_EVERY + 2 if fault.files == "FAULT_READS" else 1  # there is something to read
-    steps = sorted(draw.randrange(first_step, last_step) for _ in range(case.times))
+    steps = sorted(draw.randrange(first_step, fault.last) for _ in range(case.times))
     overrides, others = fault.overrides(steps[0])
     straight = undisturbed(case, work, others)
     unmounted(folder)

@@ -1,8 +1,10 @@
-"""torchrun's agent, which starts the ranks of a node, as ``allometry.launch.torchrun`` runs it.
+"""Elastic agent of torchrun that starts and monitors the ranks of one node.
 
-It restarts ranks as torchrun does. What it adds: a refusal (exit code 2) is not tried again, the
-others are not waited for when a rank has crashed, new ranks are told why they were started, a
-launch on one node listens on the loopback device alone, and ranks end with their agent.
+``allometry.launch.torchrun`` runs this agent. Restarts work as in torchrun, with five differences:
+ranks that exit with a user error (code 2) are not restarted, the other ranks are ended
+``CRASH_GRACE_S`` after a crash, restarted ranks receive the reason in the environment variable
+``RESTART``, a launch on one node listens on the loopback device only, and ranks end with their
+agent.
 """
 
 from __future__ import annotations
@@ -37,18 +39,21 @@ from allometry.launch.fork_server import Forked, ForkServer
 from allometry.parallel.rendezvous import RESTART
 
 USER_ERROR = 2
-"""Exit code of a rank that has said what is wrong."""
+"""Exit code of a rank that ended with a UserError."""
 CRASH_GRACE_S = 5
-"""Seconds that the other ranks of a node get to end by themselves once one has crashed."""
+"""Seconds that the other ranks of a node have to exit after one rank has crashed."""
 LOOPBACK = "127.0.0.1"
 IMPORT_AFTER_S = 30.0
-"""Seconds for which ranks have the processor before another process imports for their restarts."""
+"""Seconds after the launch before the fork server imports, which competes with ranks for CPU."""
 NODES_HEARD_S = 1.1
-"""Seconds after which a node certainly has seen others that wait to join."""
+"""Seconds after which an agent has certainly seen the nodes that wait to join."""
 
 
 class Agent(LocalElasticAgent):
-    """The agent of a node; ``stopping`` says whether a signal has asked the ranks to stop."""
+    """Elastic agent of a node.
+
+    ``stopping()`` returns True once a signal has been passed on to the ranks.
+    """
 
     def __init__(self, stopping: Callable[[], bool], server: ForkServer, **given: Any) -> None:
         super().__init__(**given)
@@ -69,14 +74,15 @@ class Agent(LocalElasticAgent):
         if any(code != USER_ERROR for code in failed.values()):
             context.close(timeout=CRASH_GRACE_S)
         result: RunResult = super()._monitor_workers(worker_group)
-        # Its list has the others, too, who were ended because of these; a rank may fail meanwhile.
+        # ``result.failures`` also lists the ranks that were ended because of this failure, so it is
+        # read only if no failure was seen before: a rank may fail between the two polls.
         failed = failed or {rank: each.exitcode for rank, each in result.failures.items()}
         if failed:
             self._tell(how_ended(failed))
             if self._stopping() or all(code == USER_ERROR for code in failed.values()):
                 self._remaining_restarts = 0
         if result.state == WorkerState.SUCCEEDED and self._stopped_for_new_nodes(worker_group):
-            return RunResult(state=WorkerState.HEALTHY)  # and the caller sees who waits
+            return RunResult(state=WorkerState.HEALTHY)  # the caller checks for waiting nodes
         return result
 
     @override
@@ -92,7 +98,10 @@ class Agent(LocalElasticAgent):
         os.environ[RESTART] = json.dumps([self._restarts, reason])
 
     def _stopped_for_new_nodes(self, worker_group: WorkerGroup) -> bool:
-        """Whether ranks ended well because the agent of another node, which saw it first, asked."""
+        """Return True if the ranks exited with 0 because another node's agent restarts the group.
+
+        The other agent saw a new node first and stopped the ranks.
+        """
         handler = self._rdzv_handler
         most = getattr(getattr(handler, "settings", None), "max_nodes", 1)
         if worker_group.group_world_size == most or self._stopping():
@@ -107,9 +116,11 @@ def command_of(context: SubprocessContext) -> list[str]:
 
 
 def how_ended(codes: dict[int, int]) -> str:
-    """Return a clause that says how ranks ended; ``codes``: exit codes, -N for signal N.
+    """Return a clause that describes the failed ranks; ``codes``: exit codes, -N for signal N.
 
-    Where some were killed, the others crashed because of it.
+    If a rank was killed by a signal, only the killed ranks are named: the other ranks failed
+    because of them. For example, ``how_ended({0: 1, 3: -9})`` returns ``"rank 3 was ended by
+    SIGKILL (out of memory?)"``.
     """
     killed = {rank: code for rank, code in codes.items() if code < 0 or code > 128}
     said = []
@@ -125,7 +136,7 @@ def how_ended(codes: dict[int, int]) -> str:
 
 
 class LoopbackStore(dist.TCPStore):
-    """A store whose server, if this is one, listens on the loopback device alone."""
+    """TCPStore that listens on the loopback device only, if this process serves the store."""
 
     def __init__(
         self,
@@ -145,7 +156,7 @@ class LoopbackStore(dist.TCPStore):
 
 
 class Rank(SubprocessHandler):
-    """A rank that ``server`` forks, if it can, and that is started as torchrun does otherwise."""
+    """Handler of one rank, which ``server`` forks or, if it cannot, torchrun's ``Popen`` starts."""
 
     def __init__(self, server: ForkServer, **given: Any) -> None:
         self._server = server
@@ -161,20 +172,20 @@ class Rank(SubprocessHandler):
 
 
 def launch(arguments: list[str], stopping: Callable[[], bool], server: ForkServer) -> None:
-    """Do what torchrun does with these arguments; raises ChildFailedError, as it does."""
+    """Run torchrun with these arguments and this agent; raises ChildFailedError like torchrun."""
     asked = run.parse_args(arguments)
     ours: list[tuple[Any, str, Any]] = [
         (launcher, "LocalElasticAgent", functools.partial(Agent, stopping, server)),
         (multiprocessing, "get_subprocess_handler", functools.partial(Rank, server)),
     ]
     if run.parse_min_max_nnodes(asked.nnodes)[1] == 1:
-        asked.local_addr = asked.master_addr = LOOPBACK  # where ranks are told to meet
+        asked.local_addr = asked.master_addr = LOOPBACK  # the address that ranks connect to
         handler = dynamic_rendezvous.DynamicRendezvousHandler
         ours.append((handler, "_create_tcp_store_server", _serve_here))
         ours.append((c10d_rendezvous_backend, "TCPStore", LoopbackStore))
         if not asked.rdzv_endpoint:
             ours.append((static_tcp_rendezvous, "TCPStore", LoopbackStore))
-    for owner, name, mine in ours:  # torchrun takes none of them as an argument
+    for owner, name, mine in ours:  # torchrun accepts none of these classes as an argument
         setattr(owner, name, mine)
     run.run(asked)
 

@@ -1,4 +1,4 @@
-"""The command line. Heavy packages are imported by the command that needs them."""
+"""Command-line entry point. Each command imports its heavy packages when it runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from allometry.launch.studies import commands as studies
 from allometry.launch.studies.ladder import commands as ladder
 
 Commands = dict[str, tuple[type[Command], str]]
-"""The dataclass of each command, and the function that does it, within this room."""
+"""Dataclass of each command and the function that runs it, as ``module:function`` of launch/."""
 
 COMMANDS: Commands = {
     "train": (runs.Train, "runs.train:trained"),
@@ -75,7 +75,7 @@ LADDER: Commands = {
 
 
 class Mix(TyperGroup):
-    """``mix RUNS...`` is ``mix replay RUNS...``."""
+    """Command group ``mix``, in which ``mix RUNS...`` is short for ``mix replay RUNS...``."""
 
     @override
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -109,9 +109,13 @@ app.add_typer(_mix, name="mix", help="Choose the shares of data by laws of small
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; a UserError is one sentence, of the main rank, and exit code 2."""
+    """Run the command line. The main rank prints a UserError as one sentence; the exit code is 2.
+
+    A RankError is printed by each rank that raises it. For example, ``main(["runs", "runs/demo"])``
+    lists the runs in the folder runs/demo.
+    """
     end_with_launcher()
-    # torch warns of views that are changed in place; nothing here changes one.
+    # torch warns about views that are modified in place; no view is modified in place here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     try:
         return app(args=arguments, prog_name=None if arguments is None else "allometry")

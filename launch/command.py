@@ -1,6 +1,7 @@
-"""A command of the command line is a dataclass, and a function that takes it.
+"""Commands as dataclasses: a dataclass per command and a function that runs it.
 
-Its fields are the arguments and options, its docstring is the help; the function returns a Report::
+The fields are the arguments and options, the docstring is the help text, and the function returns a
+Report::
 
     @dataclass(frozen=True, kw_only=True)
     class Count(Command):
@@ -15,8 +16,8 @@ Its fields are the arguments and options, its docstring is the help; the functio
 
     register(app, "count", Count, "allometry.launch.runs.count:counted")
 
-All dataclasses are imported to print any help, so the functions, which bring heavy packages, are in
-other modules.
+Every dataclass is imported to print any help text, so the functions, which import heavy packages,
+are in separate modules.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FURTHER = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Context settings of a command with further arguments."""
+"""Context settings of a command that accepts further arguments."""
 REQUIRED = MISSING
 
 
 def option(help: str, default: Any = None, *names: str, **more: Any) -> Any:
-    """Return a field that is an option, needed where ``default`` is REQUIRED.
+    """Return a dataclass field that is an option, required if ``default`` is REQUIRED.
 
-    ``names`` other than the field's, ``--text-key``, and short ones. ``more``: as typer has it.
+    ``names``: option names in place of the field's name, such as ``--text-key``, or short names.
+    ``more``: arguments of ``typer.Option``. For example, ``option("samples", 200, "-n", min=0)``.
     """
     return field(default=default, metadata={"names": names, "typer": {"help": help, **more}})
 
@@ -55,9 +57,10 @@ def option(help: str, default: Any = None, *names: str, **more: Any) -> Any:
 def argument(
     help: str, default: Any = REQUIRED, metavar: str | None = None, *, paths: bool = False
 ) -> Any:
-    """Return a field that is an argument, told by its place: many values if it is a tuple.
+    """Return a dataclass field that is a positional argument, with many values if it is a tuple.
 
-    ``paths``: its text is a path, or NAME=PATH; a field of type Path is one by itself.
+    ``paths``: True if its text is a path or NAME=PATH, in which ``~`` and variables are expanded; a
+    field of type Path is always expanded.
     """
     more = {"help": help, "metavar": metavar}
     return field(default=default, metadata={"typer": more, "paths": paths})
@@ -65,9 +68,9 @@ def argument(
 
 @dataclass(frozen=True)
 class Report:
-    """What a command has to say: ``facts`` as JSON, or ``text`` (none: it has said all already).
+    """Result of a command: ``facts`` to print as JSON, or ``text`` ("" if already printed).
 
-    ``passed``: whether what was checked holds; the command ends with ``code`` otherwise.
+    ``passed``: False if a check failed; the command then exits with ``code``.
     """
 
     facts: Any
@@ -78,23 +81,23 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """The base of all commands."""
+    """Base class of all commands."""
 
     json: bool = option("print one JSON object instead of text", False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigCommand(Command):
-    """A command about the run that CONFIG describes; further arguments override single keys."""
+    """Command about the run that CONFIG describes; further arguments override single keys."""
 
     config: str = argument("a YAML file, or preset:NAME")
     overrides: tuple[str, ...] = ()
 
     def load(self, *, stages: bool = False) -> RunConfig:
-        """Return the configuration; ``stages``: a run that has some is as welcome as another one.
+        """Return the configuration; ``stages``: True if the command accepts a run with stages.
 
         Raises:
-            UserError: it is not valid.
+            UserError: the configuration is not valid, or has stages although ``stages`` is False.
         """
         from allometry.configs.errors import UserError
         from allometry.configs.loader import load
@@ -110,9 +113,9 @@ class ConfigCommand(Command):
 
 
 def register(app: typer.Typer, name: str, command: type[Command], work: str) -> None:
-    """Add a command to ``app``, whose ``work`` is the function ``module:name``.
+    """Add ``command`` to ``app``; ``work`` is the function that runs it, as ``module:name``.
 
-    Here alone its report is printed and its exit code decided.
+    This function prints every report and sets the exit code.
     """
     further = issubclass(command, ConfigCommand)
 
@@ -139,10 +142,10 @@ def register(app: typer.Typer, name: str, command: type[Command], work: str) -> 
 
 
 def _print(text: str) -> None:
-    """Print a report, and what has been printed before and found no room.
+    """Print a report, and flush earlier output that could not be written so far.
 
     Raises:
-        UserError: the output cannot be written, as on a full disk.
+        UserError: the output cannot be written, for example on a full disk.
     """
     from allometry.configs.errors import UserError
 
@@ -160,9 +163,9 @@ def _print(text: str) -> None:
 
 
 def _parameters(command: type[Any]) -> dict[str, inspect.Parameter]:
-    """The parameters as typer reads them, ``json`` last.
+    """Return the parameters for typer, with ``json`` last.
 
-    A field that is itself a dataclass stands for its fields.
+    A field that is itself a dataclass is replaced by its fields.
     """
     hints = get_type_hints(command)
     parameters: dict[str, inspect.Parameter] = {}
@@ -178,12 +181,12 @@ def _parameter(one: Field[Any], kind: Any) -> inspect.Parameter:
     more, names = one.metadata["typer"], one.metadata.get("names")
     if names is None:
         said: Any = typer.Argument(**more)
-    else:  # a flag has no --no-flag
+    else:  # a flag gets no --no-flag
         if not any(name.startswith("--") for name in names):
             names = (f"--{one.name.replace('_', '-')}", *names)
         said = typer.Option(*names, **more)
     default = inspect.Parameter.empty if one.default is MISSING else one.default
-    if get_origin(kind) is tuple:  # typer reads many values as a list, and none as None
+    if get_origin(kind) is tuple:  # typer reads many values as a list, and no value as None
         kind, default = list[get_args(kind)[0]] | None, None if default == () else default  # type: ignore[misc]
     return inspect.Parameter(
         one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, said]
@@ -191,7 +194,7 @@ def _parameter(one: Field[Any], kind: Any) -> inspect.Parameter:
 
 
 def _made(kind: type[T], given: Mapping[str, Any]) -> T:
-    """The dataclass of what was given; a field that was not (None) keeps its default."""
+    """Return the dataclass with the given values; other fields keep their defaults."""
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for one in fields(kind):  # type: ignore[arg-type]
@@ -208,12 +211,12 @@ def _made(kind: type[T], given: Mapping[str, Any]) -> T:
 
 
 def _whole(value: Any, is_path: bool) -> Any:
-    """A value as it was given, a path with ``~`` and variables replaced."""
+    """Return a value unchanged, or a path with ``~`` and environment variables expanded."""
     if isinstance(value, Path):
         return Path(expanded(str(value)))
     if not is_path:
         return value
     name, equals, path = value.partition("=")
-    if path.startswith("~"):  # which a shell leaves alone there
+    if path.startswith("~"):  # the shell does not expand ~ after =
         return name + equals + expanded(path)
     return expanded(value)

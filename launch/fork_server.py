@@ -1,14 +1,14 @@
-"""A process of the agent's that has imported what ranks import, and forks the ranks.
+"""Fork server: a process of the agent that imports the ranks' modules and forks the ranks.
 
-Importing torch and this package takes seconds of a processor, for each rank, at each restart. So
-the agent starts one process with the ranks' own command line, which imports and then waits: when
-ranks are started again, each is a fork of it. Ranks are children of the agent, as those that it
-starts by itself: the process between ends, and the agent is the subreaper of what it leaves
-(prctl(2), PR_SET_CHILD_SUBREAPER).
+Importing torch and this package takes seconds of CPU time, for each rank, at each restart. The
+agent therefore starts one process with the ranks' own command line, which imports and then waits;
+at a restart, each rank is a fork of this process. Forked ranks are children of the agent, like
+ranks that the agent starts directly: the intermediate process exits, and the agent is the subreaper
+of its orphans (prctl(2), PR_SET_CHILD_SUBREAPER).
 
-A fork copies one thread only, so the server forks nothing if its imports started others; the agent
-then starts ranks by itself, as it does wherever the server fails. It cannot have touched a GPU:
-importing does not initialize CUDA.
+A fork copies only one thread, so the server exits without forking if its imports have started other
+threads. The agent then starts ranks directly, as after any failure of the server. The server cannot
+have touched a GPU: importing does not initialize CUDA.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from pathlib import Path
 from allometry.data.processes import end_with_launcher
 
 SERVER = "ALLOMETRY_FORK_SERVER"
-"""Environment variable: in a launcher's, ``0`` lets it start ranks by itself; in that of a server,
-the descriptor of its socket."""
+"""Environment variable: ``0`` in a launcher disables the fork server.
+
+In the server process: the file descriptor of its socket.
+"""
 MODULE = ("-m", "allometry.launch.train")
-"""What the command of a rank has, if a server can fork it."""
+"""Module of the ranks' command line that a server can fork."""
 START_TIMEOUT_S = 300.0
 """Seconds that the server may take to import and fork."""
 ADOPTION_TIMEOUT_S = 30.0
@@ -40,7 +42,7 @@ _MESSAGE_BYTES = 1 << 18
 
 
 class ForkServer:
-    """The agent's end. ``pid`` of the server, None while there is none."""
+    """The agent's end of the connection; ``pid`` of the server, None before ``start``."""
 
     def __init__(self) -> None:
         self.pid: int | None = None
@@ -50,7 +52,7 @@ class ForkServer:
         self._environment: dict[str, str] = {}
 
     def start(self, command: Sequence[str]) -> None:
-        """Let a server import, unless there is one or ranks of this command are not forked."""
+        """Start the server, unless one is running or ranks of this command cannot be forked."""
         if not self._usable or self._link is not None or tuple(command[2:4]) != MODULE:
             return
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -63,7 +65,7 @@ class ForkServer:
                 env=os.environ | {SERVER: str(theirs.fileno())},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # what is wrong with the command, ranks say
+                stdout=subprocess.DEVNULL,  # the ranks report errors of the command
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
@@ -72,9 +74,9 @@ class ForkServer:
     def fork(
         self, command: Sequence[str], environment: Mapping[str, str], outputs: tuple[int, int]
     ) -> Forked | None:
-        """Return a new process that does ``command``, or None if it must be started otherwise.
+        """Return a new process that runs ``command``, or None if the server cannot fork it.
 
-        ``outputs``: descriptors of its standard output and error.
+        ``outputs``: file descriptors of its standard output and error.
         """
         if not self._usable or self._link is None or list(command) != self._command:
             return None
@@ -96,14 +98,14 @@ class ForkServer:
 
 
 class Forked:
-    """A forked rank, with what torchrun's agent uses of ``subprocess.Popen``."""
+    """Forked rank, with the methods of ``subprocess.Popen`` that torchrun's agent uses."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Return the exit code, -N for signal N, or None while it runs."""
+        """Return the exit code, -N for signal N, or None while the process runs."""
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -121,7 +123,7 @@ class Forked:
         return code
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
+        """Send a signal, unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -135,12 +137,12 @@ class Forked:
 
 
 def is_server() -> bool:
-    """Whether the agent has started this process to fork ranks."""
+    """Return True if the agent has started this process as its fork server."""
     return os.environ.get(SERVER, "0") != "0"
 
 
 def become_rank(imports: Callable[[], None]) -> None:
-    """In a server: do ``imports``, then return in each process that is forked, and there alone."""
+    """In a server: run ``imports``, then serve forks; returns only in each forked process."""
     descriptor = os.environ.pop(SERVER)
     imports()
     if len(list(Path("/proc/self/task").iterdir())) > 1:
@@ -152,7 +154,7 @@ def become_rank(imports: Callable[[], None]) -> None:
             message, outputs, _, _ = socket.recv_fds(link, _MESSAGE_BYTES, 2)
         except OSError:
             os._exit(1)
-        if not message:  # the agent is gone
+        if not message:  # the agent has ended
             os._exit(0)
         pid = _fork_away(
             lambda message=message, outputs=outputs: _settle(agent, json.loads(message), outputs)
@@ -166,7 +168,10 @@ def become_rank(imports: Callable[[], None]) -> None:
 
 
 def _fork_away(settle: Callable[[], None]) -> int | None:
-    """Fork a process that this one is not the parent of: None in it; here its id, once settled."""
+    """Fork a process that is not a child of this process.
+
+    Returns None in the new process; in this process, its pid once ``settle`` has run there.
+    """
     reading, writing = os.pipe()
     between = os.fork()
     if between == 0:
@@ -180,11 +185,11 @@ def _fork_away(settle: Callable[[], None]) -> int | None:
     os.close(writing)
     os.waitpid(between, 0)
     with os.fdopen(reading, "rb") as read:
-        return int(read.read())  # to its end: the process has closed it, too
+        return int(read.read())  # reads until the new process has closed its end as well
 
 
 def _settle(agent: int, order: dict[str, dict[str, str]], outputs: Sequence[int]) -> None:
-    """Become what the agent would have started: its child, session, outputs and environment."""
+    """Take the parent, session, outputs and environment of a process that the agent would start."""
     end = time.monotonic() + ADOPTION_TIMEOUT_S
     while os.getppid() != agent:
         if time.monotonic() > end:

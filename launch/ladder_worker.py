@@ -1,4 +1,4 @@
-"""``python -m allometry.launch.ladder_worker``: the entry point of a ladder's worker process."""
+"""Entry point of a ladder's worker process: ``python -m allometry.launch.ladder_worker``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from allometry.launch.start import settle_allocator, settle_cuda_allocator
 
 
 def main() -> None:
-    """Choose the memory allocators, before torch is imported, and train what is asked for."""
+    """Choose the memory allocators, before torch is imported, and train the requested runs."""
     end_with_launcher()
     allocator = settle_allocator("auto")
     cuda_allocator = settle_cuda_allocator()

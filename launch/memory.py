@@ -1,4 +1,4 @@
-"""``python -m allometry.launch.memory CONFIG --probe`` under torchrun: memory on real ranks."""
+"""Memory on real ranks: ``python -m allometry.launch.memory CONFIG --probe`` under torchrun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m allometry.launch.selftest CONFIG`` under torchrun: a test of the machines."""
+"""Test the machines: ``python -m allometry.launch.selftest CONFIG`` under torchrun."""
 
 from __future__ import annotations
 

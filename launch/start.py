@@ -1,9 +1,9 @@
-"""What must be settled before a process imports torch: the memory allocators.
+"""Memory allocators, which are chosen before a process imports torch.
 
-On a CPU, glibc gives the large buffers of every training step back to the kernel and faults them
-in again; a caching allocator, or glibc told to keep them, is worth tens of per cent
-(``benchmarks/throughput.py`` measures it). An allocator is chosen by the dynamic linker, so the
-process replaces itself once with the environment set.
+On a CPU, glibc returns the large buffers of every training step to the kernel and faults them in
+again; a caching allocator, or glibc configured to keep its buffers, is faster by tens of percent
+(``benchmarks/throughput.py`` measures the difference). The dynamic linker chooses the allocator, so
+the process replaces itself once with the environment set.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 from allometry.configs.errors import UserError
 
 CHOICES = ("auto", "jemalloc", "tcmalloc", "glibc-tuned", "system")
-_MARK = "ALLOMETRY_ALLOCATOR"  # set in the replaced process: what was chosen
+_MARK = "ALLOMETRY_ALLOCATOR"  # set in the replaced process: name of the allocator
 
-# Keep what was freed: never trim the heap, serve everything from it, grow it in large steps, and
-# ask for huge pages so that growing faults once for 2 MiB.
+# Keep freed memory: never trim the heap, serve every request from the heap, grow it in large steps,
+# and use huge pages, so that growth faults once per 2 MiB.
 _GLIBC_TUNED = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 62),
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
@@ -33,11 +33,12 @@ _LIBRARIES = {
     "jemalloc": ("jemalloc", "libjemalloc.so.2"),
     "tcmalloc": ("tcmalloc_minimal", "libtcmalloc_minimal.so.4"),
 }
-# By default jemalloc hands freed pages back after ten seconds, a few training steps: then it is no
-# faster than glibc as it comes (measured 0.9 of tuned glibc; 1.03 when it keeps them). Kept pages
-# must then serve any request: by default an extent over 64 times the request is left alone, and
-# where the number of tokens differs from step to step, as on ranks that share documents, a process
-# grew by a megabyte a step (measured: 0.38 to 0.60 GiB in 180 steps; 0.42 without the limit).
+# By default jemalloc returns freed pages after ten seconds, a few training steps, and is then no
+# faster than untuned glibc (measured 0.9 of tuned glibc; 1.03 if the pages are kept). Kept pages
+# must then serve any request: by default jemalloc does not reuse an extent over 64 times the
+# request, and if the number of tokens differs between steps, as on ranks that share documents, a
+# process grew by a megabyte per step (measured: 0.38 to 0.60 GiB in 180 steps; 0.42 without the
+# limit).
 _PRELOADED = {
     "jemalloc": {"MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_max_active_fit:20"}
 }
@@ -52,30 +53,31 @@ _FOLDERS = (
 
 @dataclass(frozen=True)
 class Allocator:
-    """An allocator and the environment that selects it."""
+    """Allocator and the environment variables that select it."""
 
     name: str
     environment: dict[str, str]
 
 
 def find_library(kind: str) -> str | None:
-    """The path of jemalloc's or tcmalloc's shared library on this machine, or None."""
+    """Return the path of the shared library of jemalloc or tcmalloc on this machine, or None."""
     name, file = _LIBRARIES[kind]
     paths = (str(Path(folder) / file) for folder in _FOLDERS if (Path(folder) / file).exists())
     return next(paths, None) or ctypes.util.find_library(name)
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA device is there, without importing torch."""
+    """Return True if the machine has an NVIDIA device, without importing torch."""
     return Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists()
 
 
 def choose(wanted: str, environment: Mapping[str, str]) -> Allocator:
-    """The allocator for ``wanted``, one of CHOICES.
+    """Return the allocator for ``wanted``, one of CHOICES.
 
-    ``auto``: what the user preloads already; the system's on a GPU machine, where host memory is
-    not the bottleneck; else jemalloc or tcmalloc if installed, else tuned glibc. Raises UserError
-    if a named one is not installed.
+    ``auto``: the library in LD_PRELOAD if the user has set it; the system's allocator on a GPU
+    machine, where host memory is not the bottleneck; otherwise jemalloc or tcmalloc if installed,
+    or tuned glibc. Raises UserError if a requested library is not installed. For example,
+    ``choose("auto", os.environ).name``.
     """
     if wanted not in CHOICES:
         raise UserError(f"--allocator={wanted} is not known; use one of {', '.join(CHOICES)}")
@@ -104,18 +106,18 @@ def _preloaded(kind: str, path: str) -> Allocator:
 
 
 def settle_cuda_allocator(gpu: bool | None = None) -> str | None:
-    """Let torch's allocator of GPU memory grow segments instead of adding ever more; what it is.
+    """Enable expandable segments of torch's CUDA allocator; return the setting, None without a GPU.
 
-    Sizes that differ from step to step, as of documents and experts, otherwise leave gaps that no
-    tensor fits in. What the user has set stays. None: there is no GPU (``gpu``: None to look). Call
-    it before torch is imported.
+    Sizes that differ between steps, such as of documents and experts, otherwise fragment the
+    memory. A setting of the user is kept. ``gpu``: None to detect a GPU. Call this function before
+    torch is imported.
     """
     if not (has_gpu() if gpu is None else gpu):
         return None
     for name in _CUDA_SETTINGS:
         if name in os.environ:
             return os.environ[name]
-    # torch reads the older name too, but newer versions warn of it.
+    # torch also reads the older name, but newer versions print a warning for it.
     os.environ[_CUDA_SETTINGS[0]] = EXPANDABLE
     return EXPANDABLE
 
@@ -125,10 +127,11 @@ EXPANDABLE = "expandable_segments:True"
 
 
 def settle_allocator(wanted: str) -> str:
-    """Make sure this process runs with the allocator; its name.
+    """Run this process with the allocator ``wanted`` and return the allocator's name.
 
-    Replaces the process (same pid, same arguments) if the environment must change, in which case
-    it does not return. Call it before torch is imported.
+    Replaces the process (same pid, same arguments) if the environment must change, and does not
+    return in this case. Call this function before torch is imported. For example,
+    ``settle_allocator("jemalloc")``.
     """
     chosen = os.environ.get(_MARK)
     if chosen is not None:

@@ -1,4 +1,4 @@
-"""What commands of several kinds print with: one table, numbers, words about fits."""
+"""Text output shared by the commands: tables, numbers, and sentences about fits."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def table(
 ) -> str:
     """Return rows as columns of equal width; the first row is usually the header.
 
-    A row with fewer cells than the first ends with one that may run over the columns after it.
-    ``right``: columns whose cells stand at the right. ``least``: widths of the first columns that
-    are kept where cells are shorter.
+    In a row with fewer cells than the first row, the last cell may extend over the following
+    columns. ``right``: indices of right-aligned columns. ``least``: minimum widths of the first
+    columns. For example, ``table([["run", "loss"], ["a", "3.14"]], right={1})``.
     """
     widths = [*least, *[0] * (len(rows[0]) - len(least))]
     for row in rows:
@@ -41,9 +41,10 @@ def table(
 
 
 def number(value: float, digits: int = 5) -> str:
-    """Return a number with as many digits as say something.
+    """Return a number with ``digits`` significant digits.
 
-    What lies below 1e-99 is 0: a parameter that is fitted as a logarithm comes no nearer.
+    Magnitudes below 1e-99 are printed as 0: a parameter fitted as a logarithm cannot get closer to
+    0.
     """
     if abs(value) < 1e-99:
         value = 0.0
@@ -51,23 +52,23 @@ def number(value: float, digits: int = 5) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """Return ``1 seed`` or ``3 seeds``, of a word whose plural ends in s."""
+    """Return ``1 seed`` or ``3 seeds``, for a word whose plural ends in s."""
     return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """Return the folders' names, or whole paths where two share a name."""
+    """Return the names of the folders, or their full paths if two folders have the same name."""
     names = [folder.name for folder in folders]
     return names if len(set(names)) == len(names) else list(map(str, folders))
 
 
 def finite(value: float) -> float | None:
-    """Return the number, or None where JSON has none for it."""
+    """Return the number, or None for NaN and infinities, which JSON cannot represent."""
     return float(value) if math.isfinite(value) else None
 
 
 def edge_words(sampled: Bootstrap) -> list[str]:
-    """Return a sentence for each parameter that is at an end of its 95 % interval, or outside."""
+    """Return a sentence for each parameter at an end of its 95 % interval, or outside of it."""
     words = []
     for parameter in sampled.fit.form.parameters:
         name, value = parameter.name, sampled.fit.values[parameter.name]
@@ -96,7 +97,7 @@ def edge_words(sampled: Bootstrap) -> list[str]:
 
 
 def size(number: float) -> str:
-    """Return bytes with their unit, binary: 1.50 GiB."""
+    """Return bytes with a binary unit, such as 1.50 GiB."""
     if abs(number) >= 2**28:
         return f"{number / 2**30:.2f} GiB"
     if abs(number) >= 2**18:

@@ -1,13 +1,14 @@
-"""``python -m allometry.launch.torchrun``: torchrun, for ranks that save when a signal asks.
+"""torchrun whose ranks save a checkpoint when a signal requests a stop.
 
-Its arguments are torchrun's::
+Run as ``python -m allometry.launch.torchrun``, with the arguments of torchrun::
 
     python -m allometry.launch.torchrun --nproc-per-node 8 -m allometry.launch.train CONFIG
 
-torchrun itself takes SIGTERM, SIGINT and SIGHUP as its own end: it gives its ranks 30 seconds, and
-ends with a traceback and code 1 although they have saved. Here a signal goes to the ranks alone,
-which take the time that they need, and torchrun ends as they do: with code 0 if all have, and with
-2 after the sentence of a UserError, which no ``--max-restarts`` tries again (``agent.py``).
+torchrun itself treats SIGTERM, SIGINT and SIGHUP as a request to end itself: it gives its ranks 30
+seconds, and ends with a traceback and code 1 even if the ranks have saved. Here a signal is sent
+only to the ranks, which may take as long as they need, and torchrun exits like its ranks: with code
+0 if all ranks have exited with 0, and with 2 after a UserError, which is not restarted whatever
+``--max-restarts`` is (``agent.py``).
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from allometry.trainer.stop import STOP_SIGNALS
 
 
 def main(arguments: list[str]) -> None:
-    """Run torchrun with signals blocked in all its threads but one, which passes them on.
+    """Run torchrun with the stop signals blocked in all threads but one.
 
-    Ranks inherit the block, so that none is lost or deadly before they watch for them.
+    This thread forwards the signals to the ranks.
+
+    Ranks inherit the blocked signals, so no signal is lost or kills a rank before it handles
+    signals.
     """
     end_with_launcher()
     os.environ.update(ended_with_this())
@@ -51,10 +55,10 @@ def _pass_on(passed_on: threading.Event, server: ForkServer) -> None:
     while True:
         number = signal.sigwait(STOP_SIGNALS)
         ranks = [each for each in psutil.Process().children() if each.pid != server.pid]
-        if not (ranks or passed_on.is_set()):  # not started yet
+        if not (ranks or passed_on.is_set()):  # the ranks have not been started yet
             os._exit(128 + number)
         for rank in ranks:
-            with suppress(psutil.NoSuchProcess):  # it has ended since
+            with suppress(psutil.NoSuchProcess):  # the rank has ended in the meantime
                 rank.send_signal(number)
             passed_on.set()
 

@@ -1,4 +1,4 @@
-"""``python -m allometry.launch.train CONFIG [section.key=value ...]``: one rank of a run."""
+"""One rank of a run: ``python -m allometry.launch.train CONFIG [section.key=value ...]``."""
 
 from __future__ import annotations
 

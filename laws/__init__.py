@@ -1,1 +1,1 @@
-"""What runs say: reading run folders and, from them, the laws."""
+"""Scaling laws: reading run folders and tables, and fitting laws to them."""

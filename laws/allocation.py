@@ -1,4 +1,4 @@
-"""What to spend compute on: the parameters and tokens that reach the least loss at given FLOPs."""
+"""Compute-optimal allocation: parameters and tokens of the least loss at given FLOPs."""
 
 # n sizes, B bootstrap samples
 
@@ -19,24 +19,24 @@ from allometry.laws.observations import Observations
 Array = NDArray[np.float64]
 
 FLOPS_PER_PARAMETER_TOKEN = 6.0
-"""C = 6ND, forward and backward, attention's own FLOPs not counted."""
+"""FLOPs C = 6ND of forward and backward passes, without the FLOPs of attention scores."""
 SCAN = 257
-"""Sizes of one scan; each next one is 64 times finer."""
+"""Number of sizes in one scan; each further scan is 64 times finer."""
 FEWEST = 100.0
-"""Parameters and tokens are sought above this."""
+"""Lower end of the search over numbers of parameters and tokens."""
 DEPTH = 1e-9
-"""Share by which losses to both sides of a least one exceed it: more than rounding does."""
+"""Relative excess of losses on both sides of a minimum, above rounding errors."""
 NAMES = ("N", "D", "loss", "exponent")
-"""What an optimum has intervals of."""
+"""Quantities of an optimum that have intervals."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """The best use of ``flops``: ``N`` parameters, ``D`` tokens, and the ``loss`` they reach.
+    """Optimal allocation of ``flops``: ``N`` parameters, ``D`` tokens, and their ``loss``.
 
-    ``exponent``: a = d ln N / d ln C there, so that N grows as C^a and D as C^(1 - a).
+    ``exponent``: a = d ln N / d ln C at the optimum, so that N grows as C^a and D as C^(1 - a).
     ``intervals``: (low, high) of N, D, loss and exponent at ``level``, from a bootstrap.
-    ``warnings``: what lies outside of the range that was fitted.
+    ``warnings``: quantities outside of the fitted range.
     """
 
     flops: float
@@ -51,7 +51,7 @@ class Allocation:
 
     @property
     def tokens_per_parameter(self) -> float:
-        """D/N."""
+        """Tokens per parameter, D/N."""
         return self.D / self.N
 
 
@@ -68,9 +68,9 @@ def compute_optimal(
 
     In closed form for Chinchilla's law (Hoffmann et al., arXiv 2203.15556, equation 4), else by a
     search over ln N. ``others``: values of the form's inputs besides N, D, C (flops) and M (D/N).
-    Samples of the bootstrap that have no optimum are left out of the intervals, and a warning says
-    how many. Raises UserError if the form has no such inputs, or the least loss is at the end of
-    all sizes, or it is so in most samples.
+    Bootstrap samples without an optimum are left out of the intervals, and a warning gives their
+    number. Raises UserError: the form has other inputs, or the minimum is at an end of the searched
+    sizes, for the fit or for most samples. For example, ``compute_optimal(fit, 1e21).N``.
     """
     best = best_share(fit.form, fit.values, flops, flops_per_parameter_token, others)
     rows = _rows(fit.form, np.array([best.N]), best.N * best.D, flops, others)
@@ -96,7 +96,7 @@ def compute_optimal(
         )
     low, high = np.quantile(samples, (0.5 - level / 2, 0.5 + level / 2), axis=0).tolist()
     intervals = dict(zip(NAMES, zip(low, high, strict=True), strict=True))
-    if (width := float(bootstrap.form_width(rows, level)[0])) > 0.0:  # beyond the data
+    if (width := float(bootstrap.form_width(rows, level)[0])) > 0.0:  # outside of the data
         intervals["loss"] = _widened(best.loss, intervals["loss"], width, fit.form)
     return replace(best, intervals=intervals, level=level, warnings=tuple(warnings))
 
@@ -104,7 +104,7 @@ def compute_optimal(
 def _widened(
     loss: float, ends: tuple[float, float], width: float, form: Form
 ) -> tuple[float, float]:
-    """The interval and the error of the form, in quadrature, in the form's kind of residuals."""
+    """Return the interval widened by the error of the form, in quadrature, on the form's scale."""
     log = form.residual == "log"
     low, high = (np.log(end / loss) if log else end - loss for end in ends)
     low, high = -np.hypot(min(low, 0.0), width), np.hypot(max(high, 0.0), width)
@@ -122,8 +122,8 @@ def best_share(
 ) -> Allocation:
     """Return the optimum of a law with these values, without intervals or warnings.
 
-    Its exponent is that between budgets of half and of twice the FLOPs, which for a law whose
-    optimum is a power of C is the power. Raises UserError: see ``compute_optimal``.
+    The exponent is computed from the optima at half and at twice the FLOPs, which is exact for a
+    law whose optimum is a power of C. Raises UserError: see ``compute_optimal``.
     """
     for name, value in (("flops", flops), ("flops_per_parameter_token", flops_per_parameter_token)):
         if not (np.isfinite(value) and value > 0.0):
@@ -143,9 +143,9 @@ def best_share(
 def optimal_size(
     form: Form, values: Values, product: float, flops: float, others: Values | None = None
 ) -> float:
-    """Return the N of the least loss where N·D = product.
+    """Return the N of the least loss with N·D = product.
 
-    Of Chinchilla's law it is N* = G·(C/6)^(β/(α+β)), G = (αA/βB)^(1/(α+β)).
+    For Chinchilla's law N* = G·(C/6)^(β/(α+β)), G = (αA/βB)^(1/(α+β)).
     """
     if form.name != "chinchilla":
         return searched_size(form, values, product, flops, others)
@@ -162,20 +162,20 @@ def optimal_size(
 def searched_size(
     form: Form, values: Values, product: float, flops: float, others: Values | None = None
 ) -> float:
-    """Return the N of the least loss where N·D = product, by scans of ln N and a last polynomial.
+    """Return the N of the least loss with N·D = product, by scans of ln N and a polynomial.
 
-    A scan of all sizes, then finer ones around its least loss, which is one between higher losses
-    where there is such: some laws (Farseer's) have a second descent at sizes that nobody can train.
-    At last the root of the derivative
-    of a polynomial through 13 points around it, as differences of losses near an optimum are lost
-    in rounding long before their slopes are.
+    The first scan covers all sizes; finer scans follow around its least loss, preferring a minimum
+    between higher losses: some laws (Farseer's) have a second descent at sizes beyond any training
+    run. The result is the root of the derivative of a polynomial through 13 points around the
+    minimum, because differences of losses near an optimum are lost in rounding long before their
+    slopes are.
     """
     low, high = np.log(FEWEST), np.log(product / FEWEST)
     if low >= high:
         raise UserError(f"flops={flops:.4g} are too few to share between parameters and tokens")
 
     def losses(log_n: Array) -> Array:
-        with np.errstate(all="ignore"):  # far from all runs a law may overflow
+        with np.errstate(all="ignore"):  # a law may overflow far from all runs
             return predict(form, values, _rows(form, np.exp(log_n), product, flops, others))
 
     left, right = low, high
@@ -200,7 +200,7 @@ def searched_size(
 
 
 def _least_inside(losses: Array) -> int:
-    """The place of the least loss with higher ones to both sides, else of the least of all."""
+    """Return the index of the least loss between higher losses; without one, of the least loss."""
     losses = np.where(np.isfinite(losses), losses, np.inf)
     higher = losses * (1.0 + DEPTH)
     before = np.maximum.accumulate(np.where(np.isinf(losses), -np.inf, losses))

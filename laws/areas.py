@@ -1,6 +1,6 @@
-"""The two areas under a learning-rate curve that predict its loss curve."""
+"""Two areas under a learning-rate curve, from which laws predict its loss curve."""
 
-# s step from 1, η_s the learning rate it used, W warm-up steps, λ momentum
+# s: step from 1, η_s: learning rate of step s, W: warm-up steps, λ: momentum
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 MOMENTUM = 0.999
-"""λ of arXiv 2408.11029."""
+"""Momentum λ of arXiv 2408.11029."""
 
 
 class LearningRateAreas:
-    """S1 and S2 of Tissue et al. (arXiv 2408.11029), kept up step by step.
+    """Running sums S1 and S2 of Tissue et al. (arXiv 2408.11029), updated step by step.
 
-    S1(s) = Σ_{i<=s} η_i, warm-up included. S2(s) = Σ_{i<=s} m_i with
-    m_i = λ·m_{i−1} + (η_{i−1} − η_i): how far the rate has been annealed, remembered with
-    momentum λ. S2 counts from the end of the warm-up: its first difference is
-    η_W − η_{W+1}, and m and S2 are 0 up to step W (without warm-up, up to step 1).
+    S1(s) = Σ_{i<=s} η_i, warm-up included. S2(s) = Σ_{i<=s} m_i with m_i = λ·m_{i−1} + (η_{i−1} −
+    η_i): the annealing of the rate, with momentum λ. S2 counts from the end of the warm-up: its
+    first difference is η_W − η_{W+1}, and m and S2 are 0 up to step W (without warm-up, up to step
+    1).
 
-    The state is three sums, so that a resumed run goes on with the same bits.
+    The state consists of S1, S2, m and the last rate, so that a resumed run continues bit-exactly.
+    For example, ``areas = LearningRateAreas(100); areas.update(3e-4)``.
     """
 
     def __init__(self, warmup_steps: int, momentum: float = MOMENTUM) -> None:
@@ -33,7 +34,7 @@ class LearningRateAreas:
         self.s1 = self.s2 = self._velocity = self._last = 0.0
 
     def update(self, lr: float) -> None:
-        """Add the next step, which used this learning rate."""
+        """Add the next step, with its learning rate."""
         self.step += 1
         self.s1 += lr
         if self.step > max(1, self.warmup_steps):
@@ -42,16 +43,16 @@ class LearningRateAreas:
         self._last = lr
 
     def skip(self) -> None:
-        """Pass over the next step, which made no update: the sums stay as they are."""
+        """Skip the next step, which made no update: the sums do not change."""
         self.step += 1
 
     def state_dict(self) -> dict[str, float | int]:
-        """Return what ``load_state_dict`` needs to go on after this step."""
+        """Return the state after this step, for ``load_state_dict``."""
         sums = {"s1": self.s1, "s2": self.s2, "velocity": self._velocity, "last": self._last}
         return {"step": self.step, **sums}
 
     def load_state_dict(self, state: Mapping[str, float | int]) -> None:
-        """Go on after the step at which the state was taken."""
+        """Restore the state returned by ``state_dict``."""
         self.step = int(state["step"])
         sums = (float(state[name]) for name in ("s1", "s2", "velocity", "last"))
         self.s1, self.s2, self._velocity, self._last = sums
@@ -60,8 +61,8 @@ class LearningRateAreas:
 def areas_of(
     learning_rates: ArrayLike, warmup_steps: int, momentum: float = MOMENTUM
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return (S1, S2) after each step from the whole curve η_1, η_2, ... at once."""
-    from scipy.signal import lfilter  # half a second that the running form need not pay
+    """Return (S1, S2) [s] after each step from the complete curve η_1, η_2, ..."""
+    from scipy.signal import lfilter  # import takes half a second; the running sums need none
 
     rates = np.asarray(learning_rates, dtype=np.float64)
     falls = np.zeros_like(rates)

@@ -1,6 +1,6 @@
-"""Rows that are no measurements of their own: copies, repetitions, checkpoints of one run."""
+"""Rows that are not independent measurements: copies, repetitions, checkpoints of one run."""
 
-# n rows
+# n: rows
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from allometry.laws.forms.base import Variable
 from allometry.laws.observations import Observations
 
 SMALL = 1e4
-"""Counts of parameters and tokens that are all below this are likely in millions or billions."""
+"""Bound below which counts of parameters and tokens are probably in millions or billions."""
 COUNTED = ("parameters", "tokens")
 
 
 def by_cell(observations: Observations, names: Sequence[str]) -> Observations:
-    """Return observations whose rows are one group where they agree in all of these columns.
+    """Return observations in which rows with equal values in these columns form one group.
 
-    Such rows are repetitions (seeds) of one cell: off the law in the same direction where the law
-    is wrong. A group has the name of its first row's.
+    Such rows are repetitions (seeds) of one cell, whose deviations from a wrong law have the same
+    sign. A group has the name of its first row's group.
     """
     first_n = _first_alike(observations, names)
     return replace(observations, groups=tuple(observations.groups[first] for first in first_n))
@@ -31,9 +31,9 @@ def by_cell(observations: Observations, names: Sequence[str]) -> Observations:
 def row_notes(
     observations: Observations, inputs: Sequence[Variable], target: str, *, grouped: bool
 ) -> list[str]:
-    """Return what is odd about rows of a table, a sentence each, with what to do.
+    """Return sentences about unusual rows of a table, with advice.
 
-    ``grouped``: whether the user said whose a row is.
+    ``grouped``: True if the user has named a group column.
     """
     names = [one.name for one in inputs if one.name in observations.columns]
     notes = [note for one in inputs if (note := unit_note(one, observations)) is not None]
@@ -64,7 +64,7 @@ def row_notes(
 
 
 def copies_note(observations: Observations, names: Sequence[str]) -> str | None:
-    """Return a sentence if rows agree with others in all of these columns, to the bit."""
+    """Return a sentence if rows equal other rows in all of these columns, bit by bit."""
     known = [name for name in names if name in observations.columns]
     first_n = _first_alike(observations, known)
     again_n = first_n != np.arange(len(observations))
@@ -81,7 +81,7 @@ def copies_note(observations: Observations, names: Sequence[str]) -> str | None:
 
 
 def unit_note(variable: Variable, observations: Observations) -> str | None:
-    """Return a sentence if counts of parameters or tokens are so small that the unit is another."""
+    """Return a sentence if counts of parameters or tokens are too small for their unit."""
     if variable.unit not in COUNTED or variable.name not in observations.columns:
         return None
     low, high = (float(end(observations[variable.name])) for end in (np.min, np.max))
@@ -95,7 +95,7 @@ def unit_note(variable: Variable, observations: Observations) -> str | None:
 
 
 def _first_alike(observations: Observations, names: Sequence[str]) -> NDArray[np.intp]:
-    """The first row [n] that agrees with each one in these columns."""
+    """Return, for each row [n], the index of the first row that is equal in these columns."""
     known = [observations[name] for name in names if name in observations.columns]
     if not known:
         return np.arange(len(observations))

@@ -1,6 +1,6 @@
 """Observations from run folders: one row for each finished run."""
 
-# n runs
+# n: runs
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ COUNT_MEANING: dict[CountName, str] = {
     "total": "all parameters, a tied embedding once",
     "with_head": "parameters without the embedding, the head counted (also where it is tied)",
 }
-"""What N counts, as conventions say it."""
-# Sections that change neither the model nor what it learns, or only by another seed.
+"""Descriptions of the conventions for N."""
+# Config sections that do not affect the model or its training, except by the seed.
 _NOT_OF_A_CELL = ("run", "parallel", "evaluation", "checkpoint", "record")
 
 
@@ -56,32 +56,33 @@ def from_runs(
     unfinished: Unfinished = "refuse",
     group_by: Grouping = "cell",
 ) -> Observations:
-    """Return one row for each run, as it recorded itself; a folder of run folders stands for them.
+    """Return one row for each run from its own records; a folder of runs gives all its runs.
 
     Columns: ``N`` by ``count``, ``N_total``, ``N_non_embedding`` and ``N_active``; ``D`` tokens,
     ``C`` FLOPs, ``M`` = D/N, ``B`` tokens of a batch, ``S`` steps, ``S1`` and ``S2``, ``lr``,
     ``seed``, ``width``, ``layers``, ``experts``, ``experts_per_token`` (1 and 1 in a dense model),
-    ``expert_width``; of each source ``r/NAME`` (its share of the tokens read) and ``U/NAME``
-    (unique tokens), ``U`` their sum; ``loss``, and ``validation/NAME`` where every run has it.
-    ``conventions`` say what each counts.
+    ``expert_width``; for each source ``r/NAME`` (its share of the training tokens) and ``U/NAME``
+    (unique tokens), ``U`` their sum; ``loss``, and ``validation/NAME`` if every run has it.
+    ``conventions`` describe each column.
 
     ``loss``: ``validation`` (held-out losses of the sources, weighted by their shares of the
-    mixture), ``train`` (mean over the ``last`` share of the run's steps), or one source's,
-    ``validation/NAME`` and ``train/NAME``.
+    mixture), ``train`` (mean over the ``last`` share of the run's steps), or the loss of one
+    source, ``validation/NAME`` and ``train/NAME``.
 
     ``group_by``: rows of one group are resampled and held out together. ``cell``: runs that differ
-    in seed alone, so that no held-out point has its twin among the fitted ones and an interval does
-    not count a point twice that lies off the law twice. ``model``: all runs of one model, for
-    horizons that branch from one trunk and share its luck, or to hold out a size. ``run``: each by
-    itself. Raises UserError if a folder holds no run; a run has not finished (``unfinished="skip"``
-    leaves such runs out and names them in ``conventions["left out"]``) or its record is too old; or
-    the runs' losses cannot be compared (other tokenizers, held-out tokens or shares).
+    only in the seed, so that no held-out row has a copy among the fitted rows, and an interval does
+    not count two deviations of one cell as independent. ``model``: all runs of one model, for
+    horizons that branch from one trunk and share its noise, or to hold out a size. ``run``: each
+    run is a group. Raises UserError: a folder has no run; a run has not finished
+    (``unfinished="skip"`` leaves such runs out and lists them in ``conventions["left out"]``) or
+    its record is too old; or the runs' losses are not comparable (other tokenizers, held-out tokens
+    or shares). For example, ``from_runs(["runs/ladder"], loss="train")``.
     """
     runs, skipped = finished_runs(folders, unfinished)
     choice = LossChoice.parse(loss, last)
     check_comparable(runs, choice)
     rows = [run_facts(run, count) | {"loss": final_loss(run, choice)} for run in runs]
-    # A source that a run lacks has share 0; of other columns one that a run lacks is left out.
+    # Missing sources have share 0; other columns that a run lacks are left out.
     columns = {
         name: np.array([row.get(name, 0.0) for row in rows], dtype=np.float64)
         for name in dict.fromkeys(name for row in rows for name in row)
@@ -101,9 +102,9 @@ def from_runs(
 
 
 def expand(folders: Sequence[str | Path]) -> list[Path]:
-    """Return run folders: those given, and those in a given folder or in its ``runs/``.
+    """Return run folders: the given ones, and the runs in a given folder or in its ``runs/``.
 
-    Raises UserError if one holds no run, or the same run is given twice.
+    Raises UserError: a folder has no run, or the same run is given twice.
     """
     expanded: list[Path] = []
     for given in map(Path, folders):
@@ -127,7 +128,7 @@ def expand(folders: Sequence[str | Path]) -> list[Path]:
 def finished_runs(
     folders: Sequence[str | Path], unfinished: Unfinished = "refuse"
 ) -> tuple[list[Run], list[str]]:
-    """Return the runs that came to their end, and the folders of those that did not.
+    """Return the finished runs, and the folders of unfinished runs.
 
     Raises UserError: see ``from_runs``.
     """
@@ -155,7 +156,7 @@ def _is_run(path: Path) -> bool:
 
 
 def not_finished(run: Run) -> str | None:
-    """Return why a run is not at its end, in words that follow its folder's name; None if it is."""
+    """Return a clause on the state of an unfinished run, to follow its name; None if finished."""
     step = int(run.metrics["step"][-1])
     ends = [event for event in run.events if event.get("event") in ("finished", "not_finite")]
     if ends and ends[-1]["event"] == "not_finite" and int(ends[-1].get("step", 0)) >= step:
@@ -167,7 +168,7 @@ def not_finished(run: Run) -> str | None:
 
 
 def check_record(run: Run) -> None:
-    """Refuse a run whose record lacks what laws read. Raises UserError."""
+    """Check that a run's record has the values that laws read. Raises UserError."""
     plan = run.record.get("plan", {})
     needed = {
         "plan.parameters": plan.get("parameters"),
@@ -190,7 +191,7 @@ def check_record(run: Run) -> None:
 
 
 def run_facts(run: Run, count: CountName) -> dict[str, float]:
-    """Return what a finished run is: a number for each column of ``from_runs`` but ``loss``."""
+    """Return a number for each column of ``from_runs`` except ``loss``, for a finished run."""
     plan, config, metrics = run.record["plan"], run.config, run.metrics
     parameters = plan["parameters"]
     tokens = float(metrics["tokens"][-1])
@@ -230,7 +231,7 @@ def run_facts(run: Run, count: CountName) -> dict[str, float]:
 
 
 def count_of(run: Run, count: CountName) -> int:
-    """Return a run's parameters by one of the conventions, exactly as run.json counted them."""
+    """Return a run's number of parameters by one of the conventions, as counted in run.json."""
     parameters = run.record["plan"]["parameters"]
     by_role: Mapping[str, int] = parameters["by_role"]
     if count == "with_head":
@@ -242,7 +243,7 @@ def count_of(run: Run, count: CountName) -> int:
 def group_names(
     runs: Sequence[Run], rows: Sequence[Mapping[str, float]], group_by: Grouping
 ) -> tuple[str, ...]:
-    """Return whose each run's row is (see ``from_runs``), under a name for people."""
+    """Return the name of each run's group (see ``from_runs``)."""
     if group_by == "run":
         return run_names(runs)
     if group_by == "cell":
@@ -260,12 +261,12 @@ def group_names(
 
 
 def run_names(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Return a name for each run: that of its folder (see ``distinct_names``)."""
+    """Return the name of each run, from its folder (see ``distinct_names``)."""
     return distinct_names([run.folder for run in runs])
 
 
 def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
-    """Return names of different files or folders: as much of their paths as tells them apart."""
+    """Return names of different files or folders: the shortest distinct ends of their paths."""
     resolved = [path.resolve() for path in paths]
     depth = 1
     while len({path.parts[-depth:] for path in resolved}) < len(resolved):
@@ -274,7 +275,7 @@ def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
 
 
 def _cell(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What runs of one cell share: all that is learnt from, but the seed."""
+    """Return the part of a configuration that runs of one cell share: all but the seed."""
     kept = {name: part for name, part in config.items() if name not in _NOT_OF_A_CELL}
     kept["batch"] = {k: v for k, v in config["batch"].items() if k != "micro_batch_sequences"}
     return kept

@@ -1,4 +1,4 @@
-"""Whether the losses of several runs are measurements of one thing."""
+"""Comparability of the losses of several runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from allometry.laws.runs import Run
 
 
 def check_comparable(runs: Sequence[Run], choice: LossChoice) -> None:
-    """Refuse runs whose losses are not of the same tokens, cut in the same way.
+    """Check that the losses of runs are measured on the same tokens, in the same sequences.
 
-    Raises UserError if two runs differ in tokenizer or sequence length; for held-out losses in the
-    held-out files or the number of sequences read of them; for losses of the mixture in the shares
-    of their sources. The sentence names both runs and what to do.
+    Raises UserError: two runs differ in tokenizer or sequence length; for held-out losses in the
+    held-out files or the number of their sequences; for losses of the mixture in the shares of
+    their sources. The message names both runs and the remedy.
     """
     held_out = choice.kind == "validation"
     checks: list[tuple[str, Callable[[Run], Any], str]] = [
@@ -61,7 +61,7 @@ def check_comparable(runs: Sequence[Run], choice: LossChoice) -> None:
 
 
 def _tokenizers(run: Run) -> str:
-    """The tokenizers' fingerprints, shortened; None where token files do not say."""
+    """Return the tokenizers' shortened fingerprints, "unknown" if token files have none."""
     parts = [source["train"] for source in run.record["data"]["sources"].values()]
     known = {str(part["tokenizer_sha256"])[:12] for part in parts if part.get("tokenizer_sha256")}
     return ", ".join(sorted(known)) or "unknown"
@@ -76,5 +76,5 @@ def _held_out_files(run: Run, only: str | None) -> dict[str, str]:
 
 
 def _last_stage(run: Run) -> dict[str, Any]:
-    """What the last stage of a run changes of its data."""
+    """Return the changes of data in the last stage of a run."""
     return {} if not run.config.get("stages") else run.config["stages"][-1].get("data") or {}

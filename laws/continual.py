@@ -1,4 +1,4 @@
-"""How much of a new domain continual pretraining can take: D-CPT's choice and CMR's."""
+"""Share of a new domain in continual pretraining, by the D-CPT and CMR laws."""
 
 # n shares, T horizons
 
@@ -18,13 +18,15 @@ from allometry.laws.observations import Observations
 Array = NDArray[np.float64]
 
 GENERAL_BOUND = 0.05
-"""Rise of the general loss that 2407.17467 allows, nats per token."""
+"""Allowed rise of the general loss in 2407.17467, in nats per token."""
 
 
 @dataclass(frozen=True, slots=True)
 class RatioChoice:
-    """The largest share of the domain within the bound; ``bounded``: whether the bound decided,
-    and not the largest share that was asked about."""
+    """The largest share of the domain within the bound.
+
+    ``bounded``: True if the bound limits the share, False if the largest requested share does.
+    """
 
     share: float
     general_loss: float
@@ -44,11 +46,11 @@ def choose_ratio(
     """Return the largest share of the domain that keeps the general loss at or below ``bound``.
 
     2406.01375, usage 1: ``general`` and ``domain`` are fits of a law that reads ``r``, the share of
-    the corpus whose loss it predicts (``d_cpt``); ``at``: the other columns (N, D). For "at
-    most 3 % more general loss" ``bound`` is 1.03 times the loss before. ``low`` and ``high`` limit
-    the domain's share: where the fits have runs. Shares above one that exceeds the bound are not
-    considered, though a law may come back below it. Raises UserError if the bound is exceeded at
-    ``low`` already, or low and high are no range of shares.
+    the corpus whose loss it predicts (``d_cpt``); ``at``: the other columns (N, D). For "at most 3
+    % more general loss" ``bound`` is 1.03 times the initial loss. ``low`` and ``high`` limit the
+    domain's share to the range of the fitted runs. Shares above a share that exceeds the bound are
+    not considered, even if the law predicts a lower loss there. Raises UserError: the bound is
+    exceeded at ``low``, or low and high are not a range of shares.
     """
     if not 0.0 <= low < high <= 1.0:
         raise UserError(f"low={low} and high={high} must be shares, 0 <= low < high <= 1")
@@ -63,9 +65,9 @@ def choose_ratio(
             f"bound={bound:.4f}; allow more or train on fewer tokens"
         )
     below, bounded = low, False
-    for _ in range(8):  # each round narrows the range by 100
+    for _ in range(8):  # each iteration narrows the range by 100
         shares_n = np.linspace(below, last, 101)
-        over_n = ~(general_loss(shares_n) <= bound)  # NaN is no loss within the bound
+        over_n = ~(general_loss(shares_n) <= bound)  # NaN counts as above the bound
         if not over_n.any():
             below = last
             break
@@ -110,15 +112,18 @@ def losses_at(law: Predictor, shares_n: Array, at: Mapping[str, float]) -> Array
 
 @dataclass(frozen=True, slots=True)
 class CriticalShares:
-    """Critical mixture ratios [T] by horizon; ``censored_T``: the largest share that was run is
-    within the bound, so that the ratio is at least this."""
+    """Critical mixture ratios [T] by horizon.
+
+    ``censored_T``: True if the largest share of the runs is within the bound, so that the ratio is
+    at least this share.
+    """
 
     tokens_T: Array
     shares_T: Array
     censored_T: NDArray[np.bool_]
 
     def observations(self) -> Observations:
-        """Return rows (D, R) for ``cmr_critical``, without censored ones."""
+        """Return rows (D, R) for ``cmr_critical``, without censored ratios."""
         kept_T = ~self.censored_T
         return Observations.of({"D": self.tokens_T[kept_T], "R": self.shares_T[kept_T]})
 
@@ -128,10 +133,10 @@ def critical_shares(
 ) -> CriticalShares:
     """Return the largest domain share whose general loss rises by at most ``bound``, per horizon.
 
-    2407.17467: ``general`` has a fit of ``cmr_general`` for each domain share that was run;
-    ``tokens``: horizons. Between two shares the rise is taken as linear. Extrapolate the result
-    with a fit of ``cmr_critical``. Raises UserError if there are fewer than two shares, one is no
-    share, or the least exceeds the bound.
+    2407.17467: ``general`` has a fit of ``cmr_general`` for each domain share of the runs;
+    ``tokens``: horizons. The rise is interpolated linearly between two shares. A fit of
+    ``cmr_critical`` extrapolates the result. Raises UserError: there are fewer than two shares, a
+    share is outside of [0, 1], or the smallest share exceeds the bound.
     """
     shares = sorted(general)
     if len(shares) < 2 or not (shares[0] >= 0.0 and shares[-1] <= 1.0):
@@ -161,7 +166,7 @@ def critical_shares(
 def critical_mixture_ratio(critical: Predictor, tokens: float) -> float:
     """Return the critical mixture ratio for a horizon from a fit of ``cmr_critical``.
 
-    Raises UserError if the law gives no share there, which is beyond what it was fitted to.
+    Raises UserError: the law predicts a value outside of [0, 1], beyond its fitted horizons.
     """
     share = float(critical.predict(Observations.of({"D": [tokens]}))[0])
     if not 0.0 <= share <= 1.0:

@@ -1,4 +1,4 @@
-"""Observations from the course of runs, for laws of whole curves."""
+"""Observations from the course of runs, for laws of complete curves."""
 
 # n rows, T steps of a run
 
@@ -26,7 +26,7 @@ from allometry.laws.runs import Run, read_run
 from allometry.laws.tables import read_table
 
 S1_TOLERANCE = 1e-3
-"""How far rates filled in between recorded steps may miss the recorded sum, relative to it."""
+"""Tolerance of interpolated learning rates, relative to the recorded sum S1."""
 
 
 def curves_from_runs(
@@ -40,21 +40,21 @@ def curves_from_runs(
     """Return rows of the curves of runs, finished or not: each run is a group with its own rates.
 
     Columns: ``step``, ``loss`` (see ``from_runs``), ``N`` by ``count``, ``D``, ``C``, ``S1`` and
-    ``S2`` at that step. Steps of the warm-up are left out, as no law of curves holds there.
-    ``bins``: the rows of a training loss, which is noisy, are averaged in at most this many
-    stretches of as many rows each, and ``step`` is the stretch's middle (None: every row); held-out
-    losses are taken as they are.
+    ``S2`` at that step. Steps of the warm-up are left out, because no law of curves applies to
+    them. ``bins``: the rows of a training loss, which is noisy, are averaged over at most this many
+    intervals of equally many rows, and ``step`` is the middle of the interval (None: every row);
+    held-out losses are not averaged.
 
-    Rates are those the run recorded. With record.every_steps above 1 the steps between are taken
-    from ``planned``, the rates of a run's configuration, where they agree with all that were
-    recorded (not so where a schedule was changed on the way), else filled in on straight lines
-    (from 0 before the first step of a warm-up). Either way the run's own sum S1, which it kept
-    step by step, must agree.
+    Learning rates are the recorded ones. If record.every_steps is above 1, the rates of steps in
+    between are taken from ``planned``, the rates of a run's configuration, if these equal all
+    recorded rates (they differ if the schedule was changed during the run), and are otherwise
+    interpolated linearly (from 0 before the first step of a warm-up). In both cases the sum must
+    equal the run's own S1, which is updated at every step.
 
-    A branch (run.parent) has its parent's rows as its own. Steps that two runs share are rows of
-    the parent, or of the first of its branches that are given: see ``conventions["left out"]``.
-    Raises UserError if a folder holds no run, no row is left after the warm-up, a loss is not there
-    or is no positive number, or the recorded rates are too few to tell those between.
+    A branch (run.parent) includes its parent's rows. Steps that two runs share are rows of the
+    parent, or of the first of its branches that are given: see ``conventions["left out"]``. Raises
+    UserError: a folder has no run, no row is left after the warm-up, a loss is missing or not
+    positive, or the recorded rates do not determine the rates in between.
     """
     choice = LossChoice.parse(loss)
     if bins is not None and bins < 1:
@@ -89,7 +89,7 @@ def curves_from_runs(
 
 
 def shared_steps(runs: Sequence[Run]) -> list[int]:
-    """Return for each run the step up to which its rows are already those of another run here."""
+    """Return for each run the step up to which its rows belong to another of these runs."""
     given = {run.folder.resolve() for run in runs}
     covered: dict[Path, int] = {}
     steps = []
@@ -100,7 +100,7 @@ def shared_steps(runs: Sequence[Run]) -> list[int]:
             continue
         step = int(parent["step"])
         trunk = Path(parent["folder"]).resolve()
-        beside = run.folder.resolve().parent / trunk.name  # a ladder that was moved
+        beside = run.folder.resolve().parent / trunk.name  # if the ladder was moved
         if trunk in given or beside in given:
             steps.append(step)
         else:
@@ -173,13 +173,13 @@ def curves_from_tables(
 ) -> Observations:
     """Return rows of curves in tables, one curve each, by columns ``step``, ``lr``, ``loss``.
 
-    Columns may be mapped and rows chosen as in ``read_table``; a row that is left out still says
-    the rate of its step. Each file is a group, named as it is. Rates of steps
-    that have no row are filled in on straight lines, and before the first row on a line from 0: the
-    warm-up, which ends at ``warmup_steps`` (None: at the first row). A file whose first row is step
-    1 has no warm-up unless ``warmup_steps`` says so. Rows of the warm-up are left out. Raises
-    UserError: what ``read_table`` says; a loss is not positive; two rows of a file are of one step;
-    a step is no whole number from 1; a rate is negative; two files hold the same curve.
+    Columns may be mapped and rows selected as in ``read_table``; a row that is not selected still
+    gives the learning rate of its step. Each file is a group with the file's name. Rates of steps
+    without a row are interpolated linearly, and before the first row from 0: the warm-up, which
+    ends at ``warmup_steps`` (None: at the first row). A file whose first row is step 1 has no
+    warm-up unless ``warmup_steps`` is given. Rows of the warm-up are left out. Raises UserError: as
+    ``read_table``; a loss is not positive; a file has two rows of one step; a step is not a whole
+    number from 1; a rate is negative; two files have the same curve.
     """
     resolved = [Path(path).resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
@@ -230,7 +230,7 @@ def _rates_of_rows(path: str | Path, table: Observations, warmup: int | None) ->
     ends = warmup if warmup is not None else (0 if first == 1 else first)
     if first > 1:
         steps, rates = np.append(0, steps), np.append(0.0, rates)
-    if 0 < ends < first:  # the warm-up ends before the first row: its rate was the first row's
+    if 0 < ends < first:  # the warm-up ends before the first row, at the first row's rate
         steps, rates = np.insert(steps, 1, ends), np.insert(rates, 1, rates[1])
     filled = np.interp(np.arange(1, int(steps[-1]) + 1), steps, rates)
     return LearningRates(filled, ends)

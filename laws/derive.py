@@ -1,6 +1,6 @@
-"""Columns from columns, and which rows: what ``--map``, ``--where`` and ``--group`` do."""
+"""Derived columns, row selection and groups: ``--map``, ``--where`` and ``--group``."""
 
-# n rows
+# n: rows
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from allometry.laws.expressions import Condition, Expression
 from allometry.laws.observations import Column, Observations
 
 HELD_OUT = "held out"
-"""The column of ``mark_held_out``."""
+"""Column added by ``mark_held_out``."""
 _WRITTEN_OTHERWISE = re.compile(r"[-+]?[\d.,'_\s]*\d[\d.,'_\s]*([eE][-+]?\d+)?\s*[^\W\d]*%?")
-"""A number with a decimal comma, separators of thousands, or a unit."""
+"""Number with a decimal comma, thousands separators, or a unit."""
 
 
 class Rows(Protocol):
-    """Rows of a file, or observations: what expressions read."""
+    """Rows of a file, or observations, as read by expressions."""
 
     @property
     def name(self) -> str:
-        """What the rows are called in a sentence."""
+        """Name of the rows in messages."""
 
     @property
     def header(self) -> Sequence[str]:
@@ -37,21 +37,21 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def numbers(self, name: str) -> Column:
-        """Return a column's numbers [n], NaN where a cell holds none."""
+        """Return a column's numbers [n], NaN for cells without a number."""
 
     def texts(self, name: str) -> NDArray[np.str_]:
-        """Return a column's cells [n] as they are written."""
+        """Return a column's cells [n] as text."""
 
     def place(self, row: int) -> str:
-        """Return where a row stands, for a sentence."""
+        """Return the location of a row, for messages."""
 
 
 @dataclass
 class Derived:
-    """Rows with a mapping of names to columns or arithmetic; each is computed once, when asked for.
+    """Rows with a mapping of names to columns or arithmetic, each computed at its first use.
 
-    In arithmetic a name is another one of the mapping, else a column; an expression that is a
-    column's whole name is that column.
+    In arithmetic a name refers to another name of the mapping, else to a column; an expression that
+    equals the full name of a column is that column.
     """
 
     rows: Rows
@@ -60,7 +60,10 @@ class Derived:
     _columns: dict[str, Column] = field(default_factory=dict)
 
     def meeting(self, conditions: Sequence[Condition], flag: str = "--where") -> NDArray[np.bool_]:
-        """Return which rows [n] meet all conditions. Raises UserError if one names no column."""
+        """Return a mask [n] of the rows that satisfy all conditions.
+
+        Raises UserError: unknown column.
+        """
         kept = np.ones(len(self.rows), dtype=bool)
         for condition in conditions:
             asked = f"{flag} {condition.text!r}"
@@ -71,7 +74,7 @@ class Derived:
     def checked(self, name: str, kept: NDArray[np.bool_], *, positive: bool = False) -> Column:
         """Return the values of the kept rows, all of them finite (and ``positive``).
 
-        Raises UserError if one is not, or a column is not there; names place and column.
+        Raises UserError: a value is not, or the column is missing; the message has row and column.
         """
         values = self._value(name, (), f"--map {name}=COLUMN")
         broken = kept & ~np.isfinite(values)
@@ -105,14 +108,17 @@ class Derived:
         return values[kept]
 
     def groups(self, group: str, kept: NDArray[np.bool_]) -> list[str]:
-        """Return the kept rows' cells of the column of groups; UserError if it is not there."""
+        """Return the kept rows' cells of the group column.
+
+        Raises UserError: the column is missing.
+        """
         return [str(text) for text in self._texts(group, "--group")[kept]]
 
     def _texts(self, name: str, asked: str) -> NDArray[np.str_]:
         return self.rows.texts(self._known(name, asked))
 
     def _value(self, name: str, inside: tuple[str, ...], asked: str) -> Column:
-        """A mapped name or a column."""
+        """Return the values of a mapped name or of a column."""
         if name in inside:
             raise UserError(
                 f"--map {name}={self.mapping[name]} needs itself by way of "
@@ -138,7 +144,7 @@ class Derived:
         return np.broadcast_to(values, (len(self.rows),)).astype(np.float64)
 
     def _read_for(self, name: str) -> list[str]:
-        """The columns that a name is made of."""
+        """Return the columns that a name is computed from."""
         text = self.mapping.get(name, name)
         if text in self.rows.header:
             return [text]
@@ -198,11 +204,11 @@ def derive(
     group: str | None = None,
     name: str = "the runs",
 ) -> Observations:
-    """Return observations with more columns, fewer rows or other groups, as ``read_table`` does.
+    """Return observations with added columns, fewer rows or other groups, as ``read_table`` does.
 
-    ``group`` is in ``where`` a column of texts, the groups so far. ``name``: what the rows are
-    called in a sentence. Raises UserError if an expression cannot be read or names no column, no
-    row is left, or a value is not finite.
+    In ``where``, ``group`` is a column of texts with the current groups. ``name``: name of the rows
+    in messages. Raises UserError: an expression is invalid or names no column, no row is left, or a
+    value is not finite. For example, ``derive(rows, mapping={"C": "6*N*D"}, where=["N > 1e8"])``.
     """
     mapping = dict(mapping or {})
     derived = Derived(_ObservedRows(observations, name), mapping)
@@ -226,11 +232,11 @@ def derive(
 
 
 def mark_held_out(observations: Observations, condition: str) -> Observations:
-    """Return observations with a column ``HELD_OUT``: 1 where the condition holds, else 0.
+    """Return observations with a column ``HELD_OUT``: 1 if the row satisfies the condition, else 0.
 
-    Rows of a table may have it already, as the table has more columns than the observations
-    (``read_table``). Raises UserError if it cannot be read, names no column, or holds for all rows
-    or none.
+    Rows of a table may have the column already, because the table has more columns than the
+    observations (``read_table``). Raises UserError: the condition is invalid, names no column, or
+    is true for all rows or for no row.
     """
     if HELD_OUT not in observations.columns:
         derived = Derived(_ObservedRows(observations, "the observations"), {})

@@ -1,4 +1,4 @@
-"""Benchmarks from compute in two steps: a law of the loss, then a law of the score."""
+"""Benchmark scores from compute in two steps: a law of the loss, then a law of the score."""
 
 # n rows, B bootstrap samples
 
@@ -20,11 +20,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Chain:
-    """A fit of the loss and a fit of a score (an error, an accuracy) that reads it.
+    """A fit of the loss and a fit of a score (an error, an accuracy) as a function of the loss.
 
-    The score's only input is replaced by the loss that the first fit predicts, so rows need the
-    first fit's inputs alone. The error of the loss goes through the score's slope: near the foot
-    of a steep curve a loss 1 % off is an error many times that.
+    The score's only input is the loss predicted by the first fit, so rows need only the inputs of
+    the first fit. The error of the loss is multiplied by the slope of the score: near the foot of a
+    steep curve an error of 1 % in the loss is an error of many percent in the score.
     """
 
     loss: Fit
@@ -38,7 +38,7 @@ class Chain:
         return self.score.predict(self._with_loss(self.loss.predict(observations)))
 
     def warnings_for(self, observations: Observations) -> list[str]:
-        """Return what either step says of leaving its fitted range."""
+        """Return the warnings of both fits about rows outside of their fitted ranges."""
         second = self._with_loss(self.loss.predict(observations))
         return [*self.loss.warnings_for(observations), *self.score.warnings_for(second)]
 
@@ -47,9 +47,9 @@ class Chain:
     ) -> tuple[Array, Array]:
         """Return the interval [n], [n] of the score by the uncertainty of both fits.
 
-        Percentiles; samples of the two bootstraps are paired as they come, as if the fits were
-        independent. Beyond the data of either, widened in quadrature by what the forms' own errors
-        (``Bootstrap.form_width``) move the score.
+        Percentiles; samples of the two bootstraps are paired in order, as for independent fits.
+        Outside of the data of either fit, the interval is widened in quadrature by the effect of
+        the forms' own errors (``Bootstrap.form_width``) on the score.
         """
         losses_Bn = loss.predictions(observations)
         form, scores_Bn = self.score.form, []
@@ -86,12 +86,13 @@ def smooth_checkpoints(
     window: int = 5,
     skip: float = 0.1,
 ) -> Observations:
-    """Return checkpoints of runs with noise averaged out, for the second step of a chain.
+    """Return checkpoints of runs with averaged noise, for the second step of a chain.
 
     In each group, by ``order``: the checkpoints in the first ``skip`` of the run (as a share of the
-    group's largest ``order``) go, then ``columns`` are means of each ``window`` successive rows;
-    other columns are those of the window's last row. As the OLMo ladder does (arXiv 2412.04403).
-    Raises UserError if ``skip`` or ``window`` make no sense, or a run has fewer checkpoints left.
+    group's largest ``order``) are dropped, then ``columns`` are means of each ``window`` successive
+    rows; other columns are those of the window's last row, as in the OLMo ladder (arXiv
+    2412.04403). Raises UserError: ``skip`` or ``window`` are invalid, or a run has fewer than
+    ``window`` checkpoints.
     """
     if window < 1 or not 0.0 <= skip < 1.0:
         raise UserError(f"window={window}, skip={skip}: use window >= 1 and 0 <= skip < 1")

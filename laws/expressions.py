@@ -1,9 +1,9 @@
-"""Small arithmetic on columns, as users write it: ``C/(6*N)``, ``loss < 3.44 or N in (1e7, 1e8)``.
+"""User expressions on columns: ``C/(6*N)``, ``loss < 3.44 or N in (1e7, 1e8)``.
 
-Text is parsed by Python's own grammar and walked; nothing in it is run.
+Text is parsed by Python's grammar and evaluated from the syntax tree; no code is executed.
 """
 
-# n rows
+# n: rows
 
 from __future__ import annotations
 
@@ -73,17 +73,20 @@ class _Parsed:
 
 
 class Expression(_Parsed):
-    """Arithmetic on columns. ``names``: the columns it reads, in order."""
+    """Arithmetic on columns. ``names``: the columns in the expression, in order."""
 
     @classmethod
     def parse(cls, text: str, flag: str) -> Expression:
-        """Read arithmetic; UserError if it is none, naming ``flag``, the option it came from."""
+        """Parse arithmetic. Raises UserError, which names the option ``flag``, for other text.
+
+        For example, ``Expression.parse("C/(6*N)", "--map")``.
+        """
         tree, quoted = _parse(text, flag)
         _check(tree, text, flag)
         return cls(text, _names(tree, quoted), tree, quoted)
 
     def evaluate(self, column: Callable[[str], Column]) -> Column:
-        """Return the value in each row; what has none (0/0, an empty cell) is not finite."""
+        """Return the value in each row; undefined values (0/0, an empty cell) are not finite."""
         with np.errstate(all="ignore"):
             return _evaluate(self._tree, self._quoted, column)
 
@@ -91,26 +94,26 @@ class Expression(_Parsed):
 class Condition(_Parsed):
     """Comparisons joined by ``and``, ``or`` and ``not``: ``N > 1e8 and set in ('C4', 'Pile')``.
 
-    A comparison is of arithmetic with arithmetic, in a chain too, or of a column with a text by
-    ``==`` and ``!=``; ``in`` compares with each of a list.
+    A comparison is between arithmetic expressions, also chained, or between a column and a text by
+    ``==`` and ``!=``; ``in`` compares with each item of a list.
     """
 
     @classmethod
     def parse(cls, text: str, flag: str = "--where") -> Condition:
-        """Read a condition. Raises UserError if it is none; the sentence names ``flag``."""
+        """Parse a condition. Raises UserError, which names ``flag``, for other text."""
         tree, quoted = _parse(text, flag)
         _check_condition(tree, text, flag)
         return cls(text, _names(tree, quoted), tree, quoted)
 
     def evaluate(self, column: Callable[[str], Column], texts: Texts) -> Met:
-        """Return whether it holds in each row; a comparison with a missing number does not."""
+        """Return a mask of rows that satisfy the condition; missing numbers never do."""
         with np.errstate(all="ignore"):
             return self._met(self._tree, column, texts, opposite=False)
 
     def _met(
         self, node: ast.expr, column: Callable[[str], Column], texts: Texts, *, opposite: bool
     ) -> Met:
-        """Whether it holds, or its ``opposite``; neither does with a missing number."""
+        """Return a mask of a node or its ``opposite``; missing numbers satisfy neither."""
         if isinstance(node, ast.UnaryOp):
             return self._met(node.operand, column, texts, opposite=not opposite)
         if isinstance(node, ast.BoolOp):
@@ -153,7 +156,7 @@ class Condition(_Parsed):
 
 
 def is_condition(text: str) -> bool:
-    """Whether a text compares something, or tries to: a word alone does not."""
+    """Return True if a text has a comparison or a logical operator, rather than a single word."""
     return any(sign in text for sign in "<>=") or bool(re.search(r"\b(in|and|or|not)\b", text))
 
 
@@ -201,7 +204,7 @@ def _members(node: ast.expr) -> list[ast.expr]:
 
 
 def _parse(text: str, flag: str) -> tuple[ast.expr, tuple[str, ...]]:
-    """The syntax tree, in which names in backticks stand by their number."""
+    """Return the syntax tree, in which names in backticks are replaced by their number."""
     quoted: list[str] = []
 
     def number(match: re.Match[str]) -> str:
@@ -229,7 +232,7 @@ def _check(tree: ast.expr, text: str, flag: str) -> None:
 
 
 def _function(node: ast.Call) -> Callable[[Column], Column] | None:
-    """The function of one argument that is called, if it is known."""
+    """Return the called function of one argument, None if unknown."""
     plain = isinstance(node.func, ast.Name) and len(node.args) == 1 and not node.keywords
     return _FUNCTIONS.get(node.func.id) if plain and isinstance(node.func, ast.Name) else None
 

@@ -1,4 +1,4 @@
-"""How much of a corpus to keep at a budget, by laws of the same loss at several shares kept."""
+"""Share of a corpus to keep at a budget, by laws of the same loss at several kept shares."""
 
 # C shares kept, B pairs of bootstrap samples
 
@@ -20,7 +20,7 @@ from allometry.laws.fit.store import StoredFit
 from allometry.laws.pools import changes_of
 
 PAIRS = 2000
-"""Draws of a sample of each fit, for the chance of being best."""
+"""Number of draws of a sample of each fit, for the probability of being best."""
 
 PUBLISHED: Mapping[str, tuple[float, float]] = {
     "Nemotron-CC": (4e-5, 0.25),
@@ -31,9 +31,9 @@ PUBLISHED: Mapping[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class RateChoice:
-    """The laws' compute-optimal uses of ``flops``, and the one of the least loss.
+    """Compute-optimal allocations of ``flops`` by each law, and the law of the least loss.
 
-    ``chances``: of each law to be best, by bootstrap; None where a fit has no samples.
+    ``chances``: probability of each law to be best, by bootstrap; None if a fit has no samples.
     """
 
     flops: float
@@ -43,7 +43,7 @@ class RateChoice:
 
 
 def published_share(corpus: str, flops: float) -> float:
-    """Return the share (0 to 1) that was best for a corpus at so many FLOPs."""
+    """Return the published best share (0 to 1) of a corpus at these FLOPs."""
     factor, power = PUBLISHED[corpus]
     return float(factor * flops**power / 100.0)
 
@@ -56,10 +56,10 @@ def choose_rate(
     level: float = 0.95,
     seed: int = 0,
 ) -> RateChoice:
-    """Return which of ``fits`` of the loss by N and D is least at its own compute-optimal N and D.
+    """Return the one of ``fits`` of the loss by N and D with the least compute-optimal loss.
 
-    The fits must be of one loss: of the same held-out tokens, in the same unit. Raises UserError:
-    a fit has no optimum there, or fewer than two are given.
+    The fits must predict the same loss: on the same held-out tokens, in the same unit. Raises
+    UserError: a fit has no optimum at these FLOPs, or fewer than two fits are given.
     """
     if len(fits) < 2:
         raise UserError("one fit is no choice; give the fits of at least two shares kept")
@@ -83,7 +83,7 @@ def _chances(
             values = dict(zip(one.bootstrap.names, values_P, strict=True))
             try:
                 losses.append(best_share(one.fit.form, values, flops, per_token).loss)
-            except UserError:  # a sample without an optimum: compute_optimal warns of it
+            except UserError:  # a sample without an optimum, about which compute_optimal warns
                 continue
         drawn.append(draw.choice(np.array(losses), PAIRS))
     best_B = np.argmin(np.stack(drawn), axis=0)
@@ -96,7 +96,7 @@ def rate_changes(
     high: float,
     per_token: float = FLOPS_PER_PARAMETER_TOKEN,
 ) -> list[tuple[float, str, str]]:
-    """Return the FLOPs between ``low`` and ``high`` at which the best fit changes, and to which."""
+    """Return FLOPs between ``low`` and ``high`` at which the best fit changes, and both fits."""
 
     def best(log_flops: float) -> tuple[str, ...]:
         flops = float(np.exp(log_flops))

@@ -1,4 +1,4 @@
-"""The final loss of a run, from its own curve so far, under its own schedule or another one."""
+"""Final loss of a run from its own curve so far, under its own or another schedule."""
 
 # n rows, T steps of the target, M memories
 
@@ -20,17 +20,19 @@ from allometry.laws.posterior import ALPHAS, MEMORIES, Normal, Posterior, Prior,
 Array = NDArray[np.float64]
 
 BINS = 200
-"""Most rows that the losses of a curve are averaged to, evenly over its steps."""
+"""Maximum number of rows to which the losses of a curve are averaged, evenly over its steps."""
 FEWEST_ROWS = 20
 SKIPPED, SKIPPED_OF_FEW = 0.25, 0.1
-"""Shares of a curve, from its first step, that are left out even where the warm-up is shorter; the
-second where fewer than 20 rows would be left. A quarter was chosen by the end of cosine runs of
-tiny models, forecast from their first 60 % and a constant run: off by 0.7 %, by 1.8 % with a tenth.
+"""Shares of a curve, from its first step, that are left out even if the warm-up is shorter.
+
+The second share applies if fewer than 20 rows would be left. A quarter was chosen by the final loss
+of cosine runs of tiny models, forecast from their first 60 % and a constant run: off by 0.7 %, and
+by 1.8 % with a tenth.
 """
 UNKNOWN = 0.8
-"""A number is not measured whose deviation is more than this share of its prior's."""
+"""Ratio of a quantity's deviation to its prior's above which the quantity is unmeasured."""
 LONG = 3.0
-"""Longest extrapolation, in steps over steps, at which the law was checked."""
+"""Longest extrapolation, as a ratio of steps, at which the law was checked."""
 
 PUBLISHED = Prior(
     gain=Normal(0.05, 0.04),
@@ -39,12 +41,15 @@ PUBLISHED = Prior(
     level=Normal(0.7, 0.35),
     source="published curves of 25M to 400M parameters (arXiv 2503.12811) and tiny models",
 )
-"""A whole decay gains 5 +- 4 % of the loss (3 to 4 % on the published curves, 10 % of tiny models);
-alpha and memory of Tissue's law as fitted to the published curves."""
+"""Prior for curves without measured decay.
 
-# How far the law is off measured final losses: as a share of the loss, more by each factor of e in
-# steps (27 published curves), and as a share of that part of the gain which the run itself has not
-# shown yet (published curves and tiny models).
+A complete decay gains 5 +- 4 % of the loss (3 to 4 % on the published curves, 10 % of tiny models);
+alpha and memory of Tissue's law as fitted to the published curves.
+"""
+
+# Error of the law at measured final losses: as a share of the loss, increasing with each factor of
+# e in steps (27 published curves), and as a share of the part of the gain that the run itself has
+# not shown yet (published curves and tiny models).
 _ERROR_NOW, _ERROR_PER_LOG_STEP, _ERROR_OF_GAIN = 0.001, 0.002, 0.2
 
 
@@ -60,13 +65,13 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """How well the law fits and what the curve has measured.
+    """Quality of the fit, and quantities that the curve has measured.
 
     ``rows``: averaged rows, ``effective_rows`` independent ones; ``residual``: relative deviation
-    of a row; ``persistence``: correlation of neighbouring residuals. ``unmeasured``: what is known
-    from the prior alone, of ``alpha``, ``memory`` and ``gain`` (of the target's decay). ``gain``:
-    mean and deviation, as a share of the last loss. ``at_edges``: probability at the ends of the
-    searched ranges of alpha and memory.
+    of a row; ``persistence``: correlation of neighbouring residuals. ``unmeasured``: quantities
+    known only from the prior, of ``alpha``, ``memory`` and ``gain`` (of the target's decay).
+    ``gain``: mean and deviation, as a share of the last loss. ``at_edges``: probability at the ends
+    of the searched ranges of alpha and memory.
     """
 
     rows: int
@@ -80,11 +85,12 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The expected training loss of the last step: ``loss`` (median) and its interval.
+    """Expected training loss of the last step: ``loss`` (median) and its interval.
 
-    The interval holds what the rows leave open, what the prior leaves open where they say nothing,
-    slow wandering of the curve, and how far the law was off on published curves. It is of the
-    expected loss: a single step's loss scatters around it by the noise of a batch.
+    The interval includes the uncertainty of the fit to the rows, the prior's for unmeasured
+    quantities, slow wandering of the curve, and the error of the law on published curves. The
+    interval applies to the expected loss: a single step's loss scatters around it by the noise of a
+    batch.
     """
 
     step: int
@@ -106,14 +112,14 @@ class Forecast:
 def forecast(
     curves: Sequence[Curve], target: LearningRates, *, prior: Prior = PUBLISHED, level: float = 0.95
 ) -> Forecast:
-    """Return the loss that ``target``'s last step ends at, from the curves so far of one model.
+    """Return the loss at ``target``'s last step, from the curves so far of one model.
 
     The first curve is the run's own. Losses after warm-up are averaged to at most 200 rows a curve
-    and L = L0 + A·S1^−alpha − C·S2 (arXiv 2408.11029) is fitted to all of them together, see
-    ``posterior``. Where no rate has fallen yet, nothing has been measured of what a decay gains:
-    the prior's gain then stands in, its whole width in the interval, with a warning. Raises
-    UserError if a curve has fewer than 20 rows after its warm-up; the target ends before the
-    warm-up does.
+    and L = L0 + A·S1^−alpha − C·S2 (arXiv 2408.11029) is fitted to all curves together, see
+    ``posterior``. If no learning rate has fallen yet, the gain of a decay is unmeasured: the
+    prior's gain is used instead, with its full width in the interval and a warning. Raises
+    UserError: a curve has fewer than 20 rows after its warm-up, or the target ends before the
+    warm-up.
     """
     assert 0.0 < level < 1.0, level
     steps = len(target.rates)
@@ -150,9 +156,9 @@ def forecast(
 
 
 def average(curves: Sequence[Curve]) -> Rows:
-    """Return the rows of curves, averaged, without warm-up and first quarter (tenth, of few rows).
+    """Return the averaged rows of curves, without warm-up and first quarter (tenth, of few rows).
 
-    Raises UserError if fewer than 20 rows are left of one.
+    Raises UserError: fewer than 20 rows of a curve are left.
     """
     losses, s1, s2, starts = [], [], [], [0]
     for curve in curves:
@@ -182,12 +188,12 @@ def average(curves: Sequence[Curve]) -> Rows:
 
 
 def borrowed(curves: Sequence[Curve], target: LearningRates, name: str) -> Prior:
-    """Return what runs like this one say of a decay such as the target's, as a prior.
+    """Return a prior for a decay such as the target's, measured on similar runs.
 
     The gain is that of the target's rates, scaled to the peak of the first curve, as a share of the
-    loss; deviations are at least a fifth of the gain, a tenth of alpha and 0.3 in log memory, as
-    another run is not this one. Raises UserError if their rates never fell, so that they have
-    measured no gain either.
+    loss; deviations are at least a fifth of the gain, a tenth of alpha and 0.3 in log memory,
+    because the runs are different. Raises UserError: the rates of these runs never fell, so that
+    they have not measured a gain either.
     """
     peak = float(curves[0].rates.rates.max()) / float(target.rates.max())
     scaled = LearningRates(target.rates * peak, target.warmup_steps)
@@ -218,25 +224,25 @@ def _end(target: LearningRates) -> tuple[float, Array]:
 
 
 def _fall(target: LearningRates) -> float:
-    """Return how far the target's rate falls, as a share of its peak."""
+    """Return the decrease of the target's rate, as a share of its peak."""
     return 1.0 - float(target.rates[-1]) / float(target.rates.max())
 
 
 def _scaled(prior: Prior, target: LearningRates) -> Prior:
-    """Return the prior with the gain of a decay that goes only as far as the target's."""
+    """Return the prior with its gain scaled to the decrease of the target's rate."""
     share = _fall(target) or 1.0
     return replace(prior, gain=Normal(prior.gain.mean * share, prior.gain.sd * share))
 
 
 def _reference(end_s2_M: Array, rows: Rows, target: LearningRates) -> Array:
-    """Return the S2 [M] whose gain the prior is about: the target's, or one as large as any."""
+    """Return the S2 [M] to which the prior's gain refers: the target's, or the rows' largest."""
     if (end_s2_M > 0.0).all():
         return end_s2_M
     return np.asarray(np.maximum(np.abs(rows.s2_Mn).max(axis=1), 1e-9 * float(target.rates.max())))
 
 
 def _unseen(curves: Sequence[Curve], estimate: Posterior, rows: Rows, end_s2_M: Array) -> float:
-    """Return the share of the target's annealing that the first curve has not come to."""
+    """Return the share of the target's annealing that the first curve has not reached."""
     if not end_s2_M.any():
         return 0.0
     last = (rows.starts[1] if len(curves) > 1 else len(rows.loss_n)) - 1

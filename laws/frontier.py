@@ -1,4 +1,4 @@
-"""The two losses of continual pretraining by the share of the new domain, from D-CPT fits."""
+"""General and domain loss of continual pretraining by the domain's share, from D-CPT fits."""
 
 # B samples, n rows, S shares
 
@@ -21,19 +21,19 @@ Array = NDArray[np.float64]
 
 LOSSES = ("general", "domain")
 ALPHA, BETA = 0.34, 0.28
-"""Exponents of N and D where too few of them were run: Hoffmann et al., 2203.15556."""
+"""Exponents of N and D if the runs have too few sizes or horizons: Hoffmann et al., 2203.15556."""
 FEWEST_SHARES = 3
 GRID = 1001
-"""Shares at which the frontier is searched."""
+"""Number of shares at which the frontier is searched."""
 STARTS = 32
 
 
 @dataclass(frozen=True)
 class Held:
-    """Rows of ``what`` ("r=0.5", "N=1e6"), predicted by fits to the others.
+    """Held-out rows of ``what`` ("r=0.5", "N=1e6"), predicted by fits to the other rows.
 
-    ``errors``: of each loss the relative errors [n] of the rows that the law can describe
-    (``described``); ``ends``: those at the longest horizon of each N and r.
+    ``errors``: relative errors [n] of each loss, of the rows that the law can describe
+    (``described``); ``ends``: the errors at the longest horizon of each N and r.
     """
 
     what: str
@@ -46,7 +46,7 @@ class DCpt:
     """Both fits of the D-CPT law (2406.01375) to one set of rows, with bootstraps of one seed.
 
     The bootstraps draw the same groups, so samples of equal index are of the same runs. ``fixed``:
-    exponents that the rows could not say.
+    exponents that the rows do not determine.
     """
 
     rows: Observations
@@ -76,12 +76,12 @@ class DCpt:
 
     @property
     def alpha(self) -> float:
-        """Return the exponent of N of the general loss."""
+        """Exponent of N of the general loss."""
         return self.fits["general"].values["alpha"]
 
     @property
     def span(self) -> tuple[float, float]:
-        """The least and the largest share of the domain that was run."""
+        """Smallest and largest share of the domain in the rows."""
         return float(self.rows["r"].min()), float(self.rows["r"].max())
 
 
@@ -96,10 +96,10 @@ class Frontier:
     drawn: Mapping[str, Array]
 
     def best(self, bound: float, *, largest: bool = False) -> int:
-        """Return the place of the least domain loss with a general loss of at most ``bound``.
+        """Return the index of the least domain loss with a general loss of at most ``bound``.
 
-        ``largest``: of the largest share up to which every share keeps it instead, which is the
-        critical one (2407.17467). Raises UserError if no share keeps it.
+        ``largest``: instead, the index of the largest share up to which every share satisfies the
+        bound: the critical ratio (2407.17467). Raises UserError: no share satisfies the bound.
         """
         pick = _largest if largest else _least
         place = pick(self.losses["general"], self.losses["domain"], bound)
@@ -116,7 +116,7 @@ class Frontier:
     def best_interval(
         self, bound: float, level: float = 0.95, *, largest: bool = False
     ) -> tuple[float, float] | None:
-        """Return the interval of the best share over samples, None without any.
+        """Return the interval of the best share over samples, None without samples.
 
         A sample without a share within the bound counts as the share of its least general loss.
         """
@@ -145,9 +145,10 @@ def _largest(general_S: Array, _: Array, bound: float) -> int | None:
 def fit_d_cpt(rows: Observations, *, bootstraps: int = 0, seed: int = 0) -> DCpt:
     """Fit the D-CPT law to the general and to the domain's loss of rows N, D, r, general, domain.
 
-    With fewer than three sizes (or horizons) the exponent of N (D) is held at ``ALPHA`` (``BETA``),
-    and with one size the term in N is left out. Of each loss the rows are taken that the law can
-    describe (``described``). Raises UserError: there are fewer than three shares or too few rows.
+    With fewer than three sizes (or horizons) the exponent of N (D) is fixed at ``ALPHA``
+    (``BETA``), and with one size the term in N is left out. Each loss is fitted to the rows that
+    the law can describe (``described``). Raises UserError: there are fewer than three shares or too
+    few rows.
     """
     shares = np.unique(rows["r"])
     if len(shares) < FEWEST_SHARES:
@@ -168,9 +169,10 @@ def fit_d_cpt(rows: Observations, *, bootstraps: int = 0, seed: int = 0) -> DCpt
 
 
 def held_out(rows: Observations, seed: int = 0) -> tuple[list[Held], list[str]]:
-    """Return what fits without a ratio, or the largest size, say of it; and what cannot be held.
+    """Return predictions for each ratio and the largest size by fits without these rows, and notes.
 
-    Each ratio between the least and the largest is held out at all sizes.
+    Each ratio between the smallest and the largest is held out at all sizes. The notes list ratios
+    and sizes that cannot be held out.
     """
     shares, sizes = np.unique(rows["r"]), np.unique(rows["N"])
     folds = [(f"r={share:g}", rows["r"] == share) for share in shares[1:-1]]
@@ -200,7 +202,7 @@ def held_out(rows: Observations, seed: int = 0) -> tuple[list[Held], list[str]]:
 def described(rows: Observations, which: str) -> Observations:
     """Return the rows whose loss ``which`` the law can describe.
 
-    At a share of 0 of the corpus that is measured the law has no D, while the loss of what is no
+    At a share of 0 of the measured corpus the law has no D, while the loss of a corpus that is no
     longer read rises with D: of these rows only those of the longest horizon of each size are kept.
     """
     share = _share(rows, which)
@@ -213,7 +215,7 @@ def described(rows: Observations, which: str) -> Observations:
 
 
 def _last(rows: Observations) -> NDArray[np.bool_]:
-    """Whether a row [n] is of the longest horizon of its N and r."""
+    """Return a mask [n] of the rows with the longest horizon of their N and r."""
     last_n = np.zeros(len(rows), bool)
     for size, share in {*zip(rows["N"], rows["r"], strict=True)}:
         alike_n = (rows["N"] == size) & (rows["r"] == share)
@@ -222,12 +224,12 @@ def _last(rows: Observations) -> NDArray[np.bool_]:
 
 
 def _share(rows: Observations, which: str) -> Array:
-    """The share [n] of the corpus whose loss is measured."""
+    """Return the share [n] of the corpus whose loss is measured."""
     return rows["r"] if which == "domain" else 1.0 - rows["r"]
 
 
 def _inputs(rows: Observations, which: str) -> Observations:
-    """The rows with r as the share of the corpus whose loss is measured, and that loss."""
+    """Return the rows with r as the share of the corpus whose loss is measured, and that loss."""
     columns = {"N": rows["N"], "D": rows["D"], "r": _share(rows, which)}
     if which in rows.columns:
         columns["loss"] = rows[which]
@@ -236,10 +238,10 @@ def _inputs(rows: Observations, which: str) -> Observations:
 
 @dataclass(frozen=True)
 class Repeated:
-    """What a source that is read ``epochs`` times gives: ``worth`` in unique tokens (2305.16264).
+    """Value of a source that is read ``epochs`` times: ``worth`` in unique tokens (2305.16264).
 
-    ``last``: what a further token is worth, a unique one being 1. ``half``: epochs after which that
-    is less than a half.
+    ``last``: value of a further token, relative to a unique token. ``half``: number of epochs after
+    which ``last`` is below a half.
     """
 
     tokens: float
@@ -253,9 +255,10 @@ class Repeated:
 def repeated(
     tokens: float, unique: float, half_life: float = DataConstrained.published["C4"]["R_D"]
 ) -> Repeated:
-    """Return what ``tokens`` read of ``unique`` ones are worth; ``half_life``: the law's R_D.
+    """Return the value of ``tokens`` read of ``unique`` ones; ``half_life``: the law's R_D.
 
-    The worth of a further token is the slope of the law's D' by D, exp(-(epochs - 1)/R_D).
+    The value of a further token is the slope of the law's D' by D, exp(-(epochs - 1)/R_D). For
+    example, ``repeated(4e9, 1e9).worth`` is the value of four epochs of 1e9 tokens.
     """
     epochs = tokens / unique
     half = 1.0 + half_life * float(np.log(2.0))

@@ -1,7 +1,7 @@
-"""Laws of the best rate and batch over sizes and horizons, from sweeps.
+"""Laws of the best learning rate and batch size over sizes and horizons, from sweeps.
 
-Two steps: each cell (the runs of one N and D) has its optimum from ``laws.surfaces``; then the
-logs of the optima are linear in ln N and ln D.
+Two steps: the optimum of each cell (the runs of one N and D) is fitted by ``laws.surfaces``; then
+the logs of the optima are regressed linearly on ln N and ln D.
 """
 
 # G cells, I inputs that vary, K = I + 1 coefficients, S bootstrap samples
@@ -21,12 +21,12 @@ from allometry.laws.surfaces import AXIS_NAMES, Array, Surface, fit_surface, per
 
 EXPONENTS = {"N": "a", "D": "b"}
 PairLaw = Callable[[float, float], tuple[float, float]]
-"""(N, D) to (learning rate, batch in tokens)."""
+"""Law from (N, D) to (learning rate, batch size in tokens)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A cell's name, its N and D, and its surface."""
+    """Name of a cell, its N and D, and its surface."""
 
     name: str
     at: Mapping[str, float]
@@ -35,12 +35,12 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class PowerLaw:
-    """value = c N^a D^b. An exponent of an input that the law does not have is 0.
+    """Power law value = c N^a D^b; the exponent of an input that the law does not have is 0.
 
-    ``values`` as the forms ``learning_rate_law`` and ``batch_law`` take them; ``samples``: the same
+    ``values`` as read by the forms ``learning_rate_law`` and ``batch_law``; ``samples``: the values
     of each bootstrap sample. ``octaves``: RMS over cells of log2(optimum / law); ``misfit``: the
-    part of it that the noise of runs does not explain (0 where there are as many coefficients as
-    cells: then nobody knows, and intervals hold the noise of runs alone).
+    part of it that the noise of runs does not explain (0 if there are as many coefficients as
+    cells: the misfit is then unknown, and intervals only include the noise of runs).
     """
 
     inputs: tuple[str, ...]
@@ -81,9 +81,10 @@ class PowerLaw:
 
 @dataclass(frozen=True, slots=True)
 class HyperparameterLaw:
-    """Laws of the best rate and batch (None: did not vary in every cell), and the cells behind.
+    """Laws of the best learning rate and batch size, and the cells to which they are fitted.
 
-    ``left_out`` names the cells without an optimum, and why.
+    A law is None if its quantity did not vary in every cell. ``left_out``: cells without an
+    optimum, with reasons.
     """
 
     rate: PowerLaw | None
@@ -92,15 +93,15 @@ class HyperparameterLaw:
     left_out: Mapping[str, str]
 
     def pair(self, n: float, d: float) -> tuple[float, float]:
-        """Return the best rate and batch at N and D; 1 for what did not vary."""
+        """Return the best learning rate and batch size at N and D; 1 if it did not vary."""
         laws = (self.rate, self.batch)
         rate, batch = (1.0 if law is None else law.predict(N=n, D=d) for law in laws)
         return rate, batch
 
     def octaves_from(self, law: PairLaw) -> dict[str, tuple[float, float]]:
-        """Return log2(optimum / law(N, D)) of rate and batch by the cell's name.
+        """Return log2(optimum / law(N, D)) of learning rate and batch size by the cell's name.
 
-        Of what did not vary it is the single value that was run against the law.
+        For a quantity that did not vary, its single value is compared with the law.
         """
         octaves = {}
         for cell in self.cells:
@@ -109,7 +110,7 @@ class HyperparameterLaw:
         return octaves
 
     def to_json(self) -> dict[str, Any]:
-        """Return laws, cells with their 95 % intervals and what was left out, for JSON."""
+        """Return laws, cells with their 95 % intervals and left-out cells, for JSON."""
         cells = []
         for cell in self.cells:
             surface = cell.surface
@@ -133,14 +134,16 @@ def fit_hyperparameter_law(
     samples: int = 1000,
     seed: int = 0,
 ) -> HyperparameterLaw:
-    """Return the laws of the best rate and batch: columns N, D, lr, B and loss, cells by (N, D).
+    """Return laws of the best learning rate and batch size, by columns N, D, lr, B and loss.
+
+    Cells are the runs of one (N, D).
 
     Least squares of the logs of the cells' optima (Step Law, arXiv 2503.04715, has the same two
-    laws of the best runs); ``order`` and ``within`` as ``fit_surface`` takes them. An input that is
-    the same in all cells is left out of a law. A sample of the bootstrap draws runs in each cell
-    and moves its optimum by what the law misses beside that. Raises UserError if there are fewer
-    cells with an optimum than a law has coefficients; N and D vary together, so that their
-    exponents cannot be told apart; what ``fit_surface`` raises.
+    laws of the best runs); ``order`` and ``within`` are arguments of ``fit_surface``. An input that
+    is equal in all cells is left out of a law. A bootstrap sample draws runs in each cell and adds
+    noise of the law's misfit to the optimum. Raises UserError: fewer cells have an optimum than a
+    law has coefficients; N and D vary together, so that their exponents are not identified; or as
+    ``fit_surface``.
     """
     cells, left_out = _cells(observations, order, within, samples, seed)
     laws = {}
@@ -153,11 +156,11 @@ def fit_hyperparameter_law(
 def sweep_optima(
     observations: Observations, *, order: Literal[2, 3] = 2, within: float = 0.015
 ) -> Observations:
-    """Return a row for each cell: its N, D, best ``lr`` and ``B``, and the ``loss`` there.
+    """Return a row for each cell: its N, D, best ``lr`` and ``B``, and the ``loss`` at the optimum.
 
-    What ``learning_rate_law`` and ``batch_law`` are fitted to; each cell is a group. A column is
-    left out that did not vary in every cell. ``conventions["left out"]`` names the cells without an
-    optimum, and why. Raises UserError if no cell has an optimum; what ``fit_surface`` raises.
+    ``learning_rate_law`` and ``batch_law`` are fitted to these rows; each cell is a group. A column
+    that did not vary in every cell is left out. ``conventions["left out"]`` lists the cells without
+    an optimum, with reasons. Raises UserError: no cell has an optimum; or as ``fit_surface``.
     """
     cells, left_out = _cells(observations, order, within, 0, 0)
     axes = [axis for axis in AXIS_NAMES if all(axis in cell.surface.axes for cell in cells)]
@@ -178,7 +181,7 @@ def sweep_optima(
 def _cells(
     observations: Observations, order: Literal[2, 3], within: float, samples: int, seed: int
 ) -> tuple[list[Cell], dict[str, str]]:
-    """Return the sweeps that have an optimum, and why the others have none."""
+    """Return the sweeps that have an optimum, and reasons for the others."""
     cells, left_out = [], {}
     options: dict[str, Any] = {"order": order, "within": within, "samples": samples}
     for index, (name, at, rows) in enumerate(_sweeps(observations)):
@@ -200,7 +203,7 @@ def held_out_excess(
 ) -> dict[str, float]:
     """Return ``nearest_excess`` of each cell by the laws of all other sizes.
 
-    Of a size whose others are fewer than two, or have no law, there is none.
+    A size is left out if fewer than two other sizes exist, or if these have no law.
     """
     excess: dict[str, float] = {}
     sizes = np.unique(observations["N"])
@@ -216,10 +219,10 @@ def held_out_excess(
 
 
 def nearest_excess(observations: Observations, law: PairLaw) -> dict[str, float]:
-    """Return, by cell, how far the run nearest to ``law(N, D)`` is above the cell's best one.
+    """Return, by cell, the excess loss of the run nearest to ``law(N, D)`` over the best run.
 
-    Relative to the best loss; nearest in log rate and log batch; a run that diverged is infinitely
-    far above.
+    Relative to the best loss; nearest in log learning rate and log batch size; infinite for a run
+    that diverged.
     """
     excess = {}
     for name, at, cell in _sweeps(observations):
@@ -231,7 +234,7 @@ def nearest_excess(observations: Observations, law: PairLaw) -> dict[str, float]
 
 
 def _sweeps(observations: Observations) -> Iterator[tuple[str, dict[str, float], Observations]]:
-    """Each cell's name, its N and D, and its rows."""
+    """Yield each cell's name, its N and D, and its rows."""
     sizes, tokens = observations["N"], observations["D"]
     for n, d in sorted(set(zip(sizes.tolist(), tokens.tolist(), strict=True))):
         rows = observations.take((sizes == n) & (tokens == d))
@@ -282,14 +285,14 @@ def _fit_law(
 
 
 def _optima(surface: Surface, axis: str, random: np.random.Generator) -> Array:
-    """log2 of the optima of a cell's samples; those without one repeat another."""
+    """Return log2 of the optima of a cell's samples; samples without one repeat another."""
     drawn_S = surface.best_SA[:, surface.axes.index(axis)]
     known = drawn_S[np.isfinite(drawn_S)]
     return np.where(np.isfinite(drawn_S), drawn_S, random.choice(known, len(drawn_S)))
 
 
 def _values(coefficients: Array, inputs: Sequence[str], center_I: Array) -> dict[str, Any]:
-    """c, a and b from the coefficients of the centered regression ([K] or [K, S])."""
+    """Return c, a and b from the coefficients of the centered regression ([K] or [K, S])."""
     level = coefficients[0] - center_I @ coefficients[1:]
     exponents = {name: np.zeros_like(level) for name in EXPONENTS.values()}
     for index, name in enumerate(inputs):

@@ -17,17 +17,17 @@ Array = NDArray[np.float64]
 Interval = tuple[float, float] | None
 
 TOLERANCE = 0.1
-"""Rows whose FLOPs exceed a budget's least by less than this share belong to it."""
+"""Relative excess of FLOPs over a budget's smallest row below which a row belongs to the budget."""
 
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """One budget's parabola, loss = c0 + c1·x + c2·x² with x = ln(N / center).
+    """Parabola of one budget, loss = c0 + c1·x + c2·x² with x = ln(N / center).
 
-    ``rows``: which observations it is through; ``trimmed``: those of the budget that were too far
-    above the best. ``N``, ``loss``: its vertex; ``D`` the tokens that the budget then buys.
-    ``problem`` says why there is no vertex inside of the sizes that were run; N, D and loss are
-    then those of the best row.
+    ``rows``: indices of the fitted observations; ``trimmed``: rows of the budget that were too far
+    above the best. ``N``, ``loss``: its vertex; ``D``: tokens of the budget at this N. ``problem``:
+    the reason for a missing vertex inside of the range of sizes; N, D and loss are then of the best
+    row.
     """
 
     flops: float
@@ -54,13 +54,14 @@ def isoflop_optima(
 ) -> list[IsoFlop]:
     """Return the parabola of each compute budget with at least three sizes, in order of FLOPs.
 
-    FLOPs are the column ``C`` or, without one, ``flops_per_parameter_token``·N·D; with both C and D
-    the tokens at a vertex are what the runs of neighbouring sizes had. ``within``: only rows whose
-    loss exceeds the budget's least by at most this share; where fewer than three sizes are left the
-    budget's ``problem`` says so. This is the second approach of Hoffmann et al. (arXiv 2203.15556).
-    Caveat: a loss that is a sum of power laws is no parabola in ln N, so the vertices are biased
-    even without noise, the more so the wider and the less symmetric the sizes lie around the
-    optimum (arXiv 2603.22339): trim, use them to look at, and a fitted law for numbers.
+    FLOPs are the column ``C`` or, without it, ``flops_per_parameter_token``·N·D; with both C and D
+    the tokens at a vertex are interpolated from the runs of neighbouring sizes. ``within``: only
+    rows whose loss exceeds the budget's least by at most this share; with fewer than three
+    remaining sizes the budget has a ``problem``. This is the second approach of Hoffmann et al.
+    (arXiv 2203.15556). Caveat: a sum of power laws is not a parabola in ln N, so the vertices are
+    biased even without noise, more so for sizes that are spread widely or asymmetrically around the
+    optimum (arXiv 2603.22339): trim, use the vertices for plots, and a fitted law for numbers. For
+    example, ``[one.N for one in isoflop_optima(rows, within=0.05)]``.
     """
     sizes, losses = observations["N"], observations["loss"]
     flops = flops_of(observations, flops_per_parameter_token)
@@ -75,14 +76,14 @@ def isoflop_optima(
 
 
 def flops_of(observations: Observations, flops_per_parameter_token: float = 6.0) -> Array:
-    """Return the FLOPs of each row: the column ``C``, or so many for each parameter and token."""
+    """Return the FLOPs of each row: column ``C``, or ``flops_per_parameter_token``·N·D."""
     if "C" in observations.columns:
         return observations["C"]
     return flops_per_parameter_token * observations["N"] * observations["D"]
 
 
 def budgets(flops: Array, tolerance: float = TOLERANCE) -> list[NDArray[np.intp]]:
-    """Return rows of (nearly) equal FLOPs, in order; a budget begins at its least row."""
+    """Return rows of (nearly) equal FLOPs, in order; a budget starts at its smallest row."""
     groups: list[list[int]] = []
     for row in np.argsort(flops, kind="stable").tolist():
         if not groups or flops[row] > flops[groups[-1][0]] * (1.0 + tolerance):
@@ -94,7 +95,7 @@ def budgets(flops: Array, tolerance: float = TOLERANCE) -> list[NDArray[np.intp]
 def _parabola(
     rows: NDArray[np.intp], sizes: Array, losses: Array, flops: Array, tokens: Array
 ) -> IsoFlop:
-    """The parabola of one budget's rows, whose columns are given whole."""
+    """Return the parabola of one budget's rows; the other arguments are complete columns."""
     sizes, losses, flops, tokens = (column[rows] for column in (sizes, losses, flops, tokens))
     budget = float(np.exp(np.log(flops).mean()))
     best = int(np.argmin(losses))
@@ -114,7 +115,7 @@ def _parabola(
     else:
         size, loss = center * float(np.exp(vertex)), c0 - c1 * c1 / (4 * c2)
     order = np.argsort(sizes)
-    spent = np.log(flops / (sizes * tokens))[order]  # of each parameter and token
+    spent = np.log(flops / (sizes * tokens))[order]  # per parameter and token
     each = float(np.exp(np.interp(np.log(size), np.log(sizes)[order], spent)))
     return IsoFlop(budget, rows, center, (c0, c1, c2), size, budget / (each * size), loss, problem)
 
@@ -122,7 +123,7 @@ def _parabola(
 def exponent(
     optima: Sequence[IsoFlop], name: Literal["N", "D"] = "N"
 ) -> tuple[float, float] | None:
-    """Return (a, ln k) of k·C^a, N or D at the vertices, or None with fewer than two of them."""
+    """Return (a, ln k) of k·C^a for N or D at the vertices, None with fewer than two vertices."""
     inside = [optimum for optimum in optima if optimum.problem is None]
     if len(inside) < 2:
         return None
@@ -133,9 +134,12 @@ def exponent(
 
 @dataclass(frozen=True)
 class Resampled:
-    """Percentile intervals of the vertices and exponents; None: fewer than half of the samples had
-    one. ``N``, ``D``, ``loss``: by budget, in the order of the optima, from the samples with a
-    vertex, which are this share (``vertices``)."""
+    """Percentile intervals of the vertices and exponents.
+
+    An interval is None if fewer than half of the samples had a value. ``N``, ``D``, ``loss``: by
+    budget, in the order of the optima, from the samples with a vertex; ``vertices``: share of
+    samples with a vertex.
+    """
 
     N: tuple[Interval, ...]
     D: tuple[Interval, ...]
@@ -153,12 +157,12 @@ def resampled(
     seed: int = 0,
     level: float = 0.95,
 ) -> Resampled | None:
-    """Return intervals by a bootstrap of residuals, or None where there are none to draw.
+    """Return intervals by a bootstrap of residuals, or None without residuals.
 
-    Rows would leave too few sizes in a budget if they were drawn themselves, so each sample adds to
-    the parabolas residuals drawn from all budgets. Rows of one budget and size move together, by
-    the mean of their residuals, widened by k/(k - 3) for a budget of k sizes, whose parabola used
-    up three; three sizes have no residuals. Without a single budget of more sizes, None.
+    Draws of rows would leave too few sizes in a budget, so each sample adds residuals, drawn from
+    all budgets, to the parabolas. Rows of one budget and size get the same residual: the mean of
+    their residuals, scaled by sqrt(k/(k - 3)) for a budget of k sizes, whose parabola has three
+    parameters; three sizes have no residuals. None if no budget has more than three sizes.
     """
     sizes = observations["N"]
     flops = flops_of(observations, flops_per_parameter_token)

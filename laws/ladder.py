@@ -1,4 +1,4 @@
-"""What a ladder says: the law of its rungs, and its target predicted before it is trained."""
+"""Law of a ladder's rungs, and the prediction of its target before training."""
 
 # N parameters, D tokens of a run
 
@@ -21,21 +21,20 @@ from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
 
 LEVEL = 0.95
-"""Of a prediction's interval."""
+"""Probability of a prediction's interval."""
 TargetState = Literal["planned", "partial", "done"]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A target's loss as the rungs foretell it, and as it was measured.
+    """Loss of a target as predicted from the rungs, and as measured.
 
-    ``low``, ``high``: the ``level`` interval of one run's loss: of the law's parameters, by
-    bootstrap over cells, of its form, by folds, and of the scatter of runs around it; None where
-    the rungs do not identify the law. ``time``: when it was made, seconds
-    since 1970; ``target_state`` and ``target_step``: how far the target was then: a prediction that
-    was made of a run that had ended says ``done``. ``target``: the run's name, N, D and more.
-    ``fix``, ``bootstraps``, ``runs``: how the law was fitted, and to the runs of which names; None
-    in a file of a time when that was not kept.
+    ``low``, ``high``: the ``level`` interval of one run's loss, from the law's parameters, by
+    bootstrap over cells, its form, by folds, and the scatter of runs around it; None if the rungs
+    do not identify the law. ``time``: creation time in seconds since 1970; ``target_state`` and
+    ``target_step``: state of the target at this time: a prediction made after the run had ended has
+    ``done``. ``target``: the run's name, N, D and other columns. ``fix``, ``bootstraps``, ``runs``:
+    options of the fit, and names of the fitted runs; None in older files without these fields.
     """
 
     law: str
@@ -57,18 +56,18 @@ class Prediction:
 
     @property
     def error(self) -> float | None:
-        """Predicted over measured, less 1."""
+        """Predicted over measured, minus 1."""
         return None if self.measured is None else self.predicted / self.measured - 1.0
 
     @property
     def covered(self) -> bool | None:
-        """Whether the interval holds what was measured."""
+        """True if the interval contains the measured loss; None if unknown."""
         if self.measured is None or self.low is None or self.high is None:
             return None
         return self.low <= self.measured <= self.high
 
     def describe(self) -> dict[str, Any]:
-        """JSON."""
+        """Return the prediction as JSON."""
         return {**asdict(self), "error": self.error, "covered": self.covered}
 
 
@@ -81,10 +80,11 @@ def fit_rungs(
     bootstraps: int,
     fixed: Mapping[str, float] | None = None,
 ) -> tuple[Fit, Bootstrap]:
-    """Return the law of these finished runs and its bootstrap over cells (runs alike but in seed).
+    """Return the law of finished runs and its bootstrap over cells (equal runs but for seeds).
 
-    Raises UserError if the law is not known, runs have not finished or cannot be compared, or there
-    are fewer of them than the law has parameters.
+    Raises UserError: the law does not exist, runs are not finished or not comparable, or there are
+    fewer runs than parameters. For example, ``fit_rungs(folders, "chinchilla",
+    count="non_embedding", loss="train", bootstraps=200)``.
     """
     form = form_named(law)
     observations = from_runs(folders, count=count, loss=loss)
@@ -93,11 +93,11 @@ def fit_rungs(
 
 
 def unidentified(fitted: Fit) -> str | None:
-    """Say which parameters the rungs leave open, if any.
+    """Return a sentence with the parameters that the rungs do not identify, or None.
 
-    A prediction near the rungs can be good although a parameter, often E, is not. There is no
-    interval where other values predict the rungs the same, or where the rungs hardly tell a
-    parameter and too few can be held out to say how far off the law is beyond the others.
+    A prediction near the rungs can be good although a parameter, often E, is not identified. There
+    is no interval if other values predict the rungs equally well, or if the rungs hardly identify a
+    parameter and too few rungs can be held out to measure the error of the law's form.
     """
     try:
         require_identified(fitted, "fix: {{{name}: 0}} in the ladder")
@@ -115,10 +115,10 @@ def predict_target(
     step: int,
     runs: Sequence[str] = (),
 ) -> Prediction:
-    """Return the prediction of a run of which ``target`` gives what the law reads, and its name.
+    """Return the prediction of a run; ``target``: its name and the values of the law's inputs.
 
-    ``runs``: names of the rungs that the law was fitted to. Raises UserError if the law reads what
-    is not known before a run.
+    ``runs``: names of the fitted rungs. Raises UserError: the law reads inputs that are unknown
+    before the run.
     """
     columns = {
         key: [float(value)]
@@ -159,14 +159,14 @@ def measure_target(
 ) -> Prediction:
     """Return the prediction with the loss of the target's finished run, comparable with the rungs.
 
-    Raises UserError if it has not finished, or its loss is another than that of the rungs.
+    Raises UserError: the run is not finished, or its loss differs in kind from the rungs'.
     """
     together = from_runs([*rungs, target], count=count, loss=loss)
     return replace(prediction, measured=float(together["loss"][-1]))
 
 
 def save_prediction(path: Path, prediction: Prediction) -> None:
-    """Write a prediction as JSON, at once under its name."""
+    """Write a prediction as JSON, atomically."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,10 @@ def save_prediction(path: Path, prediction: Prediction) -> None:
 
 
 def load_prediction(path: Path) -> Prediction | None:
-    """Return the prediction of ``save_prediction``; None without a file, UserError for another."""
+    """Return the prediction of ``save_prediction``; None without a file.
+
+    Raises UserError: not valid.
+    """
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Which of a run's losses is meant, and its value at the end of the run."""
+"""Choice of a run's loss, and its value at the end of the run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SPELLINGS = "validation, train, validation/NAME or train/NAME"
 
 @dataclass(frozen=True, slots=True)
 class LossChoice:
-    """``kind``: ``validation`` or ``train``; ``source``: of one source, or None for the mixture.
+    """Loss of a run: ``kind`` ``validation`` or ``train``, of one source or the mixture (None).
 
-    ``last``: the share of a run's steps that its train loss is averaged over.
+    ``last``: share of a run's steps over which the training loss is averaged.
     """
 
     kind: str
@@ -26,9 +26,9 @@ class LossChoice:
 
     @classmethod
     def parse(cls, text: str, last: float = 0.1) -> LossChoice:
-        """Read ``validation``, ``train``, ``validation/NAME`` or ``train/NAME``.
+        """Parse ``validation``, ``train``, ``validation/NAME`` or ``train/NAME``.
 
-        Raises UserError if it is none of them, or ``last`` is not a share of the run.
+        Raises UserError: any other text, or ``last`` is not a share of the run.
         """
         kind, slash, source = text.partition("/")
         if kind not in ("validation", "train") or (slash and not source):
@@ -38,7 +38,7 @@ class LossChoice:
         return cls(kind, source or None, last)
 
     def describe(self, run: Run) -> str:
-        """Return what the number is, for ``Observations.conventions``."""
+        """Return a description of the loss, for ``Observations.conventions``."""
         over = f"mean over the last {self.last:.0%} of the steps, nats per token"
         if self.kind == "train":
             return f"training loss of {self.source or 'the mixture'}, {over}"
@@ -50,13 +50,13 @@ class LossChoice:
 
 
 def shares(run: Run) -> dict[str, float]:
-    """Return each source's share of the mixture, as the run began with it."""
+    """Return each source's share of the run's first mixture."""
     sources = run.record["data"]["sources"]
     return {name: float(source["share"]) for name, source in sources.items()}
 
 
 def validation_weights(run: Run) -> dict[str, float]:
-    """Return the shares of the sources that are trained on and held out, scaled to sum to one."""
+    """Return the shares of the sources with training and held-out tokens, scaled to sum to one."""
     held_out = {
         n: share for n, share in shares(run).items() if share and f"validation/{n}" in run.metrics
     }
@@ -65,7 +65,7 @@ def validation_weights(run: Run) -> dict[str, float]:
 
 
 def final_loss(run: Run, choice: LossChoice) -> float:
-    """Return a finished run's loss in nats per token; UserError if it has none or none above 0."""
+    """Return a finished run's loss in nats per token. Raises UserError: missing or not positive."""
     steps, losses = loss_curve(run, choice)
     there = steps == steps[-1]
     if choice.kind == "train":
@@ -80,9 +80,9 @@ def final_loss(run: Run, choice: LossChoice) -> float:
 
 
 def check_losses(run: Run, choice: LossChoice, steps: Column, losses: Column) -> None:
-    """Refuse losses that are not positive numbers, as laws compare their logs or their shares.
+    """Check that losses are positive numbers, because laws compare their logs or shares.
 
-    Raises UserError if one is zero, negative or not finite; names file, step and value.
+    Raises UserError: a loss is zero, negative or not finite; the message has file, step and value.
     """
     bad = ~np.isfinite(losses) | (losses <= 0.0)
     if bad.any():
@@ -98,8 +98,8 @@ def check_losses(run: Run, choice: LossChoice, steps: Column, losses: Column) ->
 def loss_curve(run: Run, choice: LossChoice) -> tuple[Column, Column]:
     """Return the recorded steps that have this loss, and their losses.
 
-    Every row but those of skipped steps has the training loss of the mixture: there NaN is a loss,
-    for ``check_losses``. Raises UserError if none has.
+    Every row except those of skipped steps has the training loss of the mixture: NaN is a loss
+    there, for ``check_losses``. Raises UserError: no row has this loss.
     """
     metrics, kind = run.metrics, "loss" if choice.kind == "train" else "validation"
     key = kind if choice.source is None else f"{kind}/{choice.source}"

@@ -1,4 +1,4 @@
-"""The mixture of the least predicted loss."""
+"""Mixture of the least predicted loss."""
 
 # K domains, S starts, V validation sets
 
@@ -22,11 +22,11 @@ STEP = 1e-6
 """Step of the forward differences, in shares."""
 PRECISION = 1e-10
 KEPT = 1e-6
-"""What a loss may be above its bound by, from rounding."""
+"""Tolerance of a loss above its bound, for rounding."""
 
 
 class Predictor(Protocol):
-    """What predicts a target for rows: a ``Fit``."""
+    """Law that predicts a target for rows, such as a ``Fit``."""
 
     def predict(self, observations: Observations) -> Array:
         """Return the target [n]."""
@@ -34,9 +34,9 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Shares by domain, the weighted loss that is least there, and each validation set's.
+    """Shares by domain, the minimal weighted loss, and the loss of each validation set.
 
-    ``agreeing`` of ``starts`` searches ended at this loss (to 1e-6 of it).
+    ``agreeing`` of ``starts`` searches ended at this loss (within 1e-6 of it).
     """
 
     shares: dict[str, float]
@@ -58,15 +58,16 @@ def optimal_mixture(
     starts: int = 16,
     seed: int = 0,
 ) -> Mixture:
-    """Return the shares r that minimise ``sum_v weights_v L_v(r)``, sum 1, least <= r <= most.
+    """Return the shares r that minimize ``sum_v weights_v L_v(r)``, sum 1, least <= r <= most.
 
     ``laws``: a fit for each validation set, which reads columns ``domains``; ``weights``: by
-    validation set (one each if absent), not negative; ``least`` and ``most``: bounds of some
-    domains (0 and 1 else; ``most`` = U/D keeps a domain of U tokens from being repeated); ``at``:
-    other columns that the laws read (N, D), the same for every mixture; ``bounds``: the most that
-    the loss of some validation sets may be. Sequential least squares from points spread over the
-    simplex: sums of mixing_exponential laws are convex, so all starts agree; other laws may have
-    several minima. Raises UserError: a name is unknown, a weight negative, or no mixture is found.
+    validation set (1 by default), not negative; ``least`` and ``most``: bounds of some domains (0
+    and 1 by default; ``most`` = U/D keeps a domain of U tokens from being repeated); ``at``: other
+    columns of the laws (N, D), equal for every mixture; ``bounds``: upper bounds of the losses of
+    some validation sets. Sequential least squares from points spread over the simplex: sums of
+    mixing_exponential laws are convex, so all starts agree; other laws may have several minima.
+    Raises UserError: a name is unknown, a weight negative, or no mixture is found. For example,
+    ``optimal_mixture({"web": fit}, ["web", "code"]).shares``.
     """
     from scipy.optimize import minimize
 
@@ -114,7 +115,7 @@ def _constraints(
     at: Mapping[str, float] | None,
     limits: Mapping[str, float],
 ) -> tuple[Callable[[Array], Array], list[dict[str, Any]]]:
-    """How far shares [K] keep these losses below their limits; and all constraints of a search."""
+    """Return the slack of shares [K] under these loss limits, and all constraints of a search."""
     for name in limits:
         if name not in laws:
             raise UserError(f"bounds names {name!r}, which is none of the laws {', '.join(laws)}")
@@ -165,9 +166,9 @@ def mixture_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Return the interval of each domain's share in the best mixture.
 
-    The best mixture is found anew, from one start, for each sample that all ``bootstraps`` (by
-    validation set) have; ``options`` as of ``optimal_mixture``. Raises UserError: what
-    ``optimal_mixture`` raises.
+    The best mixture is recomputed, from one start, for each sample that exists in all
+    ``bootstraps`` (by validation set); ``options``: arguments of ``optimal_mixture``. Raises
+    UserError like ``optimal_mixture``.
     """
     number = min((len(bootstrap) for bootstrap in bootstraps.values()), default=0)
     best_BK = []
@@ -178,7 +179,7 @@ def mixture_intervals(
         except UserError:
             if not options.get("bounds"):
                 raise
-            continue  # a sample whose laws keep the bounds nowhere
+            continue  # the laws of this sample satisfy the bounds nowhere
         best_BK.append(list(best.shares.values()))
     if 2 * len(best_BK) < number:
         raise UserError(f"only {len(best_BK)} of {number} samples have a mixture within the bounds")

@@ -1,6 +1,6 @@
-"""What laws are fitted to: rows of numbers with their units, and whose they are."""
+"""Input of fits: rows of numbers with their units and groups."""
 
-# n rows
+# n: rows
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Column = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class LearningRates:
-    """The rate of each step of one run, from step 1; S1 and S2 follow from it."""
+    """Learning rate of each step of one run, from step 1; S1 and S2 are computed from it."""
 
     rates: Column
     warmup_steps: int
@@ -26,13 +26,13 @@ class LearningRates:
 
 @dataclass(frozen=True, slots=True)
 class Observations:
-    """Rows that a law may be fitted to.
+    """Rows to which a law may be fitted.
 
     ``columns``: float64 arrays [n] by name, inputs and targets, in the units of the form's
-    ``Variable`` s. ``groups``: whose a row is (a run, a size): rows of one group are not
+    ``Variable`` s. ``groups``: group of each row (a run, a size): rows of one group are not
     independent, so they are resampled and held out together. ``curves``: the learning rates of a
-    group, for laws of whole curves, whose rows then have a column ``step``. ``conventions``: what
-    a column counts ("N": "all parameters", "loss": "mean of the last 10 steps").
+    group, for laws of complete curves, whose rows then have a column ``step``. ``conventions``:
+    descriptions of columns ("N": "all parameters", "loss": "mean of the last 10 steps").
     """
 
     columns: Mapping[str, Column]
@@ -48,7 +48,10 @@ class Observations:
     def of(
         cls, columns: Mapping[str, Sequence[float] | Column], groups: Sequence[str] | None = None
     ) -> Self:
-        """Return rows from plain sequences; without ``groups`` each row is its own."""
+        """Return rows from plain sequences; without ``groups`` each row is a group.
+
+        For example, ``Observations.of({"N": [1e8, 1e9], "D": [2e9, 2e10]})``.
+        """
         arrays = {name: np.asarray(values, np.float64) for name, values in columns.items()}
         number = len(next(iter(arrays.values())))
         return cls(arrays, tuple(map(str, range(number)) if groups is None else groups))
@@ -57,7 +60,7 @@ class Observations:
         return len(self.groups)
 
     def __getitem__(self, name: str) -> Column:
-        """Return a column. Raises UserError if there is none of this name."""
+        """Return a column. Raises UserError: the column does not exist."""
         if name not in self.columns:
             raise UserError(
                 f"the observations have no column {name!r}, only {', '.join(self.columns)}; map "
@@ -66,7 +69,7 @@ class Observations:
         return self.columns[name]
 
     def place(self, row: int) -> str:
-        """Return where a row stands, for a sentence: its number, and its group if that is named."""
+        """Return the location of a row, for messages: its number, and its group if named."""
         group = self.groups[row]
         return f"row {row + 1}" + (f" ({group})" if group != str(row) else "")
 

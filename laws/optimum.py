@@ -1,6 +1,6 @@
-"""The best learning rate of a sweep, and how far it drifts between sizes."""
+"""Best learning rate of a sweep, and its drift between sizes."""
 
-# S seeds, R learning rates; losses_RS in nats per token, infinite where a run diverged
+# S seeds, R learning rates; losses_RS in nats per token, infinite for a run that diverged
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Optimum:
-    """Where the loss is least: ``log2_lr`` and ``loss`` of a parabola's vertex.
+    """Minimum of the loss: ``log2_lr`` and ``loss`` of a parabola's vertex.
 
-    ``problem`` says why there is no interior optimum; the two are then those of the best point
-    that was run.
+    ``problem``: the reason for a missing interior optimum; the values are then of the best point.
     """
 
     log2_lr: float
@@ -28,15 +27,16 @@ class Optimum:
 
     @property
     def interior(self) -> bool:
-        """Whether both neighbours of the best point were run and are finite."""
+        """True if both neighbours of the best point were run and are finite."""
         return self.problem is None
 
 
 def quadratic_optimum(log2_lrs: Sequence[float], losses: Sequence[float]) -> Optimum:
     """Return the vertex of the parabola through the best point and its two neighbours.
 
-    Points may come in any order and at any distances; a loss that is not finite is a run that
-    diverged. Where positive losses have a vertex of 0 or less a parabola says nothing of them.
+    Points may have any order and distances; a loss that is not finite is of a run that diverged. A
+    vertex of 0 or less for positive losses is not an optimum. For example, ``quadratic_optimum([-9,
+    -8, -7], [3.1, 3.0, 3.2]).log2_lr``.
     """
     order = np.argsort(log2_lrs)
     x = np.asarray(log2_lrs, np.float64)[order]
@@ -59,14 +59,14 @@ def quadratic_optimum(log2_lrs: Sequence[float], losses: Sequence[float]) -> Opt
     # Newton's form: y0 + slope_left (x - x0) + curvature (x - x0)(x - x1).
     vertex = float((x0 + x1 - slope_left / curvature) / 2)
     loss = y0 + slope_left * (vertex - x0) + curvature * (vertex - x0) * (vertex - x1)
-    if loss <= 0.0 < y1:  # a neighbour that diverged to finite weights
+    if loss <= 0.0 < y1:  # a neighbour that diverged with finite weights
         return Optimum(here.log2_lr, here.loss, "a neighbour of the best rate is no part of a bowl")
     return Optimum(vertex, float(loss))
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Losses of one size: ``losses_RS`` [R, S] at ``log2_lrs``, the same seeds at every rate."""
+    """Losses of one size: ``losses_RS`` [R, S] at ``log2_lrs``, with equal seeds at every rate."""
 
     log2_lrs: tuple[float, ...]
     losses_RS: NDArray[np.float64]
@@ -77,36 +77,40 @@ class Sweep:
         return quadratic_optimum(self.log2_lrs, chosen.mean(axis=1).tolist())
 
     def spread(self) -> float:
-        """Return max - min of log2 of the best rate over single seeds (NaN: one has none, or there
-        is one seed only)."""
+        """Return max - min of log2 of the best rate over single seeds.
+
+        NaN if a seed has no optimum, or if there is only one seed.
+        """
         if self.losses_RS.shape[1] < 2:
             return float("nan")
         return _drift([self.optimum([seed]) for seed in range(self.losses_RS.shape[1])])
 
 
 def drift(sweeps: Mapping[int, Sweep]) -> float:
-    """Return max - min over sizes of log2 of the best rate of the means (NaN: one has none)."""
+    """Return max - min over sizes of log2 of the best rate of the means (NaN: one is missing)."""
     return _drift([sweep.optimum() for sweep in sweeps.values()])
 
 
 def drift_interval(sweeps: Mapping[int, Sweep], level: float = 0.95) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the drift over seeds.
 
-    A resample draws seeds with replacement, the same for all sizes and rates, as a seed's data and
-    start are shared by them; those without an interior optimum are left out, and (NaN, NaN) comes
-    back where they are more than half, or with fewer than two seeds.
+    A resample draws seeds with replacement, equal for all sizes and rates, because a seed
+    determines their data and initial values. Resamples without an interior optimum are left out;
+    returns (NaN, NaN) if these are more than half, or with fewer than two seeds.
     """
     return _interval(sweeps, level, _drift)
 
 
 def exponent(sweeps: Mapping[int, Sweep]) -> float:
-    """Return the slope of log2 of the best rate of the means on log2 of the size, by least squares
-    (NaN: an optimum is at an edge, or there is one size only)."""
+    """Return the slope of log2 of the best rate of the means on log2 of the size, by least squares.
+
+    NaN if an optimum is at an edge, or if there is only one size.
+    """
     return _slope([*sweeps], [sweep.optimum() for sweep in sweeps.values()])
 
 
 def exponent_interval(sweeps: Mapping[int, Sweep], level: float = 0.95) -> tuple[float, float]:
-    """Return the bootstrap interval of the exponent over seeds, as ``drift_interval`` does."""
+    """Return the bootstrap interval of the exponent over seeds, as in ``drift_interval``."""
     return _interval(sweeps, level, partial(_slope, [*sweeps]))
 
 

@@ -1,4 +1,4 @@
-"""Which pools of data to train on at a budget, by a law of quality and quantity (2404.07177)."""
+"""Choice of data pools for a budget, by a law of quality and quantity (2404.07177)."""
 
 # K pools, C candidates (sets of pools), n budgets, B bootstrap samples
 
@@ -19,16 +19,16 @@ from allometry.laws.observations import Observations
 Array = NDArray[np.float64]
 
 ALL_SUBSETS = 12
-"""Up to so many pools all sets of them are compared, else those of the largest b alone."""
+"""Number of pools up to which all sets are compared, otherwise only the sets of the largest b."""
 SCAN = 200
-"""Budgets at which the best set is looked at, to find where it changes."""
+"""Number of budgets at which the best set is computed, to find its changes."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A set of pools that a run could train on, each read as often as the others.
+    """A set of pools for training, all with the same number of epochs.
 
-    ``tokens``: unique ones of all of them; ``shares``: what each is of the mixture.
+    ``tokens``: unique tokens of all its pools; ``shares``: share of each pool in the mixture.
     """
 
     pools: tuple[str, ...]
@@ -38,10 +38,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class PoolChoice:
-    """The best set at a budget of ``tokens``, and the next best one (None: there is no other).
+    """Best set at a budget of ``tokens``, and the second best (None if there is no other set).
 
-    ``interval``: of the loss; ``agree``: the share of bootstrap samples whose best set it is. Both
-    are None without samples.
+    ``interval``: of the loss; ``agree``: share of bootstrap samples with this best set. Both are
+    None without samples.
     """
 
     tokens: float
@@ -57,7 +57,7 @@ class PoolChoice:
 def candidates(
     form: QualityPools, values: Mapping[str, float], sizes: Mapping[str, float]
 ) -> list[Candidate]:
-    """Return the sets of pools to compare: all, or of more than twelve pools those of largest b.
+    """Return the sets of pools to compare: all, or for more than twelve pools those of largest b.
 
     ``sizes``: unique tokens of each pool of the law.
     """
@@ -84,8 +84,10 @@ def choose_pools(
 ) -> list[PoolChoice]:
     """Return the best set of pools at each budget of tokens.
 
-    Sets that would be read more than ``MAX_EPOCHS`` times are not compared. Raises UserError:
-    sizes are not those of the law's pools or not positive, or a budget reads all pools too often.
+    Sets with more than ``MAX_EPOCHS`` epochs are not compared. Raises UserError: sizes are not
+    those of the law's pools or not positive, or a budget exceeds ``MAX_EPOCHS`` epochs of all
+    pools. For example, ``choose_pools(form, fit.values, {"a": 1e9, "b": 4e9},
+    [1e10])[0].best.pools``.
     """
     _check(form, sizes, budgets)
     compared, chosen = candidates(form, values, sizes), []
@@ -134,8 +136,8 @@ def pool_changes(
 ) -> list[tuple[float, tuple[str, ...], tuple[str, ...]]]:
     """Return the budgets between ``low`` and ``high`` at which the best set changes.
 
-    Each with the sets before and after it, found to 1e-4 of it. Two changes between neighbours of
-    ``SCAN`` budgets, evenly spread over logs, are not seen.
+    Each with the sets before and after the change, to a precision of 1e-4. Two changes between
+    neighbours of ``SCAN`` budgets, evenly spread over logs, are not found.
     """
     high = min(high, MAX_EPOCHS * sum(sizes.values()) * (1.0 - 1e-9))  # exp(log) may round up
 
@@ -149,7 +151,7 @@ def pool_changes(
 def changes_of(
     best: Callable[[float], tuple[str, ...]], low: float, high: float
 ) -> list[tuple[float, tuple[str, ...], tuple[str, ...]]]:
-    """Return where ``best``, a choice by the log of a budget, changes between two budgets."""
+    """Return the changes of ``best``, a choice by the log of a budget, between two budgets."""
     if not low < high:
         return []
     logs = np.linspace(np.log(low), np.log(high), SCAN).tolist()
@@ -167,7 +169,7 @@ def changes_of(
 
 
 def most_epochs(form: QualityPools, observations: Observations) -> float:
-    """Return how often the pools were read at most in the rows of a fit."""
+    """Return the largest number of epochs in the rows of a fit."""
     total_n = sum(observations[pool] for pool in form.domains)
     return float((observations["D"] / total_n).max())
 

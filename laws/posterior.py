@@ -1,6 +1,6 @@
-"""What one run's curve says of the annealing law, and what it leaves to a prior."""
+"""Posterior of the annealing law given one run's curve and a prior."""
 
-# n rows, A exponents, M memories; a cell is one pair of them
+# n rows, A exponents, M memories; a cell is one pair of these
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Array = NDArray[np.float64]
 
 ALPHAS = np.geomspace(0.08, 1.6, 40)
 MEMORIES = np.geomspace(5.0, 2e4, 28)
-_ROUNDS = 5  # of noise and outlier weights, each from the fit before
-_OUTLIER = 3.0  # deviations past which a row counts less
+_ROUNDS = 5  # of noise and outlier weights, each from the previous fit
+_OUTLIER = 3.0  # deviations above which a row has a smaller weight
 _MOST_PERSISTENCE = 0.97
 
 
 @dataclass(frozen=True, slots=True)
 class Normal:
-    """A belief about a number."""
+    """Normal distribution of a quantity."""
 
     mean: float
     sd: float
@@ -28,7 +28,7 @@ class Normal:
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """What is believed before a curve is seen, and where that comes from.
+    """Prior of a curve's law, and its source.
 
     ``gain``: of the target's decay, as a share of the last loss. ``log_alpha``, ``log_memory``:
     natural logs of the law's exponent and memory (in steps). ``level``: L0 over the last loss.
@@ -43,7 +43,7 @@ class Prior:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Averaged rows of curves: loss, S1 and S2 at each memory; ``first`` row of each curve."""
+    """Averaged rows of curves: loss, S1, S2 at each memory; ``starts``: first rows of curves."""
 
     loss_n: Array
     s1_n: Array
@@ -53,11 +53,12 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Posterior:
-    """The law at every cell and the cells' probabilities.
+    """Fitted law in every cell and the cells' probabilities.
 
     Columns of coefficients: level L0, progress A·s1^−alpha, gain C·reference_M, as shares of
-    ``scale``, the loss of the last row. ``sd``: of a row's residual, relative; ``persistence``: its
-    correlation with that of the next row; ``effective_rows``: as many independent ones say as much.
+    ``scale``, the loss of the last row. ``sd``: of a row's residual, relative; ``persistence``:
+    correlation of neighbouring residuals; ``effective_rows``: equivalent number of independent
+    rows.
     """
 
     scale: float
@@ -82,7 +83,7 @@ class Posterior:
         return self.scale * mean_AM, self.scale**2 * (parts * spread_AM3).sum(-1)
 
     def moments(self, values_AM: Array, variances_AM: Array | float = 0.0) -> Normal:
-        """Return mean and deviation over the cells of a number that has these in each cell."""
+        """Return mean and deviation over all cells of a quantity with these moments per cell."""
         mean = float((self.probability_AM * values_AM).sum())
         spread = self.probability_AM * ((values_AM - mean) ** 2 + variances_AM)
         return Normal(mean, float(np.sqrt(spread.sum())))
@@ -92,15 +93,15 @@ class Posterior:
         return self.moments(self.coefficients_AM3[..., 2], self.covariance_AM33[..., 2, 2])
 
     def log_alpha(self) -> Normal:
-        """Return what is known of the exponent."""
+        """Return the distribution of the log exponent."""
         return self.moments(np.broadcast_to(np.log(ALPHAS)[:, None], self.probability_AM.shape))
 
     def log_memory(self) -> Normal:
-        """Return what is known of the memory."""
+        """Return the distribution of the log memory."""
         return self.moments(np.broadcast_to(np.log(MEMORIES)[None], self.probability_AM.shape))
 
     def values(self) -> dict[str, float]:
-        """Return the law's parameters in the most probable cell, as ``laws/forms/tissue.py``."""
+        """Return the law's parameters in the most probable cell, as in ``laws/forms/tissue.py``."""
         a, m = np.unravel_index(int(self.probability_AM.argmax()), self.probability_AM.shape)
         level, progress, gain = (self.scale * float(x) for x in self.coefficients_AM3[a, m])
         return {
@@ -117,10 +118,10 @@ def posterior(rows: Rows, prior: Prior, s1: float, reference_M: Array) -> Poster
 
     In each cell of a grid over (alpha, memory) the three coefficients are a linear Gaussian
     problem, solved exactly; cells are weighted by their evidence and their prior. Residuals are
-    relative; their variance is that of the best cell, raised by what their correlation from row to
-    row leaves of independent rows, (1 + ρ)/(1 − ρ). Rows further than 3 deviations out count less
-    (Huber's weights). ``s1``, ``reference_M``: areas at the end of what is asked, where A and C are
-    turned into shares of the loss.
+    relative; their variance is that of the best cell, multiplied by (1 + ρ)/(1 − ρ) for the
+    correlation ρ of neighbouring rows. Rows more than 3 deviations off have smaller weights
+    (Huber's weights). ``s1``, ``reference_M``: areas at the end of the target, where A and C are
+    converted to shares of the loss.
     """
     n = len(rows.loss_n)
     scale = float(rows.loss_n[-1])
@@ -141,7 +142,7 @@ def posterior(rows: Rows, prior: Prior, s1: float, reference_M: Array) -> Poster
         log_p = -0.5 * (misfit / variance + strain - np.linalg.slogdet(covariance)[1]) + prior_AM
         best = np.unravel_index(int(log_p.argmax()), log_p.shape)
         residual_n = columns.residuals(best, coefficients[best])
-        size_n = np.abs(residual_n)  # Huber's weights, by a deviation that outliers do not move
+        size_n = np.abs(residual_n)  # Huber's weights, by a deviation that is robust to outliers
         deviation = 1.4826 * float(np.median(size_n))
         weights_n = np.minimum(1.0, _OUTLIER * deviation / np.maximum(size_n, 1e-300))
         weighted_n = residual_n * np.sqrt(weights_n)
@@ -164,7 +165,7 @@ def posterior(rows: Rows, prior: Prior, s1: float, reference_M: Array) -> Poster
 
 
 class _Columns:
-    """The regressors of all cells over the loss: 1, s1^−alpha (A of them), −S2 (M of them)."""
+    """Regressors of all cells over the loss: 1, s1^−alpha (A of them), −S2 (M of them)."""
 
     def __init__(self, rows: Rows, scale: float, s1: float, reference_M: Array) -> None:
         self._one_n = scale / rows.loss_n
@@ -188,7 +189,7 @@ class _Columns:
         return gram, right, float(weights_n.sum())
 
     def residuals(self, cell: tuple[np.intp, ...], coefficients_3: Array) -> Array:
-        """Return measured less fitted over measured [n] in a cell."""
+        """Return measured minus fitted over measured [n] in a cell."""
         a, m = cell
         level, progress, gain = coefficients_3
         fitted_n = level * self._one_n + progress * self._power_An[a] + gain * self._fall_Mn[m]
@@ -200,9 +201,9 @@ def _log_density(x: Array, belief: Normal) -> Array:
 
 
 def _persistence(residual_n: Array, starts: tuple[int, ...]) -> float:
-    """Return the correlation of neighbouring residuals of the same curve, never below 0.
+    """Return the correlation of neighbouring residuals of the same curve, at least 0.
 
-    1/n per fitted parameter is added, by which fitting lowers it.
+    Fitting lowers the correlation by 1/n per parameter, which is added.
     """
     products = residual_n[1:] * residual_n[:-1]
     inside = np.ones(len(products), bool)

@@ -1,4 +1,4 @@
-"""What the planner predicted of runs against what they measured, and what it learns from them."""
+"""Comparison of the planner's predictions with measured steps of runs, and calibration by them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ EVENT = "step_prediction"
 
 @dataclass(frozen=True)
 class Compared:
-    """One layout of one run: seconds of a step, measured, and predicted by what was believed
-    before and after these runs; ``interval``: 90 %, before."""
+    """Step time of one layout of one run: measured, and predicted before and after calibration.
+
+    Seconds; ``interval``: 90 %, before calibration.
+    """
 
     folder: Path
     steps: int
@@ -35,18 +37,19 @@ class Compared:
 
 @dataclass(frozen=True)
 class RunCalibration:
-    """What runs taught: the belief after them, and each run before and after."""
+    """Calibration by runs, and the comparison of each run before and after."""
 
     belief: Calibration
     compared: tuple[Compared, ...]
 
 
 def calibrate_runs(folders: Sequence[Path], belief: Calibration | None = None) -> RunCalibration:
-    """Update a belief (None: that of published measurements) by the steps that runs recorded.
+    """Update a calibration (None: from published measurements) by the recorded steps of runs.
 
-    Runs write a ``step_prediction`` event every so often: the row of the cost model, what it
-    predicted and the median that was measured. Events of one row count once, by their median.
-    Raises UserError for a folder that is no run's, or whose run recorded none.
+    Runs write a ``step_prediction`` event at regular intervals: the row of the cost model, its
+    prediction and the measured median. Events of one row count once, by their median. Raises
+    UserError: a folder is not a run, or its run has no such event. For example,
+    ``calibrate_runs([Path("runs/a")]).belief``.
     """
     belief = belief or published()
     found = [one for folder in folders for one in _measured(Path(folder))]
@@ -72,7 +75,7 @@ def calibrate_runs(folders: Sequence[Path], belief: Calibration | None = None) -
 
 
 def _measured(folder: Path) -> list[tuple[Path, dict[str, Any], float, int]]:
-    """Return (folder, row, median seconds, steps) of each layout that a run was measured in."""
+    """Return (folder, row, median seconds, steps) of each layout in which a run was measured."""
     events = [event for event in read_run(folder).events if event["event"] == EVENT]
     if not events:
         raise UserError(

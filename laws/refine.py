@@ -1,4 +1,4 @@
-"""A learning-rate schedule from the gradient norms of a run (arXiv 2310.07831)."""
+"""Learning-rate schedule from the gradient norms of a run (arXiv 2310.07831)."""
 
 # T steps
 
@@ -16,21 +16,21 @@ from allometry.laws.collect import not_finished
 from allometry.laws.runs import Run, read_run
 
 POWERS = {"sgd": 2, "adam": 1}
-"""How far a step of each kind is divided by the gradient norm."""
+"""Power of the gradient norm by which a step of each kind is divided."""
 
 SMOOTHING = 0.1
 """Width of the median filter as a share of the run."""
 
 
 def refine(norms_T: ArrayLike, power: int, smoothing: float = SMOOTHING) -> NDArray[np.float64]:
-    """Return the schedule [T] that fits these gradient norms, its largest value 1.
+    """Return the schedule [T] for these gradient norms, with a largest value of 1.
 
     w_t = G_t^−power of the norms after a median filter (2·⌊smoothing·T/2⌋ + 1 wide, reflected at
-    the ends); the rate of step t is w_t · Σ_{p>t} w_p. Norms that stay give a straight line to 0 at
+    the ends); the rate of step t is w_t · Σ_{p>t} w_p. Constant norms give a linear decay to 0 at
     the last step, norms that rise towards the end give an earlier decay. ``power`` is 2 for SGD
     (2-norms) and 1 for Adam (1-norms).
     """
-    from scipy.ndimage import median_filter  # half a second that others need not pay
+    from scipy.ndimage import median_filter  # import takes half a second
 
     norms = np.asarray(norms_T, dtype=np.float64)
     assert norms.ndim == 1, norms.shape
@@ -47,12 +47,12 @@ def refine(norms_T: ArrayLike, power: int, smoothing: float = SMOOTHING) -> NDAr
 
 
 def gradient_norms(run: Run, kind: Literal["sgd", "adam"]) -> tuple[NDArray[np.float64], str]:
-    """Return the norm of each step of a run, and the key of the record that it is from.
+    """Return the norm of each step of a run, and the name of its column.
 
-    Adam: the 1-norms of the monitors (``monitors/grad_l1``, after clipping) where the run looked at
-    ten steps or more, else the 2-norms (``grad_norm``), as for SGD. Steps that were not recorded
-    are filled in on a line between their neighbours. Raises UserError if fewer than ten steps are
-    recorded, or a norm is zero or not finite.
+    Adam: the 1-norms of the monitors (``monitors/grad_l1``, after clipping) if at least ten steps
+    have one, else the 2-norms (``grad_norm``), as for SGD. Steps that were not recorded are
+    interpolated linearly. Raises UserError: fewer than ten steps are recorded, or a norm is zero or
+    not finite.
     """
     key = "grad_norm"
     if kind == "adam":
@@ -77,9 +77,9 @@ def gradient_norms(run: Run, kind: Literal["sgd", "adam"]) -> tuple[NDArray[np.f
 def refined_schedule(
     folder: str | Path, kind: Literal["sgd", "adam"] = "adam", smoothing: float = SMOOTHING
 ) -> dict[str, Any]:
-    """Return what ``schedule: {kind: refined, file: ...}`` reads, from the run in ``folder``.
+    """Return the content of the file of ``schedule: {kind: refined, file: ...}`` for a run.
 
-    Raises UserError: see ``gradient_norms`` and ``read_run``; the run has not finished; or
+    Raises UserError: see ``gradient_norms`` and ``read_run``; the run is not finished; or
     ``smoothing`` is not a share.
     """
     if not 0.0 <= smoothing <= 1.0:
@@ -107,7 +107,10 @@ def refined_schedule(
 
 
 def write_schedule(content: dict[str, Any], file: str | Path) -> None:
-    """Write it as JSON, in a new folder if need be. Raises UserError where that cannot be done."""
+    """Write a schedule as JSON, creating its folder.
+
+    Raises UserError: the file cannot be written.
+    """
     try:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(json.dumps(content) + "\n", encoding="utf-8")

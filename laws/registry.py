@@ -1,4 +1,4 @@
-"""All laws by name."""
+"""Registry of all laws by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from allometry.laws.forms.base import Form
 
 @cache
 def all_forms() -> dict[str, Form]:
-    """Return every form of ``laws/forms`` by name; a file lists its own in ``FORMS``."""
+    """Return every form of ``laws/forms`` by name; each file lists its forms in ``FORMS``."""
     by_name: dict[str, Form] = {}
     for module in sorted(info.name for info in pkgutil.iter_modules(forms.__path__)):
         if module == "base":
@@ -26,7 +26,7 @@ def all_forms() -> dict[str, Form]:
 
 
 def form_named(name: str) -> Form:
-    """Return the form ``name``, or ``name:a,b,c`` over columns; UserError if there is none."""
+    """Return the form ``name``, or ``name:a,b,c`` over columns. Raises UserError: unknown name."""
     by_name = all_forms()
     base, colon, columns = name.partition(":")
     if base not in by_name:

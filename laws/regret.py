@@ -1,6 +1,6 @@
-"""What a learning rate that was found at one size costs at another one."""
+"""Regret of a learning rate that was tuned at one size and is used at another size."""
 
-# R learning rates, S seeds; losses_RS in nats per token, infinite where a run diverged
+# R learning rates, S seeds; losses_RS in nats per token, infinite for a run that diverged
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from allometry.laws.optimum import Sweep
 
 LEVEL = 0.95
 PERCENT = 0.5
-"""Regret that a transfer may have, in percent of the loss at the size's own best rate."""
+"""Default bound of a regret, in percent of the loss at the size's own best rate."""
 SHARE = 0.2
-"""Regret that it may have, as a share of that of the standard parameterization."""
+"""Bound of a regret as a share of the standard parameterization's regret."""
 
 Interval = tuple[float, float]
 Verdict = Literal["met", "missed", "undecided"]
@@ -30,13 +30,13 @@ _NONE: Interval = (math.nan, math.nan)
 
 @dataclass(frozen=True, slots=True)
 class Regret:
-    """Loss at the transferred rate minus loss at the own best rate, of one size.
+    """Loss at the transferred rate minus loss at the size's own best rate.
 
-    ``log2_lr``: the transferred rate. ``loss`` and ``best``: the mean losses over seeds at it and
-    at the own optimum, nats per token; ``nats`` is their difference, infinite where the runs at
-    the transferred rate diverged, and ``percent`` that of ``best``. Intervals of 95 % are over
-    seeds, cut at 0, below which no regret is; NaN where there is none. ``problem`` says why a
-    regret is not known (NaN).
+    ``log2_lr``: the transferred rate. ``loss`` and ``best``: the mean losses over seeds at this
+    rate and at the own optimum, nats per token; ``nats``: their difference, infinite if the runs at
+    the transferred rate diverged; ``percent``: in percent of ``best``. Intervals of 95 % are over
+    seeds, cut at 0, the minimum of a regret; NaN if unknown. ``problem``: the reason for an unknown
+    regret (NaN).
     """
 
     log2_lr: float
@@ -50,17 +50,17 @@ class Regret:
 
     @classmethod
     def unknown(cls, log2_lr: float, best: float, problem: str) -> Regret:
-        """One that nothing is known of, but the transferred rate and the best loss."""
+        """Return an unknown regret, with the transferred rate and the best loss."""
         return cls(log2_lr, math.nan, best, math.nan, math.nan, _NONE, _NONE, problem)
 
     def verdict(self, percent: float = PERCENT) -> Verdict:
-        """Whether the regret is at most this much of the loss, if its interval tells."""
+        """Return "met" if the regret is at most ``percent`` of the loss, by its interval."""
         if self.nats == math.inf:
             return "missed"
         return verdict(self.percent_interval, percent)
 
     def describe(self) -> dict[str, Any]:
-        """JSON; what is not finite is null, and ``diverged`` says that it is infinite."""
+        """Return JSON, with null for non-finite numbers; ``diverged`` is True for infinity."""
         plain: dict[str, Any] = {"diverged": self.nats == math.inf}
         for name, value in asdict(self).items():
             if isinstance(value, tuple):
@@ -73,11 +73,11 @@ class Regret:
 def loss_at(sweep: Sweep, log2_lr: float, seeds: Seeds | None = None) -> float:
     """Return the mean loss over seeds (columns; None: all) at a rate between those of the sweep.
 
-    A parabola in log2 of the rate: up to a neighbour of the best point that of the optimum,
-    through the best point and its two neighbours; further out, between x_i and x_{i+1}, that
-    through both and the next point towards the best one. It passes through every point that was
-    run. Infinite between two rates that diverged and beyond the largest rate if that diverged;
-    NaN beside one that diverged and, else, outside of the rates that were tried.
+    By a parabola in log2 of the rate: up to a neighbour of the best point the parabola of the
+    optimum, through the best point and its two neighbours; further out, between x_i and x_{i+1},
+    the parabola through both and the next point towards the best one. All parabolas pass through
+    the measured points. Infinite between two rates that diverged and above the largest rate if it
+    diverged; NaN next to one rate that diverged and outside of the measured rates.
     """
     x = np.asarray(sweep.log2_lrs, np.float64)
     y = _means(sweep, seeds)
@@ -94,14 +94,14 @@ def loss_at(sweep: Sweep, log2_lr: float, seeds: Seeds | None = None) -> float:
         return math.nan if np.isfinite(between).any() else math.inf
     middle = min(max(_middle(int(np.argmin(y)), right), 1), len(x) - 2)
     points, losses = x[middle - 1 : middle + 2], y[middle - 1 : middle + 2]
-    if not np.isfinite(losses).all():  # the third point diverged: the chord
+    if not np.isfinite(losses).all():  # the third point diverged: linear interpolation
         return float(np.interp(log2_lr, x[right - 1 : right + 1], between))
     return _parabola(points, losses, log2_lr)
 
 
 def _middle(best: int, right: int) -> int:
     """Return the middle of the three points for the interval that ends at ``right``."""
-    if right in (best, best + 1):  # beside the best point
+    if right in (best, best + 1):  # next to the best point
         return best
     return right - 1 if right > best else right
 
@@ -113,12 +113,13 @@ def _parabola(x: NDArray[np.float64], y: NDArray[np.float64], at: float) -> floa
 
 
 def regret(base: Sweep, target: Sweep) -> Regret:
-    """Return what the best rate of ``base`` costs at ``target``.
+    """Return the regret of the best rate of ``base`` at ``target``.
 
-    Both have the same seeds (columns), in the same order: one of them decides initial values and
-    the order of data at either size, and leaving it out leaves it out of both. The interval is
-    that of the jackknife with quantiles of Student's t (see ``jackknife``); it holds the rates'
-    own uncertainty, as both optima are found again without each seed.
+    Both have the same seeds (columns), in the same order: a seed determines initial values and the
+    order of data at either size, and is left out of both. The interval is that of the jackknife
+    with quantiles of Student's t (see ``jackknife``); it includes the uncertainty of the rates,
+    because both optima are recomputed without each seed. For example, ``regret(transfer.sweep(64),
+    transfer.sweep(256)).percent``.
     """
     number = base.losses_RS.shape[1]
     assert number == target.losses_RS.shape[1], "the same seeds at both"
@@ -151,7 +152,7 @@ def regret(base: Sweep, target: Sweep) -> Regret:
 
 
 def regrets(sweeps: Mapping[int, Sweep]) -> dict[int, Regret]:
-    """Return the regret of each size but the first, to which the rate of the first is carried."""
+    """Return the regret of each size after the first, at the best rate of the first size."""
     base, *others = sweeps
     return {size: regret(sweeps[base], sweeps[size]) for size in others}
 
@@ -159,10 +160,10 @@ def regrets(sweeps: Mapping[int, Sweep]) -> dict[int, Regret]:
 def against(
     ours: tuple[Sweep, Sweep], theirs: tuple[Sweep, Sweep], share: float = SHARE
 ) -> Verdict:
-    """Whether our regret (base, target) is at most this share of theirs, if the seeds tell.
+    """Return "met" if our regret (base, target) is at most ``share`` of theirs, by the seeds.
 
-    The statistic is ours - share x theirs, its interval that of ``jackknife``. Theirs being
-    infinite, any of ours that is known and finite is less.
+    The statistic is ours - share x theirs, with the interval of ``jackknife``. If theirs is
+    infinite, any known and finite regret of ours is "met".
     """
     own, other = regret(*ours), regret(*theirs)
     if own.nats == math.inf:
@@ -179,7 +180,7 @@ def against(
 
 
 def verdict(interval: Interval, bound: float) -> Verdict:
-    """Whether a quantity with this interval is at most ``bound``; undecided: it holds both."""
+    """Return "met" if a quantity with this interval is at most ``bound``, or "undecided"."""
     low, high = interval
     if high <= bound:
         return "met"
@@ -189,11 +190,11 @@ def verdict(interval: Interval, bound: float) -> Verdict:
 def jackknife(
     statistic: Callable[[Seeds], float], number: int, whole: float, level: float = LEVEL
 ) -> Interval:
-    """Return the interval of a statistic of ``number`` seeds, whose value of all is ``whole``.
+    """Return the interval of a statistic of ``number`` seeds, whose value over all is ``whole``.
 
     θ ± t_{n-1} √((n-1)/n Σ (θ_i - mean θ_i)²), with θ_i the statistic without seed i (Efron and
-    Tibshirani 1993, chapter 11; quantile of Student's t as Tukey 1958 has it). (NaN, NaN) with
-    fewer than two seeds, or where the statistic of some of them is not finite.
+    Tibshirani 1993, chapter 11; quantile of Student's t as in Tukey 1958). (NaN, NaN) with fewer
+    than two seeds, or if a value of the statistic is not finite.
     """
     if number < 2:
         return _NONE
@@ -208,7 +209,7 @@ def jackknife(
 
 
 def _nats(base: Sweep, target: Sweep, seeds: Seeds | None) -> float:
-    """Return the regret of some seeds; NaN where it is not known."""
+    """Return the regret of some seeds; NaN if unknown."""
     first, own = base.optimum(seeds), target.optimum(seeds)
     if not (first.interior and own.interior):
         return math.nan

@@ -1,6 +1,6 @@
-"""Runs of continual pretraining by the share of the new domain, which D-CPT and CMR read."""
+"""Runs of continual pretraining by the share of the new domain, for the D-CPT and CMR laws."""
 
-# n rows
+# n: rows
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from allometry.laws.tables import read_table
 
 COLUMNS = ("N", "D", "r", "domain", "general")
 SKIPPED = 0.1
-"""Share of a run's tokens before the first row: its losses there are those of the warm-up."""
+"""Share of a run's tokens before the first row, where losses are affected by the warm-up."""
 STEADY = 1.05
-"""Learning rates whose ratio is below this are one rate."""
+"""Ratio of learning rates below which the rate is constant."""
 
 
 @dataclass(frozen=True)
 class ReplayRows:
-    """Held-out losses of runs that go on from one model each size with new data and old.
+    """Held-out losses of runs that continue one model per size with new and old data.
 
     ``rows``: ``N``, ``D`` (tokens of the continual pretraining), ``r`` (the new sources' share of
-    them), ``domain`` and ``general`` (held-out losses of the new and of the old sources), ``start``
-    (the general loss before). Rows of one N and r are one group. ``ends``: the last row of each run
-    with each source's share ``r/NAME`` and loss ``loss/NAME``; None of a table. ``unique``: tokens
-    that each source holds. ``new`` and ``old``: their sources' weights in the two losses.
+    D), ``domain`` and ``general`` (held-out losses of the new and of the old sources), ``start``
+    (the initial general loss). Rows of one N and r are one group. ``ends``: the last row of each
+    run with each source's share ``r/NAME`` and loss ``loss/NAME``; None for a table. ``unique``:
+    tokens of each source. ``new`` and ``old``: weights of their sources in the two losses.
     """
 
     rows: Observations
@@ -47,12 +47,12 @@ class ReplayRows:
 
     @property
     def sizes(self) -> list[float]:
-        """Return the models' N, the least first."""
+        """Numbers of parameters N of the models, in increasing order."""
         return [float(size) for size in np.unique(self.rows["N"])]
 
     @property
     def sources(self) -> list[str]:
-        """Return the sources that some run reads."""
+        """Sources that at least one run reads."""
         if self.ends is None:
             return []
         return [name for name in (*self.new, *self.old) if self.ends[f"r/{name}"].any()]
@@ -60,8 +60,8 @@ class ReplayRows:
     def start_at(self, size: float, alpha: float) -> float:
         """Return the general loss before the training of a model of this size.
 
-        Of a size that was not run: by ``e + a / N^alpha`` through those that were, with the
-        ``alpha`` of the general loss's law.
+        For a size without runs: by ``e + a / N^alpha`` through the other sizes, with the ``alpha``
+        of the general loss's law.
         """
         sizes = self.sizes
         means = [float(self.rows["start"][self.rows["N"] == one].mean()) for one in sizes]
@@ -80,9 +80,9 @@ def replay_table(
     where: Sequence[str] = (),
     start: float | None = None,
 ) -> ReplayRows:
-    """Return the rows of tables: N, D, r, domain, general, and start where it is not given.
+    """Return the rows of tables: N, D, r, domain, general, and start unless given.
 
-    Raises UserError: what ``read_table`` raises, or an r is no share.
+    Raises UserError: as ``read_table``, or an r is not a share.
     """
     names = [*COLUMNS, *(["start"] if start is None else [])]
     positive = [name for name in names if name != "r"]
@@ -111,10 +111,11 @@ def replay_runs(
 ) -> ReplayRows:
     """Return the rows of run folders: each held-out loss after ``skip`` of a run's tokens.
 
-    ``domain``: the new sources; without it all that ``data.replay`` does not name. ``ends``: each
-    run's last row alone. ``start``: the general loss before, where runs did not measure it. Runs
-    that others given branch from are left out. Raises UserError: no run is left, they disagree in
-    what is new, a ratio changes within a run, or losses are missing or cannot be compared.
+    ``domain``: the new sources; by default all sources that ``data.replay`` does not list.
+    ``ends``: True for each run's last row only. ``start``: the initial general loss, if runs did
+    not measure it. Runs from which other given runs branch are left out. Raises UserError: no run
+    is left, runs disagree in their new sources, a ratio changes within a run, or losses are missing
+    or not comparable.
     """
     if not 0.0 <= skip < 1.0:
         raise UserError(f"--skip={skip:g} is no share of a run; use at least 0 and less than 1")
@@ -152,7 +153,7 @@ def replay_runs(
 
 
 def declared_shares(data: Mapping[str, Any]) -> dict[str, float]:
-    """Return each source's share by a run's ``data`` section, of its first ratio of replay."""
+    """Return each source's share by a run's ``data`` section, with its first ratio of replay."""
     weights = {source["name"]: float(source["weight"]) for source in data["sources"]}
     replay = data.get("replay")
     if replay is None:
@@ -175,13 +176,13 @@ def _branches_from(run: Run, trunk: Run) -> bool:
 
 
 def _fork(run: Run) -> int:
-    """The step after which the continual pretraining begins."""
+    """Return the step after which the continual pretraining starts."""
     parent = run.record.get("parent")
     return int(parent["step"]) if isinstance(parent, dict) else 0
 
 
 def _kinds(runs: Sequence[Run], domain: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """The new sources and the old ones with their weights in the two losses, each summing to 1."""
+    """Return the weights of the new and of the old sources in the two losses, each summing to 1."""
     if not runs:
         raise UserError("every run given is one that others branch from; give its branches too")
     replayed = [(run.config["data"].get("replay") or {}).get("sources") for run in runs]
@@ -219,7 +220,7 @@ def _kinds(runs: Sequence[Run], domain: Sequence[str]) -> tuple[dict[str, float]
 
 
 def _weights(run: Run, names: Sequence[str]) -> dict[str, float]:
-    """What sources of one kind weigh; alike where none is read, as with a replay of 0."""
+    """Return the weights of sources of one kind; equal if all are 0, as with a replay of 0."""
     given = {one["name"]: float(one["weight"]) for one in run.config["data"]["sources"]}
     kept = {name: given[name] for name in names if given[name]}
     return kept or dict.fromkeys(names, 1.0)
@@ -250,7 +251,7 @@ def _rows_of(
     skip: float,
     start: float | None,
 ) -> dict[str, Column]:
-    """The columns of one run."""
+    """Return the columns of one run."""
     fork, data = _fork(run), run.config["data"]
     moved = [e for e in run.events if e.get("event") == "mixture_changed"]
     if (data.get("replay") or {}).get("changes") or any(e.get("step", 0) > fork + 1 for e in moved):
@@ -280,7 +281,7 @@ def _rows_of(
 
 
 def _before(run: Run, fork: int, old: Mapping[str, float]) -> float:
-    """The general loss before the first step of the continual pretraining."""
+    """Return the general loss before the first step of the continual pretraining."""
     for event in reversed(run.events):
         losses = event.get("losses", {})
         at_fork = event.get("event") == "held_out_before" and event.get("step") == fork

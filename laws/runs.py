@@ -1,4 +1,4 @@
-"""Reading what a run left in its folder."""
+"""Reader of run folders."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from allometry.configs.source import parse_file
 
 @dataclass(frozen=True)
 class Run:
-    """One run's record.
+    """Record of one run.
 
-    ``config``: its resolved description as plain data. ``record``: run.json (versions, counts,
-    layout; empty if the run died before writing it). ``metrics``: a float64 column for each key
-    of metrics.jsonl, one entry for each recorded step in order, NaN where a row lacks the key.
-    ``events``: the rows of events.jsonl, as written.
+    ``config``: its resolved configuration as plain data. ``record``: run.json (versions, counts,
+    layout; empty if the run died before writing it). ``metrics``: a float64 column for each key of
+    metrics.jsonl, one entry for each recorded step in order, NaN if a row lacks the key.
+    ``events``: the rows of events.jsonl.
     """
 
     folder: Path
@@ -32,16 +32,17 @@ class Run:
 
     @property
     def sources(self) -> list[str]:
-        """Names of the corpora that have a loss of their own, in the order of the record."""
+        """Names of the data sources with a training loss, in the order of metrics.jsonl."""
         return [key.removeprefix("loss/") for key in self.metrics if key.startswith("loss/")]
 
 
 def read_run(folder: str | Path) -> Run:
     """Read a run's folder, also while the run is writing to it.
 
-    A last line without its end (the run was killed, or is writing) is left out. Where a run was
-    resumed from an earlier step, the rows it wrote again replace the first ones. Raises UserError
-    if the folder is missing, is not a run's, holds no row yet, or is damaged.
+    An incomplete last line (the run was killed, or is writing) is left out. After a resume from an
+    earlier step, rows that were written again replace the first ones. Raises UserError: the folder
+    is missing, is not a run's, has no row yet, or is damaged. For example,
+    ``read_run("runs/a").metrics["loss"]``.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -67,7 +68,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON-lines file (none if it is missing), without a torn last one."""
+    """Return the rows of a JSON-lines file ([] if missing), without an incomplete last row."""
     if not path.is_file():
         return []
     rows: list[dict[str, Any]] = []
@@ -79,7 +80,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             rows.append(parse_object(line))
         except ValueError as error:
             if number == len(lines):
-                break  # no newline after it: it was being written
+                break  # no newline after it: the line was being written
             raise UserError(
                 f"{path}, line {number}, is not JSON ({error}); remove that line"
             ) from error
@@ -87,7 +88,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _resumed(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """Drop the rows of steps that the run did again after a resume."""
+    """Drop the rows of steps that the run repeated after a resume."""
     kept: list[dict[str, Any]] = []
     for row in rows:
         if not isinstance(row.get("step"), int):

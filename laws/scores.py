@@ -1,12 +1,12 @@
-"""What evaluations of a run's checkpoints gave: the rows of its scores.jsonl.
+"""Evaluation scores of a run's checkpoints: the rows of its scores.jsonl.
 
 A row is one metric of one task at one checkpoint: ``task``, ``metric``, ``filter`` (how answers
-were read), ``value``, ``stderr`` (or null), ``n`` documents, ``chance`` (what guessing gives, where
-that is known), ``higher_is_better``, ``fewshot``, ``limit``; ``run``, ``step``, ``tokens``,
-``flops``, ``N`` (parameters without embedding and head), ``loss`` (held out, of the mixture, at
-that step, or null); ``accuracy`` and ``error`` = 1 - accuracy where the metric is a share of right
-answers; ``task_version``, ``task_hash`` (of what is asked), ``checkpoint`` (its hash), ``harness``
-and ``time``. So the file is a table that ``allometry fit downstream_error`` reads as it is.
+were parsed), ``value``, ``stderr`` (or null), ``n`` documents, ``chance`` (score of guessing, if
+known), ``higher_is_better``, ``fewshot``, ``limit``; ``run``, ``step``, ``tokens``, ``flops``,
+``N`` (parameters without embedding and head), ``loss`` (held out, of the mixture, at that step, or
+null); ``accuracy`` and ``error`` = 1 - accuracy if the metric is a share of right answers;
+``task_version``, ``task_hash`` (of the task's content), ``checkpoint`` (its hash), ``harness`` and
+``time``. The file is therefore a table that ``allometry fit downstream_error`` reads directly.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from allometry.laws.runs import read_lines
 
 SCORES = "scores.jsonl"
 _ASKED = ("task", "metric", "filter", "fewshot", "limit")
-"""What two rows of one step have in common if the later one takes the other's place."""
+"""Keys in which two rows of one step are equal if the later row replaces the earlier one."""
 
 Row = dict[str, Any]
 
 
 def read_scores(folder: Path) -> list[Row]:
-    """Return the rows of a folder's scores.jsonl by step, of equal ones the last.
+    """Return the rows of a folder's scores.jsonl by step, the last one of equal rows.
 
     Raises:
         UserError: a line is damaged.
@@ -41,6 +41,6 @@ def read_scores(folder: Path) -> list[Row]:
 
 
 def with_rows(text: str, rows: Iterable[Row]) -> str:
-    """Return the text of a scores.jsonl with ``rows`` after it; a torn last line goes."""
+    """Return the text of scores.jsonl with ``rows`` appended, without a torn last line."""
     whole = text[: text.rfind("\n") + 1]
     return whole + "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""How much a wrong learning rate costs (arXiv 2309.14322, section 2.2)."""
+"""Sensitivity of the loss to the learning rate (arXiv 2309.14322, section 2.2)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ def learning_rate_sensitivity(
 ) -> float:
     """Return the mean over learning rates of min(loss, ``initial_loss``) − best loss.
 
-    ``losses``: final loss by learning rate, on a grid that is even in log rate; one that is not
-    finite counts as ``initial_loss``. ``between``: only these rates, both ends included.
+    ``losses``: final loss by learning rate, on a grid that is even in log rate; a loss that is not
+    finite counts as ``initial_loss``. ``between``: range of rates, both ends included. For example,
+    ``learning_rate_sensitivity({1e-3: 3.0, 2e-3: 3.2}, 10.8)``.
     """
     assert math.isfinite(initial_loss), initial_loss
     low, high = between or (0.0, math.inf)

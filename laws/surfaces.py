@@ -1,4 +1,4 @@
-"""The best learning rate and batch of one sweep, by a polynomial through the runs near it."""
+"""Best learning rate and batch size of one sweep, by a polynomial through runs near the optimum."""
 
 # n rows of a sweep, K coefficients of a polynomial, A axes that vary, S bootstrap samples
 
@@ -22,23 +22,26 @@ Rows = NDArray[np.bool_]
 AXES = ("lr", "B")
 AXIS_NAMES = {"lr": "learning rates", "B": "batches"}
 ROUNDS = 30
-"""Most times that the runs near the optimum are weighed again."""
+"""Maximum number of reweightings of the runs near the optimum."""
 SETTLED = 1e-3
-"""The rounds end when the optimum moves by less, in octaves."""
+"""Change of the optimum, in octaves, below which the reweighting has converged."""
 NEWTON_STEPS = 20
 OUTLIER = 3.0
-"""A run this many times ``within`` above the optimum is on no bowl (a spike, a divergence)."""
+"""Excess over the optimum, in units of ``within``, above which a run is left out.
+
+Such runs have a loss spike or diverged.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """The optimum of one sweep. ``best``: lr and B (a single value that was run, if only one was).
+    """Optimum of one sweep; ``best``: lr and B (the single value of an axis that did not vary).
 
-    ``loss``: that of the optimum. ``curvature``: rise of the loss, in nats per token, one octave
-    beside the optimum along each axis. ``rows``: runs that the polynomial was put through; ``rms``:
-    its residual. ``best_SA``: log2 of the optima of bootstrap samples, NaN where a sample has none,
-    at the edge of what was run where it lies beyond. ``problem`` says why there is no optimum;
-    ``best`` and ``loss`` are then the best run's.
+    ``loss``: at the optimum. ``curvature``: rise of the loss, in nats per token, one octave away
+    from the optimum along each axis. ``rows``: number of fitted runs; ``rms``: residual of the
+    polynomial. ``best_SA``: log2 of the optima of bootstrap samples, NaN if a sample has none, and
+    clipped to the range of the runs. ``problem``: the reason for a missing optimum; ``best`` and
+    ``loss`` are then the best run's.
     """
 
     best: Mapping[str, float]
@@ -51,7 +54,7 @@ class Surface:
     problem: str | None = None
 
     def interval(self, axis: str, level: float = 0.95) -> tuple[float, float]:
-        """Return the percentile interval of the best lr or B; NaN for what did not vary."""
+        """Return the percentile interval of the best lr or B; NaN for an axis that did not vary."""
         if axis not in self.axes:
             return float("nan"), float("nan")
         low, high = percentiles(self.best_SA[:, self.axes.index(axis)], level)
@@ -68,18 +71,19 @@ def fit_surface(
 ) -> Surface:
     """Return the optimum of the runs of one N and D: columns ``lr``, ``B`` and ``loss``.
 
-    Least squares of a full parabola in log2 of the axes that vary, of runs near the optimum: a run
-    weighs 1 where the parabola has its minimum, less where it is higher, and nothing where it is
-    ``within`` (relative) higher. Runs are so weighed by where they are, in a few rounds, and not
-    chosen by their own losses, whose noise would choose the lucky ones and flatten the bowl (by
-    30 % at a noise of a quarter of the window). A loss that is not finite is a run that diverged,
-    and is on no bowl. Samples of the bootstrap draw among the runs that weigh something.
+    Least squares of a full parabola in log2 of the axes that vary, of runs near the optimum: the
+    weight of a run is 1 at the minimum of the parabola, smaller where the parabola is higher, and 0
+    where it is ``within`` (relative) higher. Weights thus depend on the position of runs, in a few
+    iterations, and not on their own losses, whose noise would select runs of low loss and flatten
+    the parabola (by 30 % at a noise of a quarter of the window). A loss that is not finite is of a
+    run that diverged, which is not fitted. Bootstrap samples draw among the runs with positive
+    weight.
 
-    Real bowls are steeper towards high rates, so that a parabola's optimum leans to low ones, the
-    more the wider the window (0.2 octaves on Step Law's grid). ``order=3`` puts a full cubic
-    through the same runs and takes its minimum near the parabola's: less lean, three times the
-    noise; for grids of some 30 runs and more near the optimum. Raises UserError if no rate varies,
-    an axis has just two values, or a rate or batch or ``within`` is not positive.
+    Real loss surfaces are steeper towards high rates, so that a parabola's optimum is biased to low
+    rates, more so for a wider window (0.2 octaves on Step Law's grid). ``order=3`` fits a full
+    cubic to the same runs and returns its minimum near the parabola's: less bias, three times the
+    noise; for grids of about 30 runs or more near the optimum. Raises UserError: no axis varies, an
+    axis has only two values, or a rate or batch size or ``within`` is not positive.
     """
     axes, loss_n = _check_sweep(observations, within)
     best_row = int(np.argmin(loss_n))
@@ -97,7 +101,7 @@ def fit_surface(
         return failed(problem)
     x_nA, y_n, weight_n = x_nA[near_n], loss_n[near_n], weight_n[near_n]
     center_A = x_nA.mean(axis=0)
-    n = len(y_n)  # all rows once, then each bootstrap draw of them
+    n = len(y_n)  # all rows once, then each bootstrap draw
     drawn_Sn = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), samples)
     weights_Sn = weight_n * np.vstack([np.ones(n), drawn_Sn])
     optima = _optima(x_nA - center_A, y_n, weights_Sn, order)
@@ -134,7 +138,7 @@ def _check_sweep(observations: Observations, within: float) -> tuple[tuple[str, 
 def _no_optimum(
     axes: tuple[str, ...], bowl_S: NDArray[np.bool_], vertex_A: Array, low_A: Array, high_A: Array
 ) -> str | None:
-    """Say why the fit (sample 0) and its resamples have no optimum among the runs, or None."""
+    """Return why the fit (sample 0) and its resamples have no optimum among the runs, or None."""
     if not bowl_S[0]:
         return "the losses around the best run are no bowl"
     for name, inside in zip(axes, (low_A <= vertex_A) & (vertex_A <= high_A), strict=True):
@@ -146,7 +150,7 @@ def _no_optimum(
 
 
 def percentiles(values_S: Array, level: float) -> tuple[float, float]:
-    """Return the interval of the finite values; (NaN, NaN) where half of them are not finite."""
+    """Return the interval of the finite values; (NaN, NaN) if half of the values are not finite."""
     kept = values_S[np.isfinite(values_S)]
     if len(kept) <= len(values_S) / 2:
         return float("nan"), float("nan")
@@ -165,11 +169,11 @@ def _varies(observations: Observations, name: str) -> bool:
 
 
 def _weigh(x_nA: Array, loss_n: Array, within: float) -> Array:
-    """Return the weight of each row: first by its loss, then by the parabola's height there.
+    """Return the weight of each row: first by its loss, then by the parabola's height.
 
-    Each round keeps a part of the last one's weights, more and more of them: on a surface that is
-    no parabola they would swing between two sets for ever. Stays with what it has where a round
-    has no bowl or too few rows.
+    Each iteration mixes new weights with the previous ones, in decreasing proportion: on a surface
+    that is not a parabola the weights would otherwise oscillate between two sets. Stops with the
+    current weights if an iteration has no minimum or too few rows.
     """
     weight_n: Array = (loss_n <= loss_n.min() * (1.0 + within)).astype(np.float64)
     before_A = np.full(x_nA.shape[1], np.inf)
@@ -198,7 +202,7 @@ def _weigh(x_nA: Array, loss_n: Array, within: float) -> Array:
 
 
 def _unfit(x_nA: Array, near_n: Rows, within: float, order: int = 2) -> str | None:
-    """Say why these rows determine no polynomial, with one row to spare."""
+    """Return why these rows determine no polynomial, with one row to spare, or None."""
     number, coefficients = int(near_n.sum()), len(_powers(x_nA.shape[1], order))
     shape = "parabola" if order == 2 else "cubic"
     if number < coefficients + 1:
@@ -213,18 +217,18 @@ def _unfit(x_nA: Array, near_n: Rows, within: float, order: int = 2) -> str | No
 
 @cache
 def _powers(axes: int, order: int) -> NDArray[np.int64]:
-    """Exponents of every monomial of at most this degree [K, A], lower degrees first."""
+    """Return exponents of every monomial of at most this degree [K, A], lower degrees first."""
     every = [p for p in product(range(order + 1), repeat=axes) if sum(p) <= order]
     return np.array(sorted(every, key=sum))
 
 
 def _terms(x_nA: Array, order: int = 2) -> Array:
-    """Every monomial of at most this degree [n, K]."""
+    """Return every monomial of at most this degree [n, K]."""
     return np.asarray(np.prod(x_nA[:, None, :] ** _powers(x_nA.shape[1], order), axis=2))
 
 
 def _derivative(coefficients_SK: Array, at_SA: Array, order: int, by: tuple[int, ...]) -> Array:
-    """The polynomials' derivative [S] by these axes, one after the other, each at its point."""
+    """Return the polynomials' derivative [S] by these axes in turn, each at its point."""
     powers_KA = _powers(at_SA.shape[1], order).copy()
     factor_K = np.ones(len(powers_KA))
     for axis in by:
@@ -235,8 +239,8 @@ def _derivative(coefficients_SK: Array, at_SA: Array, order: int, by: tuple[int,
 
 
 def _least_squares(terms_nK: Array, y_n: Array, weights_Sn: Array) -> Array:
-    """Weighted least squares for each row of weights, [S, K]; NaN where the rows do not span."""
-    # QR first: normal equations of orthonormal columns lose nothing.
+    """Return weighted least squares for each row of weights, [S, K]; NaN for singular problems."""
+    # QR first: normal equations of orthonormal columns do not lose precision.
     basis_nK, upper_KK = np.linalg.qr(terms_nK)
     products_nKK = basis_nK[:, :, None] * basis_nK[:, None, :]
     gram_SKK = np.tensordot(weights_Sn, products_nKK, axes=1)
@@ -249,7 +253,7 @@ def _least_squares(terms_nK: Array, y_n: Array, weights_Sn: Array) -> Array:
 
 
 def _newton(coefficients_SK: Array, at_SA: Array, order: int) -> tuple[Array, NDArray[np.bool_]]:
-    """One step of Newton's from each point [S, A]; whether the bowl is convex there [S]."""
+    """Return a Newton step from each point [S, A], and a mask of points with convex surface [S]."""
     axes = range(at_SA.shape[1])
     slope_SA = np.stack([_derivative(coefficients_SK, at_SA, order, (i,)) for i in axes], axis=1)
     hessian_SA = [_derivative(coefficients_SK, at_SA, order, (i, j)) for i in axes for j in axes]
@@ -263,13 +267,13 @@ def _newton(coefficients_SK: Array, at_SA: Array, order: int) -> tuple[Array, ND
 
 
 def _vertices(coefficients_SK: Array, axes: int) -> tuple[Array, NDArray[np.bool_]]:
-    """Where each parabola is level [S, A], and whether that is a minimum [S]."""
+    """Return the stationary point of each parabola [S, A], and a mask of minima [S]."""
     return _newton(coefficients_SK, np.zeros((len(coefficients_SK), axes)), 2)
 
 
 @dataclass(frozen=True, slots=True)
 class _Optima:
-    """Optima [S, A] by each row of weights, and more about the first."""
+    """Optima [S, A] by each row of weights, with loss, curvature and residuals of the first."""
 
     at_SA: Array
     bowl_S: NDArray[np.bool_]
@@ -279,7 +283,7 @@ class _Optima:
 
 
 def _optima(x_nA: Array, y_n: Array, weights_Sn: Array, order: int) -> _Optima:
-    """Minimise the polynomials of these weights: a cubic by Newton's steps from the parabola."""
+    """Minimize the polynomials of these weights: a cubic by Newton steps from the parabola."""
     axes = x_nA.shape[1]
     terms_nK = _terms(x_nA)
     fitted_SK = _least_squares(terms_nK, y_n, weights_Sn)
@@ -289,7 +293,7 @@ def _optima(x_nA: Array, y_n: Array, weights_Sn: Array, order: int) -> _Optima:
         fitted_SK = _least_squares(terms_nK, y_n, weights_Sn)
         for _ in range(NEWTON_STEPS):
             new_SA, convex_S = _newton(fitted_SK, at_SA, order)
-            # A cubic has a far side that falls: no step of more than half an octave.
+            # A cubic falls without limit on one side: steps are limited to half an octave.
             step_SA = np.clip(new_SA - at_SA, -0.5, 0.5)
             at_SA, bowl_S = at_SA + step_SA, bowl_S & convex_S
         bowl_S &= np.nan_to_num(np.abs(step_SA), nan=1.0).max(axis=1) < SETTLED

@@ -1,6 +1,6 @@
-"""Observations from tables: CSV or JSON Lines, columns mapped to what a law reads."""
+"""Observations from tables: CSV or JSON Lines, with columns mapped to a law's inputs."""
 
-# n rows
+# n: rows
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from allometry.laws.expressions import Condition
 from allometry.laws.observations import Column, Observations
 
 RUN_COLUMNS = ("run", "run_id", "run_name", "name", "experiment", "exp_name", "model_name")
-"""Headings, in lower case, of columns whose cells name runs."""
+"""Headings, in lower case, of columns with names of runs."""
 ENDINGS = (".csv", ".tsv", ".jsonl")
 SUFFIXES = (*ENDINGS, *(f"{ending}.gz" for ending in ENDINGS))
 
@@ -39,20 +39,20 @@ def read_table(
     positive: Collection[str] = (),
     held_out: str | None = None,
 ) -> Observations:
-    """Return rows of one or more tables that have the same columns: CSV, .tsv, .jsonl; .gz too.
+    """Return rows of one or more tables with the same columns: CSV, .tsv, .jsonl, also .gz.
 
-    ``names``: what is wanted, each a column of the files, or what ``mapping`` says of it: a column
-    or arithmetic on columns, ``{"N": "Model Size", "D": "C/(6*N)"}``. In arithmetic a name is
-    another one of the mapping, else a column; a column's name with other signs in it stands in
-    backticks: ``"`Training FLOP`/(6*N)"``. What ``mapping`` names comes too if it is not in
-    ``names``. ``where``: conditions that a row must meet, ``"loss < 3.44"``, ``"set == 'C4'"``; a
-    missing number meets none. ``group``: the column that says whose a row is; without it each row
-    is its own, named by file and line. ``positive``: names whose values must be above 0.
-    ``held_out``: a condition that becomes the column ``HELD_OUT``, 1 or 0. A convention "run
-    column" is there if, without ``group``, a column that names runs has names that repeat. Raises
-    UserError if a file or column is absent, a file is given twice, an expression cannot be read, no
-    row is left, or a cell that is needed is not a number, or not a positive one; the sentence names
-    file, line and column.
+    ``names``: requested names, each a column of the files, or an entry of ``mapping``: a column or
+    arithmetic on columns, ``{"N": "Model Size", "D": "C/(6*N)"}``. In arithmetic a name refers to
+    another entry of the mapping, else to a column; a column's name with other characters is quoted
+    by backticks: ``"`Training FLOP`/(6*N)"``. Entries of ``mapping`` are returned even if not in
+    ``names``. ``where``: conditions on rows, ``"loss < 3.44"``, ``"set == 'C4'"``; missing numbers
+    satisfy no condition. ``group``: the column with the group of a row; without it each row is a
+    group, named by file and line. ``positive``: names whose values must be above 0. ``held_out``: a
+    condition that becomes the column ``HELD_OUT``, 1 or 0. The convention "run column" is set if,
+    without ``group``, a column with names of runs has repeated names. Raises UserError: a file or
+    column is missing, a file is given twice, an expression is invalid, no row is left, or a
+    required cell is not a number, or not positive; the message has file, line and column. For
+    example, ``read_table("runs.csv", ["N", "D", "loss"], where=["N > 1e8"])``.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
     mapping = dict(mapping or {})
@@ -92,13 +92,13 @@ def read_table(
 
 
 def is_table(path: str | Path) -> bool:
-    """Whether the name is that of a file that ``read_table`` reads."""
+    """Return True if ``read_table`` reads files with this name."""
     return str(path).lower().endswith(SUFFIXES)
 
 
 @dataclass(frozen=True)
 class _Table:
-    """A file as read. ``lines``: the line each row ends on, as an editor counts them."""
+    """Content of a file. ``lines``: the line on which each row ends, counted from 1."""
 
     path: Path
     header: tuple[str, ...]
@@ -120,7 +120,7 @@ class _Table:
         return np.array([row[place] for row in self.rows], dtype=np.str_)
 
     def repeated_runs(self, kept: NDArray[np.bool_]) -> str | None:
-        """A column of runs' names that names two kept rows alike."""
+        """Return the column of runs' names in which kept rows have equal names, or None."""
         for name in self.header:
             cells = self.texts(name)[kept] if name.lower() in RUN_COLUMNS else np.array([], str)
             if len(np.unique(cells)) < len(cells):
@@ -132,7 +132,7 @@ class _Table:
 
 
 def _number(cell: str) -> float:
-    """The number, NaN where a cell holds none or none that is finite."""
+    """Return the number, NaN for a cell without a finite number."""
     try:
         value = float(cell)
     except ValueError:
@@ -172,11 +172,11 @@ def _read(path: Path) -> _Table:
 
 
 _Cells = list[tuple[list[str], int]]
-"""The header and the rows, each with the line that it ends on."""
+"""The header and the rows, each with the line on which it ends."""
 
 
 def _csv_cells(path: Path, text: str) -> _Cells:
-    """Cells between commas (.tsv: tabs), or what stands in a header that has none of them."""
+    """Return cells between commas (.tsv: tabs), or another delimiter found in the header."""
     usual = "\t" if ".tsv" in path.name.lower() else ","
     first = text.partition("\n")[0]
     delimiter = next((one for one in (usual, ";", "\t", ",") if one in first), usual)
@@ -188,7 +188,7 @@ def _csv_cells(path: Path, text: str) -> _Cells:
 
 
 def _json_cells(path: Path, text: str) -> _Cells:
-    """Objects, one a line; a key that one lacks is an empty cell."""
+    """Return the cells of JSON objects, one per line; a missing key is an empty cell."""
     rows: list[tuple[dict[str, Any], int]] = []
     for line, row in enumerate(text.splitlines(), start=1):
         if not row.strip():

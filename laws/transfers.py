@@ -1,6 +1,6 @@
-"""What was measured of learning rates that were carried over: ``transfers.json``, by axis.
+"""Measured transfer of learning rates: ``transfers.json``, by axis.
 
-``benchmarks/transfer_table.py`` writes that file from results of ``benchmarks/transfer.py``.
+``benchmarks/transfer_table.py`` writes this file from results of ``benchmarks/transfer.py``.
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ RULES: Mapping[str, tuple[Axis, ...] | None] = {
     "data_exponent": (Axis.HORIZON,),
     "data_exponent_scope": (Axis.HORIZON,),
 }
-"""Keys of a parameterization that must be those measured, and over which axes (None: all); of
-``base_layers`` only whether it is there."""
+"""Keys of a parameterization that must equal the measured ones, by axis (None: all axes).
+
+For ``base_layers`` only its presence is compared.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one sweep says of a rate carried over an axis, from ``base`` to ``sizes``.
+    """Result of one sweep for a rate transferred along an axis, from ``base`` to ``sizes``.
 
-    ``worst`` is the size of the largest regret, in ``percent`` of the loss there, with its 95 %
-    interval over seeds (NaN: none); infinite where runs diverged. ``verdict``: whether all sizes
-    are within 0.5 %. ``different``: keys that the measured runs had another value of.
+    ``worst``: size of the largest regret, in ``percent`` of its loss, with its 95 % interval over
+    seeds (NaN: unknown); infinite if runs diverged. ``verdict``: "met" if all sizes are within 0.5
+    %. ``different``: keys in which the measured runs had other values.
     """
 
     axis: Axis
@@ -64,7 +66,7 @@ class Measured:
 
 @cache
 def entries() -> tuple[Mapping[str, Any], ...]:
-    """The rows of ``transfers.json``, the largest setting last."""
+    """Return the rows of ``transfers.json``, the largest setting last."""
     found = json.loads(FILE.read_text(encoding="utf-8"))
     assert found["kind"] == "allometry.transfers", FILE
     return tuple(found["entries"])
@@ -73,10 +75,10 @@ def entries() -> tuple[Mapping[str, Any], ...]:
 def measured(
     model: ModelConfig, parameterization: ParameterizationConfig, optimizer: OptimizerConfig
 ) -> dict[Axis, Measured]:
-    """Return what was measured of these rules with this optimizer, for each axis that was.
+    """Return the measurements of these rules with this optimizer, by axis.
 
-    For a mixture what was measured of mixtures, else what was of dense models; of several
-    measurements over one axis the last in the file.
+    For a mixture of experts the measurements of mixtures, otherwise of dense models; the last of
+    several measurements over one axis.
     """
     found = {}
     for entry in entries():

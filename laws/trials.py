@@ -1,4 +1,4 @@
-"""Reading the files of trials that sweeps of learning rates keep (``studies/sweeps/trials.py``)."""
+"""Reader of the files of trials of learning-rate sweeps (``studies/sweeps/trials.py``)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TrialFile:
     """Losses of a sweep over sizes and learning rates.
 
     ``settings``: the file's first line. ``losses``: by size, log2 of the rate, and seed; infinite
-    where the run diverged.
+    for a run that diverged.
     """
 
     path: Path
@@ -29,14 +29,14 @@ class TrialFile:
 
     @property
     def axis(self) -> str:
-        """What a size is: width, depth, experts or horizon."""
+        """Name of the size axis: width, depth, experts or horizon."""
         return str(self.settings.get("axis", "size"))
 
     def sweep(self, size: int) -> tuple[Sweep, int]:
-        """Return one size's table of losses, and how many rates are not in it.
+        """Return one size's table of losses, and the number of rates left out.
 
-        While a sweep runs, some rates have seeds that others lack: the table has the seeds and
-        rates that make it largest.
+        During a sweep, rates may have different seeds: the table has the seeds and rates that make
+        it largest.
         """
         rates = self.losses[size]
         sets = {frozenset(by_seed) for by_seed in rates.values()}
@@ -51,7 +51,7 @@ class TrialFile:
 def read_trials(path: Path) -> TrialFile:
     """Read a file of trials, also while a sweep writes to it.
 
-    Raises UserError if the file is missing, damaged or something else, or holds no trial yet.
+    Raises UserError: the file is missing, damaged or of another kind, or has no trial yet.
     """
     if not path.is_file():
         raise UserError(f"{path} is no file; name what allometry transfer --trials wrote")

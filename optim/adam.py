@@ -1,4 +1,4 @@
-"""Adam's direction, which several rules share."""
+"""Adam's update direction, shared by several rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def adam_direction(
 ) -> Tensor:
     """Return m̂/(√v̂+ε) of step ``step`` (from 1) and update the moments in place.
 
-    arXiv 1412.6980, Algorithm 1; elementwise, so right on parts.
+    arXiv 1412.6980, Algorithm 1; elementwise, so correct on shards.
     """
     beta1, beta2 = betas
     mean.lerp_(gradient, 1.0 - beta1)

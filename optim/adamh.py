@@ -18,7 +18,7 @@ from allometry.optim.states import (
 
 
 def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Make ``exp_avg`` and ``exp_avg_sq``, as the parameter; ``radius`` [M]; ``step``.
+    """Create ``exp_avg`` and ``exp_avg_sq`` like the parameter, ``radius`` [M], and ``step``.
 
     Raises:
         UserError: see ``sphere.init_radii``.
@@ -29,9 +29,9 @@ def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
 
 
 def adamh(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Take a step with ``items``, matrices or stacks of them, in place.
+    """Update ``items``, matrices or stacks of matrices, in place.
 
-    U = m̂/(√v̂+ε) with Adam's moments of G, then each matrix turns by η towards −U
+    U = m̂/(√v̂+ε) with Adam's moments of G; then each matrix turns by η towards −U
     (``sphere.turn``).
     """
     directions = []

@@ -1,4 +1,4 @@
-"""AdamW for the parameters that a run's other rules leave to it (arXiv 1711.05101)."""
+"""AdamW for parameters without another rule of the run (arXiv 1711.05101)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from allometry.optim.states import (
 
 
 def prepare_group(group: Group) -> None:
-    """Mark a group for the fused kernel: ``load_state_dict`` then leaves ``step`` on the device."""
+    """Mark a group as fused, so that ``load_state_dict`` leaves ``step`` on the device."""
     group["fused"] = True
 
 
 def init_states(items: Sequence[Item], state: State, ops: MatrixOps | None = None) -> None:
-    """Make the states that torch's own AdamW makes in its first step, under the same names.
+    """Create the states that torch's AdamW creates in its first step, with the same names.
 
-    ``exp_avg`` and ``exp_avg_sq``, as the parameter, and ``step``, on the device as the kernel
-    wants it. Of moments in FP8 and of stacked runs it is on the host.
+    ``exp_avg`` and ``exp_avg_sq`` like the parameter, and ``step`` on the device, as the fused
+    kernel requires. For FP8 moments and stacked runs, ``step`` is on the host.
     """
     init_like_parameters(items, state, "exp_avg", "exp_avg_sq")
     init_steps([item for item in items if item.fp8 is not None or item.stacked], state)
@@ -44,10 +44,10 @@ def init_states(items: Sequence[Item], state: State, ops: MatrixOps | None = Non
 
 
 def adamw(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Take a step with ``items``, in place; elementwise.
+    """Update ``items`` in place; elementwise.
 
-    By the fused kernel that their groups name, which knows one rate; of moments in FP8 by
-    ``Fp8States.adamw``.
+    Uses the fused kernel named by each group, which supports one learning rate for the group; FP8
+    moments use ``Fp8States.adamw``.
     """
     compressed = [item for item in items if item.fp8 is not None]
     count_step(compressed, state)
@@ -65,9 +65,9 @@ def adamw(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
 
 
 def adamw_unless(bad: Tensor, groups: Iterable[Group], state: State) -> None:
-    """Take the step of torch's AdamW, unless ``bad`` (0-dim) is 1: then all keeps its bits.
+    """Run the step of torch's AdamW unless ``bad`` (0-dim) is 1; then all tensors keep their bits.
 
-    The kernel looks at ``bad`` itself, so that nothing waits for the device.
+    The kernel reads ``bad`` on the device, so the host does not wait.
     """
     items = [item for item in items_of(groups) if item.parameter.grad is not None]
     init_states(items, state)
@@ -76,7 +76,7 @@ def adamw_unless(bad: Tensor, groups: Iterable[Group], state: State) -> None:
 
 
 def _stacked(same: Sequence[Item], state: State) -> None:
-    """Take the step of several runs at once, each at its rate."""
+    """Update parameters of several runs at once, each with the learning rate of its run."""
     for item, step in zip(same, count_step(same, state), strict=True):
         mean, square = (state[item.parameter][key] for key in ("exp_avg", "exp_avg_sq"))
         betas, eps = item.group["betas"], item.group["eps"]
@@ -107,10 +107,10 @@ def _torch(same: Sequence[Item], state: State, found_inf: Tensor | None = None) 
 
 
 def _apex(same: Sequence[Item], state: State) -> None:
-    """Call the kernel of apex's ``FusedAdam`` in its mode 1, decoupled decay.
+    """Call the kernel of apex's ``FusedAdam`` in its mode 1, decoupled weight decay.
 
-    Rate and step are tensors, as ``capturable`` has them: nothing waits for the device. All
-    parameters of a group have taken as many steps.
+    Learning rate and step are tensors, as with ``capturable``, so the host does not wait for the
+    device. All parameters of a group have taken the same number of steps.
     """
     from amp_C import multi_tensor_adam_capturable
     from apex.multi_tensor_apply import multi_tensor_applier
@@ -139,4 +139,4 @@ def _apex(same: Sequence[Item], state: State) -> None:
 
 _DECOUPLED = _CORRECT_BIAS = 1
 KERNELS: dict[str, Callable[[Sequence[Item], State], None]] = {"torch": _torch, "apex": _apex}
-"""The fused kernels, by ``kernels.adamw``; each takes the items of one group."""
+"""Fused kernels by value of ``kernels.adamw``; each kernel updates the items of one group."""

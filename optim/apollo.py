@@ -1,4 +1,4 @@
-"""APOLLO: Adam's scale for each channel, learned from a projected gradient (arXiv 2412.05270)."""
+"""APOLLO: Adam-like scaling of each channel, from a projected gradient (arXiv 2412.05270)."""
 
 # A rows, B columns of a matrix; r rank of the projection; n = min(A, B)
 
@@ -17,14 +17,14 @@ from allometry.optim.matrix_ops import Matrix, MatrixOps, one_by_one
 from allometry.optim.states import Group, Item, State, count_step, init_steps
 from allometry.scaling.update_rules import check_ranks, projection_rank
 
-_LEAST = 1e-8  # added to norms that something is divided by
+_LEAST = 1e-8  # added to norms in denominators
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """What is remembered of one matrix: Adam's moments of the projected gradient, a norm [].
+    """States of one matrix: Adam's moments of the projected gradient, and the update norm [].
 
-    The projected gradient is [A, r] of a matrix that is at least as tall as wide, else [r, B].
+    The projected gradient is [A, r] for a matrix with A >= B, else [r, B].
     """
 
     mean: Tensor
@@ -33,7 +33,7 @@ class Moments:
 
     @classmethod
     def zeros(cls, shape: tuple[int, int], rank: int, like: Tensor) -> Moments:
-        """Make those of a matrix of this shape, of the type and on the device of ``like``."""
+        """Create zero states of a matrix of ``shape``, with the type and device of ``like``."""
         rows, columns = shape
         projected = (rows, rank) if rows >= columns else (rank, columns)
         mean = torch.zeros(projected, dtype=like.dtype, device=like.device)
@@ -41,20 +41,19 @@ class Moments:
 
 
 def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Make ``mean.I``, ``square.I``, ``norm.I`` of logical matrix I, on its owner; and ``step``."""
+    """Create ``mean.I``, ``square.I``, ``norm.I`` of matrix I on its owner, and ``step``."""
     for matrix in ops.owned([item.parameter for item in items], apollo_cost):
         _make_moments(items[matrix.parameter], matrix.expert, state)
     init_steps(items, state)
 
 
 def apollo(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Take a step with ``items``, matrices or stacks of them, in place.
+    """Update ``items``, matrices or stacks of matrices, in place.
 
-    W ← W − η·√(1−β₂ᵗ)/(1−β₁ᵗ)·scaled(G), then W ← W − ηλW; see ``scaled_gradient``. For groups of
-    the rule ``apollo_mini`` a matrix has one scale, rank 1 and, unless ``scale`` says, n/4 for it.
-
-    ``scaled_gradient`` wants whole matrices: gradients travel to their owners and back in their
-    own type, and the owner alone keeps the moments.
+    W ← W − η·√(1−β₂ᵗ)/(1−β₁ᵗ)·scaled(G), then W ← W − ηλW; see ``scaled_gradient``. Groups of the
+    rule ``apollo_mini`` use one scale for each matrix, rank 1, and a default ``scale`` of n/4.
+    ``scaled_gradient`` needs unsharded matrices: gradients are sent to their owners and back in
+    their own type, and only the owner stores the moments.
     """
     parameters = [item.parameter for item in items]
     steps = count_step(items, state)
@@ -64,7 +63,7 @@ def apollo(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
         (beta1, beta2), rate = item.group["betas"], item.group["lr"]
         corrected = rate * math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step)
         item.part.sub_(update, alpha=corrected)
-        # After the step, as published: with the weight as it then is.
+        # After the step, as published: decay of the updated weight.
         item.part.mul_(1.0 - rate * item.group["weight_decay"])
 
 
@@ -76,15 +75,15 @@ def scaled_gradient(
     *,
     first: bool,
 ) -> Tensor:
-    """Return √scale·G·s of one whole matrix [A, B], limited in growth; update its moments in place.
+    """Return √scale·G·s of one unsharded matrix [A, B], with limited growth; update ``moments``.
 
-    arXiv 2412.05270, Algorithm 1, as published in apollo-torch 1.0.3. ``projection`` P is [r, n]:
-    R = GPᵀ if A >= B, else PG. R̃ = m/(√v + ε) with Adam's moments of R, not corrected for their
-    bias. s = ‖R̃‖/‖R‖ of each channel, that is over the r projected values, or of the whole
-    (``apollo_mini``). If the result's norm is above ``norm_growth`` times that of the step before
-    it is brought down to that; not in the first step, and not from nothing: a matrix without a
-    gradient (behind a head of zeros, an expert without tokens) would never move again, as it does
-    not in the package. The norm before is then the last that was not zero.
+    arXiv 2412.05270, Algorithm 1, as implemented in apollo-torch 1.0.3. ``projection`` P is [r, n]:
+    R = GPᵀ if A >= B, else PG. R̃ = m/(√v + ε) with Adam's moments of R, without bias correction. s
+    = ‖R̃‖/‖R‖ of each channel (over the r projected values), or of the matrix (``apollo_mini``). If
+    the norm of the result exceeds ``norm_growth`` times the norm of the previous step, the result
+    is scaled down to this limit. The limit does not apply in the first step, nor after a zero norm:
+    a matrix without a gradient (behind a head of zeros, an expert without tokens) would never move
+    again, as happens in the package. The previous norm is the last one that was not zero.
 
     ``settings``: ``rule``, ``betas``, ``eps``, ``scale``, ``norm_growth`` of the group.
     """
@@ -118,8 +117,8 @@ def projection(
 ) -> Tensor:
     """Return P [r, n] with elements N(0, 1/r), of the type and on the device of ``like``.
 
-    Drawn from (seed, name of the parameter, which matrix, epoch) whenever it is wanted rather than
-    kept, which would take as much memory as a moment. Devices draw different numbers.
+    P is drawn on demand from (seed, parameter name, matrix index, epoch) rather than stored, which
+    would take as much memory as a moment. Devices draw different numbers.
     """
     text = f"apollo|{seed}|{name}|{index}|{epoch}"
     digest = hashlib.sha256(text.encode()).digest()
@@ -129,19 +128,19 @@ def projection(
 
 
 def rank_of(group: Mapping[str, Any], smaller: int) -> int:
-    """Return r for matrices whose smaller side is this."""
+    """Return the rank r for matrices with this smaller dimension."""
     return 1 if group["rule"] == "apollo_mini" else projection_rank(group["rank"], smaller)
 
 
 def prepare_group(group: Group) -> None:
-    """Raise UserError for a projection that would not make gradients smaller."""
+    """Raise UserError if the rank of the projection is too large to shrink the gradients."""
     if group["rule"] == "apollo":
         named = zip(group["param_names"], group["params"], strict=True)
         check_ranks(group["rank"], ((name, min(p.shape[-2:])) for name, p in named))
 
 
 def apollo_cost(rows: int, columns: int) -> float:
-    """Return the elements of a matrix: what its owner receives, holds and multiplies."""
+    """Return the number of elements, which an owner receives, stores and multiplies."""
     return float(rows * columns)
 
 
@@ -164,13 +163,13 @@ def _make_moments(item: Item, index: int, state: State) -> None:
 def _function(
     items: Sequence[Item], steps: Sequence[int], state: State
 ) -> Callable[[Tensor, Matrix], Tensor]:
-    """Return what an owner does with the whole gradient of one of its matrices."""
+    """Return the function that an owner applies to the unsharded gradient of a matrix."""
 
     def function(gradient: Tensor, matrix: Matrix) -> Tensor:
         item, before = items[matrix.parameter], steps[matrix.parameter] - 1
         held, group = state[item.parameter], item.group
         kept = [held[f"{key}.{matrix.expert}"] for key in _KEYS]
-        # Of parameters offloaded to the host the states are there, while this runs on the device.
+        # States of offloaded parameters are on the host, while the function runs on the device.
         moments = Moments(*(tensor.to(gradient.device) for tensor in kept))
         smaller = min(gradient.shape)
         drawn = projection(

@@ -1,4 +1,4 @@
-"""Making the optimizer and its states, and setting its learning rate."""
+"""Build the optimizer and its states, and set its learning rate."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from allometry.scaling.roles import ParamSpec
 from allometry.scaling.update_rules import state_bytes
 
 Elsewhere = TieredOptimizer | DeepSpeedOptimizer | DelayedOptimizer
-"""Optimizers that have ``stored`` states: not beside the parameters, or not as they are."""
+"""Optimizers with ``stored`` states: offloaded states, or states in another format."""
 
 
 def build_optimizer(
@@ -50,19 +50,19 @@ def build_optimizer(
     leaving: Iterable[Tensor] = (),
     engine: DeepSpeedSync | None = None,
 ) -> Optimizer:
-    """Return the optimizer of a run, over whole parameters or shards of them.
+    """Return the optimizer of a run, over unsharded or sharded parameters.
 
-    Each group keeps its ``peak_lr``; its ``lr`` is the peak until ``set_lr`` is called. AdamW is
-    torch's fused kernel on every device, for plain tensors and DTensors alike: elementwise, so
-    right on shards. All else, and AdamW with states in FP8, is a ``RuleOptimizer``: ``mesh`` is
-    where its parameters are sharded (None: every one is whole), and ``seed`` is that of what rules
-    draw. ``adamw_kernel``: a name in ``adamw.KERNELS``; with another one than torch's AdamW is a
-    ``RuleOptimizer`` too. Where
-    ``zero.optimizer_states`` says so, all is a ``TieredOptimizer``, which describes the rest, or
-    with its ``update: delayed`` a ``DelayedOptimizer``;
-    ``working``: what is computed with of parameters that its ``master_weights`` lets travel;
-    ``leaving``: those whose gradients may wait in the host's memory. With an ``engine`` that has
-    the model, all is a ``DeepSpeedOptimizer``.
+    Each group keeps its ``peak_lr``; ``lr`` equals the peak until ``set_lr`` is called. AdamW is
+    torch's fused kernel on every device, for plain tensors and DTensors (the update is elementwise,
+    so correct on shards). All other rules, and AdamW with FP8 states, are a ``RuleOptimizer``:
+    ``mesh`` is the mesh of its sharded parameters (None: unsharded), and ``seed`` seeds the random
+    numbers of the rules. ``adamw_kernel`` is a name in ``adamw.KERNELS``; any kernel except torch's
+    also gives a ``RuleOptimizer``. With ``zero.optimizer_states`` the optimizer is a
+    ``TieredOptimizer``, which documents the remaining arguments, or with ``update: delayed`` a
+    ``DelayedOptimizer``; ``working``: compute copies of parameters that are offloaded by
+    ``master_weights``; ``leaving``: parameters whose gradients may be offloaded to the host. With
+    an ``engine`` that contains the model, the optimizer is a ``DeepSpeedOptimizer``. For example,
+    ``build_optimizer(model.named_parameters(), specs, parameterization, config.optimizer)``.
 
     Raises:
         UserError: see ``parameter_groups``, ``RuleOptimizer``, ``TieredOptimizer`` and
@@ -97,7 +97,7 @@ def build_optimizer(
 
 
 def _shard(parameter: Tensor) -> tuple[int, ...]:
-    """Return the shape that a rank has of a parameter, rounded up: equal on all ranks."""
+    """Return the local shape of a parameter, rounded up so that it is equal on all ranks."""
     shape = list(parameter.shape)
     if isinstance(parameter, DTensor):
         for ranks, how in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
@@ -108,9 +108,9 @@ def _shard(parameter: Tensor) -> tuple[int, ...]:
 
 @torch.no_grad()
 def init_states(optimizer: Optimizer) -> None:
-    """Make the states of a fresh optimizer, as before its first step, for a checkpoint to fill.
+    """Create the states of a new optimizer without a step, to be filled by a checkpoint.
 
-    Parameters are left alone. Every rank of a pipeline stage must call this alike.
+    Parameters do not change. Every rank of a pipeline stage calls this function.
 
     Raises:
         UserError: see ``RuleOptimizer.init_states``.
@@ -122,10 +122,10 @@ def init_states(optimizer: Optimizer) -> None:
 
 
 def begin_anew(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Make again, of values that parameters have now, what states say of the initial ones (radii).
+    """Recompute states that depend on initial values (radii) from the current parameter values.
 
-    For parameters whose other states are as before a first step. Every rank of a pipeline stage
-    must call this alike.
+    For parameters whose other states are those before a first step. Every rank of a pipeline stage
+    calls this function.
 
     Raises:
         UserError: a matrix of zeros on a sphere.
@@ -138,10 +138,10 @@ def begin_anew(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
 
 
 def set_lr(optimizer: Optimizer, fraction: float) -> None:
-    """Set every group's learning rate to this fraction of its peak.
+    """Set the learning rate of every group to ``fraction`` of its peak.
 
-    At 0 a step updates an optimizer's states (moments, momenta, counts of steps), whichever it is,
-    and no parameter.
+    A step at 0 updates the states of every optimizer (moments, momenta, step counts), but no
+    parameter.
     """
     assert fraction >= 0.0, fraction
     for group in optimizer.param_groups:
@@ -156,12 +156,13 @@ def take_step(
     along: Sequence[Tensor] = (),
     is_bad: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Clip gradients and update at this fraction of the peak rates; return the norm before.
+    """Clip gradients and update at ``fraction`` of the peak rates; return the norm before clipping.
 
-    ``max_norm`` is that of the run; see ``clip_by_global_norm`` for the rest. ``is_bad`` gets the
-    norm when ``along`` is summed, and says (0-dim, 1 or 0, the same on all ranks) whether the
-    update is left out: parameters and states then keep their bits. Torch's AdamW looks at that on
-    the device; every other optimizer counts its steps on the host, which waits for it.
+    ``max_norm`` is the limit of the run; see ``clip_by_global_norm`` for the other arguments.
+    ``is_bad`` receives the norm after ``along`` is summed and returns (0-dim, 1 or 0, the same on
+    all ranks) whether the update is skipped: parameters and states then keep their bits. torch's
+    AdamW reads this flag on the device; all other optimizers count steps on the host, which waits
+    for it.
     """
     set_lr(optimizer, fraction)
     if isinstance(optimizer, DeepSpeedOptimizer):
@@ -180,13 +181,15 @@ def take_step(
 
 
 def settle(optimizer: Optimizer) -> None:
-    """Let the model compute with what a checkpoint has filled; every rank calls this."""
+    """Make the values loaded from a checkpoint visible to the model; every rank calls this
+    function.
+    """
     if isinstance(optimizer, DeepSpeedOptimizer):
         optimizer.settle()
 
 
 def groups_not_finite(optimizer: Optimizer) -> list[str]:
-    """Return the names of the groups with gradients or values on this rank not all finite."""
+    """Return the names of the groups with gradients or values on this rank that are not finite."""
     if isinstance(optimizer, DeepSpeedOptimizer):
         return optimizer.groups_not_finite()
     return [

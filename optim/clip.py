@@ -1,4 +1,4 @@
-"""Clipping by the global gradient norm, over whole gradients and shards."""
+"""Gradient clipping by global norm, for unsharded and sharded gradients."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from allometry.parallel.mesh import Mesh, local
 
 
 class Away(Protocol):
-    """Gradients that are not beside their parameters (``offload/gradients.py``)."""
+    """Gradients that are not stored with their parameters (``offload/gradients.py``)."""
 
     def __contains__(self, parameter: Tensor) -> bool:
-        """Return whether it has a gradient of this parameter."""
+        """Return True if there is a gradient of this parameter."""
 
     def norm(self, parameter: Tensor) -> Tensor:
         """Return the 2-norm of this rank's part, in fp32 or wider, 0-dim on the device."""
 
     def scale(self, factor: Tensor) -> None:
-        """Multiply all gradients by a 0-dim tensor, when they are next looked at."""
+        """Multiply all gradients by a 0-dim tensor at their next access."""
 
 
 class _Part(NamedTuple):
-    """This rank's part of a gradient, or its norm where it is away."""
+    """This rank's part of a gradient, or only its norm if the gradient is offloaded."""
 
     dtype: torch.dtype
     here: Tensor | None
@@ -46,7 +46,7 @@ def _layout(gradient: Tensor) -> _Layout:
         "a gradient must be reduced before its norm is taken",
         gradient.placements,
     )
-    # What is neither partial nor replicated is sharded, in whichever order.
+    # Placements that are neither partial nor replicated are shards, in any order.
     sharded = tuple(
         dim for dim, placement in enumerate(gradient.placements) if not placement.is_replicate()
     )
@@ -61,21 +61,22 @@ def clip_by_global_norm(
     along: Sequence[Tensor] = (),
     away: Away | None = None,
 ) -> Tensor:
-    """Scale gradients so that their joint 2-norm is at most ``max_norm``; return the norm before.
+    """Scale gradients to a joint 2-norm of at most ``max_norm``; return the norm before clipping.
 
-    Each gradient is whole (a plain tensor, equal on all ranks of ``mesh.stage``) or a DTensor of
-    some shards there; replicas count once, and ranks of a pipeline hold different parameters.
-    ``mesh`` None: one process has them all. Every rank calls this with its parameters in the same
-    order. It sends one message, to all ranks, in which the tensors ``along`` (float64) are summed
-    in place as well.
+    A gradient is unsharded (a plain tensor, equal on all ranks of ``mesh.stage``) or a DTensor
+    sharded over these ranks. Replicas count once, and pipeline ranks have different parameters.
+    ``mesh`` None: a single process. Every rank calls this function with its parameters in the same
+    order. The function sends one message, to all ranks, which also sums the tensors ``along``
+    (float64) in place.
 
     The result is a 0-dim float64 tensor on the gradients' device, bitwise equal on all ranks:
-    squares are summed in float32 (float64 for float64 gradients) within a tensor, in float64
-    between tensors and ranks. Nothing waits for the device. ``max_norm=None`` measures only;
-    gradients below the limit, or of a norm that is not finite, are multiplied by exactly 1. As in
-    torch, 1e-6 is added to the norm in the quotient. Parameters without gradient take no part;
-    what is ``away`` is counted as if it were here, laid out as its parameter. A rank of ``mesh``
-    whose parameters are all frozen has none.
+    squares are summed in float32 (float64 for float64 gradients) within a tensor, and in float64
+    between tensors and ranks. The host does not wait for the device. ``max_norm=None`` only
+    measures. Gradients below the limit, or with a norm that is not finite, are multiplied by
+    exactly 1. As in torch, 1e-6 is added to the norm in the quotient. For example, norm 4 and
+    ``max_norm=1`` give a factor of about 0.25. Parameters without a gradient are skipped. Gradients
+    in ``away`` count with the layout of their parameter. A rank of ``mesh`` whose parameters are
+    all frozen has no gradients.
     """
     layouts: dict[_Layout, list[_Part]] = {}
     for parameter in parameters:
@@ -99,7 +100,7 @@ def clip_by_global_norm(
     for (cut_over, sharded), parts in layouts.items():
         shards = math.prod(cut_over.size(dim) for dim in sharded) if cut_over is not None else 1
         assert holders % shards == 0, (holders, shards)
-        square += _sum_of_squares(parts, device) / (holders // shards)  # each copy its part
+        square += _sum_of_squares(parts, device) / (holders // shards)  # each replica its share
     if mesh is not None:
         mesh.sum_together([square, *along])
     norm = square.sqrt()
@@ -116,8 +117,8 @@ def clip_by_global_norm(
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """Return what gradients of these global norms are multiplied by; norms not finite give 1."""
-    # A norm that is not finite would spread to all gradients and hide where it came from.
+    """Return the clipping factor of gradients with global norm ``norm``; 1 if it is not finite."""
+    # A factor that is not finite would spread to all gradients and hide its origin.
     return (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
 
 
@@ -129,7 +130,7 @@ def _by_dtype(parts: Sequence[_Part]) -> dict[torch.dtype, list[_Part]]:
 
 
 def _sum_of_squares(parts: Sequence[_Part], device: torch.device) -> Tensor:
-    """Return Σx² as a 0-dim float64 tensor; empty shards add nothing."""
+    """Return Σx² as a 0-dim float64 tensor; empty shards contribute 0."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for dtype, same in _by_dtype(parts).items():
         here = [part.here for part in same if part.here is not None]

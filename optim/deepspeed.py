@@ -1,4 +1,4 @@
-"""The optimizer of the deepspeed engine, which clips, updates and keeps states by itself."""
+"""Optimizer of the DeepSpeed engine, which clips, updates and stores states itself."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from allometry.parallel.mesh import Mesh
 
 
 class DeepSpeedOptimizer(torch.optim.Optimizer):
-    """AdamW by DeepSpeed, in the same groups; ``state`` stays empty (see ``stored``).
+    """AdamW by DeepSpeed with the usual groups; ``state`` stays empty (see ``stored``).
 
-    Every rank of ``mesh`` makes it when the model has its values, and then calls alike what it
-    calls. ``groups`` are those of ``parameter_groups``.
+    Every rank of ``mesh`` constructs the optimizer after the model is initialized, and all ranks
+    make the same calls. ``groups`` are the groups of ``parameter_groups``.
 
     Raises:
         UserError: files on NVMe cannot be used.
-        StatesLost: what is in them cannot be written, or read as it was written.
+        StatesLost: a file cannot be written, or differs from the written data.
     """
 
     def __init__(self, groups: Sequence[Group], sync: DeepSpeedSync, mesh: Mesh) -> None:
         super().__init__(list(groups), {})
         self._sync, self._mesh = sync, mesh
-        self._made = False  # states
-        self._lost: str | None = None  # why what is in files is lost
+        self._made = False  # True once states exist
+        self._lost: str | None = None  # error message after the loss of a file
         with self._files():
             self._parts = sync.start(self.param_groups)
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients, before a step."""
+        """Reset gradients before a step."""
         super().zero_grad(set_to_none)
         with self._files():
             self._parts.close()
 
     def take_step(self, along: Sequence[Tensor]) -> Tensor:
-        """Clip and update at the groups' rates; return the norm before clipping, 0-dim float64.
+        """Clip and update with the groups' rates; return the norm before clipping, 0-dim float64.
 
-        The tensors ``along`` (float64) are summed over all ranks in place. Where the norm is not
-        finite it is infinite, and nothing is updated.
+        The tensors ``along`` (float64) are summed over all ranks in place. If the norm is not
+        finite, the result is infinite and no parameter is updated.
         """
         self._made = True
         with self._files():
@@ -58,25 +58,25 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         return norm
 
     def groups_not_finite(self) -> list[str]:
-        """Return the names of groups whose gradients in the last step were not all finite."""
+        """Return the names of groups whose gradients of the last step were not all finite."""
         numbers = self._sync.groups_not_finite()
         return [str(self.param_groups[number]["name"]) for number in numbers]
 
     def init_states(self) -> None:
-        """Make the states of a fresh optimizer, for a checkpoint to fill."""
+        """Create the states of a new optimizer, to be filled by a checkpoint."""
         self._made = True
         with self._files():
             self._parts.init_states()
 
     def settle(self) -> None:
-        """Let the model compute with what was written through ``stored``."""
+        """Make values written through ``stored`` visible to the model."""
         with self._files():
             self._parts.settle()
 
     def stored(self) -> Iterator[tuple[Tensor, str, Stored]]:
-        """Yield (parameter, name, values) of all parameters and, once they are made, states.
+        """Yield (parameter, name, values) of all parameters and of existing states.
 
-        Values of parameters have the name ``MASTER``.
+        Parameter values have the name ``MASTER``.
         """
         for parameter in self._parameters():
             yield parameter, MASTER, self._stored(parameter, "param")
@@ -86,17 +86,17 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
                 yield parameter, "step", Stored(torch.zeros(()), *self._calls(parameter, "step"))
 
     def held_bytes(self) -> dict[str, int]:
-        """Return this rank's bytes of masters and states on the device, the host and NVMe."""
+        """Return this rank's bytes of master weights and states on device, host and NVMe."""
         return self._parts.held_bytes()
 
     @property
     def parameters_bytes(self) -> int:
-        """Bytes of masters among ``held_bytes``, without what fills up parts."""
+        """Bytes of master weights included in ``held_bytes``, without padding."""
         parts = map(self._parts.stretch, self._parameters())
         return sum(4 * (part.stop - part.start) for part in parts)
 
     def place(self) -> dict[str, str]:
-        """Say where the files are: see ``parallel/folder.py``."""
+        """Return a record of the folder of the files: see ``parallel/folder.py``."""
         folder = self._sync.folder
         return {} if folder is None else described(folder)
 
@@ -122,7 +122,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def _files(self) -> Iterator[None]:
-        """Say of files that are lost what a run makes of that, now and at every later call."""
+        """Convert FilesLost to StatesLost, and raise the same error at every later call."""
         if self._lost is not None:
             raise StatesLost(self._lost)
         try:

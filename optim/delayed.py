@@ -1,9 +1,9 @@
-"""Updates on the host, of which the device sees each one step late, so that neither waits.
+"""Delayed updates on the host: the device uses each update one step later, so neither waits.
 
 Step t computes its gradients with parameters that lack the update of step t - 1, which the host
-makes meanwhile: W(t+1) = W(t) + U(g(t-1)), where g(t) is taken at W(t) and U has the rates of the
-step that its gradients come from. So steps 1 and 2 compute with the initial values. It is not the
-exact rule.
+computes at the same time: W(t+1) = W(t) + U(g(t-1)), where g(t) is computed at W(t), and U uses the
+learning rates of the step of its gradients. Steps 1 and 2 therefore compute with the initial
+values. This is not the exact update rule.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from allometry.parallel.buffers import host_buffer
 from allometry.parallel.mesh import local
 
 LATE = "late"
-"""The key of a parameter's values as they are computed with, which lack the last update."""
+"""Key of the parameter values used by the model, which lack the last update."""
 
 
 class _Twin(NamedTuple):
-    """What the host has of a parameter: this rank's part with all updates, and its gradient."""
+    """Host copy of this rank's part of a parameter with all updates, and its gradient."""
 
     values: Tensor
     gradient: Tensor
 
     @classmethod
     def of(cls, parameter: Tensor, device: torch.device) -> _Twin:
-        """Return one with the values that are there, in memory that ``device`` can read."""
+        """Return a copy with the current values, in page-locked memory for ``device``."""
         part = local(parameter.detach())
         values, gradient = (
             host_buffer(part.nbytes, device).view(part.dtype).view(part.shape) for _ in range(2)
@@ -52,20 +52,20 @@ class _Twin(NamedTuple):
 
 
 class DelayedOptimizer(Optimizer):
-    """Updates twins of parameters in a thread, by rules that update element by element.
+    """Optimizer that updates host copies ("twins") of parameters in a thread, by elementwise rules.
 
-    ``step`` waits for the update that the step before has begun, copies its results to the
-    parameters and begins its own with the gradients and rates of now. States lie in the host's
-    memory or, where ``zero.optimizer_states`` names a folder, in its file; ``sizes``: bytes of each
-    parameter's states on a rank. ``state`` stays empty (see ``stored``).
+    ``step`` waits for the update started by the previous step, copies its results to the
+    parameters, and starts its own update with the current gradients and learning rates. States are
+    stored in host memory or, if ``zero.optimizer_states`` names a folder, in a file; ``sizes``:
+    bytes of each parameter's states on a rank. ``state`` stays empty (see ``stored``).
 
-    A checkpoint has the twins as the model, with every update, and beside them what is computed
-    with (``LATE``): saving only waits for the host and changes nothing.
+    A checkpoint saves the twins, which include every update, as the model, and in addition the
+    values used by the model (``LATE``). Saving waits for the host and changes no values.
 
     Raises:
         UserError: see ``TieredOptimizer``.
         StatesLost: states cannot be written or read back, or an update takes longer than
-            ``timeout_s``; from then on every call raises it.
+            ``timeout_s``; every later call raises the error again.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class DelayedOptimizer(Optimizer):
         self._host: RuleOptimizer
         if wanted.nvme is None:
             self._host = RuleOptimizer(mine)
-        else:  # what lies beside the twins is in the host's memory
+        else:  # the "device" tier of the twins is host memory
             near = wanted.model_copy(update={"device": wanted.cpu or 0.0, "cpu": None})
             there = zero.model_copy(update={"optimizer_states": near, "offload": "none"})
             self._host = TieredOptimizer(mine, LocalMatrixOps(), there, sizes, timeout_s)
@@ -100,9 +100,10 @@ class DelayedOptimizer(Optimizer):
     @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Show the updates up to the step before and begin this one's.
+        """Copy the updates up to the previous step to the parameters, and start the update of this
+        step.
 
-        Return what ``closure`` does.
+        Returns the result of ``closure``.
         """
         loss = None
         if closure is not None:
@@ -124,12 +125,12 @@ class DelayedOptimizer(Optimizer):
         return loss
 
     def init_states(self) -> None:
-        """Make the states that are missing, for a checkpoint to fill."""
+        """Create missing states, to be filled by a checkpoint."""
         self._finish()
         self._host.init_states()
 
     def stored(self) -> Iterator[tuple[Tensor, str, Stored]]:
-        """Yield (parameter, name, values) of twins, parameters and states, once all are at rest.
+        """Yield (parameter, name, values) of twins, parameters and states, after pending updates.
 
         Twins have the name ``MASTER``.
         """
@@ -149,7 +150,7 @@ class DelayedOptimizer(Optimizer):
                 yield parameter, key, stored._replace(like=like)
 
     def held_bytes(self) -> dict[str, int]:
-        """Return this rank's bytes of twins and states in each place."""
+        """Return this rank's bytes of twins and states by location."""
         if isinstance(self._host, TieredOptimizer):
             held = {str(tier): size for tier, size in self._host.held_bytes().items()}
         else:
@@ -159,11 +160,11 @@ class DelayedOptimizer(Optimizer):
 
     @property
     def parameters_bytes(self) -> int:
-        """Bytes of twins among ``held_bytes``."""
+        """Bytes of twins included in ``held_bytes``."""
         return sum(twin.values.nbytes for twin in self._twins.values())
 
     def place(self) -> dict[str, str]:
-        """Say that updates come late, and where a file is: see ``TieredOptimizer.place``."""
+        """Return a record of delayed updates, with the folder of ``TieredOptimizer.place``."""
         there = self._host.place() if isinstance(self._host, TieredOptimizer) else {}
         return there | {"update": "delayed"}
 
@@ -173,7 +174,7 @@ class DelayedOptimizer(Optimizer):
         self._host.step()
 
     def _finish(self) -> None:
-        """Wait for the update that was begun; what failed is raised again at every call."""
+        """Wait for the pending update; its error is raised again at every later call."""
         if self._pending is None:
             return
         begun = time.perf_counter()
@@ -189,7 +190,7 @@ class DelayedOptimizer(Optimizer):
 
 
 def _stored(value: Tensor, like: Tensor) -> Stored:
-    """Return a tensor of the host, or the part of one, laid out as ``like``."""
+    """Return a host tensor as ``Stored`` with the layout of ``like``."""
     shown = without_memory(like, value.dtype)
 
     def write(part: Tensor) -> None:

@@ -1,11 +1,11 @@
-"""Triton kernels for ``dre.py``: the same bits, in one pass over memory.
+"""Triton kernels for ``dre.py``: bit-identical results, in one pass over memory.
 
-A program treats some groups of 128. AdamW reads 16 bytes of an element and writes 6 (parameter,
-gradient, two bytes of states; parameter, two bytes); nothing of its moments is ever in memory in
-fp32. Codes are bytes and rounding is done with whole numbers and the table, so no hardware with FP8
-is needed. Powers only guess a code, which the table corrects: what is written does not depend on
-how precise they are. Of AdamW's own arithmetic a compiler may fuse products and sums, so that its
-values are those of the reference within fp32 rounding.
+One program processes several groups of 128. AdamW reads 16 bytes per element and writes 6
+(parameter, gradient, two bytes of states; parameter, two bytes); fp32 moments are never stored in
+memory. Codes are bytes, and rounding uses integers and the table, so FP8 hardware is not needed.
+Powers only provide a guess of a code, which the table corrects, so results do not depend on the
+precision of powers. A compiler may fuse products and sums of AdamW itself, so its values equal the
+reference up to fp32 rounding.
 """
 
 # W elements of a group, b groups of a program
@@ -46,7 +46,7 @@ PER_PROGRAM = 8
 
 
 def decode(encoded: Encoded, table: Table) -> Tensor:
-    """Return the values, fp32: ``dre.decode``."""
+    """Return the decoded values, fp32: ``dre.decode``."""
     out = torch.empty(encoded.q.shape, dtype=torch.float32, device=encoded.q.device)
     grid, sizes = _launch(encoded)
     if out.numel():
@@ -57,7 +57,7 @@ def decode(encoded: Encoded, table: Table) -> Tensor:
 def encode(
     x: Tensor, to: Encoded, table: Table, dither: Dither | None = None, *, watch: bool = True
 ) -> Tensor | None:
-    """Write values into ``to``; return ``dre.encode``'s sums [R, G, 4] if ``watch``."""
+    """Encode values into ``to``; return the sums of ``dre.encode`` [R, G, 4] if ``watch``."""
     grid, sizes = _launch(to)
     seen = _sums(to) if watch else None
     if x.numel():
@@ -82,7 +82,7 @@ def adamw(
     dithers: tuple[Dither, Dither] | tuple[None, None] = (None, None),
     watch: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Take a step with a parameter's part, in place: ``fp8_states.Fp8States.adamw``."""
+    """Update a parameter's part in place: ``fp8_states.Fp8States.adamw``."""
     grid, sizes = _launch(mean)
     seen = (_sums(mean), _sums(square)) if watch else (None, None)
     if part.numel():
@@ -99,7 +99,7 @@ def adamw(
 
 
 def _launch(encoded: Encoded) -> tuple[tuple[int], tuple[int, int, int]]:
-    """Return the grid, and (all groups, groups in a row, columns)."""
+    """Return the grid, and (number of groups, groups in a row, columns)."""
     columns = encoded.q.shape[-1]
     groups = encoded.scale.numel()
     return (triton.cdiv(groups, PER_PROGRAM),), (groups, num_groups(columns), columns)
@@ -115,13 +115,13 @@ def _sums(encoded: Encoded) -> Tensor:
 
 
 def _keys(dither: Dither | None) -> tuple[Any, ...]:
-    """Rows, first column and keys, as kernels take them."""
+    """Return rows, first column and keys as kernel arguments."""
     return (None, 0, 0, 0) if dither is None else (dither.rows, dither.first_column, *dither.keys)
 
 
 @triton.jit
 def _places(groups, groups_in_row, columns, b: tl.constexpr):
-    """Return of a program's elements: groups [b], rows [b], columns [b, W], where they lie."""
+    """Return a program's groups [b] and rows [b], and columns, addresses and mask [b, W]."""
     group_b = tl.program_id(0).to(tl.int64) * b + tl.arange(0, b)
     row_b = group_b // groups_in_row
     column_bW = ((group_b % groups_in_row) * _W)[:, None] + tl.arange(0, _W)[None, :]
@@ -157,7 +157,7 @@ def _random(rows, first_column, key_1, key_2, row_b, column_bW, inside_b):
 
 @triton.jit
 def _exponent(scale_b, least_b, had_b, ranges, kept_ranges):
-    """Return 16k: a guess, corrected by the table, or what it was. Below 2 it is 255 anyway."""
+    """Return 16k: a guess corrected by the table, or the previous value; 255 for ratios below 2."""
     ratio_b = tl.div_rn(scale_b, least_b)
     guess_b = tl.minimum(_RANGE / tl.log2(tl.maximum(ratio_b, 1.5)), 255.0)
     code_b = tl.minimum(tl.maximum(tl.maximum(guess_b, 1.0).to(tl.int32), 1), 255)
@@ -172,7 +172,7 @@ def _exponent(scale_b, least_b, had_b, ranges, kept_ranges):
 
 @triton.jit
 def _guess(share_bW, power_b):
-    """Return codes of shares of the largest magnitude, one off at most."""
+    """Return codes for fractions of the largest magnitude, at most one code off."""
     y_bW = tl.exp2(power_b[:, None] * tl.log2(tl.where(share_bW > 0.0, share_bW, 1.0))) * 448.0
     y_bW = tl.where(share_bW > 0.0, tl.minimum(y_bW, 448.0), 0.0)
     normal_bW = ((y_bW.to(tl.int32, bitcast=True) + 0x80000) >> 20) - 960
@@ -185,11 +185,11 @@ def _write(
     x_bW, q, scale, exponent, values, ranges, kept_ranges, seen, rows, first_column, key_1, key_2,
     group_b, groups, row_b, column_bW, at_bW, there_bW, WATCH: tl.constexpr,
 ):  # fmt: skip
-    """``dre.encode_rows`` for the groups of a program."""
+    """Encode the groups of a program, as ``dre.encode_rows`` does."""
     inside_b = group_b < groups
     size_bW = tl.where(there_bW, tl.abs(x_bW), 0.0)
     scale_b = tl.max(size_bW, 1)
-    number_b = tl.min((size_bW == size_bW).to(tl.int32), 1) == 1  # a maximum may pass over NaN
+    number_b = tl.min((size_bW == size_bW).to(tl.int32), 1) == 1  # a maximum may ignore NaN
     scale_b = tl.where(number_b, scale_b, float("nan"))
     least_b = tl.min(tl.where(size_bW > 0.0, size_bW, float("inf")), 1)
     had_b = tl.load(exponent + group_b, mask=inside_b, other=0).to(tl.int32)

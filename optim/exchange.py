@@ -1,11 +1,11 @@
-"""Functions of whole matrices that lie in shards: each is computed once in the mesh, by its owner.
+"""Apply functions of unsharded matrices to sharded parameters: the owner computes each matrix once.
 
-Pieces of many matrices travel to the owners in an uneven all-to-all, and the pieces of the results
-to all who hold them, replicas included, in another: a rank of W sends about 2 N/W of N elements, or
-N where every rank has all of them. The matrices go in a few buckets (see owners.py): while one is
-computed, the next one's pieces come and the results of the one before leave. Work is divided by W
-as evenly as whole matrices can be. As a function sees the same matrix in every layout, its result
-has the same bits in every layout.
+Pieces of many matrices are sent to their owners in an uneven all-to-all, and pieces of the results
+are sent back to all ranks that store them, including replicas, in another: a rank of W sends about
+2 N/W of N elements, or N if parameters are replicated on every rank. Matrices are split in a few
+buckets (see owners.py): while one bucket is computed, the next one's pieces arrive and the previous
+one's results are sent. The work of a rank is 1/W of the total, as far as complete matrices allow. A
+function receives the same matrix in every layout, so its result is bit-identical in every layout.
 """
 
 # W ranks of a stage, M logical matrices of a parameter, m of them on this rank (see matrix_ops.py)
@@ -28,21 +28,21 @@ from allometry.parallel.mesh import Mesh
 
 
 class ShardedMatrixOps(MatrixOps):
-    """Over the ranks of a pipeline stage (hdp x tp), whatever cut the parameters.
+    """MatrixOps over the ranks of a pipeline stage (hdp x tp), for any sharding of the parameters.
 
-    What is summed or exchanged travels on the device of ``mesh``, and functions run there, also
-    where parameters are offloaded to the host. Makes no process group.
+    Sums, exchanges and functions run on the device of ``mesh``, even if parameters are offloaded to
+    the host. No process group is created.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self._stage, self._device = mesh.stage, mesh.device
         self._placements = Placements(mesh)
-        # With the parameters themselves, as plans are found by their identities.
+        # The key contains ids of parameters, so the value keeps the parameters alive.
         self._plans: dict[tuple[object, ...], tuple[tuple[Tensor, ...], Plan]] = {}
 
     @override
     def sums(self, parameters: Sequence[Tensor], partials: Sequence[Tensor]) -> list[Tensor]:
-        # What every rank has whole is not sent.
+        # Parameters that are replicated on every rank are not communicated.
         placed = [self._placements.of(parameter) for parameter in parameters]
         results = list(partials)
         cut = [i for i, where in enumerate(placed) if not where.whole_everywhere]
@@ -125,7 +125,7 @@ class ShardedMatrixOps(MatrixOps):
         arrived: dict[Piece, Tensor],
         own: Callable[[Piece], Tensor],
     ) -> Iterator[tuple[Matrix, Tensor]]:
-        """Yield this rank's matrices of a bucket, put together of what is here and has come."""
+        """Yield this rank's matrices of a bucket, assembled from local and received pieces."""
         for matrix, pieces in bucket.owned.items():
             for piece in pieces:
                 if piece.source == self._stage.rank:
@@ -135,7 +135,7 @@ class ShardedMatrixOps(MatrixOps):
     def _start(
         self, messages: Messages, value: Callable[[Piece], Tensor], dtype: torch.dtype
     ) -> _AllToAll:
-        """Begin to send pieces to whom they go and to receive those that come."""
+        """Start to send pieces to their destinations and to receive the others."""
         if messages.silent:
             return _AllToAll(None, None, {})
         sent = _Buffer(messages.sent, dtype, self._device)
@@ -151,7 +151,9 @@ class ShardedMatrixOps(MatrixOps):
         return _AllToAll(work, sent.flat, dict(zip(order, received.views, strict=True)))
 
     def _padded(self, placed: Placed, partial: Tensor) -> Tensor:
-        """Return [M] summands: this rank's in their places, none where a replica has added them."""
+        """Return partial sums as [M], zero for other ranks' matrices and on all replicas but the
+        first.
+        """
         rank, (size, _, _) = self._stage.rank, placed.size
         box = placed.boxes[rank]
         if box.numel == 0 or placed.holders[box][0] != rank:
@@ -171,14 +173,14 @@ class ShardedMatrixOps(MatrixOps):
 
 @dataclass
 class _AllToAll:
-    """An all-to-all that has begun; ``sent`` must live until it has left."""
+    """An all-to-all in progress; ``sent`` must be kept alive until it has completed."""
 
     work: dist.Work | None
     sent: Tensor | None
     received: dict[Piece, Tensor]
 
     def wait(self) -> dict[Piece, Tensor]:
-        """Return what has come, as views of one buffer."""
+        """Return the received pieces, as views of one buffer."""
         if self.work is not None:
             self.work.wait()
         self.work = self.sent = None
@@ -186,7 +188,7 @@ class _AllToAll:
 
 
 class _Buffer:
-    """What one rank sends or receives in an all-to-all: pieces side by side, and views of them."""
+    """Send or receive buffer of one rank in an all-to-all: concatenated pieces, and their views."""
 
     def __init__(
         self, pieces: Sequence[Sequence[Piece]], dtype: torch.dtype, device: torch.device
@@ -201,7 +203,7 @@ class _Buffer:
 
 
 def _assembled(placed: Placed, pieces: Sequence[Piece], values: dict[Piece, Tensor]) -> Tensor:
-    """Return a matrix [out, in] of its pieces."""
+    """Return a matrix [out, in] assembled from its pieces."""
     first = values[pieces[0]]
     if len(pieces) == 1:
         return aligned(first)

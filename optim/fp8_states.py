@@ -1,13 +1,14 @@
-"""Optimizer states in FP8 (``dre.py``), laid out as their parameters.
+"""Optimizer states in FP8 (``dre.py``), sharded like their parameters.
 
-A state of a parameter of two dimensions or more is three tensors beside it: ``KEY.q`` of its shape,
-``KEY.scale`` and ``KEY.exponent`` with one number for each group, all placed as the parameter is,
-so that checkpoints move between layouts without a new rounding. Parameters of one dimension keep
-fp32 states: they are few.
+A state of a parameter with two dimensions or more is three tensors: ``KEY.q`` of the parameter's
+shape, and ``KEY.scale`` and ``KEY.exponent`` with one number for each group. All three have the
+placements of the parameter, so checkpoints can change layout without another rounding. Parameters
+with one dimension keep fp32 states, since they are small.
 
-Where columns are cut over c ranks into parts that are no multiples of 128, groups end with the
-parts. Scales and exponents are then called ``KEY.scale.cutC``: a layout with other groups finds
-none of its own in such a checkpoint, and states are rounded anew (``trainer/state/states.py``).
+If columns are sharded over c ranks into parts that are not multiples of 128, groups end with the
+parts. Scales and exponents are then called ``KEY.scale.cutC``: a layout with other groups does not
+find its own names in such a checkpoint, and the states are rounded again
+(``trainer/state/states.py``).
 """
 
 # R local rows, C local columns, G groups in a row, M logical matrices (see matrix_ops.py)
@@ -35,17 +36,18 @@ from allometry.optim.dre import GROUP, Dither, Encoded, Table, num_groups
 from allometry.parallel.mesh import local
 
 Tensors = dict[str, Tensor]
-"""The states of one parameter by name."""
+"""States of one parameter by name."""
 
 
 KEYS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
-"""States that may be in FP8."""
+"""States that may be stored in FP8."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """How the rows of a parameter are cut into groups: all ``columns`` into ``cuts`` equal parts,
-    each of these into groups of 128, the last of which may be shorter."""
+    """Division of a parameter's rows into groups: ``columns`` are divided into ``cuts`` equal
+    parts, and each part into groups of 128, the last of which may be shorter.
+    """
 
     columns: int
     cuts: int
@@ -61,19 +63,19 @@ class Groups:
 
     @classmethod
     def named(cls, parameter: Tensor, key: str, names: Collection[str]) -> Groups:
-        """Return the groups that the names of a saved state's tensors tell of."""
+        """Return the groups given by the tensor names of a saved state."""
         whole = f"{key}.scale"
         (suffix,) = (name.removeprefix(whole) for name in names if name.startswith(whole))
         return cls(parameter.shape[-1], int(suffix.removeprefix(".cut") or 1))
 
     @property
     def number(self) -> int:
-        """Groups of a whole row."""
+        """Number of groups in an unsharded row."""
         return self.cuts * num_groups(self.columns // self.cuts)
 
     @property
     def suffix(self) -> str:
-        """What is added to the names of scales and exponents."""
+        """Suffix of the names of scales and exponents."""
         return "" if self.cuts == 1 else f".cut{self.cuts}"
 
     def index(self, columns: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ class Groups:
 
 
 def _column_shards(parameter: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield (ranks, dimension of the mesh) of what cuts the columns of a parameter."""
+    """Yield (ranks, mesh dimension) of each mesh dimension that shards the columns."""
     if isinstance(parameter, DTensor):
         for dim, placement in enumerate(parameter.placements):
             if not isinstance(placement, Replicate) and _dim(placement) == parameter.dim() - 1:
@@ -96,9 +98,9 @@ def _dim(placement: Placement) -> int:
 
 
 def beside(parameter: Tensor, part: Tensor, columns: int, *, whole_columns: bool = False) -> Tensor:
-    """Return ``part`` as a tensor placed as the parameter, with so many columns in all.
+    """Return ``part`` as a tensor with the parameter's placements and ``columns`` global columns.
 
-    ``whole_columns``: with all columns on every rank.
+    ``whole_columns``: columns are replicated on every rank.
     """
     if not isinstance(parameter, DTensor):
         return part
@@ -117,7 +119,7 @@ def beside(parameter: Tensor, part: Tensor, columns: int, *, whole_columns: bool
 
 
 def first_place(parameter: Tensor) -> tuple[int, ...]:
-    """Return where this rank's part begins in the whole parameter."""
+    """Return the global offset of this rank's part of the parameter."""
     if not isinstance(parameter, DTensor):
         return (0,) * parameter.dim()
     with unset_fake_temporarily():
@@ -128,13 +130,19 @@ def first_place(parameter: Tensor) -> tuple[int, ...]:
 
 
 def names(key: str, suffix: str = "") -> tuple[str, str, str]:
-    """Return the names of q, scale and exponent of the state ``key``."""
+    """Return the names of q, scale and exponent of the state ``key``.
+
+    >>> names("exp_avg")
+    ('exp_avg.q', 'exp_avg.scale', 'exp_avg.exponent')
+    """
     return f"{key}.q", f"{key}.scale{suffix}", f"{key}.exponent{suffix}"
 
 
 def zeros(parameter: Tensor, key: str, groups: Groups) -> Tensors:
-    """Return the three tensors of a state of zeros; with groups of another layout, scales and
-    exponents have all columns on every rank."""
+    """Return the three tensors of a zero state.
+
+    With the groups of another layout, scales and exponents have all columns on every rank.
+    """
     mine = groups == Groups.of(parameter)
     part = local(parameter)
     q, scale, exponent = Encoded.zeros(tuple(part.shape), part.device)
@@ -149,7 +157,7 @@ def zeros(parameter: Tensor, key: str, groups: Groups) -> Tensors:
 
 
 def values_of(parameter: Tensor, tensors: Tensors, key: str, groups: Groups) -> Tensor:
-    """Return this rank's part of a state of any groups (as ``zeros`` lays it out), fp32."""
+    """Return this rank's part of a state with any groups (as laid out by ``zeros``), fp32."""
     part = Encoded(*(local(tensors[name]) for name in names(key, groups.suffix)))
     table = Table.on(part.q.device)
     if groups == Groups.of(parameter):
@@ -163,7 +171,7 @@ def values_of(parameter: Tensor, tensors: Tensors, key: str, groups: Groups) -> 
 
 
 def encoded(parameter: Tensor, key: str, groups: Groups, values: Tensor) -> Tensors:
-    """Return the tensors of a state whose part on this rank has these values, fp32."""
+    """Return the tensors of a state with the local fp32 ``values``."""
     made = zeros(parameter, key, groups)
     part = Encoded(*(local(made[name]) for name in names(key, groups.suffix)))
     dre.encode(values.contiguous(), part, Table.on(part.q.device))
@@ -172,11 +180,11 @@ def encoded(parameter: Tensor, key: str, groups: Groups, values: Tensor) -> Tens
 
 @dataclass
 class Fp8States:
-    """The FP8 states of one optimizer: how they are rounded, and what was seen of that.
+    """FP8 states of one optimizer: rounding mode and rounding statistics.
 
-    ``rounding`` "stochastic" is at random, by ``seed``, the names of parameter and state, the
-    number of the step and an element's place, so alike in every layout. ``watched``: where it is a
-    dict, each update puts the sums ``SEEN`` there by parameter and state, fp64 [len(SEEN)].
+    ``rounding`` "stochastic" depends on ``seed``, the names of parameter and state, the step number
+    and the position of an element, so it is the same in every layout. ``watched``: if it is a dict,
+    each update stores the sums ``SEEN`` by parameter and state, fp64 [len(SEEN)].
     """
 
     rounding: Literal["nearest", "stochastic"]
@@ -187,16 +195,16 @@ class Fp8States:
 
     @property
     def stochastic(self) -> bool:
-        """Whether rounding is at random, for which ``step`` must count steps."""
+        """True if rounding is stochastic, which requires the step count ``step``."""
         return self.rounding == "stochastic"
 
     @staticmethod
     def holds(parameter: Tensor) -> bool:
-        """Return whether a parameter's states are in FP8."""
+        """Return True if the states of a parameter are stored in FP8 (two dimensions or more)."""
         return parameter.dim() >= 2
 
     def init(self, parameter: Tensor, state: Tensors, *keys: str) -> None:
-        """Make the states that are missing, of zeros; ``step`` too where rounding counts them."""
+        """Create missing states as zeros, and ``step`` for stochastic rounding."""
         groups = Groups.of(parameter)
         for key in keys:
             if names(key)[0] not in state:
@@ -205,13 +213,13 @@ class Fp8States:
             state["step"] = torch.tensor(0.0, device="cpu")
 
     def read(self, parameter: Tensor, state: Tensors, key: str) -> Tensor:
-        """Return this rank's part of a state, a copy in fp32."""
+        """Return this rank's part of a state as a new fp32 tensor."""
         part = self._part(parameter, state, key)
         kernels = kernels_for(part.q)
         return (kernels or dre).decode(part, self._table(part.q.device))  # type: ignore[no-any-return]
 
     def write(self, name: str, parameter: Tensor, state: Tensors, key: str, values: Tensor) -> None:
-        """Round this rank's part of a state, fp32, into its place."""
+        """Round this rank's fp32 part of a state and store it."""
         part = self._part(parameter, state, key)
         table, dither = self._table(part.q.device), self._dither(name, parameter, state, key)
         kernels = kernels_for(part.q)
@@ -225,9 +233,11 @@ class Fp8States:
     def adamw(
         self, name: str, parameter: Tensor, gradient: Tensor, state: Tensors, group: dict[str, Any]
     ) -> None:
-        """Take AdamW's step with this rank's part, in place; ``state["step"]`` counts it already.
+        """Run AdamW's step on this rank's part in place; ``state["step"]`` already counts this
+        step.
 
-        Some rows at a time, or by one kernel, so that no moment is ever whole in fp32.
+        Processes some rows at a time, or uses one kernel, so no moment is stored in fp32 as a full
+        tensor.
         """
         p, keys = local(parameter.detach()), ("exp_avg", "exp_avg_sq")
         mean, square = (self._part(parameter, state, key) for key in keys)
@@ -296,7 +306,7 @@ def _adamw(
     step: int,
     group: Mapping[str, Any],
 ) -> tuple[Tensor | None, ...]:
-    """The plain twin of ``dre_triton.adamw``, some rows at a time."""
+    """Plain twin of ``dre_triton.adamw``, some rows at a time."""
     lr, decay = group["lr"], group["weight_decay"]
     p_RC = p.view(-1, p.shape[-1]) if p.numel() else p
     g_RC = gradient.reshape(p_RC.shape)
@@ -312,13 +322,13 @@ def _adamw(
 
 
 SEEN = ("relative_squares", "groups", "underflowed", "saturated", "not_finite")
-"""Sums of one update: squared errors over squared values, of each group that has some; the number
-of these groups; values that became zero; values with the largest code; groups with a number that is
-not finite."""
+"""Sums of one update: relative squared errors over groups with nonzero values; number of these
+groups; values that became zero; values with the largest code; groups that are not finite.
+"""
 
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
-    """Return the Triton kernels where they can run on this tensor, None for the plain twin."""
+    """Return the Triton kernels if they can run on this tensor; None: use the plain twin."""
     if not tensor.is_cuda or not _has_triton():
         return None
     from allometry.optim import dre_triton

@@ -1,4 +1,4 @@
-"""Parameter groups, from what each parameter is for."""
+"""Parameter groups by role and update rule of each parameter."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ def parameter_groups(
     parameterization: Parameterization,
     config: OptimizerConfig,
 ) -> list[dict[str, Any]]:
-    """Sort parameters into groups for a torch optimizer, but those that are frozen.
+    """Sort trainable parameters into groups for a torch optimizer.
 
-    Parameters that share a role, its update rule and its resolved multipliers share a group. A
-    group is a dict with ``params``, ``param_names`` and ``specs`` (in the order given), ``name``
-    (the role, numbered where one role needs several groups), ``role``, ``rule``, ``sphere``,
-    ``peak_lr``, ``lr`` (= ``peak_lr`` until a schedule sets it), ``weight_decay``, ``eps`` (if the
-    optimizer has one) and the settings of its rule (``betas``, ``momentum``, ...). Groups come in
-    the order of their first parameters, which is the same on every rank. Where all are frozen, as
-    in a stage of a pipeline, there is one group, of no parameters.
+    Parameters with the same role, update rule and resolved multipliers share a group. A group is a
+    dict with ``params``, ``param_names`` and ``specs`` (in the given order), ``name`` (the role,
+    numbered if a role has several groups), ``role``, ``rule``, ``sphere``, ``peak_lr``, ``lr`` (=
+    ``peak_lr`` until a schedule sets it), ``weight_decay``, ``eps`` (if the optimizer has one) and
+    the settings of its rule (``betas``, ``momentum``, ...). For example, the second group of the
+    role ``hidden`` is called ``hidden-2``. Groups are in the order of their first parameters, which
+    is the same on every rank. If all parameters are frozen, as may happen in a pipeline stage,
+    there is one group without parameters.
 
     Raises:
         UserError: a parameter has no spec, or a spec no parameter.
@@ -79,7 +80,7 @@ def parameter_groups(
 def _settings(
     resolved: Resolved, parameterization: Parameterization, config: OptimizerConfig
 ) -> dict[str, Any]:
-    """What a group says besides its parameters."""
+    """Return the entries of a group other than its parameters."""
     rule = UPDATE_RULES[resolved.rule]
     base_lr = config.lr
     if rule.name == "adamw":

@@ -9,16 +9,17 @@ from allometry.optim.states import Item, State, init_like_parameters, local_stat
 
 
 def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Make ``exp_avg``, as the parameter."""
+    """Create ``exp_avg`` like the parameter."""
     init_like_parameters(items, state, "exp_avg")
 
 
 def lion(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Take a step with ``items``, in place; elementwise.
+    """Update ``items`` in place; elementwise.
 
-    W ← (1−ηλ)W − η·sign(β₁M + (1−β₁)G), then M ← β₂M + (1−β₂)G. An element moves by η whatever the
-    size of its gradient, as it does under Adam, so rates follow a model's size as Adam's do:
-    ``Rates.ADAM`` in every parameterization. What never had a gradient only decays: sign(0) = 0.
+    W ← (1−ηλ)W − η·sign(β₁M + (1−β₁)G), then M ← β₂M + (1−β₂)G. An element moves by η for any size
+    of its gradient, as with Adam, so learning rates scale with model size as Adam's do:
+    ``Rates.ADAM`` in every parameterization. Elements that never had a gradient only decay: sign(0)
+    = 0.
     """
     for item, momentum in zip(items, local_states(items, state, "exp_avg"), strict=True):
         (beta1, beta2), rate = item.group["betas"], item.group["lr"]

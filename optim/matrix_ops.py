@@ -1,14 +1,13 @@
-"""MatrixOps matrices where parameters are shards: the one place where update rules meet ranks.
+"""Operations on unsharded matrices for update rules; the only interface of rules to other ranks.
 
-A *logical matrix* is what a rule treats as one: a parameter of one or two dimensions, or one expert
-of a parameter [E, out, in]. M is their number: 1, or E.
-
-Rules compute with this rank's parts, plain tensors, and come here for what needs more than a part:
-sums over a whole matrix, and functions of one. ``parameters`` are always the parameters themselves
-(plain or DTensors), which say how the tensors beside them are laid out.
+A *logical matrix* is the unit of a rule: a parameter with one or two dimensions, or one expert of a
+parameter [E, out, in]. M is their number: 1, or E. Rules compute with this rank's parts, plain
+tensors, and call MatrixOps for sums over unsharded matrices and functions of them. ``parameters``
+are always the parameters themselves (plain tensors or DTensors), which define the sharding of the
+other arguments.
 """
 
-# M logical matrices of a parameter, m of them that this rank has a part of
+# M logical matrices of a parameter, m of them with a part on this rank
 
 from __future__ import annotations
 
@@ -22,54 +21,61 @@ from typing_extensions import override
 
 
 class Matrix(NamedTuple):
-    """A logical matrix: the place of its parameter in the list, and which expert it is (or 0)."""
+    """A logical matrix: index of its parameter in the list, and index of the expert (or 0)."""
 
     parameter: int
     expert: int
 
 
 MatrixFunction = Callable[[Iterable[tuple[Matrix, Tensor]]], Iterable[tuple[Matrix, Tensor]]]
-"""Whole matrices [out, in] with what they are -> the same of the results, in any order, each once.
+"""Function from unsharded matrices [out, in] with their ids to results with the same ids.
 
-Results have the type of the arguments and are new: an argument may be the caller's own part.
-Both are consumed one after the other, so what is not held by the function does not exist at once.
+The function yields each result once, in any order. Results have the type of the arguments and are
+new tensors, since an argument may be the caller's own part. Both sides are iterators, so only the
+matrices that the function keeps exist at the same time.
 """
 
 
 def one_by_one(function: Callable[[Tensor, Matrix], Tensor]) -> MatrixFunction:
-    """Return what applies ``function`` to one matrix after the other."""
+    """Return a MatrixFunction that applies ``function`` to each matrix in turn."""
     return lambda matrices: ((which, function(matrix, which)) for which, matrix in matrices)
 
 
 Cost = Callable[[int, int], float]
-"""(out, in) -> work of a function, in any unit; a function of a module, not made anew each step."""
+"""Function (out, in) -> work in any unit; a module-level function, since plans are cached by it."""
 
 
 class MatrixOps(ABC):
-    """What rules ask for. Every rank of a pipeline stage makes the same calls in the same order."""
+    """Matrix operations for rules. All ranks of a stage make the same calls in the same order."""
 
     @abstractmethod
     def sums(self, parameters: Sequence[Tensor], partials: Sequence[Tensor]) -> list[Tensor]:
-        """Return sums over whole logical matrices, fp64 [M] for each parameter, equal on all ranks.
+        """Return sums over unsharded logical matrices, fp64 [M] for each parameter, equal on all
+        ranks.
 
         ``partials``: the sums over this rank's parts, [m] for each parameter (``partial_sums``).
-        One collective for all; a parameter may come several times, with other partial sums.
+        One collective is used for all; a parameter may occur several times with different partial
+        sums.
         """
 
     def squared_norms(self, parameters: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return Σx² of each logical matrix, fp64 [M] for each parameter; ``parts`` as theirs."""
+        """Return Σx² of each logical matrix, fp64 [M] for each parameter, from this rank's
+        ``parts``.
+        """
         return self.sums(parameters, squared_norms_of_parts(parts))
 
     @abstractmethod
     def factors(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-        """Return of values [M] those of this rank's part, shaped to multiply it: [] or [m,1,1]."""
+        """Return the ``values`` [M] of this rank's part, shaped to multiply the part: [] or
+        [m,1,1].
+        """
 
     @abstractmethod
     def owned(self, parameters: Sequence[Tensor], cost: Cost) -> list[Matrix]:
-        """Return the logical matrices that ``map`` gives to the function on this rank.
+        """Return the logical matrices for which ``map`` calls the function on this rank.
 
-        Always the same ones for the same parameters and cost, in ascending order; a rule may keep
-        a state of each, on that rank alone.
+        The result is always the same for the same parameters and cost, in ascending order, so a
+        rule may keep states of a matrix on its owner only.
         """
 
     @abstractmethod
@@ -80,16 +86,17 @@ class MatrixOps(ABC):
         function: MatrixFunction,
         cost: Cost,
     ) -> list[Tensor]:
-        """Return this rank's parts of ``function`` of each whole logical matrix.
+        """Return this rank's parts of ``function`` applied to each unsharded logical matrix.
 
-        ``parts`` are this rank's parts of the matrices, all of one type; they travel in that type,
-        so hand over bf16 where the function computes in bf16. The function gets each matrix once,
-        on one rank: its owner. The results are new tensors.
+        ``parts`` are this rank's parts of the matrices, all of one type; they are sent in this
+        type, so pass bf16 if the function computes in bf16. Each matrix is passed to the function
+        on one rank only, its owner. The results are new tensors. For example, ``ops.map(parameters,
+        parts, one_by_one(lambda x, which: -x), lambda r, c: 1.0)`` negates them.
         """
 
 
 class LocalMatrixOps(MatrixOps):
-    """Where every parameter is whole on this rank, which works alone."""
+    """MatrixOps of a single process with unsharded parameters."""
 
     @override
     def sums(self, parameters: Sequence[Tensor], partials: Sequence[Tensor]) -> list[Tensor]:
@@ -135,13 +142,13 @@ class LocalMatrixOps(MatrixOps):
 
 
 def partial_sums(part: Tensor) -> Tensor:
-    """Return the sum over each logical matrix of this rank's part, fp64 [m]; empty parts give 0."""
+    """Return the sums over the logical matrices of this rank's part, fp64 [m]; 0 if empty."""
     wide = part.double()
     return wide.sum((1, 2)) if part.dim() == 3 else wide.sum().view(1)
 
 
 class Products(NamedTuple):
-    """Σx², Σxy and Σy² over each logical matrix of this rank's parts, fp64 [m] of each part."""
+    """Σx², Σxy and Σy² over each logical matrix of this rank's parts, fp64 [m] for each part."""
 
     xx: list[Tensor]
     xy: list[Tensor]
@@ -149,7 +156,7 @@ class Products(NamedTuple):
 
 
 def products_of_parts(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Products:
-    """Return the products of pairs of parts of one shape, added up in fp64; empty ones give 0."""
+    """Return the products of pairs of parts of equal shape, summed in fp64; 0 if empty."""
     on_cuda = any(x.is_cuda for x in xs)
     return _products_by_sums(xs, ys) if on_cuda else _products_on_cpu(xs, ys)
 
@@ -162,11 +169,11 @@ def _products_by_sums(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Products:
     return Products(squared_norms_of_parts(xs), xy, squared_norms_of_parts(ys))
 
 
-_CHUNK = 1 << 18  # elements: two fp64 copies of so many are still in a core's cache when they meet
+_CHUNK = 1 << 18  # elements: two fp64 copies of this size fit in a core's cache
 
 
 def _products_on_cpu(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Products:
-    """Return the same by way of fp64 copies of a few elements, in memory that all use in turn."""
+    """Return the products via fp64 copies of a few elements, in one reused buffer."""
     products = Products([], [], [])
     if not xs:
         return products
@@ -193,12 +200,12 @@ def _three_products(x_N: Tensor, y_N: Tensor, wide_2C: Tensor) -> Tensor:
         b_C.copy_(y_C)
         here = torch.stack([a_C.dot(a_C), a_C.dot(b_C), b_C.dot(b_C)])
         total = here if total is None else total + here
-    assert total is not None  # nothing is cut into one piece of nothing
+    assert total is not None  # splitting an empty tensor gives one empty chunk
     return total
 
 
 def squared_norms_of_parts(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Return Σx² over each logical matrix of this rank's parts, added up in fp64: [m] each."""
+    """Return Σx² over each logical matrix of this rank's parts, summed in fp64: [m] each."""
     if not any(part.is_cuda for part in parts):
         return _squared_norms_on_cpu(parts)
     wide = torch.float64
@@ -213,10 +220,10 @@ def squared_norms_of_parts(parts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _squared_norms_on_cpu(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Return the same by way of one fp64 copy that all parts use in turn.
+    """Return the squared norms via one reused fp64 buffer.
 
-    torch's norms in a wider type make a new copy of each tensor, whose memory costs more to get
-    than the norm.
+    torch's norms in a wider type allocate a copy of each tensor, and the allocation costs more than
+    the norm.
     """
     if not parts:
         return []
@@ -230,9 +237,9 @@ def _squared_norms_on_cpu(parts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def aligned(matrix: Tensor) -> Tensor:
-    """Return a matrix as a fresh one would lie in memory, a copy if need be.
+    """Return a contiguous matrix at an aligned address; a copy if necessary.
 
-    What starts at an odd address is added up in another order by some kernels.
+    Some kernels sum in another order if a tensor starts at an unaligned address.
     """
     odd = matrix.storage_offset() * matrix.element_size() % 512
     return matrix.clone(memory_format=torch.contiguous_format) if odd else matrix.contiguous()

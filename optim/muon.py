@@ -1,4 +1,4 @@
-"""Muon: momentum made orthogonal (K. Jordan, https://kellerjordan.github.io/posts/muon/)."""
+"""Muon: orthogonalized momentum (K. Jordan, https://kellerjordan.github.io/posts/muon/)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from allometry.optim.states import (
 
 
 def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Make ``momentum_buffer``, as the parameter."""
+    """Create ``momentum_buffer`` like the parameter."""
     init_like_parameters(items, state, "momentum_buffer")
 
 
 def muon(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Take a step with ``items``, matrices or stacks of them, in place.
+    """Update ``items``, matrices or stacks of matrices, in place.
 
-    M ← μM + (1−μ)G; U = μM + (1−μ)G with Nesterov's look ahead, else M; W ← (1−ηλ)W − ηs·NS(U).
-    NS runs in bf16 with ``newton_schulz.MUON`` and s is ``adjustment``. Equals torch.optim.Muon,
-    matrix by matrix.
+    M ← μM + (1−μ)G; U = μM + (1−μ)G with Nesterov momentum, else M; W ← (1−ηλ)W − ηs·NS(U). NS runs
+    in bf16 with ``newton_schulz.MUON``, and s is ``adjustment``. For each matrix the update equals
+    torch.optim.Muon.
     """
     count_step(rounded_at_random(items), state)
     dtype = precision(items)
@@ -49,10 +49,11 @@ def muon(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
 
 
 def adjustment(kind: str, rows: int, columns: int) -> float:
-    """Return what an orthogonal update [rows, columns] is multiplied by.
+    """Return the scale factor of an orthogonal update [rows, columns].
 
     ``original``: √max(1, rows/columns), Jordan's. ``match_rms_adamw``: 0.2·√max(rows, columns), so
-    that its elements are as large as AdamW's (arXiv 2502.16982, eq. 4). ``none``: 1.
+    that elements are as large as AdamW's (arXiv 2502.16982, eq. 4). ``none``: 1. For example,
+    ``adjustment("original", 400, 100)`` is 2.
     """
     match kind:
         case "none":
@@ -77,6 +78,6 @@ def orthogonalized(
 
 
 def precision(items: Sequence[Item]) -> torch.dtype:
-    """Return the type in which matrices travel and are made orthogonal: bf16; float64 stays."""
+    """Return the type for communication and orthogonalization: bf16, or float64 for float64."""
     dtypes = {item.parameter.dtype for item in items}
     return torch.float64 if dtypes == {torch.float64} else torch.bfloat16

@@ -19,7 +19,7 @@ from allometry.optim.states import (
 
 
 def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Make ``momentum_buffer``, as the parameter, and ``radius`` [M].
+    """Create ``momentum_buffer`` like the parameter, and ``radius`` [M].
 
     Raises:
         UserError: see ``sphere.init_radii``.
@@ -29,20 +29,20 @@ def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
 
 
 def muonh(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Take a step with ``items``, matrices or stacks of them, in place.
+    """Update ``items``, matrices or stacks of matrices, in place.
 
-    M ← μM + G; U = NS(G + μM) with Nesterov's look ahead, else NS(M), in bf16 with
-    ``newton_schulz.DION``; then each matrix turns by η towards −U (``sphere.turn``). There is no
-    factor for shapes: η is relative, in the norm that ``step_norm`` says.
+    M ← μM + G; U = NS(G + μM) with Nesterov momentum, else NS(M), in bf16 with
+    ``newton_schulz.DION``; then each matrix turns by η towards −U (``sphere.turn``). The update has
+    no factor for shapes: η is relative, in the norm given by ``step_norm``.
     """
     count_step(rounded_at_random(items), state)
     dtype = precision(items)
     directions = []
-    # One at a time, so that of what is not bf16 only one matrix is held besides the states.
+    # One item at a time, so that only one direction exists in the wider type.
     for item in items:
         gradient, mu = item.gradient, item.group["momentum"]
         with updated(item, state, "momentum_buffer") as (momentum,):
-            momentum.mul_(mu).add_(gradient)  # one after the other, while a CPU has it in its cache
+            momentum.mul_(mu).add_(gradient)  # in turn, while in a CPU's cache
             look = gradient.add(momentum, alpha=mu) if item.group["nesterov"] else momentum
             directions.append(look.to(dtype))
     parameters = [item.parameter for item in items]

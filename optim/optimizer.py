@@ -1,4 +1,4 @@
-"""One optimizer for all the update rules of a run."""
+"""One optimizer for all update rules of a run."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ from allometry.optim.states import Group, Item, State, items_of
 from allometry.scaling.update_rules import UPDATE_RULES, UpdateRule
 
 UpdateFunction = Callable[[Sequence[Item], State, MatrixOps], None]
-"""Of all parameters of a rule; ``state`` are the optimizer's tensors, which it changes in place."""
+"""Update of all parameters of a rule; ``state`` contains the optimizer's tensors and is changed in
+place.
+"""
 
 
 def rule_module(rule: UpdateRule) -> ModuleType:
-    """Return the module of ``optim/`` with a rule's functions.
+    """Return the module of ``optim/`` with the functions of a rule.
 
-    Named as the module is: what takes a step (``UpdateFunction``). It updates states at any rate,
-    and at rate 0 no parameter. ``init_states`` (``UpdateFunction``): makes the states that are
-    missing. ``prepare_group(group)``, if there is one: checks or completes a new group.
+    The function with the module's name runs a step (``UpdateFunction``): it updates states at any
+    learning rate, and parameters unless the rate is 0. ``init_states`` (``UpdateFunction``) creates
+    missing states. ``prepare_group(group)`` (optional) checks or completes a new group. For
+    example, ``rule_module(UPDATE_RULES["muon"])`` is ``optim/muon.py``.
     """
     return importlib.import_module(f"{__package__}.{rule.module or rule.name}")
 
 
 class RuleOptimizer(Optimizer):
-    """Updates each parameter by the rule of its group, over whole parameters or shards of them.
+    """Optimizer that updates each parameter by the rule of its group, with or without sharding.
 
-    ``groups`` are those of ``groups.parameter_groups`` with a ``seed``; ``ops`` knows how they are
-    sharded (``LocalMatrixOps`` if nothing is). Every rank of a stage must call ``step`` alike. A
-    step at rate 0 updates states, not parameters.
+    ``groups`` are the groups of ``groups.parameter_groups`` with a ``seed``; ``ops`` defines the
+    sharding (``LocalMatrixOps`` without sharding). Every rank of a stage must call ``step``. A step
+    at learning rate 0 updates states but not parameters.
 
-    States are tensors in ``state[parameter]``: laid out as the parameter, or [M] for its M logical
-    matrices and equal on all ranks, or, named by the number of a logical matrix, on its owner alone
-    (``MatrixOps.owned``).
+    States are tensors in ``state[parameter]``: sharded like the parameter, or [M] for its M logical
+    matrices and equal on all ranks, or, with the index of a logical matrix in the name, on its
+    owner only (``MatrixOps.owned``).
 
     Raises:
         UserError: weight decay on a sphere; a projection larger than a matrix.
@@ -57,9 +60,9 @@ class RuleOptimizer(Optimizer):
 
     @torch.no_grad()
     def init_states(self) -> None:
-        """Make the states that are missing, as before a first step, for a checkpoint to fill.
+        """Create missing states without a step, to be filled by a checkpoint.
 
-        Every rank of a stage must call it alike.
+        Every rank of a stage must call this method.
 
         Raises:
             UserError: a matrix of zeros on a sphere.
@@ -69,13 +72,13 @@ class RuleOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step with the gradients that are there; return what ``closure`` returns."""
+        """Run one step with the current gradients; return the result of ``closure``."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for rule, items in self._by_rule():
-            # All ranks that hold parts of a matrix must take part, so none may be passed over.
+            # All ranks with parts of a matrix must participate, so no parameter may be skipped.
             for item in items:
                 if item.parameter.grad is None:
                     raise RuntimeError(f"parameter {item.name!r} has no gradient")

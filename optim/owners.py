@@ -1,4 +1,4 @@
-"""Who computes which logical matrix, and what travels for it: worked out alike on every rank."""
+"""Plan of owners and messages for logical matrices, computed identically on every rank."""
 
 # W ranks of a stage, M logical matrices of a parameter (see matrix_ops.py)
 
@@ -16,7 +16,7 @@ from allometry.optim.shards import Box, Placed
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """A part of one logical matrix: who hands it to the owner, and who wants its part back."""
+    """Part of one logical matrix: ``source`` sends the part to the owner, ``holders`` store it."""
 
     matrix: Matrix
     box: Box
@@ -26,17 +26,17 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Its rows and columns."""
+        """Numbers of rows and columns."""
         (top, bottom), (left, right) = self.box.rows, self.box.columns
         return bottom - top, right - left
 
 
 @dataclass(frozen=True)
 class Messages:
-    """One all-to-all, seen from one rank: pieces to and from each rank, by its number.
+    """One all-to-all as seen by one rank: pieces to and from each rank.
 
-    Both ends of a pair list its pieces in the order of matrices, so nothing has to be labelled.
-    ``silent``: no rank of the stage sends anything.
+    Both ends of a pair list their pieces in the order of matrices, so pieces need no labels.
+    ``silent``: no rank of the stage sends a message.
     """
 
     sent: tuple[tuple[Piece, ...], ...]
@@ -46,7 +46,7 @@ class Messages:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Matrices that travel together: ``owned`` are the pieces of those that are this rank's."""
+    """Matrices that are communicated together; ``owned`` are the pieces of this rank's matrices."""
 
     owned: dict[Matrix, tuple[Piece, ...]]
     out: Messages
@@ -55,11 +55,12 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a list of parameters is exchanged: in buckets, one of which travels while another is
-    computed. Every rank has as many, of the same matrices; in each, an equal share of its own.
+    """Exchange of a list of parameters in buckets, which overlaps communication and computation.
 
-    ``apart``: no rank has more than one matrix, so each bucket is computed by ranks of its own.
-    Then all buckets may set out at once: no rank holds more for it.
+    Every rank has the same number of buckets with the same matrices; each bucket contains an equal
+    share of a rank's own matrices. ``apart``: no rank owns more than one matrix, so each bucket is
+    computed by different ranks. All buckets may then start at once, since no rank needs more
+    memory.
     """
 
     buckets: tuple[Bucket, ...]
@@ -67,19 +68,19 @@ class Plan:
 
     @property
     def owned(self) -> tuple[Matrix, ...]:
-        """The matrices of this rank, in ascending order."""
+        """Matrices of this rank in ascending order."""
         return tuple(matrix for bucket in self.buckets for matrix in bucket.owned)
 
 
 NUM_BUCKETS = 4
-"""What is not hidden behind computing is the first bucket's way out and the last one's way back."""
+"""Number of buckets; only sending the first and returning the last bucket is not overlapped."""
 
 
 def plan_exchange(placed: Sequence[Placed], cost: Cost, rank: int, ranks: int) -> Plan:
-    """Return what ``rank`` of ``ranks`` does for parameters placed so.
+    """Return the plan of ``rank`` of ``ranks`` for parameters with this sharding.
 
-    Linear in the matrices and in the pieces of this rank's own: of other ranks' matrices only the
-    part that lies here is looked at.
+    The time is linear in the number of matrices and in the pieces of this rank's matrices; for
+    other ranks' matrices only the local part is visited.
     """
     owners = _owners_of(placed, cost, ranks)
     bucket_of = _buckets_of(owners)
@@ -100,7 +101,7 @@ def plan_exchange(placed: Sequence[Placed], cost: Cost, rank: int, ranks: int) -
 
 
 def _piece(matrix: Matrix, box: Box, holders: tuple[int, ...], j: int, owner: int) -> Piece:
-    # Replicas take turns, so that all of them share in the sending.
+    # Replicas take turns, so that sending is shared between them.
     source = owner if owner in holders else holders[j % len(holders)]
     return Piece(matrix, box, source, owner, holders)
 
@@ -109,17 +110,17 @@ _Ways = tuple[list[list[Piece]], list[list[Piece]]]
 
 
 class _Drafted:
-    """A bucket while matrices are added to it, in their order."""
+    """Bucket under construction; matrices are added in order."""
 
     def __init__(self, ranks: int) -> None:
         self.owned: dict[Matrix, tuple[Piece, ...]] = {}
         self.silent_out = self.silent_back = True
-        # What is sent to each rank, and what is received from each.
+        # Pieces to send to each rank, and to receive from each rank.
         self.out: _Ways = ([[] for _ in range(ranks)], [[] for _ in range(ranks)])
         self.back: _Ways = ([[] for _ in range(ranks)], [[] for _ in range(ranks)])
 
     def own(self, matrix: Matrix, pieces: tuple[Piece, ...]) -> None:
-        """Add a matrix of this rank's."""
+        """Add a matrix that this rank owns."""
         self.owned[matrix] = pieces
         for piece in pieces:
             if piece.source != piece.owner:
@@ -129,13 +130,13 @@ class _Drafted:
                     self.back[0][to].append(piece)
 
     def hold(self, piece: Piece, rank: int) -> None:
-        """Add what lies on ``rank`` of another one's matrix."""
+        """Add the local piece of a matrix that another rank owns."""
         if piece.source == rank:
             self.out[0][piece.owner].append(piece)
         self.back[1][piece.owner].append(piece)
 
     def bucket(self) -> Bucket:
-        """Return what has come together."""
+        """Return the finished bucket."""
         out, back = (
             Messages(tuple(map(tuple, sent)), tuple(map(tuple, received)), silent)
             for (sent, received), silent in (
@@ -158,10 +159,10 @@ def _owners_of(placed: Sequence[Placed], cost: Cost, ranks: int) -> dict[Matrix,
 
 
 def _buckets_of(owners: Mapping[Matrix, int]) -> dict[Matrix, int]:
-    """Return the bucket of each matrix; an owner's are spread evenly, in their order.
+    """Return the bucket of each matrix; the matrices of an owner are spread evenly, in order.
 
-    Where no rank has more than one, the owners are: a bucket is a group of ranks, which compute
-    while the next group's pieces come and the results of the one before leave.
+    If no rank owns more than one matrix, the owners are spread: a bucket is a group of ranks, which
+    compute while the next group's pieces arrive and the previous group's results are sent.
     """
     of_owner: dict[int, list[Matrix]] = {}
     for matrix, owner in owners.items():
@@ -176,23 +177,24 @@ def _buckets_of(owners: Mapping[Matrix, int]) -> dict[Matrix, int]:
 
 
 def assign_owners(costs: Sequence[float], homes: Sequence[Sequence[int]], ranks: int) -> list[int]:
-    """Return an owner for each matrix: the costliest first, to the rank with the least load (LPT).
+    """Return an owner for each matrix: largest cost first, to the least loaded rank (LPT).
 
-    ``homes``: the ranks that have all of a matrix; it stays with one of them, and is not sent, if
-    that leaves the rank with its fair share or less. Graham, "Bounds on multiprocessing timing
-    anomalies" (1969): LPT gives no rank more than 4/3 of what is possible.
+    ``homes``: the ranks that have an unsharded copy of a matrix. One of these ranks owns the
+    matrix, which is then not sent, if the rank's load does not exceed its fair share. Graham,
+    "Bounds on multiprocessing timing anomalies" (1969): with LPT no rank has more than 4/3 of the
+    optimal maximum. For example, costs 3, 2, 2 without homes on 2 ranks give the owners 0, 1, 1.
     """
     loads = np.zeros(ranks)
     share = sum(costs) / ranks * (1.0 + 1e-9)
     queue = [(0.0, rank) for rank in range(ranks)]
     owners = [0] * len(costs)
     for j in sorted(range(len(costs)), key=lambda j: (-costs[j], j)):
-        while queue[0][0] != loads[queue[0][1]]:  # it has got more to do since it was queued
+        while queue[0][0] != loads[queue[0][1]]:  # outdated entry: the load has grown
             heapq.heappop(queue)
         owner = queue[0][1]
         if 0 < len(homes[j]) < ranks:
             at_home = np.sort(homes[j])
-            home = int(at_home[loads[at_home].argmin()])  # of the least loaded ones the first
+            home = int(at_home[loads[at_home].argmin()])  # the first of the least loaded
             owner = home if loads[home] + costs[j] <= share else owner
         loads[owner] += costs[j]
         heapq.heappush(queue, (float(loads[owner]), owner))

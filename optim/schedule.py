@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, without torch."""
+"""Learning rate schedules: pure functions of the step, without torch."""
 
 # Steps are counted from 1; W warm-up steps, T steps of the run, S the last step at the peak.
 
@@ -28,46 +28,48 @@ from allometry.scaling.batch import BatchPlan, total_steps, warmup_steps
 from allometry.scaling.stages import StagePlace, places_of
 
 REFINED = "allometry.schedule"
-"""``kind`` of the file of a refined schedule."""
+"""Value of ``kind`` in the file of a refined schedule."""
 
 OneDecay = ConstantSchedule | LinearSchedule | CosineSchedule | WSDSchedule
 
 
 class Stretch(Protocol):
-    """A schedule of some steps in a row, counted from 1 within it."""
+    """Schedule of consecutive steps, counted from 1 at its first step."""
 
     total_steps: int
     decay_start: int
 
     def fraction(self, step: int) -> float:
-        """Return the learning rate of this step over the peak rate."""
+        """Return the learning rate of ``step`` divided by the peak rate."""
 
     def flat_until(self, step: int) -> int:
-        """Return the last step from this one on that has its rate for certain."""
+        """Return the last step from ``step`` on that certainly has the same rate."""
 
 
 class Schedule:
-    """The learning rate of each step as a fraction of the peak.
+    """Learning rate of each step as a fraction of the peak.
 
-    ``fraction(s)`` is what the s-th update uses, s = 1 ... T. A schedule is one stretch or several,
-    one after the other: see ``Decay`` and ``Refined`` for what happens inside of one.
+    ``fraction(s)`` is used by the s-th update, s = 1 ... T. A schedule consists of one or more
+    consecutive stretches: see ``Decay`` and ``Refined`` for the rates of a stretch.
 
-    * ``wsd_s`` (arXiv 2410.05192): a stretch of WSD up to each end e of a decay, the last one up to
-      T; each decay takes max(1, round(decay_fraction·e)) steps, so that up to e the rates of the
-      first stretch are those of a run of ``kind: wsd`` and length e. The stretches after the first
-      climb from ``final_fraction`` to the peak in ``rewarmup_steps``.
-    * ``continued``: ``before`` as if the run ended at ``before_steps``, then ``after``, whose
-      warm-up climbs from the last rate of ``before``.
+    * ``wsd_s`` (arXiv 2410.05192): one WSD stretch for each decay end e, the last one ending at T.
+      Each decay takes max(1, round(decay_fraction·e)) steps, so up to e the rates of the first
+      stretch are those of a run of ``kind: wsd`` with length e. Later stretches warm up from
+      ``final_fraction`` to the peak in ``rewarmup_steps``.
+    * ``continued``: ``before`` as in a run that ends at ``before_steps``, then ``after``, whose
+      warm-up starts at the last rate of ``before``.
 
-    ``batch_plan`` turns tokens inside of the schedule into steps. ``decay_start`` is the last step
-    before the last decay. One that begins after step ``after`` of a run, in a stage or where it
-    goes on under another description, is that of a run of ``total_steps`` whose first step is the
-    next one: s, the warm-up and tokens count from there, while the attributes count from the run's
-    first step. Its warm-up climbs from ``begin``, the last rate before over its own peak.
+    ``batch_plan`` converts tokens in the schedule to steps. ``decay_start`` is the last step before
+    the last decay. With ``after`` > 0 the schedule starts after step ``after`` of a run, as in a
+    later stage or a continued run: s, the warm-up, ``total_steps`` and tokens count from there,
+    while the attributes count from the first step of the run. The warm-up then starts from
+    ``begin``, the previous rate over this schedule's peak. For example, a linear schedule to 0 with
+    ``total_steps=100`` and ``warmup_steps=10`` has ``fraction(5) == 0.5`` and ``fraction(55) ==
+    0.5``.
 
     Raises:
-        UserError: a warm-up leaves no room for a decay, or is longer than its stretch; a stretch
-            is past the end of the run; the file of a refined schedule cannot be used.
+        UserError: a warm-up leaves no steps for a decay, or is longer than its stretch; a stretch
+            ends after the run; the file of a refined schedule cannot be used.
     """
 
     def __init__(
@@ -94,22 +96,24 @@ class Schedule:
 
     @property
     def first_step(self) -> int:
-        """The first step that it has a rate for."""
+        """First step of the schedule."""
         return self._ends[0] + 1
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The last steps of its stretches, that of the run among them."""
+        """Last steps of the stretches, including the last step of the run."""
         return tuple(self._ends[1:])
 
     def fraction(self, step: int) -> float:
-        """Return the learning rate of this step (after ... total_steps) over the peak rate."""
+        """Return the learning rate of ``step`` (after + 1 ... total_steps) divided by the peak
+        rate.
+        """
         assert self._ends[0] < step <= self.total_steps, (step, self._ends)
         number = bisect_left(self._ends, step) - 1
         return self._stretches[number].fraction(step - self._ends[number])
 
     def flat_until(self, step: int) -> int:
-        """Return the last step from this one on that has its rate for certain."""
+        """Return the last step from ``step`` on that certainly has the same rate."""
         number = bisect_left(self._ends, step) - 1
         return self._ends[number] + self._stretches[number].flat_until(step - self._ends[number])
 
@@ -121,12 +125,12 @@ class Decay(Stretch):
       section 4); b = ``begin`` is 0 at the start of a run;
     * s <= S: 1. S is W for linear and cosine, T for constant and T − ``decay_steps`` for WSD, by
       default max(1, round(decay_fraction·T));
-    * s > S: f(x) with x = (s−S)/(T−S), which runs from just above 0 to exactly 1 at the last
-      step. f(0) = 1: there is no jump after step S. f(1) = ``final_fraction`` = r: the last
-      update uses exactly that. With r = 0 it moves no weight, but states (docs/schedules.md).
+    * s > S: f(x) with x = (s−S)/(T−S), from just above 0 to exactly 1 at the last step. f(0) = 1:
+      the rate is continuous after step S. f(1) = ``final_fraction`` = r: the last update uses
+      exactly r. With r = 0 the last update changes states but no weights (docs/schedules.md).
 
-    Forms f: linear 1−(1−r)x; cosine r+(1−r)(1+cos πx)/2; exponential r^x; 1-sqrt
-    r+(1−r)(1−√x) (arXiv 2405.18392).
+    Forms of f: linear 1−(1−r)x; cosine r+(1−r)(1+cos πx)/2; exponential r^x; 1-sqrt r+(1−r)(1−√x)
+    (arXiv 2405.18392).
     """
 
     def __init__(
@@ -179,7 +183,7 @@ class Decay(Stretch):
 
 
 class Refined(Stretch):
-    """Given fractions, one for each step; for another number of steps a line between neighbours."""
+    """Given fractions, one for each step, interpolated linearly for another number of steps."""
 
     def __init__(
         self, fractions: tuple[float, ...], total_steps: int, warmup_steps: int, begin: float
@@ -220,7 +224,7 @@ def _stretches(
             first = _stretches(config.before, done, warmup, plan, begin)
             last = first[-1].fraction(first[-1].total_steps)
             climb = _steps_after(done, config.after.warmup_steps, config.after.warmup_tokens, plan)
-            # Ends of decays inside of ``after`` are counted from its own first step.
+            # Decay ends in ``after`` count from the first step of ``after``.
             return [*first, *_stretches(config.after, total - done, climb, None, last)]
         case _:
             return [Decay(config, total, warmup, begin)]
@@ -251,7 +255,7 @@ def _several_decays(
 
 
 def _steps_after(done: int, steps: int | None, tokens: int | None, plan: BatchPlan | None) -> int:
-    """Return a warm-up that begins after ``done`` steps, in steps."""
+    """Return the steps of a warm-up that begins after ``done`` steps."""
     if steps is not None or not tokens:
         return steps or 0
     assert plan is not None, "tokens without a plan of the batch"
@@ -267,10 +271,10 @@ def _check_inside(key: str, step: int, total: int) -> None:
 
 
 def read_refined(file: str | Path) -> tuple[float, ...]:
-    """Return the fractions of a file that ``laws/refine.py`` wrote.
+    """Return the fractions of a file written by ``laws/refine.py``.
 
     Raises:
-        UserError: it is missing, or is not such a file.
+        UserError: the file is missing or is not a refined schedule.
     """
     try:
         content = json_file.read_object(file)
@@ -319,7 +323,7 @@ def _linear(x: float, final: float) -> float:
 
 
 def resolve_schedule(config: RunConfig, batch_plan: BatchPlan) -> Schedule:
-    """Return the schedule of a run, with tokens turned into steps by its batch plan.
+    """Return the schedule of a run, with tokens converted to steps by its batch plan.
 
     Raises:
         UserError: see ``Schedule``.
@@ -336,12 +340,13 @@ def resolve_schedule(config: RunConfig, batch_plan: BatchPlan) -> Schedule:
 
 
 def schedules_of(config: RunConfig) -> tuple[Schedule, ...]:
-    """Return the schedule of each stage of a run; one for a run without.
+    """Return the schedules of all stages of a run; a run without stages has one.
 
-    Each counts from the first step of its stage, whose own peak its fractions are of.
+    Each schedule counts from the first step of its stage, and its fractions refer to the stage's
+    peak.
 
     Raises:
-        UserError: see ``Schedule``; it names the stage.
+        UserError: see ``Schedule``; the message names the stage.
     """
     if config.stages is None:
         plan = BatchPlan(config.batch, config.data.sequence_length)
@@ -370,7 +375,7 @@ def schedules_of(config: RunConfig) -> tuple[Schedule, ...]:
 
 
 def _check_climb(place: StagePlace, climb: int) -> None:
-    """Refuse a stage that is shorter than its warm-up; of a whole run ``Decay`` says so."""
+    """Reject a stage shorter than its warm-up; ``Decay`` rejects a run that is too short."""
     if place.name is not None and climb > place.steps:
         raise UserError(
             f"its warm-up of {climb} steps is longer than the stage, {place.steps} steps; shorten "

@@ -1,4 +1,4 @@
-"""SGD-SaI: momentum, with a rate for each tensor from its first gradient (arXiv 2412.11768)."""
+"""SGD-SaI: momentum with a rate for each tensor from its first gradient (arXiv 2412.11768)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from allometry.optim.states import (
 
 
 def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Make ``momentum_buffer``, as the parameter; ``gsnr`` [M], each matrix's ρ; ``step``.
+    """Create ``momentum_buffer`` like the parameter, ``gsnr`` [M] (ρ of each matrix), and ``step``.
 
-    ρ is kept so that a resumed run goes on with the one that it began with.
+    ρ is a state, so a resumed run continues with its initial value.
     """
     init_like_parameters(items, state, "momentum_buffer")
     init_steps(items, state)
@@ -34,10 +34,10 @@ def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
 
 
 def sgd_sai(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Take a step with ``items``, in place.
+    """Update ``items`` in place.
 
-    In the first step ρ = ``signal_to_noise`` of G for each logical matrix, and B ← G; later
-    B ← μB + (1−μ)G. W ← (1−ηλ)W − ηρB. Each expert of a stack has a ρ of its own.
+    In the first step ρ = ``signal_to_noise`` of G for each logical matrix, and B ← G; later B ← μB
+    + (1−μ)G. W ← (1−ηλ)W − ηρB. Each expert of a stack has its own ρ.
     """
     momenta = local_states(items, state, "momentum_buffer")
     first = [step == 1 for step in count_step(items, state)]
@@ -57,10 +57,10 @@ def sgd_sai(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
 def signal_to_noise(total: Tensor, squares: Tensor, count: int, eps: float) -> Tensor:
     """Return ρ = ‖g‖/(std(g) + ε) [M] from Σg and Σg² [M] of ``count`` elements each.
 
-    The deviation is the unbiased one (0 of a single element). ρ = √count·√(1 + (mean/std)²) or
-    so, mostly √count. A gradient of zeros has no ρ: it gets √count, where the published code
-    would have 0 and never change the tensor again: hidden matrices behind a head of zeros, or an
-    expert without tokens in the first step.
+    The standard deviation is unbiased (0 for one element). ρ = √count·√(1 + (mean/std)²)
+    approximately, so mostly √count. For a zero gradient ρ is undefined, and the result is √count.
+    The published code gives 0 and never changes the tensor again: hidden matrices behind a head of
+    zeros, or an expert without tokens in the first step.
     """
     variance = (squares - total.square() / count) / max(1, count - 1)
     deviation = variance.clamp(min=0.0).sqrt() if count > 1 else torch.zeros_like(variance)
@@ -69,7 +69,7 @@ def signal_to_noise(total: Tensor, squares: Tensor, count: int, eps: float) -> T
 
 
 def _measure(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Fill ρ of parameters in their first step; one reduction for all."""
+    """Compute ρ of parameters in their first step, with one reduction for all parameters."""
     if not items:
         return
     parameters = [item.parameter for item in items]

@@ -1,7 +1,7 @@
-"""Which rank has which part of which parameter, worked out alike on every rank, without messages.
+"""Shards of all ranks for each parameter, computed identically on every rank without messages.
 
-Whatever cuts a parameter (ZeRO, tensor, expert and hybrid sharding), each rank of a pipeline stage
-has one box of it, perhaps empty, perhaps the same one as other ranks: its replicas.
+For any combination of ZeRO, tensor, expert and hybrid sharding, each rank of a pipeline stage has
+one box of a parameter. The box may be empty, and may be the same as on other ranks, its replicas.
 """
 
 # W ranks of a stage, M logical matrices of a parameter (see matrix_ops.py)
@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-# A private name, of one signature from torch 2.11 to 2.13: the public function next to it answers
-# for the calling rank alone. What it says is checked against the parts that are there.
+# A private function, with one signature from torch 2.11 to 2.13: the public function next to it
+# returns only the shard of the calling rank. The result is checked against the local shards.
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from allometry.parallel.mesh import Mesh
@@ -29,7 +29,7 @@ Range = tuple[int, int]  # start, stop
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A part of a parameter seen as [M, out, in]; one of fewer dimensions has ones in front."""
+    """Part of a parameter viewed as [M, out, in]; missing dimensions are leading ones."""
 
     matrices: Range
     rows: Range
@@ -37,12 +37,12 @@ class Box:
 
     @property
     def numel(self) -> int:
-        """Its number of elements."""
+        """Number of elements."""
         ranges = (self.matrices, self.rows, self.columns)
         return math.prod(stop - start for start, stop in ranges)
 
     def of_matrix(self, index: int) -> Box:
-        """Return what it has of one matrix."""
+        """Return the part of the box in one matrix."""
         return Box((index, index + 1), self.rows, self.columns)
 
 
@@ -55,7 +55,7 @@ class Placed:
 
     @cached_property
     def holders(self) -> dict[Box, tuple[int, ...]]:
-        """The ranks that have each box, empty ones left out, in the order of ranks."""
+        """Ranks of each box in ascending order; empty boxes are omitted."""
         holders: dict[Box, list[int]] = {}
         for rank, box in enumerate(self.boxes):
             if box.numel:
@@ -64,7 +64,7 @@ class Placed:
 
     @cached_property
     def parts(self) -> tuple[tuple[tuple[Box, tuple[int, ...]], ...], ...]:
-        """Of each logical matrix: its boxes, and the ranks that have each."""
+        """Boxes of each logical matrix, with their ranks."""
         parts: list[list[tuple[Box, tuple[int, ...]]]] = [[] for _ in range(self.size[0])]
         for box, ranks in self.holders.items():
             for index in range(*box.matrices):
@@ -73,12 +73,12 @@ class Placed:
 
     @cached_property
     def whole_everywhere(self) -> bool:
-        """Whether every rank has all of it."""
+        """True if the parameter is replicated on every rank."""
         return len(self.holders) == 1 and len(next(iter(self.holders.values()))) == len(self.boxes)
 
 
 class Placements:
-    """Answers where the parameters of a pipeline stage are, over the ranks of ``mesh.stage``."""
+    """Shards of the parameters of a pipeline stage on all ranks of ``mesh.stage``."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._rank = mesh.stage.rank
@@ -91,7 +91,7 @@ class Placements:
         self._known: dict[object, Placed] = {}
 
     def of(self, parameter: Tensor) -> Placed:
-        """Return where a parameter is: whole on every rank, or as its DTensor says."""
+        """Return the shards of a parameter: replicated for plain tensors, else from its DTensor."""
         if not isinstance(parameter, DTensor):
             if parameter.shape not in self._known:
                 box = _box(parameter.shape, (0,) * parameter.dim())
@@ -104,7 +104,7 @@ class Placements:
             names = mesh.mesh_dim_names
             assert names is not None, mesh
             boxes = []
-            # In a rehearsal, whose tensors have no values, these numbers must have theirs.
+            # In a dry run tensors are fake, but these tensors need values.
             with unset_fake_temporarily():
                 for place in self._places:
                     shape, offset = _compute_local_shape_and_global_offset(
@@ -118,7 +118,7 @@ class Placements:
 
 
 def _place(rank: int, mesh: DeviceMesh) -> dict[str, int]:
-    """Return the coordinates of a rank in a mesh that counts all ranks in their order."""
+    """Return the coordinates of a rank in a mesh of all ranks in order."""
     names = mesh.mesh_dim_names
     assert names is not None
     coordinates = {}

@@ -1,12 +1,12 @@
-"""Turning matrices on spheres: each logical matrix keeps the Frobenius norm that it began with.
+"""Rotation of matrices on spheres: each logical matrix keeps its initial Frobenius norm.
 
-HyperP (arXiv 2603.28743) updates matrices so: the learning rate η is the length of a step relative
-to the matrix, about the angle of a turn. W' = W − η·R·U/‖U‖, then W = R·W'/‖W'‖.
+This is the update of HyperP (arXiv 2603.28743): the learning rate η is the step length relative to
+the matrix, approximately the rotation angle. W' = W − η·R·U/‖U‖, then W = R·W'/‖W'‖.
 
-Three choices differ from the published code (github.com/microsoft/ArchScale), which measures ‖W‖
-anew in each step, after weight decay, and takes a stack of experts for one tensor. Here R is
-measured once and kept, so it neither drifts nor shrinks; on a sphere weight decay would only
-rescale η, so it is refused; each expert has a sphere of its own.
+Three choices differ from the published code (github.com/microsoft/ArchScale), which measures ‖W‖ in
+each step, after weight decay, and treats a stack of experts as one tensor. Here R is measured once
+and stored, so it does not drift or shrink. Weight decay on a sphere would only rescale η and is
+rejected. Each expert has its own sphere.
 """
 
 # M logical matrices of a parameter (see matrix_ops.py), R radius, U direction, η rate
@@ -24,7 +24,7 @@ from allometry.configs.errors import UserError
 from allometry.optim.matrix_ops import MatrixOps, products_of_parts
 from allometry.optim.states import Item, State
 
-_LEAST = 1e-12  # a direction of zeros does not turn anything, and nothing is divided by zero
+_LEAST = 1e-12  # avoids division by zero; a zero direction leaves a matrix unchanged
 
 
 def turned(
@@ -35,7 +35,7 @@ def turned(
     *,
     full_rank: bool = False,
 ) -> Tensor:
-    """Return one whole matrix [out, in], turned: what ``turn`` does, written out."""
+    """Return one rotated unsharded matrix [out, in]: reference implementation of ``turn``."""
     length = min(direction.shape) ** 0.5 if full_rank else direction.double().norm().clamp(_LEAST)
     moved = weight - rate * radius * (direction.to(weight.dtype) / length)
     turned: Tensor = radius * moved / moved.double().norm().clamp(min=_LEAST)
@@ -43,7 +43,7 @@ def turned(
 
 
 def check_sphere(group: Mapping[str, Any]) -> None:
-    """Raise UserError for a group that asks for weight decay on a sphere."""
+    """Raise UserError if a group has weight decay on a sphere."""
     assert group["sphere"], group["name"]
     if group["weight_decay"] != 0.0:
         raise UserError(
@@ -54,7 +54,7 @@ def check_sphere(group: Mapping[str, Any]) -> None:
 
 
 def init_radii(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Make ``radius`` [M] where it is missing: ‖W‖ of each logical matrix as it is now.
+    """Create missing ``radius`` [M]: the current ‖W‖ of each logical matrix.
 
     Raises:
         UserError: a matrix of zeros, which could never turn.
@@ -65,7 +65,7 @@ def init_radii(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
     squares = ops.squared_norms([item.parameter for item in new], [item.part for item in new])
     for item, square in zip(new, squares, strict=True):
         radius = square.sqrt().to(item.part.dtype)
-        # Numbers are looked at once in a run, and not where there are none.
+        # Values are read once per run, and only if tensors are not fake.
         if not isinstance(radius, FakeTensor) and not bool((radius > 0.0).all()):
             raise UserError(
                 f"{item.name} begins with norm {radius.min().item():g}, and matrices of "
@@ -82,21 +82,21 @@ def turn(
     ops: MatrixOps,
     full_rank: Sequence[bool] | None = None,
 ) -> None:
-    """Turn this rank's parts of parameters towards minus ``directions``, each by its group's rate;
-    at rate 0 a matrix keeps its bits.
+    """Turn this rank's parts of parameters towards −``directions`` by their groups' learning rates.
 
-    Where ``full_rank``, ‖U‖ is √min(out, in), the norm of an orthogonal U of full rank, instead of
-    U's own: then the singular values of the step, not their number, are what the rate fixes.
+    At learning rate 0 a matrix keeps its bits. With ``full_rank``, ‖U‖ is replaced by √min(out,
+    in), the norm of an orthogonal U of full rank: the rate then fixes the singular values of the
+    step, independent of their number.
 
-    One reduction, of three numbers for each logical matrix. With s = ηR/‖U‖ the matrix W − sU has
-    the norm √(‖W‖² − 2s⟨W, U⟩ + s²‖U‖²), about R(1 + η²/2), so that it need not be there before it
-    is brought back: W ← aW − asU, a = R over that norm.
+    Uses one reduction of three numbers for each logical matrix. With s = ηR/‖U‖ the matrix W − sU
+    has the norm √(‖W‖² − 2s⟨W, U⟩ + s²‖U‖²), about R(1 + η²/2), so W − sU need not be computed
+    before it is rescaled: W ← aW − asU, where a is R divided by that norm.
     """
     parameters = [item.parameter for item in items]
     parts = [item.part for item in items]
     own = products_of_parts(parts, directions)
     sums = ops.sums(parameters * 3, [*own.xx, *own.xy, *own.yy])
-    # All matrices of all parameters at once: on a CPU small tensors cost more than their numbers.
+    # All matrices of all parameters at once: on a CPU the overhead of small tensors dominates.
     wide = [state[parameter]["radius"].double() for parameter in parameters]
     counts = [len(radius) for radius in wide]
     radius_M = torch.cat(wide)

@@ -1,7 +1,7 @@
-"""One optimizer for runs of one shape, each with its own rate, by the rules that single runs use.
+"""One optimizer for runs of one shape with different learning rates, by the rules of single runs.
 
-A parameter of R runs is [M, rows, columns] (``models/stacked.py``), which a rule takes for M
-logical matrices, as it does experts; its group's rates are tensors [R].
+A parameter of R runs is [M, rows, columns] (``models/stacked.py``); a rule treats it as M logical
+matrices, like experts. The learning rates of its group are tensors [R].
 """
 
 # R runs, M = R*E logical matrices of a parameter with E experts (else E = 1), run after run
@@ -23,11 +23,11 @@ from allometry.optim.states import Group
 from allometry.scaling.update_rules import UPDATE_RULES
 
 KINDS = ("adamw", "muon", "muonh", "adamh")
-"""The optimizers whose runs can be stacked."""
+"""Optimizers that support stacked runs."""
 
 
 def check_stacked(config: OptimizerConfig) -> None:
-    """Raise UserError for an optimizer whose runs cannot be stacked."""
+    """Raise UserError if the optimizer does not support stacked runs."""
     if config.kind not in KINDS:
         raise UserError(
             f"optimizer.kind={config.kind} has no stacked form; use --engine processes, or one of "
@@ -43,11 +43,11 @@ def check_stacked(config: OptimizerConfig) -> None:
 def stacked_optimizer(
     parameters: Mapping[str, Tensor], groups_of_runs: Sequence[Sequence[Group]]
 ) -> RuleOptimizer:
-    """Return the optimizer of stacked ``parameters`` by name.
+    """Return the optimizer of stacked ``parameters``, given by name.
 
-    ``groups_of_runs``: those of ``groups.parameter_groups`` for each run, in the order of runs;
-    they may differ in rates and weight decay alone. ``set_lr`` sets the rates of all runs. Raises
-    UserError: see ``RuleOptimizer``.
+    ``groups_of_runs``: the groups of ``groups.parameter_groups`` for each run, in the order of
+    runs; only learning rates and weight decay may differ. ``set_lr`` sets the rates of all runs.
+    Raises UserError: see ``RuleOptimizer``.
     """
     merged = []
     for of_runs in zip(*groups_of_runs, strict=True):
@@ -70,9 +70,10 @@ def stacked_optimizer(
 
 @torch.no_grad()
 def clip_runs(gradients: Sequence[Tensor], max_norm: float | None, alive_R: Tensor) -> None:
-    """Clip gradients [M, ...] of each run to a global norm (None: not); runs not alive get zeros.
+    """Clip gradients [M, ...] of each run by global norm (None: no clipping); zero those of dead
+    runs.
 
-    ``alive_R``: bool. What ``clip_by_global_norm`` does for one run.
+    ``alive_R``: bool. For one run the result equals ``clip_by_global_norm``.
     """
     runs = len(alive_R)
     wide = torch.promote_types(gradients[0].dtype, torch.float32)

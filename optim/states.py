@@ -1,4 +1,4 @@
-"""What all update rules share: parameters with their gradients, and the states beside them."""
+"""Parameters with gradients and states, as used by all update rules."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from allometry.optim.fp8_states import Fp8States
 from allometry.parallel.mesh import local
 
 Group = dict[str, Any]
-"""A parameter group, as ``groups.parameter_groups`` makes it."""
+"""A parameter group of ``groups.parameter_groups``."""
 
 State = MutableMapping[Tensor, dict[str, Tensor]]
-"""An optimizer's tensors by parameter and name; an unknown parameter has an empty dict."""
+"""Optimizer states by parameter and name; an unknown parameter has an empty dict."""
 
 
 class Item(NamedTuple):
-    """A parameter in a step."""
+    """A parameter in an optimizer step."""
 
     name: str
     parameter: Tensor
@@ -39,11 +39,13 @@ class Item(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """Whether this is a parameter of several runs, each with a rate (``optim/stacked.py``)."""
+        """True for a stacked parameter of several runs, each with a rate (``optim/stacked.py``)."""
         return isinstance(self.group["lr"], Tensor)
 
     def setting(self, key: str) -> float | Tensor:
-        """Return a number of the group; one for each run as fp64 [M, 1, 1], as ``part`` has it."""
+        """Return a number of the group; values by run are expanded to fp64 [M, 1, 1], to match
+        ``part``.
+        """
         value: float | Tensor = self.group[key]
         if not isinstance(value, Tensor):
             return value
@@ -51,13 +53,13 @@ class Item(NamedTuple):
 
     @property
     def fp8(self) -> Fp8States | None:
-        """What holds this parameter's states in FP8; None where they are plain."""
+        """FP8 storage of this parameter's states; None for plain states."""
         fp8: Fp8States | None = self.group.get("fp8")
         return fp8 if fp8 is not None and fp8.holds(self.parameter) else None
 
 
 def items_of(groups: Iterable[Group]) -> list[Item]:
-    """Return all parameters of groups in their order."""
+    """Return all parameters of groups in order."""
     return [
         Item(name, parameter, group)
         for group in groups
@@ -66,7 +68,7 @@ def items_of(groups: Iterable[Group]) -> list[Item]:
 
 
 def init_like_parameters(items: Sequence[Item], state: State, *keys: str) -> None:
-    """Make the states ``keys`` that are missing, of zeros and laid out as the parameters."""
+    """Create missing states ``keys`` as zeros, sharded like the parameters."""
     for item in items:
         if item.fp8 is not None:
             item.fp8.init(item.parameter, state[item.parameter], *keys)
@@ -79,10 +81,10 @@ def init_like_parameters(items: Sequence[Item], state: State, *keys: str) -> Non
 
 
 def init_steps(items: Sequence[Item], state: State) -> None:
-    """Make the counts of steps that are missing, on the host, where rules need them."""
+    """Create missing step counts on the host."""
     for item in items:
         if "step" not in state[item.parameter]:
-            # Not zeros(): of this one FakeTensorMode remembers the value, until it changes.
+            # Not zeros(): FakeTensorMode stores the value of this constant until it changes.
             state[item.parameter]["step"] = torch.tensor(0.0, device="cpu")
 
 
@@ -95,8 +97,8 @@ def local_states(items: Sequence[Item], state: State, key: str) -> list[Tensor]:
 def updated(item: Item, state: State, *keys: str) -> Iterator[list[Tensor]]:
     """Yield this rank's parts of the states ``keys``, to be changed in place.
 
-    What is in FP8 is yielded as copies in fp32 and rounded afterwards. Where it is rounded at
-    random, ``step`` must count this step already.
+    FP8 states are yielded as fp32 copies and rounded afterwards. For stochastic rounding ``step``
+    must already count this step.
     """
     fp8, held = item.fp8, state[item.parameter]
     if fp8 is None:
@@ -109,7 +111,7 @@ def updated(item: Item, state: State, *keys: str) -> Iterator[list[Tensor]]:
 
 
 def descend_(item: Item, update: Tensor, scale: float = 1.0) -> None:
-    """Change a parameter in place: W ← (1−ηλ)W − η·``scale``·``update``, by its group's rates."""
+    """Update a parameter in place: W ← (1−ηλ)W − η·``scale``·``update``, with its group's rates."""
     part, rate = item.part, item.setting("lr")
     keep, move = 1.0 - rate * item.setting("weight_decay"), -rate * scale
     part.mul_(keep.to(part.dtype) if isinstance(keep, Tensor) else keep)
@@ -120,12 +122,12 @@ def descend_(item: Item, update: Tensor, scale: float = 1.0) -> None:
 
 
 def rounded_at_random(items: Sequence[Item]) -> list[Item]:
-    """Return the items whose states are rounded at random, which takes a count of steps."""
+    """Return the items with stochastic rounding of states, which need a step count."""
     return [item for item in items if item.fp8 is not None and item.fp8.stochastic]
 
 
 def count_step(items: Sequence[Item], state: State) -> list[int]:
-    """Count a step of these parameters; return how many each has now taken, from 1."""
+    """Increment the step counts of ``items``; return the new counts, from 1."""
     counts = [state[item.parameter]["step"] for item in items]
     taken = [int(count.item()) + 1 for count in counts]
     if counts:

@@ -1,4 +1,4 @@
-"""Products of a matrix with its transpose on a GPU, of which one half is computed, in Triton."""
+"""Triton kernel for products of a matrix with its transpose, which computes only one half."""
 
 # B matrices of a batch, R and C their rows and columns
 
@@ -15,10 +15,10 @@ _TILE, _DEPTH = 128, 64
 def symmetric_product(
     x_BRC: Tensor, add_BRR: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
 ) -> Tensor:
-    """Return beta * ``add`` + alpha * x xᵀ, [B, R, R] in x's type, added up in fp32.
+    """Return beta * ``add`` + alpha * x xᵀ, [B, R, R] in x's type, accumulated in fp32.
 
-    ``add`` is symmetric, and so is the result, to the bit: blocks on and below the diagonal are
-    computed and stored twice. The bits of a matrix depend on no other of the batch.
+    ``add`` is symmetric, and the result is exactly symmetric: blocks on and below the diagonal are
+    computed and stored twice. The bits of a matrix do not depend on other matrices of the batch.
     """
     batch, rows, columns = x_BRC.shape
     x_BRC = x_BRC.contiguous()
@@ -85,7 +85,7 @@ def _symmetric_product(
     if ADDS:
         total += beta * tl.load(add + places, mask=inside, other=0.0).to(tl.float32)
     result = total.to(y.dtype.element_ty)
-    # Of a block on the diagonal, too, only what lies on it and below.
+    # In diagonal blocks, only elements on and below the diagonal.
     tl.store(y + places, result, mask=inside & (down[:, None] >= across[None, :]))
     mirrored = batch * rows * rows + across[:, None] * rows + down[None, :]
     above = (down[None, :] < rows) & (down[None, :] > across[:, None])

@@ -1,4 +1,4 @@
-"""An optimizer whose states, and whose parameters in fp32, live elsewhere between steps."""
+"""Optimizer with offloaded states and fp32 parameters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from allometry.parallel.mesh import local
 from allometry.scaling.update_rules import UpdateRule
 
 LEAST_BYTES = 4096
-"""State tensors of fewer bytes on a rank (counts, radii, moments of norms) stay on the device."""
+"""State tensors with fewer bytes on a rank (counts, radii, moments of norms) stay on the device."""
 
 
 @dataclass
@@ -43,24 +43,23 @@ class _Bucket:
     pieces: list[Piece]
     tier: Tier
     held: list[Held] = field(default_factory=list)
-    home: Home | None = None  # None: before the first step, or nothing in it is large enough
+    home: Home | None = None  # None: before the first step, or all tensors are small
 
 
 class TieredOptimizer(RuleOptimizer):
-    """Updates parameters where they are, with states that come there in buckets and leave again.
+    """Optimizer that moves offloaded states to the parameters' device in buckets for each step.
 
-    The rules see the tensors that they would see otherwise, so every parameter and state has the
-    bits of the optimizer in memory. ``sizes``: about the bytes of each parameter's states on a
-    rank, equal on all ranks of a stage, as all must make the same buckets. ``working``: parameters
-    whose own values travel with the states, and what is computed with meanwhile; they are counted
-    in ``sizes``. ``leaving``: parameters whose gradients wait in the host's memory if their states
-    travel, see ``HostGradients``. ``still``: states stay where the rules make them, though the
-    calls are those of the buckets (a rehearsal).
-
-    Of what is larger than a bucket and updated element by element some rows travel at a time.
+    Rules operate on the same tensors as without offloading, so parameters and states are
+    bit-identical to the optimizer in memory. ``sizes``: approximate bytes of each parameter's
+    states on a rank, equal on all ranks of a stage, since all ranks must build the same buckets.
+    ``working``: parameters whose fp32 values are offloaded with the states, with their compute
+    copies; ``sizes`` includes these values. ``leaving``: parameters whose gradients are stored on
+    the host if their states are offloaded, see ``HostGradients``. ``still``: states are not moved,
+    but the collectives are those of the buckets (a dry run). Elementwise-updated parameters larger
+    than a bucket are moved some rows at a time.
 
     Raises:
-        UserError: ``zero.optimizer_states.nvme`` cannot be used or lacks the room; see also
+        UserError: ``zero.optimizer_states.nvme`` cannot be used or is too small; see also
             ``RuleOptimizer``.
         StatesLost: states cannot be written or read back.
     """
@@ -87,7 +86,7 @@ class TieredOptimizer(RuleOptimizer):
         else:
             limits |= {Tier.CPU: bytes_of(wanted.cpu or 0.0, total), Tier.NVME: total}
         tiers = assign([sizes[item.name] for item in items], limits)
-        if zero.offload == "cpu":  # beside parameters of the host is in the host's memory
+        if zero.offload == "cpu":  # parameters are on the host, so this tier is too
             tiers = [Tier.DEVICE if tier is Tier.CPU else tier for tier in tiers]
         self._tiers = dict(zip((item.name for item in items), tiers, strict=True))
         self._device = local(items[0].parameter).device
@@ -117,15 +116,15 @@ class TieredOptimizer(RuleOptimizer):
         self.gradients.clear()
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """Return this rank's part of a gradient, a copy on the device if it is not there."""
+        """Return this rank's part of a gradient; offloaded gradients are copied to the device."""
         if parameter in self.gradients:
             return self.gradients.fetch(parameter)
         return None if parameter.grad is None else local(parameter.grad)
 
     def stored(self) -> Iterator[tuple[Tensor, str, Stored]]:
-        """Yield (parameter, name, state) of all that is not in ``state``, once it is at rest.
+        """Yield (parameter, name, state) of all offloaded states, after pending transfers.
 
-        Among them, by the name ``MASTER``, the values of parameters that travel.
+        The fp32 values of offloaded parameters have the name ``MASTER``.
         """
         if self._stream is not None:
             self._stream.drain()
@@ -140,7 +139,7 @@ class TieredOptimizer(RuleOptimizer):
             yield parameter, key, joined(places, copy)
 
     def values(self, parameter: Tensor) -> Tensor:
-        """Return this rank's part of a parameter, a copy on the device if it is not there."""
+        """Return this rank's part of a parameter; offloaded values are copied to the device."""
         places = [
             Place(held, home, at)
             for bucket, home in self._at_home()
@@ -154,13 +153,13 @@ class TieredOptimizer(RuleOptimizer):
         return joined(places, None).read().to(self._device)
 
     def rounded_values(self, parameter: Tensor) -> Tensor:
-        """Return the same as it is computed with, in the parameter's type."""
+        """Return this rank's part rounded to the compute type, in the parameter's type."""
         copy = self._working.get(parameter)
         part = local(parameter.detach())
         return copy.part.to(part.dtype) if copy is not None and copy.held else part
 
     def held_bytes(self) -> dict[Tier, int]:
-        """Return this rank's bytes of states in each tier, once they are made."""
+        """Return this rank's bytes of existing states by tier."""
         held = dict.fromkeys(Tier, 0)
         for states in self.state.values():
             held[Tier.DEVICE] += sum(local(each).nbytes for each in states.values())
@@ -170,28 +169,28 @@ class TieredOptimizer(RuleOptimizer):
 
     @property
     def parameters_bytes(self) -> int:
-        """Bytes of parameters' own values among ``held_bytes``."""
+        """Bytes of offloaded fp32 parameters included in ``held_bytes``."""
         of_buckets = (bucket.held for bucket, _ in self._at_home())
         all_held = itertools.chain.from_iterable(of_buckets)
         return sum(held.nbytes for held in all_held if held.key == MASTER)
 
     @property
     def waited_s(self) -> float:
-        """Seconds that updates have waited for states, in all."""
+        """Total seconds that updates have waited for states."""
         return 0.0 if self._stream is None else self._stream.waited_s
 
     @property
     def moved(self) -> Moved:
-        """What this rank's file has read and written."""
+        """Amount of data that this rank's file has read and written."""
         return Moved() if self._swap is None else self._swap.moved
 
     @property
     def folder(self) -> str | None:
-        """Where this rank's file is."""
+        """Folder of this rank's file; None without a file."""
         return None if self._swap is None else str(self._swap.folder)
 
     def place(self) -> dict[str, str]:
-        """Say where the file is, for a record: ``folder``, ``mount``, ``file_system``, ``note``."""
+        """Return a record of the file: ``folder``, ``mount``, ``file_system``, ``note``."""
         return {} if self._swap is None else described(self._swap.folder)
 
     @override
@@ -218,13 +217,13 @@ class TieredOptimizer(RuleOptimizer):
         most: int,
     ) -> list[Piece]:
         items = [item for item in of_rule if self._tiers[item.name] is tier]
-        # A rehearsal's tensors have no values to cut, and elementwise rules make no calls.
+        # The fake tensors of a dry run cannot be split, and elementwise rules use no collectives.
         return (
             [Piece(item) for item in items] if self._still else pieces_of(rule, items, sizes, most)
         )
 
     def _fetch(self, bucket: _Bucket) -> Tensor | None:
-        """Put a bucket's states into ``state`` where rules look for them; return their bytes."""
+        """Fetch the states of a bucket into ``state`` for the rules; return their bytes."""
         if bucket.home is None:
             return None
         assert self._stream is not None
@@ -237,7 +236,9 @@ class TieredOptimizer(RuleOptimizer):
         return flat
 
     def _seen(self, bucket: _Bucket, piece: Piece, flat: Tensor | None) -> Item:
-        """Return what the rule updates, with what there is once for all pieces of a parameter."""
+        """Return the item that the rule updates, with the states shared by all pieces of a
+        parameter.
+        """
         parameter, values = piece.item.parameter, None
         if piece.rows is None:
             if parameter in self.gradients:
@@ -255,7 +256,9 @@ class TieredOptimizer(RuleOptimizer):
         return piece.seen(None if whole is None else piece.of(local(whole)), values)
 
     def _send(self, bucket: _Bucket, flat: Tensor | None) -> None:
-        """Take a bucket's states out of ``state`` again; the first time, give them a home."""
+        """Remove the states of a bucket from ``state``; in the first step, allocate a home for
+        them.
+        """
         if bucket.home is None or flat is None:
             self._settle(bucket)
         else:
@@ -268,7 +271,7 @@ class TieredOptimizer(RuleOptimizer):
                         copy.leave()
                     continue
                 now = local(self.state[held.piece.tensor].pop(held.key))
-                if now.data_ptr() != there.data_ptr():  # a rule that has made a new tensor
+                if now.data_ptr() != there.data_ptr():  # the rule has created a new tensor
                     there.copy_(now)
             self._stream.give_back()
         for piece in bucket.pieces:
@@ -328,21 +331,21 @@ class TieredOptimizer(RuleOptimizer):
 
 
 def values_of(optimizer: Optimizer, parameter: Tensor) -> Tensor:
-    """Return this rank's part of a parameter between steps, wherever its values are."""
+    """Return this rank's part of a parameter between steps, from its current location."""
     if isinstance(optimizer, TieredOptimizer):
         return optimizer.values(parameter)
     return local(parameter.detach())
 
 
 def rounded_values_of(optimizer: Optimizer, parameter: Tensor) -> Tensor:
-    """Return the same, of values that travel as they are computed with: nothing is fetched."""
+    """Return this rank's part; offloaded values in the compute precision, without a transfer."""
     if isinstance(optimizer, TieredOptimizer):
         return optimizer.rounded_values(parameter)
     return local(parameter.detach())
 
 
 def gradient_of(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
-    """Return this rank's part of a parameter's gradient, clipped if it was, wherever it is."""
+    """Return this rank's part of a parameter's gradient (clipped if clipping ran)."""
     if isinstance(optimizer, TieredOptimizer):
         return optimizer.gradient(parameter)
     return None if parameter.grad is None else local(parameter.grad)

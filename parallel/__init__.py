@@ -1,1 +1,1 @@
-"""The mesh and the one recipe that turns a model into a distributed one."""
+"""Device mesh, and the function that distributes a single-device model over the mesh."""

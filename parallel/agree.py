@@ -1,8 +1,8 @@
-"""Work that one rank does for all, or that can fail on one: every rank ends it alike.
+"""Run slow or fallible work so that all ranks finish it together and see the same result.
 
-Work on disks takes as long as they take. While it lasts, ranks meet every few seconds, so that no
-collective waits for a disk: a slow disk is not taken for a dead rank, and a rank that died is found
-within ``parallel.timeout_s``.
+Disk operations have no time limit. While a disk operation runs, all ranks exchange a small
+all-reduce every few seconds, so no collective has to wait for a disk. A slow disk is therefore not
+mistaken for a dead rank, and a dead rank is detected within ``parallel.timeout_s``.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ _log = logging.getLogger(__name__)
 
 
 def heartbeat_s(mesh: Mesh) -> float:
-    """Seconds between two meetings of ranks: well below the timeout."""
+    """Return the seconds between two heartbeats of the ranks, well below the timeout.
+
+    For example, a timeout of 600 s gives 5 s and a timeout of 8 s gives 2 s.
+    """
     return min(HEARTBEAT_S, mesh.timeout.total_seconds() / 4)
 
 
 def wait_for_all(mesh: Mesh, ended: Callable[[float], bool], what: str) -> None:
-    """Return once ``ended(seconds)``, which waits at most so long, is true on every rank.
+    """Return once ``ended(seconds)`` is true on every rank; ``ended`` blocks at most ``seconds``.
 
-    Every rank calls this. The main rank warns every ``parallel.timeout_s`` of the ranks that are
-    still at ``what``.
+    Every rank calls this function. The main rank logs a warning every ``parallel.timeout_s`` that
+    lists the ranks that have not finished ``what``.
     """
     begun = warned = time.monotonic()
     for meetings in itertools.count():  # noqa: B007 (``trainer/watch`` sees that they go on)
@@ -52,10 +55,11 @@ def wait_for_all(mesh: Mesh, ended: Callable[[float], bool], what: str) -> None:
 
 
 def with_heartbeat(mesh: Mesh, work: Callable[[], T], what: str) -> T:
-    """Do slow ``work`` beside the meetings of ranks; return its result or raise its error.
+    """Run slow ``work`` in a thread with heartbeats; return its result or raise its error.
 
-    Every rank calls this, and none returns before the work of all has ended. ``work`` runs in a
-    thread and must not use ``mesh.host_group``.
+    Every rank calls this function, and no rank returns before ``work`` has ended on all ranks.
+    ``work`` runs in a thread of its own and must not use ``mesh.host_group``. For example,
+    ``with_heartbeat(mesh, checkpoint.write, "the checkpoint")``.
     """
     if mesh.world_size == 1:
         return work()
@@ -63,20 +67,22 @@ def with_heartbeat(mesh: Mesh, work: Callable[[], T], what: str) -> T:
 
     def run() -> None:
         if mesh.device.type == "cuda":
-            torch.cuda.set_device(mesh.device)  # each thread has its own
+            torch.cuda.set_device(mesh.device)  # the current CUDA device is per thread
         try:
             outcome.set_result(work())
         except BaseException as error:
             outcome.set_exception(error)
 
-    # A daemon: should another rank die, this process does not wait for its disk to end.
+    # A daemon thread: if another rank dies, this process can exit without waiting for its disk.
     threading.Thread(target=run, name=what, daemon=True).start()
     wait_for_all(mesh, lambda seconds: bool(wait([outcome], seconds).done), what)
     return outcome.result()
 
 
 def on_all_ranks(mesh: Mesh, work: Callable[[], T], what: str) -> T:
-    """Do ``work`` on every rank; if any rank cannot, all raise the first one's UserError."""
+    """Run ``work`` on every rank; if ``work`` fails on any rank, raise the first UserError on all
+    ranks.
+    """
     result: list[T] = []
     failure: str | None = None
     try:
@@ -90,12 +96,12 @@ def on_all_ranks(mesh: Mesh, work: Callable[[], T], what: str) -> T:
 
 
 def on_main_rank(mesh: Mesh, work: Callable[[], T], what: str) -> T | None:
-    """Do ``work`` on the main rank; its UserError is raised on all ranks."""
+    """Run ``work`` on the main rank only; raise its UserError on all ranks."""
     return on_all_ranks(mesh, lambda: work() if mesh.is_main else None, what)
 
 
 def from_main_rank(mesh: Mesh, work: Callable[[], T], what: str) -> T:
-    """Do ``work`` on the main rank and hand its result, which is not None, to all ranks."""
+    """Run ``work`` on the main rank and broadcast its result (must not be None) to all ranks."""
     result = mesh.broadcast_object(on_main_rank(mesh, work, what))
     assert result is not None
     return result

@@ -1,10 +1,11 @@
-"""From a model for one device to a distributed one: the recipe, in the only order that works.
+"""Turn a single-device model into a distributed model, in the only order of steps that works.
 
-tensor -> expert -> context -> activation checkpointing -> compile -> pipeline -> ZeRO: what cuts a
-module's matrices comes before what wraps the module, compilation before what hooks into the
-compiled call, and ZeRO last, as it shards whatever the others left on this rank.
+tensor -> expert -> context -> activation checkpointing -> compile -> pipeline -> ZeRO. Steps that
+split the weight matrices of a module come before steps that wrap the module, compilation comes
+before the steps that add hooks to the compiled call, and ZeRO comes last because it shards the
+parameters that the other steps leave on this rank.
 
-How a model comes to be, none of it ever whole on one rank::
+A model is built as follows; no rank allocates the full model::
 
     parallel = parallelize(build, config, layout, mesh)   # build(part) on the meta device
     parallel.materialize(mesh.device)
@@ -47,12 +48,13 @@ from allometry.scaling.roles import ParamSpec
 
 @dataclass(frozen=True)
 class Parallel:
-    """This rank's part of a distributed model.
+    """Part of a distributed model that runs on this rank.
 
-    ``parts`` are its pipeline stages by number, one without a pipeline. ``mirrors`` are names of
-    parameters that are copies of another rank's (a tied head away from its embedding): they are
-    kept equal by ``execution`` and are neither trained, clipped nor saved here. ``stores``: what
-    keeps activations on the host, one for each part that may.
+    ``parts`` maps stage numbers to pipeline stages; without a pipeline there is one stage.
+    ``mirrors`` are names of parameters that are copies of another rank's parameter (a tied head on
+    a different stage than its embedding): ``execution`` keeps the copies equal, and this rank does
+    not train, clip or save them. ``stores`` are the stores that offload activations to the host, at
+    most one for each part.
     """
 
     parts: Mapping[int, Transformer]
@@ -64,14 +66,14 @@ class Parallel:
     stores: tuple[ActivationStore, ...] = ()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (name in the whole model, parameter) for all of this rank, frozen ones too."""
+        """Yield (global name, parameter) for all parameters of this rank, including frozen ones."""
         for part in self.parts.values():
             for name, _, _, parameter in named_parameters(part):
                 if name not in self.mirrors:
                     yield name, parameter
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name in the whole model, tensor) for what is not trained but must be saved."""
+        """Yield (global name, tensor) for the buffers that a checkpoint saves."""
         for part in self.parts.values():
             kept = part.state_dict().keys()
             for name, buffer in part.named_buffers():
@@ -79,7 +81,7 @@ class Parallel:
                     yield name, buffer
 
     def specs(self) -> dict[str, ParamSpec]:
-        """Return what each parameter of ``named_parameters`` is for."""
+        """Return the specification (role, shape) of each parameter of ``named_parameters``."""
         return {
             name: spec
             for part in self.parts.values()
@@ -88,14 +90,16 @@ class Parallel:
         }
 
     def materialize(self, device: torch.device) -> None:
-        """Give storage on ``device`` to parts from the meta device, unset; move any other there."""
+        """Allocate uninitialized storage on ``device`` for meta tensors; move other tensors to
+        ``device``.
+        """
         for part in self.parts.values():
             materialize(
                 part, device, offload=self.offloaded, buffers_only=self.sync.makes_parameters
             )
 
     def initialize(self, parameterization: Parameterization, seed: int) -> None:
-        """Fill all parameters and buffers: functions of (seed, name, row) alone."""
+        """Initialize all parameters and buffers; each value depends only on (seed, name, row)."""
         for part in self.parts.values():
             initialize(part, parameterization, seed, self.sync.hold)
 
@@ -103,11 +107,11 @@ class Parallel:
 def parallelize(
     build: Callable[[Part], Transformer], config: RunConfig, layout: Layout, mesh: Mesh
 ) -> Parallel:
-    """Make this rank's part of the model and distribute it as ``config`` says.
+    """Build this rank's part of the model and distribute the part according to ``config``.
 
-    ``build(part)`` makes a part of the model, on the meta device where the model is large. Every
-    rank calls this alike. Afterwards parameters that are shared out are DTensors: build the
-    optimizer then, not before.
+    ``build(part)`` builds one part of the model, on the meta device if the model is large. Every
+    rank calls this function. Afterwards sharded parameters are DTensors, so build the optimizer
+    after this call. See the module's docstring for an example.
     """
     last = len(layout.stages) - 1
     parts = {
@@ -145,9 +149,10 @@ def parallelize(
 
 
 def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> ActivationStore | None:
-    """Apply to one part of a model, in place, all that happens inside of its blocks.
+    """Apply to one part, in place, all steps that act inside blocks: from tensor parallelism to
+    compile.
 
-    Returns what keeps activations on the host, if anything may.
+    Returns the store that offloads activations to the host; None if offloading is off.
     """
     chunked = config.parallel.tp_overlap == "chunked"
     if mesh.tp.size > 1 or mesh.ep.size > 1:
@@ -163,8 +168,8 @@ def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> ActivationSt
     if kind != "none":
         apply_checkpointing(part, kind, dropout=config.model.dropout > 0, to_the_end=chunked)
     if config.training.compile:
-        # What ZeRO hooks on to modules inside a block (``zero.shard_model``) cannot be traced, nor
-        # can an exchange.
+        # The compiler cannot trace the hooks of ZeRO on modules inside a block
+        # (``zero.shard_model``) or the all-to-all of expert parallelism.
         half = config.training.compute_dtype == "bf16"
         nested = config.parallel.zero.stage > 0 and half and config.model.kind == "moe"
         options = symmetric_memory(mesh) if config.parallel.tp_overlap == "symmetric" else None
@@ -174,11 +179,12 @@ def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> ActivationSt
 
 
 def symmetric_memory(mesh: Mesh) -> dict[str, Any] | None:
-    """Return what lets torch's compiler fuse the tp group's messages with its products.
+    """Return compiler options that overlap the collectives of the tp group with matrix products.
 
-    In symmetric memory, a chunk of a gather is multiplied as it comes and a product's rows are
-    scattered as they are made (torch's async tensor parallelism). None without a tp group. Raises
-    UserError, on all ranks alike, where the device or torch has no such memory.
+    With symmetric memory, a product consumes each chunk of an all-gather as the chunk arrives, and
+    rows of a product are scattered as soon as they are computed (torch's async tensor parallelism).
+    Returns None if tp = 1. Raises UserError, on all ranks, if the device or torch has no symmetric
+    memory.
     """
     if mesh.tp.size == 1:
         return None
@@ -198,12 +204,13 @@ def symmetric_memory(mesh: Mesh) -> dict[str, Any] | None:
 def compile_parts(
     model: Transformer, *, whole: bool = True, options: dict[str, Any] | None = None
 ) -> None:
-    """Compile each block, and the softmax of the loss; ``whole``: each without a break, or fail.
+    """Compile each block and the softmax of the loss; ``whole`` requires a graph without breaks.
 
-    All blocks share their code, so they are compiled once for all; as a unit the block keeps
-    compile times short and leaves ZeRO room for its hooks between blocks. The number of documents
-    is marked as varying by the model itself. Shapes that vary otherwise are generalised by torch
-    at their second value. The exchange of expert parallelism, whose sizes are data, is a break.
+    All blocks share their code, so the compiler runs once for all blocks. Compiling single blocks
+    keeps compile times short and leaves the calls between blocks to the hooks of ZeRO. The model
+    itself marks the number of documents as a dynamic dimension. Other shapes that vary become
+    dynamic when torch sees a second value. The all-to-all of expert parallelism, whose sizes depend
+    on data, is a graph break.
     """
     for block in model.blocks.values():
         block.compile(fullgraph=whole, options=options)
@@ -214,10 +221,11 @@ def compile_parts(
 def materialize(
     model: nn.Module, device: torch.device, *, offload: bool = False, buffers_only: bool = False
 ) -> None:
-    """Give a model from the meta device storage on ``device``, unset; move any other there.
+    """Allocate uninitialized storage on ``device`` for a meta model; move any other model to
+    ``device``.
 
-    ``offload``: parameters stay on the CPU, buffers do not. ``buffers_only``: parameters get
-    theirs later.
+    ``offload``: parameters are allocated on the CPU, buffers on ``device``. ``buffers_only``: only
+    buffers are allocated; parameters are allocated later.
     """
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):

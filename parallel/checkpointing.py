@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a block's backward computes again instead of keeping."""
+"""Activation checkpointing: recompute activations of a block in its backward pass."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from allometry.parallel.hdp.ring import RING_OPERATOR
 from allometry.parallel.offload.results import with_saved_tensor_hooks
 from allometry.scaling.attention import BACKENDS
 
-# Namespaces of collectives, whose results are kept: recomputing them would send everything twice.
+# Namespaces of collectives. Their results are saved, since recomputation would send data twice.
 _COMMUNICATION = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm")
 _ATTENTION = frozenset(
     {RING_OPERATOR, *(name for backend in BACKENDS for name in backend.operators)}
 )
-# The modes that note and answer operators in the first and in the second pass.
+# Dispatch modes that save results in the first pass and replay them in the second pass.
 _SELECTION = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 
@@ -40,21 +40,22 @@ def apply_checkpointing(
     dropout: bool,
     to_the_end: bool = False,
 ) -> None:
-    """Make each block keep only its input ('full'), or also what is dear to compute ('selective').
+    """Checkpoint each block: save only its input ('full'), or also expensive results ('selective').
 
-    Selective keeps matrix products, attention and the results of communication (arXiv 2205.05198
-    keeps all but attention's scores; flash attention has none to keep). The arithmetic is the
-    same operators in the same order, so gradients do not change by a bit. ``dropout``: the masks
-    must be drawn again as they were. ``to_the_end``: blocks are computed again to their end, not to
-    the last tensor that backward needs, as what they send must arrive (``in_two.py``).
+    Selective checkpointing saves the results of matrix products, attention and communication (arXiv
+    2205.05198 saves all but the attention scores; flash attention stores no scores). Recomputation
+    runs the same operators in the same order, so gradients are bit-identical. ``dropout``: restore
+    the RNG state so that the recomputed dropout masks are the same. ``to_the_end``: recompute
+    blocks to their end rather than to the last tensor that the backward pass needs, because tensors
+    in flight must be received (``in_two.py``).
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
     options["early_stop"] = not to_the_end
     if kind == "selective":
         options["context_fn"] = _selective_contexts
     for block in model.blocks.values():
-        # In place of the method rather than around the module: names stay as they are, and what
-        # ZeRO hooks on to the block happens outside of what is computed again.
+        # Replace the method rather than wrap the module: parameter names do not change, and the
+        # hooks of ZeRO on the block run outside the recomputed region.
         block.forward = _checkpointed(block.forward, options)
 
 
@@ -62,21 +63,22 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Calla
     def forward_and_forget(*args: Any) -> Any:
         return checkpoint(forward, *args, **options)
 
-    # A function of ours, as torch's compiler does not begin in torch's own files.
+    # A function of this package, since torch's compiler skips frames in torch's own files.
     return forward_and_forget
 
 
 def _selective_contexts() -> tuple[Any, Any]:
-    # What is kept may wait on the host (see offload/).
+    # Saved results may be offloaded to the host (see offload/).
     return with_saved_tensor_hooks(partial(create_selective_checkpoint_contexts, _policy))
 
 
 def hide_fsdp_hooks(model: Transformer) -> None:
-    """Hide from selective checkpointing what FSDP does for modules inside of blocks.
+    """Hide the FSDP hooks of modules inside blocks from selective checkpointing.
 
-    Call it when ZeRO has been applied. A module that is sharded on its own (experts, routers)
-    gathers its weights within the region that is computed again, where they may be there already:
-    the two passes would then not run the same operators, which selective checkpointing demands.
+    Call this function after ZeRO has been applied. A module that is sharded on its own (experts,
+    routers) gathers its weights inside the recomputed region, where the weights may already be
+    gathered. The two passes would then run different operators, which selective checkpointing
+    rejects.
     """
     for block in model.blocks.values():
         for module in block.modules():
@@ -98,7 +100,7 @@ def _outside_selection(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def keeps(operator: str) -> bool:
-    """Return whether selective checkpointing keeps the results of an operator, as "aten::mm"."""
+    """Return True if selective checkpointing saves results of ``operator``, such as "aten::mm"."""
     namespace, _, short = operator.partition("::")
     return namespace in _COMMUNICATION or short in _PRODUCTS or operator in _ATTENTION
 

@@ -1,6 +1,6 @@
-"""Context parallelism: attention in which a document's tokens may lie on several hdp ranks.
+"""Context parallelism: attention over documents that are sharded over several hdp ranks.
 
-Which documents do is said with each micro-batch (``Documents.ring``); nothing is fixed here.
+Each micro-batch names its sharded documents (``Documents.ring``), so this module has no fixed ring.
 """
 
 # B batch, L length, T = B*L, N query heads, K key/value heads, H head width
@@ -17,9 +17,10 @@ from allometry.parallel.mesh import Mesh
 
 
 class ContextAttention:
-    """Takes the place of ``Attention.core``: a ring where documents name one, else all is here.
+    """Replacement of ``Attention.core``: ring attention if documents have a ring, else local
+    attention.
 
-    ``here`` computes what needs no ring.
+    ``here`` computes local attention.
     """
 
     def __init__(self, group_name: str, here: Attend = attend) -> None:
@@ -37,8 +38,8 @@ class ContextAttention:
     ) -> Tensor:
         """Return causal attention [B, L, N, H] within each document.
 
-        Keys and values travel together in a ring, narrower values filled up with zeros. Where
-        documents have a ring, no ``window`` is shorter than they are
+        Values that are narrower than keys are padded with zeros for the ring. Documents with a
+        ring must not be longer than ``window``
         (``scaling.context.check_context``).
         """
         if documents is not None and documents.ring is not None:
@@ -51,16 +52,16 @@ class ContextAttention:
             return o_BLNH if width == q_BLNH.shape[-1] else o_BLNH[..., :width]
         if self._here is not attend:
             return self._here(q_BLNH, k_BLKH, v_BLKH, documents, scale, window=window)
-        # As if not compiled: what is fastest in compiled code is compiled for one L, and here each
-        # micro-batch has its own.
+        # Choose the back end of eager mode: the fastest compiled back end is compiled for one L,
+        # and here each micro-batch has its own L.
         backend = backend_of(q_BLNH, documents, compiled=False, window=window).name
         return attend(q_BLNH, k_BLKH, v_BLKH, documents, scale, backend, window=window)
 
 
 def apply_context(part: Transformer, mesh: Mesh) -> None:
-    """Let the attention of ``part`` reach over the ranks of ``mesh.hdp``.
+    """Replace the attention of all blocks of ``part`` by attention over the ranks of ``mesh.hdp``.
 
-    Every rank calls this alike, before blocks are wrapped or compiled.
+    Every rank calls this function, before blocks are wrapped or compiled.
     """
     name = mesh.hdp.group.group_name
     for block in part.blocks.values():

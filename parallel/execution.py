@@ -1,4 +1,4 @@
-"""Running the micro-batches of a step: in turn on one stage; ``pipeline.py`` has the other way."""
+"""Run the micro-batches of a step on one stage, in turn; ``pipeline.py`` runs several stages."""
 
 # B sequences of a micro-batch, L tokens in a sequence
 
@@ -21,7 +21,7 @@ from allometry.parallel.reduce import GradientSync
 
 
 class MicroBatch(Protocol):
-    """What a model reads; all ranks of a pipeline and of a tensor group hold the same."""
+    """Model inputs, the same on all ranks of a pipeline and of a tensor-parallel group."""
 
     @property
     def tokens_BL(self) -> Tensor:
@@ -29,16 +29,16 @@ class MicroBatch(Protocol):
 
     @property
     def targets_BL(self) -> Tensor:
-        """The token to predict at each place, or IGNORE."""
+        """Target token id at each position, or IGNORE."""
 
     @property
     def documents(self) -> Documents | None:
-        """Where documents begin and end."""
+        """Boundaries of the packed documents; None if sequences are not packed."""
 
 
 @contextmanager
 def cast_weights(parts: Iterable[Transformer], sync: GradientSync) -> Iterator[None]:
-    """Cast what is not sharded once, for all micro-batches that run inside."""
+    """Cast replicated weights to the compute type once for all micro-batches in this context."""
     with ExitStack() as stack:
         for part in parts if sync.whole else ():
             stack.enter_context(cast_once(part, part.compute_dtype))
@@ -46,14 +46,16 @@ def cast_weights(parts: Iterable[Transformer], sync: GradientSync) -> Iterator[N
 
 
 Observe = Callable[[int, Tensor], None]
-"""Called with the index of a micro-batch and its ``nll_BL`` wherever a rank has the loss."""
+"""Callback with the index of a micro-batch and its ``nll_BL``, called on ranks that compute the
+loss.
+"""
 
 
 class Execution(Protocol):
-    """Forward and backward over the micro-batches of a step.
+    """Forward and backward passes over the micro-batches of a step.
 
-    Every rank calls the same method, with as many micro-batches unless it was made for ``uneven``
-    numbers of them.
+    Every rank calls the same method with the same number of micro-batches, unless the execution was
+    built for ``uneven`` numbers.
     """
 
     def train(
@@ -63,10 +65,10 @@ class Execution(Protocol):
         observe: Observe,
         before: Callable[[int], None] | None = None,
     ) -> None:
-        """Add up gradients of ``scale`` x the sum of all losses and reduce them.
+        """Accumulate gradients of ``scale`` x (sum of all losses) and reduce the gradients.
 
         ``scale`` is 0-dim: one over the global number of targets. ``before(i)`` runs before the
-        forward of micro-batch i. Afterwards each parameter's ``.grad`` is complete.
+        forward pass of micro-batch i. Afterwards the ``.grad`` of each parameter is complete.
         """
 
     def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
@@ -75,18 +77,18 @@ class Execution(Protocol):
     def count_visits(
         self, batches: Sequence[MicroBatch], before: Callable[[int], None] | None = None
     ) -> None:
-        """Run the blocks alone, without gradients: what their routers see is added up.
+        """Run only the blocks, without gradients, to accumulate the router statistics.
 
-        ``batches`` and ``before`` are those of the ``train`` that follows.
+        ``batches`` and ``before`` are the arguments of the ``train`` call that follows.
         """
 
 
 class Accumulation(Execution):
-    """The whole model on this rank (or its shards): one micro-batch after the other.
+    """Execution of all layers on this rank, one micro-batch after the other.
 
     With ``filling``, a micro-batch without targets, ranks may train on different numbers of
-    micro-batches, none included, and wait for one another within them (rings). Gradients are then
-    reduced once, after all of them. ``graphs``: what runs micro-batches instead of this class.
+    micro-batches (including zero) and wait for each other inside micro-batches (rings); gradients
+    are then reduced once, after all micro-batches. ``graphs`` runs micro-batches as CUDA graphs.
     """
 
     def __init__(

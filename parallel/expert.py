@@ -1,20 +1,22 @@
-"""Expert parallelism: ranks hold some experts, and tokens travel to them and back.
+"""Expert parallelism: each rank owns some experts, and an all-to-all moves tokens to the experts.
 
-| experts                  | rows travel over | then                                           |
-|--------------------------|------------------|------------------------------------------------|
-| ep > 1, tp = 1           | ep               | are computed                                   |
-| ep > 1, cut over tp      | ep               | are gathered over tp; sums are scattered there |
-| whole, ``expert_tp: 1``  | ep x tp          | are computed                                   |
+| experts                      | all-to-all over | on the receiving rank                          |
+|------------------------------|-----------------|------------------------------------------------|
+| ep > 1, tp = 1               | ep              | rows are computed                              |
+| ep > 1, sharded over tp      | ep              | all-gather over tp, compute, reduce-scatter    |
+| unsharded, ``expert_tp: 1``  | ep x tp         | rows are computed                              |
 
-Tokens of a sequence are spread over tp (``tensor.py``), so each row is sent by one rank. Experts
-cut over tp without ep move nothing but what ``tensor.py`` gathers: all tokens, once.
+The tokens of a sequence are sharded over tp (``tensor.py``), so each row is sent by one rank.
+Experts that are sharded over tp without ep need no all-to-all: ``tensor.py`` gathers all tokens
+once.
 
-An exchange is begun, and whatever does not need it (the shared expert) computes until it is ended;
-its backward too is begun before that of the shared expert and ended after it.
+An all-to-all is started, then the shared expert, which does not depend on the result, is computed,
+and then the all-to-all is awaited. The backward all-to-all likewise starts before the backward pass
+of the shared expert and is awaited after it.
 """
 
 # E experts, e experts of a rank, R ranks of an exchange, t tp ranks, S rows (tokens times the
-# experts they visit), Z rows that arrive here, D width
+# experts they visit), Z received rows, D width
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ from allometry.parallel.mesh import Axis, Mesh
 
 
 class Sizes(NamedTuple):
-    """Rows to send to each rank, to get from each, and that each of the tp ranks has got."""
+    """Numbers of rows: sent to each rank, received from each rank, received by each tp rank."""
 
     to: list[int]
     back: list[int]
@@ -41,12 +43,13 @@ class Sizes(NamedTuple):
 
 
 class AllToAll:
-    """Brings rows to the ranks that hold their experts, and what these compute back.
+    """All-to-all that dispatches rows to the ranks of their experts, and returns the results.
 
-    Takes the place of ``Experts.exchange``. Splits are uneven and no row is dropped. A rank waits
-    for the number of rows to expect (ep numbers for each of its experts) before it sends them.
-    ``axis``: the ranks with other experts, in their order; ``cut``: those that have other parts of
-    the same experts' width and other tokens, if there are any.
+    Replacement of ``Experts.exchange``. Splits are uneven and no row is dropped. Before rows are
+    sent, a rank waits for the numbers of rows to receive: one number from each ep rank for each
+    local expert. ``axis``: the ranks that own different experts, in order. ``cut``: the ranks that
+    own other shards of the same experts and have other tokens; None if experts are not sharded over
+    tp.
     """
 
     def __init__(self, axis: Axis, cut: Axis | None = None) -> None:
@@ -55,9 +58,12 @@ class AllToAll:
 
     @torch.compiler.disable
     def __call__(self, x_SD: Tensor, counts_E: Tensor) -> Finish:
-        """Send [S, D], sorted by expert; return what gives [S, D], made of them row for row."""
+        """Send rows [S, D], sorted by expert; return a function that computes and returns rows [S,
+        D].
+        """
         sent_Re = counts_E.view(self.ranks, -1).contiguous()
-        # Functional, so that selective checkpointing can keep the result: nothing is written into.
+        # A functional collective does not write in place, so selective checkpointing can save its
+        # result.
         got_Re = all_to_all_single(sent_Re, None, None, self.axis.group)
         got_tRe = got_Re[None]
         if self.cut is not None:
@@ -71,7 +77,9 @@ class AllToAll:
         return partial(self._finish, exchange, exchange.send(x_SD), got_tRe, sizes)
 
     def sizes(self, sent_Re: Tensor, got_tRe: Tensor, rows: int) -> Sizes:
-        """Return the sizes of what is sent, ``rows`` in all; the one time that the host waits."""
+        """Return split sizes of an exchange of ``rows`` rows; this is the only host
+        synchronization.
+        """
         got_tR = got_tRe.sum(2)
         own = 0 if self.cut is None else self.cut.rank
         numbers = torch.cat([sent_Re.sum(1), got_tR[own], got_tR.sum(1)]).tolist()
@@ -85,7 +93,7 @@ class AllToAll:
         x_ZD = exchange.arrive(edge)
         if self.cut is not None:
             x_ZD = _gather(x_ZD, sizes.got, self.cut)
-        # Rows come sorted by (sender, expert); the experts want them by (expert, sender).
+        # Rows arrive sorted by (sender, expert); the experts need them sorted by (expert, sender).
         there, by_sender = by_expert(got_tRe.flatten(0, 1), len(x_ZD))
         y_ZD = spread_rows(compute(spread_rows(x_ZD, there), got_tRe.sum((0, 1))), by_sender)
         if self.cut is not None:
@@ -94,15 +102,17 @@ class AllToAll:
 
 
 def by_expert(counts_Re: Tensor, rows: int) -> tuple[Sorting, Sorting]:
-    """Return the order that sorts ``rows`` by expert, then by sender, each in its own; and back.
+    """Return the permutation of ``rows`` from (sender, expert) order to (expert, sender) order, and
+    back.
 
-    ``counts_Re``: rows of each sender for each expert, as they lie: by sender, then by expert.
-    Found by counting; nothing waits for the device.
+    ``counts_Re``: rows of each sender for each expert. Both permutations are computed from counts,
+    so the host does not wait for the device. For example, ``counts_Re = [[1, 1], [2, 0]]`` sorts
+    the rows 0, 1, 2, 3 as 0, 2, 3, 1.
     """
     counts_eR = counts_Re.t()
     before_Re = counts_Re.flatten().cumsum(0).view(counts_Re.shape) - counts_Re
     after_eR = counts_eR.flatten().cumsum(0).view(counts_eR.shape) - counts_eR
-    move_Re = after_eR.t() - before_Re  # how far the rows of a run go
+    move_Re = after_eR.t() - before_Re  # shift of each run of rows
     places_Z = torch.arange(rows, device=counts_Re.device)
 
     def moved(by: Tensor, counts: Tensor) -> Tensor:
@@ -118,19 +128,23 @@ def by_expert(counts_Re: Tensor, rows: int) -> tuple[Sorting, Sorting]:
 
 
 def _gather(x_ZD: Tensor, got: list[int], axis: Axis) -> Tensor:
-    """Return the rows of all ranks, of which each has another number; backward sums."""
+    """All-gather rows, whose number differs between ranks; the backward pass sums."""
     own = [len(x_ZD)] * axis.size
     return _exchange(got, own, axis)(x_ZD.repeat(axis.size, 1))
 
 
 def _scatter_sum(y: Tensor, got: list[int], axis: Axis) -> Tensor:
-    """Return the sum over the ranks of this one's rows; backward gathers."""
+    """Reduce-scatter rows: return the sum over ranks of this rank's rows; the backward pass
+    gathers.
+    """
     own = [got[axis.rank]] * axis.size
     return _exchange(own, got, axis)(y).view(axis.size, -1, y.shape[1]).sum(0)
 
 
 def _exchange(out: list[int], into: list[int], axis: Axis) -> InTwo:
-    """Return an all-to-all of rows: ``into`` to each rank, ``out`` from each."""
+    """Return an all-to-all of rows: ``into`` rows are sent to each rank, ``out`` received from
+    each.
+    """
 
     def start(out: list[int], into: list[int], x: Tensor) -> Tensor:
         begun: Tensor = torch.ops._c10d_functional.all_to_all_single(
@@ -142,9 +156,9 @@ def _exchange(out: list[int], into: list[int], axis: Axis) -> InTwo:
 
 
 def apply_expert(model: Transformer, mesh: Mesh, *, whole_experts: bool = False) -> None:
-    """Let the experts of ``model`` be reached from all ranks that hold others.
+    """Install the all-to-all in all experts of ``model``.
 
-    Their weights must have been cut already (``tensor.shard_experts``).
+    The expert weights must already be sharded (``tensor.shard_experts``).
     """
     axis, cut = mesh.ep, None if mesh.tp.size == 1 else mesh.tp
     if whole_experts:
@@ -157,7 +171,7 @@ def apply_expert(model: Transformer, mesh: Mesh, *, whole_experts: bool = False)
 
 
 def _ep_and_tp(mesh: Mesh) -> Axis:
-    """Return ep x tp as one axis; called by all ranks, whether they hold experts or not."""
+    """Return ep x tp as one axis; all ranks call this function, including ranks without experts."""
     if mesh.ep.size == 1:
         return mesh.tp
     both = mesh.expert_mesh["ep", "tp"]._flatten("ep_tp")

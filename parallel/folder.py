@@ -1,4 +1,4 @@
-"""The folder of optimizer states: made only where it is meant, and on which file system it is."""
+"""Folder of optimizer states: creation with checks against mistakes, and its file system."""
 
 from __future__ import annotations
 
@@ -22,42 +22,43 @@ OVER_A_NETWORK = frozenset(
 
 
 def ready(folder: Path) -> None:
-    """Make the last component of ``folder`` if it is missing, for this user alone.
+    """Create the last component of ``folder`` if missing, readable by this user only.
 
-    Refused where it is likely the name of a disk that is not mounted or is spelled otherwise: with
-    another component missing, and beside mount points.
+    The folder is not created if the path probably names an unmounted or misspelled disk: if a
+    parent folder is missing, or if a sibling of ``folder`` is a mount point.
 
     Raises:
-        UserError: so it is, or something there is not a folder.
-        OSError: it cannot be made.
+        UserError: the folder is not created for these reasons, or part of the path is not a folder.
+        OSError: the folder cannot be created.
     """
     if folder.is_dir():
         return
     if folder.parent.is_dir() and not os.path.lexists(folder):
         beside = _mounted_in(folder.parent)
         if beside is None:
-            folder.mkdir(mode=0o700, exist_ok=True)  # another rank may have been first
+            folder.mkdir(mode=0o700, exist_ok=True)  # another rank may create it first
             return
         why = f"it does not exist, and {beside} beside it is a mounted disk"
     else:
-        # A broken link has a parent that is there; what is not a folder is said as the system does.
+        # For a broken link (its parent exists) or a non-folder in the path, mkdir raises the right
+        # OSError.
         nearest = next(each for each in folder.parents if each.exists())
         if not nearest.is_dir() or os.path.lexists(folder):
-            folder.mkdir(mode=0o700, exist_ok=True)  # a folder by now, if another rank made it
+            folder.mkdir(mode=0o700, exist_ok=True)  # another rank may create it first
             return
         why = f"{folder.parent} does not exist; the nearest folder that does is {nearest}"
     raise UserError(f"{KEY}={folder}: {why}; correct the path, mount the disk or make the folder")
 
 
 class FileSystem(NamedTuple):
-    """Where a folder is: the mount point, and the type as the system calls it."""
+    """File system of a folder: mount point, and type as named by the system."""
 
     mount: str
     kind: str
 
     @classmethod
     def of(cls, folder: Path, table: Path = Path("/proc/self/mountinfo")) -> FileSystem | None:
-        """Return the file system of a folder that exists; None where the system does not say."""
+        """Return the file system of an existing folder; None if the mount table cannot be read."""
         place, found = str(folder.resolve()), None
         with suppress(OSError, ValueError):
             for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -65,12 +66,12 @@ class FileSystem(NamedTuple):
                 mount = before.split()[4].encode().decode("unicode_escape")
                 inside = place == mount or place.startswith(mount.rstrip("/") + "/")
                 if inside and (found is None or len(mount) >= len(found.mount)):
-                    found = cls(mount, after.split()[0])  # of several the last is on top
+                    found = cls(mount, after.split()[0])  # the last mount covers earlier ones
         return found
 
     @property
     def note(self) -> str:
-        """What speaks against it; empty for a local disk."""
+        """Reason not to use this file system; empty for a local disk."""
         if self.kind in IN_MEMORY:
             return "it is in the host's memory: leave nvme out and name an amount for cpu"
         if self.kind in OVER_A_NETWORK:
@@ -79,7 +80,7 @@ class FileSystem(NamedTuple):
 
 
 def described(folder: Path) -> dict[str, str]:
-    """Return of a folder that exists what a record says: ``folder``, ``mount`` and so on."""
+    """Return a record of an existing folder: ``folder``, ``mount``, ``file_system``, ``note``."""
     said, system = {"folder": str(folder)}, FileSystem.of(folder)
     if system is not None:
         said |= {"mount": system.mount, "file_system": system.kind}

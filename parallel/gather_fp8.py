@@ -1,11 +1,12 @@
-"""FSDP2's gathers in FP8: each rank rounds its shard, and a byte of a number travels.
+"""FSDP2 all-gathers in FP8: each rank rounds its shard and sends one byte per element.
 
-A scale must be of the whole stack of weights that one product reads, as it is where the whole is
-rounded: the largest magnitudes of all shards are one small all-reduce, the first time that
-parameters are gathered after a step. With it the numbers are those that ``models/fp8.py`` would
-make of the gathered weights, to the bit. FSDP2 asks a shard for ``fsdp_pre_all_gather`` and
-``fsdp_post_all_gather``; torchao's ``enable_fsdp_float8_all_gather`` answers with the same
-numbers, but belongs to linear layers of torchao's own.
+A scale must cover the full stack of weights that one product reads, as if the unsharded weights
+were rounded. The largest magnitudes of all shards are therefore combined in one small all-reduce,
+at the first all-gather after an optimizer step. The gathered numbers then equal the numbers that
+``models/fp8.py`` computes from the gathered weights, bit for bit. FSDP2 calls
+``fsdp_pre_all_gather`` and ``fsdp_post_all_gather`` of a shard. torchao's
+``enable_fsdp_float8_all_gather`` computes the same numbers, but supports only the linear layers of
+torchao.
 """
 
 # R output width of a weight, r rows of it in a shard, D input width
@@ -28,7 +29,7 @@ from allometry.scaling.roles import MATRICES
 
 
 class Fp8Gather:
-    """The weights of ``parts`` whose products are FP8 under one scale, gathered in FP8 over hdp."""
+    """FP8 all-gather over hdp of the weights of ``parts`` whose products are FP8 with one scale."""
 
     def __init__(self, parts: Sequence[nn.Module], axis: Axis, compute_dtype: torch.dtype) -> None:
         self._axis, self._dtype = axis, compute_dtype
@@ -40,11 +41,13 @@ class Fp8Gather:
         ]
         self._scales: Tensor | None = None
         self.stale = True
-        """Whether parameters have changed since scales were found. All ranks must say so alike."""
+        """True if parameters have changed since the scales were computed. The value must be the
+        same on all ranks.
+        """
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Find scales anew if parameters have changed, while they are shards."""
+        """Recompute the scales if parameters have changed; parameters must be sharded."""
         if not self.stale or not self._stacks:
             return
         self.stale = False
@@ -52,15 +55,15 @@ class Fp8Gather:
         largest = torch.stack(
             [torch.stack([shard.abs().amax() for shard in each]).amax() for each in shards]
         )
-        # As the products round to the compute type first; what is largest stays so. A NaN may be
-        # lost in a maximum over ranks, an infinity is not: either makes the whole weight NaN.
+        # Products round to the compute type first, which keeps the order of magnitudes. A maximum
+        # over ranks may lose a NaN but keeps an infinity, and either makes the full weight NaN.
         largest = largest.to(self._dtype).nan_to_num(nan=float("inf"), posinf=float("inf"))
         largest = largest.to(torch.promote_types(self._dtype, torch.float32))
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._axis.group)
         scales = fp8.scales_of(largest, fp8.E4M3)
         if self._scales is None:
             self._scales = torch.empty_like(scales)
-        self._scales.copy_(scales)  # where gathered weights look for them
+        self._scales.copy_(scales)  # in place: gathered weights refer to this tensor
         for each, scale in zip(shards, self._scales.unbind(), strict=True):
             for shard in each:
                 if not hasattr(shard, "fsdp_pre_all_gather"):
@@ -72,11 +75,11 @@ class Fp8Gather:
 def _shard(owner: nn.Module, name: str) -> Tensor:
     parameter = getattr(owner, name)
     assert isinstance(parameter, DTensor), "scales are found while parameters are shards"
-    return parameter._local_tensor  # itself, which FSDP2 asks; ``to_local`` makes another object
+    return parameter._local_tensor  # the object that FSDP2 inspects; ``to_local`` returns a new one
 
 
 class _Hooks:
-    """What FSDP2 calls around the gather of one weight."""
+    """FSDP2's hooks around the all-gather of one weight."""
 
     def __init__(self, shard: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         self._values = shard.detach()  # the same memory, without these hooks
@@ -85,14 +88,14 @@ class _Hooks:
     def before(
         self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
     ) -> tuple[tuple[Tensor], None]:
-        """Return what of this rank's shard [r, D] travels: bytes."""
+        """Return this rank's shard [r, D] as bytes to send."""
         rounded = fp8.with_scale(self._values.to(self._dtype), self._scale, fp8.E4M3)
         return (rounded.view(torch.uint8),), None
 
     def after(
         self, gathered: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Any = None
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """Return the weight [R, D]; ``out`` is one that lies in this memory already."""
+        """Return the weight [R, D]; None if ``out`` already views the gathered memory."""
         if out is not None:
             return None
         (values,) = gathered

@@ -1,8 +1,8 @@
-"""Forward and backward of a micro-batch as CUDA graphs: recorded once, then started as a whole.
+"""CUDA graphs of the forward and backward pass of a micro-batch: captured once, then replayed.
 
-What a step launches is some thousands of kernels; where they are small, the host that launches
-them one by one is slower than the device. A graph holds their addresses, so it needs fixed shapes,
-tensors that stay where they are, and nothing in it that waits or communicates.
+A step launches thousands of kernels. If the kernels are small, the host launches them more slowly
+than the device runs them. A graph stores addresses, so it needs fixed shapes and fixed tensors, and
+it must not contain synchronization or communication.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ from allometry.parallel.mesh import Mesh
 _log = logging.getLogger(__name__)
 
 EAGER_STEPS = 3
-"""Before anything is recorded: compilers, libraries and allocators settle in the first ones."""
+"""Eager steps before capture: compilers, libraries and allocators initialize in the first steps."""
 
 
 @dataclass(frozen=True)
 class GraphChoice:
-    """Whether a run records graphs, and if not, why."""
+    """Decision on CUDA graphs; ``reason`` explains why graphs are not used."""
 
     used: bool
     reason: str | None
 
 
 def choose_graphs(config: RunConfig, mesh: Mesh) -> GraphChoice:
-    """Return what ``training.cuda_graphs`` means for this run on these ranks.
+    """Resolve ``training.cuda_graphs`` for this run on these ranks.
+
+    For example, ``auto`` on a CPU returns ``used=False`` with a reason.
 
     Raises:
-        UserError: it is on, and this run cannot.
+        UserError: the value is on, and this run cannot use CUDA graphs.
     """
     asked = config.training.cuda_graphs
     if asked is False:
@@ -84,14 +86,19 @@ def _obstacles(config: RunConfig, mesh: Mesh) -> Iterator[str]:
 
 
 class Capture(Protocol):
-    """Records what a function asks of the device."""
+    """Recorder of the device work of a function."""
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Return what does the same again, with tensors where they were; nothing is done yet."""
+        """Capture ``function`` without running its kernels; return the replay function.
+
+        Replay reads and writes the same tensors as the capture.
+        """
 
 
 class CudaCapture(Capture):
-    """``torch.cuda.graph``; all graphs share their memory, so they run one after the other."""
+    """``torch.cuda.graph`` with one memory pool for all graphs, which therefore run one after the
+    other.
+    """
 
     def __init__(self) -> None:
         self._pool: tuple[int, int] | None = None
@@ -99,7 +106,7 @@ class CudaCapture(Capture):
     @override
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads pin memory and write checkpoints meanwhile.
+        # Other threads may pin memory and write checkpoints during the capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             function()
         self._pool = self._pool or graph.pool()
@@ -107,7 +114,7 @@ class CudaCapture(Capture):
 
 
 class _Recorded(NamedTuple):
-    """A graph and where its results are. They are overwritten when it runs again."""
+    """A captured graph and its result tensors, which each replay overwrites."""
 
     replay: Callable[[], None]
     nll_BL: Tensor
@@ -115,11 +122,11 @@ class _Recorded(NamedTuple):
 
 
 class MicroBatchGraphs:
-    """Runs micro-batches of one shape, without documents, from the fourth step on by two graphs.
+    """CUDA graphs for micro-batches of one shape, used from the fourth step on.
 
-    The first micro-batch of a step makes gradients, the others add to them: two graphs. Results
-    and gradients have the bits that they have without. ``required``: say so if recording fails,
-    rather than go on without.
+    There are two graphs: the first micro-batch of a step creates gradients, the others accumulate.
+    Documents are not supported. Losses and gradients are bit-identical to eager mode. ``required``:
+    raise UserError if capture fails, instead of continuing in eager mode.
     """
 
     def __init__(self, model: Transformer, capture: Capture, *, required: bool) -> None:
@@ -132,11 +139,11 @@ class MicroBatchGraphs:
 
     @property
     def recorded(self) -> int:
-        """How many graphs there are."""
+        """Number of captured graphs."""
         return len(self._recorded)
 
     def begin_step(self) -> None:
-        """Announce a step: what runs next is its first micro-batch."""
+        """Start a step: the next ``run`` is the first micro-batch of the step."""
         self._steps += 1
 
     def run(self, tokens_BL: Tensor, targets_BL: Tensor, scale: Tensor, *, first: bool) -> Tensor:
@@ -170,7 +177,7 @@ class MicroBatchGraphs:
         return losses.nll_BL
 
     def _record(self, first: bool) -> bool:
-        """Record the graph; False: it cannot be, and everything is as before."""
+        """Capture the graph; on failure restore all state and return False."""
         assert self._inputs is not None
         inputs, results = self._inputs, []
         parameters = list(self._model.parameters())

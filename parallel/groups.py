@@ -1,12 +1,14 @@
-"""Process groups: one for each set of ranks that talk, made in as many calls as there are axes.
+"""Process groups: one for each set of communicating ranks, created with one call for each axis.
 
-Every rank makes the same calls in the same order, one for each axis, whatever the number of ranks.
-On CUDA the groups of axes are NCCL's alone, split off a communicator of all ranks that is bound to
-this rank's device, which needs no store and no sockets of gloo. Elsewhere the members of a group
-meet through the store. Axes of the same ranks share a group, and so do all axes of one rank.
+Every rank makes the same calls in the same order, one for each axis, for any number of ranks. On
+CUDA the groups of axes are NCCL only and are split from the communicator of all ranks, which is
+bound to this rank's device; splitting needs neither the store nor gloo sockets. On other devices
+the members of a group connect through the store. Axes with the same ranks share a group, and all
+axes of size one share a group.
 
-Host objects and checkpoints have a gloo group each, over all ranks. Their ranks connect when they
-first talk: a rank holds sockets to the few that it meets in rings and trees, not to all.
+Host objects and checkpoints have a gloo group each, over all ranks. Their ranks connect at the
+first message, so a rank opens sockets only to its neighbours in rings and trees rather than to all
+ranks.
 """
 
 from __future__ import annotations
@@ -37,34 +39,34 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "shard": ("expert_shard", "ep"),
     "expert_shard": ("expert_shard",),
 }
-"""Each axis as dimensions of the grid of all ranks, in the order in which groups are made."""
+"""Dimensions of the rank grid that each axis covers, in the order in which groups are created."""
 
 POINT_TO_POINT = frozenset({"pp", "hdp"})
-"""Axes whose ranks send to single others: stages of a pipeline, members of a ring."""
+"""Axes with point-to-point messages: stages of a pipeline, members of a ring."""
 
 LAZY_GLOO = "TORCH_GLOO_LAZY_INIT"
 
 
 @dataclass(frozen=True)
 class Communicator:
-    """A group of this rank with others; ``axes`` are the names of all axes that use it."""
+    """A process group of several ranks; ``axes`` are the names of all axes that use the group."""
 
     axes: tuple[str, ...]
     group: dist.ProcessGroup
 
     @property
     def point_to_point(self) -> bool:
-        """Whether its ranks also send to single others."""
+        """True if the ranks of the group also send point-to-point messages."""
         return not POINT_TO_POINT.isdisjoint(self.axes)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's groups.
+    """Process groups of this rank.
 
-    ``of``: the group of each axis. ``communicators``: those of more than one rank, each once, in
-    the same order on all ranks. ``made``: what must be destroyed; the group of all ranks, which an
-    axis may use, is not among them.
+    ``of``: the group of each axis. ``communicators``: the groups with more than one rank, each
+    once, in the same order on all ranks. ``made``: the groups to destroy; the default group, which
+    an axis may use, is not included.
     """
 
     of: Mapping[str, dist.ProcessGroup]
@@ -75,7 +77,7 @@ class Groups:
 
 
 def grid_of(degrees: Degrees) -> dict[str, int]:
-    """Return the dimensions of the grid of all ranks, outermost first, and their sizes."""
+    """Return the sizes of the dimensions of the rank grid, outermost first."""
     return {
         "pp": degrees.pp,
         "replicas": degrees.replicas,
@@ -86,7 +88,11 @@ def grid_of(degrees: Degrees) -> dict[str, int]:
 
 
 def parts_of(grid: Mapping[str, int], dims: Collection[str]) -> np.ndarray:
-    """Return the groups of ranks that differ in ``dims`` alone: [groups, ranks], each ascending."""
+    """Return the groups of ranks that differ only in ``dims``: [groups, ranks], ascending in a
+    group.
+
+    For example, the dim "tp" of the grid {"hdp": 2, "tp": 2} gives [[0, 1], [2, 3]].
+    """
     names = list(grid)
     inner = [i for i, name in enumerate(names) if name in dims]
     outer = [i for i, name in enumerate(names) if name not in dims]
@@ -98,8 +104,10 @@ def parts_of(grid: Mapping[str, int], dims: Collection[str]) -> np.ndarray:
 def open_groups(
     grid: Mapping[str, int], device: torch.device, timeout: timedelta, checkpoint_timeout: timedelta
 ) -> Groups:
-    """Make this rank's groups; all ranks call this alike, once the group of all is there."""
-    # A simulated world has no other ranks that gloo could meet.
+    """Create this rank's groups; all ranks call this function after the default group is
+    initialized.
+    """
+    # A simulated world has no other ranks for gloo to connect to.
     host_backend = "fake" if dist.get_backend() == "fake" else "gloo"
     with _connected_when_needed():
         host, checkpoint = (
@@ -111,7 +119,8 @@ def open_groups(
         )
     everyone = dist.group.WORLD
     assert everyone is not None
-    # torch numbers the groups that all ranks make, so this name is new, whatever was closed before.
+    # torch numbers the groups that all ranks create, so this name is unique even after groups were
+    # closed.
     prefix = host.group_name
     long = frozenset(name for name, size in grid.items() if size > 1)
     by_dims: dict[frozenset[str], dist.ProcessGroup] = {long: everyone}
@@ -134,21 +143,24 @@ def open_groups(
 def _make(
     parts: np.ndarray, name: str, device: torch.device, timeout: timedelta
 ) -> dist.ProcessGroup:
-    """Make the group of this rank's row of ``parts``; every rank makes that of its own."""
+    """Create the group of this rank's row of ``parts``; every rank creates the group of its own
+    row.
+    """
     everyone = dist.group.WORLD
     assert everyone is not None
     if everyone.bound_device_id is not None:
         group = dist.split_group(
             split_ranks=parts.tolist(), timeout=timeout, group_desc=name
-        )  # one ncclCommSplit, which all ranks take part in
+        )  # one ncclCommSplit, a collective of all ranks
         assert group is not None, (name, parts.shape)
         return group
     rank = dist.get_rank()
     row = int(np.flatnonzero((parts == rank).any(axis=1))[0])
     ranks = parts[row].tolist()
     backends = dict(each.split(":") for each in dist.get_backend_config().split(","))
-    # What ``new_group`` does, which would name the group after its ranks and the number of groups:
-    # one that was closed and is made again would find the addresses of the old one in the store.
+    # The steps of ``new_group``, which would name the group after its ranks and the number of
+    # groups: a group that is closed and created again would then find the old group's addresses in
+    # the store.
     c10d = dist.distributed_c10d
     group, _ = c10d._new_process_group_helper(
         len(ranks),
@@ -167,9 +179,10 @@ def _make(
 
 @contextmanager
 def _connected_when_needed() -> Iterator[None]:
-    """Let groups of gloo that are made here connect two ranks when they first talk.
+    """Create gloo groups that connect two ranks at their first message.
 
-    torch takes no argument for it. What a user has set stands.
+    torch has no argument for lazy connections, only an environment variable. A value set by the
+    user is kept.
     """
     ours = LAZY_GLOO not in os.environ
     if ours:
@@ -182,9 +195,10 @@ def _connected_when_needed() -> Iterator[None]:
 
 
 def allow_sockets(world_size: int) -> None:
-    """Raise the number of files that this process may open, as far as it is allowed.
+    """Raise the limit of open files of this process, up to the hard limit.
 
-    The main rank may talk to every other one, in two groups; most systems start with 1,024.
+    The main rank may connect to every other rank in two groups; most systems start with a limit of
+    1,024.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1024 + 4 * world_size
@@ -196,20 +210,21 @@ def allow_sockets(world_size: int) -> None:
 def device_meshes(
     grid: Mapping[str, int], groups: Groups, device_type: str
 ) -> tuple[DeviceMesh, DeviceMesh]:
-    """Return (pp, replicas, shard, tp), and the same ranks with shard cut in expert_shard and ep.
+    """Return the mesh (pp, replicas, shard, tp), and a mesh with shard split in expert_shard and
+    ep.
 
-    Without expert parallelism both are one.
+    Without expert parallelism both meshes are the same object.
     """
     names = ("pp", "replicas", "shard", "tp")
     sizes = [grid["pp"], grid["replicas"], grid["expert_shard"] * grid["ep"], grid["tp"]]
     ranks = torch.arange(math.prod(sizes)).view(sizes)
-    # Made without groups, and then given them as ``DeviceMesh.from_group`` does: torch would make a
-    # group for each set of ranks, in one call after the other on every rank.
+    # The meshes are created without groups and then receive groups as in ``DeviceMesh.from_group``.
+    # torch would create one group for each set of ranks, one call after the other on every rank.
     mesh = DeviceMesh(device_type, ranks, mesh_dim_names=names, _init_backend=False)
     experts = mesh
     if grid["ep"] > 1:
-        # Unflattened rather than made anew: FSDP2 wants its mesh and that of the parameter it
-        # shards to descend from one.
+        # Unflattened rather than created: FSDP2 requires that its mesh and the mesh of a parameter
+        # have the same root mesh.
         parts = {name: grid[name] for name in ("expert_shard", "ep")}
         experts = mesh._unflatten(2, tuple(parts.values()), tuple(parts))
     for each in (mesh, experts):
@@ -222,16 +237,17 @@ def device_meshes(
 def warm_up(communicators: Iterable[Communicator], device: torch.device) -> None:
     """Connect the ranks of each communicator, one communicator after the other.
 
-    All ranks call this before anything else is sent. NCCL connects ranks when they first talk, and
-    a communicator that only a part of its ranks has come to so far hangs: the first message of a
-    ring or between two stages would be one. Ranks that send to single others do so here with both
-    neighbours: in a pipeline all that stages, and the ends of a tied model, ever talk to.
+    All ranks call this function before any other message. NCCL connects ranks at their first
+    message and hangs if only a part of the ranks has reached a communicator; the first message of a
+    ring or between two stages would do that. Ranks with point-to-point messages exchange messages
+    with both neighbours: in a pipeline these are all pairs that communicate, including the two ends
+    of a tied model.
     """
     for each in communicators:
         if dist.get_backend(each.group) == "fake":
             continue
         dist.all_reduce(torch.zeros(1, device=device), group=each.group)
-        # gloo sends what lies in the host's memory alone.
+        # gloo sends only from host memory.
         if each.point_to_point and (device.type == "cpu" or dist.get_backend(each.group) == "nccl"):
             _greet_neighbours(each.group, device)
     if device.type == "cuda":

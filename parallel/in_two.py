@@ -1,4 +1,4 @@
-"""Communication in two halves, begun and ended apart, forward and backward."""
+"""Communication in two halves, started and awaited separately, in forward and backward."""
 
 from __future__ import annotations
 
@@ -12,47 +12,51 @@ from torch import Tensor
 from allometry.parallel.mesh import Axis
 
 Start = Callable[[Tensor], Tensor]
-"""Begins to communicate; what it returns has values once torch's ``wait_tensor`` was called."""
+"""Start a collective; the returned tensor is valid after torch's ``wait_tensor``."""
 
 
 class InTwo:
-    """A communication that is begun by ``send`` and ended by ``arrive``.
+    """Communication that ``send`` starts and ``arrive`` awaits.
 
-    ``there`` begins it, ``back`` that of the gradient, which goes the other way. Two functions of
-    autograd, so that what it runs between their backwards runs behind the communication: it takes
-    what was called last first, thus all that was called between their forwards. Nothing is written
-    into what is there already, so selective checkpointing can keep the result. To be used once.
+    ``there`` starts the communication and ``back`` that of the gradient, in the opposite direction.
+    Both halves are autograd functions: autograd runs the backward of later calls first, so the
+    backward of operators between the two forward calls overlaps with the communication. No existing
+    tensor is modified, so selective checkpointing can save the result. An object is used once. A
+    tensor that is sent must also be received if a block is recomputed. A tensor in flight has no
+    autograd history, because a thread of the backend may be the last to release it. For example::
 
-    What is sent must arrive, also where a block is computed again, and a tensor in flight has no
-    history of autograd: a thread of the backend may be the last to let go of it.
+        exchange = InTwo(start, start_backward)
+        edge = exchange.send(x)
+        y = independent(x)
+        z = exchange.arrive(edge)
     """
 
     def __init__(self, there: Start, back: Start) -> None:
         self.there, self.back = there, back
-        self.moving: tuple[Tensor, Tensor] | None = None  # what is sent and what will arrive
+        self.moving: tuple[Tensor, Tensor] | None = None  # sent tensor and tensor to be received
 
     def send(self, x: Tensor) -> Tensor:
-        """Begin; the result is an empty tensor, for ``arrive`` alone."""
+        """Start the communication; return an empty tensor to pass to ``arrive``."""
         edge: Tensor = _Send.apply(x, self)
         return edge
 
     def arrive(self, edge: Tensor) -> Tensor:
-        """Wait for what was sent (on CUDA: order the stream after it)."""
+        """Wait for the received tensor (on CUDA: order the current stream after its arrival)."""
         arrived: Tensor = _Arrive.apply(edge, self)
         return arrived
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Do both."""
+        """Send and wait."""
         return self.arrive(self.send(x))
 
     def begin(self, start: Start, x: Tensor) -> Tensor:
-        """Start on ``x``; an empty tensor like it, which carries the edge of autograd's graph."""
+        """Start on ``x``; return an empty tensor that carries the edge of the autograd graph."""
         x = x.detach().contiguous()
         self.moving = x, start(x)
         return x.new_empty(0)
 
     def end(self) -> Tensor:
-        """Wait for what was begun."""
+        """Wait for the communication that ``begin`` started."""
         assert self.moving is not None
         kept, self.moving = self.moving, None
         arrived: Tensor = torch.ops._c10d_functional.wait_tensor(kept[1])
@@ -82,11 +86,11 @@ class _Arrive(torch.autograd.Function):
 
 
 def under_way(moving: Tensor, axis: Axis) -> Tensor:
-    """Return what a collective over ``axis`` fills, as a ``Start`` does.
+    """Return the result tensor of a collective over ``axis``, as required of a ``Start``.
 
-    With gloo it is waited for here, so that nothing overlaps: with several collectives in flight
-    the heap was damaged, once in some hundred to thousand steps (torch 2.13; the cause is not
-    known, a race like that of github.com/pytorch/pytorch/issues/75529 is suspected).
+    With gloo the collective is awaited here, so it does not overlap with computation: several
+    collectives in flight damaged the heap, once in some hundred to thousand steps (torch 2.13; the
+    cause is unknown, a race like that of github.com/pytorch/pytorch/issues/75529 is suspected).
     """
     if moving.device.type == "cpu" and dist.get_backend(axis.group) != "fake":
         waited: Tensor = torch.ops._c10d_functional.wait_tensor(moving)

@@ -1,4 +1,4 @@
-"""Times of a model's pieces, by which a pipeline's stages are evened out."""
+"""Measured times of a model's layers, used to balance pipeline stages."""
 
 # B sequences of a micro-batch, L tokens in a sequence, D width, V vocabulary
 
@@ -23,12 +23,13 @@ WARM_UP, REPEATS = 2, 5
 def measure_costs(
     build: Callable[[Part], Transformer], config: RunConfig, device: torch.device
 ) -> list[float]:
-    """Return seconds of forward and backward of the embedding, each layer, and norm, head and loss.
+    """Return seconds of forward and backward: embedding, each layer, and norm with head and loss.
 
-    ``build(part)`` makes a part as it will run, with finite values, on ``device``; parts are built
-    one at a time. Medians of ``REPEATS`` runs on a random micro-batch of the run's shape. Layers
-    whose parameters have the same shapes are measured once. The numbers differ between ranks: one
-    rank measures and tells the others (``Layout.of(..., costs=...)``).
+    ``build(part)`` builds a part ready to run, with finite values, on ``device``; one part exists
+    at a time. Times are medians of ``REPEATS`` runs on a random micro-batch of the run's shape.
+    Layers with equal parameter shapes are measured once. Times differ between ranks, so one rank
+    measures and broadcasts the result (``Layout.of(..., costs=...)``). For example, a model of 2
+    layers gives 4 times.
     """
     model = config.model
     batch = config.batch.micro_batch_sequences

@@ -1,6 +1,6 @@
-"""The mesh: which ranks there are, how they are arranged, and the groups they talk in.
+"""Device mesh: the ranks of a run, their arrangement in axes, and the process groups of the axes.
 
-A process that nobody launched gets a group of one, so nothing else has to ask whether it is alone.
+A process without a launcher gets a group of one rank, so other code needs no special case for it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from allometry.scaling.degrees import resolve_degrees
 
 T = TypeVar("T")
 # Ranks that write or read a checkpoint wait for the slowest disk, not for ``parallel.timeout_s``;
-# meetings in ``host_group`` find ranks that died (parallel/agree.py).
+# heartbeats in ``host_group`` detect dead ranks (parallel/agree.py).
 CHECKPOINT_TIMEOUT = timedelta(days=1)
 
 AxisName = Literal["pp", "hdp", "tp", "ep", "edp", "stage"]
@@ -40,21 +40,22 @@ AxisName = Literal["pp", "hdp", "tp", "ep", "edp", "stage"]
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of the mesh, seen from this rank: its place, its length, the group of its ranks."""
+    """Axis of the mesh as seen by this rank: index of the rank, number of ranks, process group."""
 
     rank: int
     size: int
     group: dist.ProcessGroup
 
-    # As batches of one message: NCCL may make a communicator for two ranks that send singly.
+    # Batches of one message: for single sends NCCL may create a communicator for each pair of
+    # ranks.
 
     def send(self, tensor: Tensor, to: int) -> dist.Work:
-        """Begin to send; ``tensor`` must stay as it is until the work returned is done."""
+        """Start to send ``tensor``, which must not change until the returned work has completed."""
         sent = on_wire(tensor.contiguous(), self.group)
         return _batch_of_one(dist.P2POp(dist.isend, sent, group=self.group, group_peer=to))
 
     def receive(self, tensor: Tensor, source: int) -> None:
-        """Fill ``tensor`` with what the rank ``source`` of this axis sends."""
+        """Receive ``tensor`` from the rank ``source`` of this axis."""
         assert tensor.is_contiguous()
         got = on_wire(tensor, self.group)
         _batch_of_one(dist.P2POp(dist.irecv, got, group=self.group, group_peer=source)).wait()
@@ -64,21 +65,23 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """All ranks of the run, arranged as (pp, hdp, tp), with the groups they talk in.
+    """All ranks of the run, arranged as (pp, hdp, tp), with their process groups.
 
-    tp is innermost: its ranks talk most, so they are neighbours on a node. ``hdp`` is
+    tp is innermost: tp ranks communicate most, so they are neighbours on a node. ``hdp`` is
     ``replicas`` x ``shard``, and ``shard`` is ``expert_shard`` x ``ep``. ``device_mesh`` has the
-    dimensions (pp, replicas, shard, tp); ``expert_mesh`` is the same ranks with shard cut in two,
-    or ``device_mesh`` itself without expert parallelism.
-    ``edp`` are the ranks that hold the same experts: replicas x expert_shard. ``stage`` is
-    hdp x tp: all ranks that hold parts of the same parameters.
+    dimensions (pp, replicas, shard, tp); ``expert_mesh`` has the same ranks with shard split in
+    two, and is ``device_mesh`` without expert parallelism. For example, 8 ranks with pp = 2 and tp
+    = 2 have hdp = 2.
 
-    ``communicators`` are the groups of axes with more than one rank, each once: NCCL's alone on
-    CUDA, so what travels in them lies on ``device``. ``host_group`` (gloo) carries host objects and
-    flags. ``checkpoint_group`` (gloo) belongs to the checkpoint writer alone: it communicates from
-    a thread of its own, and two threads in one group cross their collectives. Close the mesh, or
-    use it as a context manager, when the run ends; a mesh over a process group that the caller had
-    started leaves that one running. ``restart``: what the launcher started this process again for.
+    ``edp`` are the ranks with the same experts: replicas x expert_shard. ``stage`` is hdp x tp: all
+    ranks with shards of the same parameters.
+
+    ``communicators`` are the groups of axes with more than one rank, each once: NCCL only on CUDA,
+    so their tensors must be on ``device``. ``host_group`` (gloo) transfers host objects and flags.
+    ``checkpoint_group`` (gloo) is reserved for the checkpoint writer: its thread communicates
+    concurrently, and two threads in one group would interleave their collectives. Close the mesh,
+    or use it as a context manager, when the run ends; a process group that the caller started stays
+    open. ``restart``: the reason for which the launcher restarted this process.
     """
 
     device: torch.device
@@ -96,12 +99,12 @@ class Mesh:
     host_group: dist.ProcessGroup
     checkpoint_group: dist.ProcessGroup
     timeout: timedelta
-    _closes: tuple[dist.ProcessGroup | None, ...] = field(repr=False)  # None: all there are
+    _closes: tuple[dist.ProcessGroup | None, ...] = field(repr=False)  # None: all groups
     restart: Restart | None = None
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes what is written once."""
+        """True on the rank that writes shared files and logs (rank 0)."""
         return self.rank == 0
 
     def axis(self, name: AxisName) -> Axis:
@@ -111,19 +114,19 @@ class Mesh:
 
     @property
     def zero_mesh(self) -> DeviceMesh:
-        """What ZeRO shards over: [shard], or [replicas, shard] where there are several copies."""
+        """Mesh for ZeRO shards: [shard], or [replicas, shard] with more than one replica."""
         return self.device_mesh[self._zero_dims("shard")]
 
     @property
     def expert_zero_mesh(self) -> DeviceMesh:
-        """The same for experts: [expert_shard] or [replicas, expert_shard]."""
+        """Mesh for ZeRO shards of experts: [expert_shard] or [replicas, expert_shard]."""
         return self.expert_mesh[self._zero_dims("expert_shard" if self.ep.size > 1 else "shard")]
 
     def _zero_dims(self, shard: str) -> str | tuple[str, ...]:
         return shard if self.device_mesh["replicas"].size() == 1 else ("replicas", shard)
 
     def all_reduce_sum(self, tensor: Tensor, axis: AxisName) -> Tensor:
-        """Replace ``tensor`` by its sum over the ranks of ``axis``; return it. Same on all."""
+        """Replace ``tensor`` by its sum over the ranks of ``axis`` and return it; a collective."""
         along = self.axis(axis)
         if along.size > 1:
             dist.all_reduce(tensor, group=along.group)
@@ -141,21 +144,21 @@ class Mesh:
             tensor.copy_(part.view(tensor.shape))
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
-        """Return what rank ``source`` passed, on every rank (pickled, over the host group)."""
+        """Return the value of rank ``source`` on every rank (pickled, over the host group)."""
         held = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(held, src=source, group=self.host_group)
         return held[0]
 
     def gather_objects(self, value: T) -> list[T]:
-        """Return what all ranks passed, in rank order, on every rank."""
+        """Return the values of all ranks, in rank order, on every rank."""
         gathered: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(gathered, value, group=self.host_group)
         return gathered
 
     def all_equal(self, number: int) -> bool:
-        """Return, on every rank, whether all ranks passed the same number (below 2**62)."""
+        """Return True on every rank if all ranks passed the same number (below 2**62)."""
         if self.world_size == 1:
             return True
         bounds = torch.tensor([number, -number])
@@ -163,11 +166,13 @@ class Mesh:
         return int(bounds[0]) == -int(bounds[1])
 
     def barrier(self, reason: str) -> None:
-        """Wait for all ranks; if some do not come within the timeout, say which, before what."""
+        """Wait for all ranks; on timeout raise RuntimeError that lists the absent ranks and
+        ``reason``.
+        """
         if self.world_size == 1:
             return
-        # Over the store: in a group, only ranks that are there can say who is not, and to hear of
-        # all others a rank would need a connection to each.
+        # Over the store: a group cannot name the ranks that are absent, and to receive from all
+        # others a rank would need a connection to each.
         store = dist.distributed_c10d._get_default_store()
         place = f"{self.host_group.group_name}/barrier"
         meeting, last = divmod(store.add(f"{place}/came", 1) - 1, self.world_size)
@@ -185,7 +190,7 @@ class Mesh:
             ) from error
 
     def close(self) -> None:
-        """Leave the groups that ``open_mesh`` made. A second call does nothing."""
+        """Destroy the groups that ``open_mesh`` created. A second call has no effect."""
         if dist.is_initialized():
             for group in self._closes:
                 dist.destroy_process_group(group)
@@ -201,15 +206,17 @@ class Mesh:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # With messages under way that other ranks never answer, leaving a group can block, and the
-        # error would not be seen. What all ranks agree on is a UserError.
+        # With messages in flight that other ranks never answer, destroying a group can block and
+        # hide the error. A UserError is raised on all ranks, so the groups can be destroyed.
         agreed = isinstance(error, UserError) and not isinstance(error, RankError)
         if error is None or agreed or self.world_size == 1:
             self.close()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, which shares its memory; all of one that is whole."""
+    """Return this rank's shard of a DTensor, sharing its memory; other tensors are returned
+    unchanged.
+    """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -221,12 +228,17 @@ def _batch_of_one(message: dist.P2POp) -> dist.Work:
 def open_mesh(
     parallel: ParallelConfig, device: torch.device | None = None, *, watched: bool = False
 ) -> Mesh:
-    """Start the process groups of this run, or use the one the caller has started.
+    """Start the process groups of this run, or use the group that the caller has started.
 
-    ``device`` None: this rank's GPU, or the CPU on a machine without one. ``watched``: groups give
-    up after ``trainer/watch`` does. Every rank calls this with the same ``parallel``. Raises
-    UserError, before any group is started, where the degrees do not fit the number of ranks, the
-    device is not there or the launch is half described.
+    ``device`` None: this rank's GPU, or the CPU on a machine without one. ``watched``: the timeout
+    of the groups is longer than the timeout of ``trainer/watch``. Every rank calls this function
+    with the same ``parallel``. Raises UserError, before any group is started, if the degrees do not
+    match the number of ranks, the device is missing or the launcher's variables are incomplete.
+
+    For example::
+
+        with open_mesh(config.parallel) as mesh:
+            mesh.all_reduce_sum(loss, "hdp")
     """
     ours = not dist.is_initialized()
     launch = this_launch()
@@ -268,20 +280,20 @@ def open_mesh(
 
 
 def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Let a group of the mesh end what hangs when the run says so; torch gives it its default."""
+    """Set the timeout of a group; torch would use its default."""
     if dist.get_backend(group) != "fake":
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _forget_shardings() -> None:
-    """Drop what DTensor remembers of shardings.
+    """Clear DTensor's caches of shardings.
 
-    Its caches know a mesh by its shape, so an equal mesh that is opened later in the process would
-    be handed the groups of this one, which are gone; and they keep these groups' threads alive.
+    The caches identify a mesh by its shape. An equal mesh opened later in the process would receive
+    the destroyed groups of this mesh, and the caches keep the threads of these groups alive.
     """
     from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
-    # Private names, of which older versions of torch have not all.
+    # Private names, some of which older versions of torch lack.
     for module, name in (
         (debug, "_clear_sharding_prop_cache"),
         (_redistribute, "clear_redistribute_planner_cache"),

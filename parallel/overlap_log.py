@@ -1,13 +1,13 @@
-"""A counted schedule: what a rank computes while its messages travel, without a device.
+"""Overlap of communication and computation of one simulated rank, counted in FLOPs.
 
-One rank of a simulated mesh (``simulate.py``) runs a step's own code on tensors without storage.
-The log notes, in the order in which the host asks for them, messages begun, messages waited for and
-products with their FLOPs. A device with streams of its own for messages can hide one behind the
-FLOPs between its two ends, and behind nothing else.
+One rank of a simulated mesh (``simulate.py``) runs the code of a step on tensors without storage.
+The log records, in the order in which the host issues them, starts of messages, waits for messages,
+and products with their FLOPs. A device with separate communication streams can hide a message
+behind exactly the FLOPs between its start and its wait.
 
-FSDP2 waits with events of its streams, of which a CPU has none. As it orders them on CUDA: a gather
-is waited for where its copy is taken apart, a reduction where the next one begins or, the last,
-where the backward ends.
+FSDP2 waits with stream events, which a CPU lacks. The log applies the order that FSDP2 has on CUDA:
+an all-gather is awaited when its copy-out starts; a reduction is awaited when the next reduction
+starts, or, for the last one, when the backward pass ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from allometry.parallel.simulate import Collective, CollectiveLog
 
 @dataclass
 class Message:
-    """A collective, what asked for it, and the FLOPs asked for before it was begun and ended."""
+    """A collective, its issuer, and the FLOPs issued before its start and before its end."""
 
     call: Collective
     owner: str
@@ -38,16 +38,16 @@ class Message:
 
     @property
     def behind(self) -> int:
-        """FLOPs of products that it can hide behind; 0 for one that is waited for at once."""
+        """FLOPs of products that can hide the message; 0 if it is awaited immediately."""
         assert self.ended is not None, self
         return self.ended - self.begun
 
 
 class OverlapLog(CollectiveLog):
-    """Notes messages with what is computed meanwhile, while it is active.
+    """Log of messages and of the FLOPs issued between start and end of each message.
 
-    ``flops``: of all products so far. ``messages``: in the order in which they were begun; those
-    that nobody has waited for when the log ends are ended there.
+    ``flops``: of all products so far. ``messages``: in order of their start; messages that are
+    never awaited end with the log.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -55,10 +55,10 @@ class OverlapLog(CollectiveLog):
         self.messages: list[Message] = []
         self.flops = 0
         self._owner = ""
-        self._moving: dict[int, Message] = {}  # by the storage that is being filled
-        self._gathers: dict[int, Message] = {}  # by FSDP2's group
+        self._moving: dict[int, Message] = {}  # by the storage to be filled
+        self._gathers: dict[int, Message] = {}  # by FSDP2's parameter group
         self._reductions: list[Message] = []
-        self._keep: list[Any] = []  # storages, so that no address comes twice
+        self._keep: list[Any] = []  # kept alive so that addresses are unique
         self._patches = ExitStack()
 
     def __enter__(self) -> OverlapLog:
@@ -94,7 +94,7 @@ class OverlapLog(CollectiveLog):
                 self._keep.append(result)
                 self._moving[_place(result)] = message
             elif not self._owner:
-                self._end(message)  # whoever begins it otherwise waits for it at once
+                self._end(message)  # other callers wait immediately
         elif func._schema.name.endswith("::wait_tensor"):
             moving = self._moving.pop(_place(args[0]), None)
             if moving is not None:
@@ -157,7 +157,7 @@ class OverlapLog(CollectiveLog):
 
 
 class _Work:
-    """What a collective returns that is not waited for."""
+    """Work handle of an asynchronous collective."""
 
     def __init__(self, log: OverlapLog, message: Message) -> None:
         self._log, self._message = log, message
@@ -185,9 +185,10 @@ def _place(tensor: Tensor) -> int:
 def step_messages(
     parallel: Any, mesh: Mesh, inputs: Callable[[Any], tuple[Any, ...]]
 ) -> OverlapLog:
-    """Run two micro-batches and the reduction of one simulated rank; return what was asked for.
+    """Run two micro-batches and the gradient reduction of one simulated rank; return the log.
 
-    Parts are materialized and experts even (``simulate.py``); ``inputs(part)`` is a micro-batch.
+    Parts must be materialized, with even experts (``simulate.py``). ``inputs(part)`` returns the
+    arguments of a micro-batch.
     """
     with OverlapLog(mesh) as log:
         for last in (False, True):

@@ -1,24 +1,25 @@
-"""Pipeline parallelism: a rank runs some stages of the model, torch's schedules order them.
+"""Pipeline parallelism: each rank runs some stages of the model, ordered by torch's schedules.
 
-Stages hand [B, L, D] on to one another ([B, L / tp, D] with tensor parallelism, where every rank
-has a shard of the sequence). Tokens, targets and documents do not travel: each rank holds the
-batch and looks a micro-batch up by its number. So micro-batches of one step may be of any shapes,
-with every schedule.
+Stages send activations [B, L, D] ([B, L / tp, D] with tensor parallelism, where every rank has a
+shard of the sequence). Tokens, targets and documents are not sent: each rank has the batch and
+looks up a micro-batch by its index. The micro-batches of a step may therefore have any shapes, with
+every schedule.
 
-With ZeRO 1 to 3 parameters are gathered once in a step, and gradients stay whole until a stage's
-last backward: it reduces those of a block while it goes through the blocks before. Where the last
-half of a backward computes no more than weights' gradients (``SPLIT_BACKWARD``), it is followed by
-the reduction. So are buckets of ZeRO 0 launched. ``regather: micro_batch`` (stage 3) frees a block
-after its forward; it is gathered for its backward and stays until the stage's next forward. The
-schedules that split backward cannot: they keep all parameters of a stage throughout the step.
+With ZeRO 1 to 3 parameters are gathered once per step, and gradients stay unsharded until the last
+backward of a stage, which reduces the gradients of a block while the backward continues with
+earlier blocks. If the last half of a backward computes only weight gradients (``SPLIT_BACKWARD``),
+the reduction follows it. The buckets of ZeRO 0 are launched in the same way. ``regather:
+micro_batch`` (stage 3) frees a block after its forward; the block is gathered for its backward and
+stays gathered until the stage's next forward. Schedules that split the backward do not support this
+option: they keep all parameters of a stage gathered during the step.
 
-Where attention runs in rings over hdp ranks, pipelines wait for one another inside their stages. A
-ring has then the same number among the micro-batches of all its members, so that all come to it in
-the same order. If pipelines run different numbers of micro-batches (``uneven``), nothing but rings
-may make them wait: parameters are gathered before the first micro-batch and gradients reduced after
-the last. That needs a schedule that runs the micro-batches that pipelines have in common in orders
-that do not contradict each other. Those that interleave in rounds (``INTERLEAVED_ROUNDS``) do for
-multiples of pp, the others for all numbers that they take.
+If attention runs in rings over hdp ranks, pipelines wait for each other inside their stages. A ring
+then has the same micro-batch index on all its members, so all members reach it in the same order.
+If pipelines run different numbers of micro-batches (``uneven``), they may wait for each other only
+in rings: parameters are gathered before the first micro-batch and gradients are reduced after the
+last one. This requires a schedule that runs the common micro-batches of the pipelines in consistent
+orders. Schedules that interleave in rounds (``INTERLEAVED_ROUNDS``) do so for multiples of pp, the
+other schedules for all numbers that they support.
 """
 
 # B sequences of a micro-batch, L tokens in a sequence, D width
@@ -60,13 +61,15 @@ SCHEDULES: Mapping[str, Any] = {
 }
 
 KEPT_SCHEDULES = 16
-"""Numbers of micro-batches whose schedules are kept. A ramp has one at a time, whole documents some
-at random; a schedule is a list of actions and small tensors for each micro-batch."""
+"""Maximum number of cached schedules, one for each number of micro-batches. A batch size ramp uses
+one number at a time, complete documents several in random order. A schedule is a list of actions
+with small tensors for each micro-batch.
+"""
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A schedule for some number of micro-batches, and the stages it runs on this rank."""
+    """Schedule for a number of micro-batches, and its stages on this rank."""
 
     schedule: Any
     stages: tuple[Stage, ...]
@@ -75,17 +78,17 @@ class _Prepared:
 class PipelineExecution(Execution):
     """``Execution`` over the ranks of ``mesh.pp``.
 
-    ``parts`` are this rank's stages by number; they may be without values, but what shards or
-    compiles them has been applied. ``sync.finish()`` completes the reduction of gradients where
-    torch's schedules do not: at ZeRO stage 0. ``mirrors`` are parameters of this rank that belong
-    to another (see ``tied.py``); their gradient is None after ``train``.
+    ``parts`` are this rank's stages by number. Parts may be on the meta device, but must already be
+    sharded and compiled. ``sync.finish()`` completes the gradient reduction that torch's schedules
+    do not perform (ZeRO stage 0). ``mirrors`` are parameters of this rank that another rank owns
+    (see ``tied.py``); their gradient is None after ``train``.
 
-    ``uneven``: each pipeline, one for each hdp rank, has a number of micro-batches of its own, one
-    or more, in every step. That is for ZeRO stages 0 to 2, whose parameters stay gathered, and
-    without expert parallelism. All ranks of a pipeline have the same number.
+    ``uneven``: each pipeline, one for each hdp rank, has its own number of micro-batches, at least
+    one, in every step. This requires ZeRO stages 0 to 2, whose parameters stay gathered, and no
+    expert parallelism. All ranks of a pipeline have the same number.
 
-    Each number of micro-batches has a schedule, of which the last used are kept; their shapes
-    are looked at when they run. ``Layout`` refuses what a schedule cannot take.
+    A schedule is built for each number of micro-batches, and the most recently used ones are
+    cached; shapes are read when micro-batches run. ``Layout`` rejects unsupported numbers.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class PipelineExecution(Execution):
         self._width, self._dtype = model.width, compute_dtype
         self._count = len(layout.stages)
         self._uneven = uneven
-        self._prepared: dict[int, _Prepared] = {}  # by number of micro-batches, last used last
+        self._prepared: dict[int, _Prepared] = {}  # by number of micro-batches, least recent first
         self._tied = TiedHead(
             parts,
             first=layout.rank_of(0),
@@ -128,7 +131,7 @@ class PipelineExecution(Execution):
         observe: Observe,
         before: Callable[[int], None] | None = None,
     ) -> None:
-        # ``before(i)`` runs on every rank, once, before its first forward.
+        # ``before(i)`` runs once on every rank, before the first forward of micro-batch i.
         self._head_gradient.begin()
         self._tied.send_value()
         prepared = self._prepare(len(batches))
@@ -162,7 +165,7 @@ class PipelineExecution(Execution):
     @override
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
-        # Micro-batches may be any number, each of any shape.
+        # Any number of micro-batches of any shapes.
         self._tied.send_value()
         with cast_weights(self._parts.values(), self._sync):
             self._forward(batches, observe)
@@ -172,7 +175,7 @@ class PipelineExecution(Execution):
     def count_visits(
         self, batches: Sequence[MicroBatch], before: Callable[[int], None] | None = None
     ) -> None:
-        # ``before(i)`` runs on every rank, before its first stage's forward.
+        # ``before(i)`` runs on every rank, before the forward of its first stage.
         gathered = self._sync.gathered() if self._uneven else nullcontext()
         with gathered, cast_weights(self._parts.values(), self._sync):
             self._forward(batches, None, before)
@@ -183,12 +186,12 @@ class PipelineExecution(Execution):
         observe: Observe | None,
         before: Callable[[int], None] | None = None,
     ) -> None:
-        """Run forward passes; without ``observe`` those of the blocks alone."""
+        """Run forward passes; without ``observe`` only those of the blocks."""
         sent: list[tuple[dist.Work, Tensor]] = []
-        held: dict[int, Tensor] = {}  # by micro-batch: what this rank hands on to itself
-        # A round of micro-batches goes through a stage, then through the rank's next one; a round
-        # is received before it is computed and sent. So two ranks agree on the order of all that
-        # passes between them, in both directions, as NCCL needs.
+        held: dict[int, Tensor] = {}  # by micro-batch: input of this rank's next stage
+        # A round of micro-batches runs through one stage, then through the rank's next stage; a
+        # round is received before it is computed and sent. Two ranks thus agree on the order of all
+        # messages between them, in both directions, as NCCL requires.
         size = 1 if len(self._parts) == 1 else self._mesh.pp.size
         for start in range(0, len(batches), size):
             indices = range(start, min(start + size, len(batches)))
@@ -216,7 +219,7 @@ class PipelineExecution(Execution):
                 if stage + 1 not in self._parts:
                     sent += [(self._send(x_BLD, stage + 1), x_BLD) for x_BLD in held.values()]
                     held = {}
-            while len(sent) > 2 * size:  # bounds what is kept for those that wait for it
+            while len(sent) > 2 * size:  # bounds the number of tensors in flight
                 sent.pop(0)[0].wait()
         for work, _ in sent:
             work.wait()
@@ -230,7 +233,7 @@ class PipelineExecution(Execution):
         return x_BLD
 
     def _empty(self, batch: MicroBatch) -> Tensor:
-        """Return a tensor for what stages hand on of this micro-batch, without values."""
+        """Return an uninitialized tensor for the activation of this micro-batch between stages."""
         B, L = batch.tokens_BL.shape
         assert L % self._mesh.tp.size == 0, (L, self._mesh.tp.size)
         shape_BlD = B, L // self._mesh.tp.size, self._width
@@ -239,7 +242,8 @@ class PipelineExecution(Execution):
     def _prepare(self, count: int) -> _Prepared:
         prepared = self._prepared.pop(count, None)
         if prepared is None:
-            # Stages of its own for each: a schedule leaves its number of micro-batches in them.
+            # New stages for each schedule, because a schedule stores its number of micro-batches in
+            # them.
             stages = tuple(self._make_stage(number) for number in self._parts)
             prepared = _Prepared(self._make_schedule(stages, count), stages)
             if self._uneven:
@@ -250,8 +254,9 @@ class PipelineExecution(Execution):
         return prepared
 
     def _make_stage(self, number: int) -> Stage:
-        # Said rather than found out: torch would run a micro-batch to see. It makes a buffer of
-        # this size for each micro-batch, and the stage another of the right size when it comes.
+        # Shapes are given; otherwise torch would run a micro-batch to find them. torch allocates a
+        # buffer of this size for each micro-batch, and ``Stage`` a buffer of the right size on
+        # arrival.
         hidden = torch.empty(1, 1, self._width, dtype=self._dtype, device="meta").requires_grad_()
         wide = torch.promote_types(self._dtype, torch.float32)
         total = torch.empty((), dtype=wide, device="meta", requires_grad=True)
@@ -269,18 +274,19 @@ class PipelineExecution(Execution):
         kind = SCHEDULES[self._layout.schedule]
         single = self._layout.schedule in ONE_STAGE_SCHEDULES
         last = stages[-1]
-        # The sum of all losses is differentiated, so nothing is averaged over micro-batches.
+        # The sum of all losses is differentiated, so gradients are not averaged over micro-batches.
         return kind(
             last if single else list(stages), number, loss_fn=last.scaled_loss, scale_grads=False
         )
 
 
 def _gather_first_and_reduce_last(schedule: Any) -> None:
-    """Move this rank's gathers to the front, its reductions and what frees parameters to the end.
+    """Move this rank's all-gathers to the start, and its reductions and resharding to the end.
 
-    Torch's schedules of several stages reduce a stage's gradients before another's last backward.
-    A rank whose pipeline is shorter would wait there for one that waits for it in a ring. Those of
-    one stage reduce at the end, and gather nothing themselves.
+    torch's schedules with several stages per rank reduce the gradients of one stage before the last
+    backward of another stage. A rank with a shorter pipeline would wait in that reduction for a
+    rank that waits for it in a ring. Schedules with one stage per rank reduce at the end and
+    contain no all-gathers.
     """
     orders = getattr(schedule, "pipeline_order_with_comms", None)
     if orders is None:
@@ -290,7 +296,7 @@ def _gather_first_and_reduce_last(schedule: Any) -> None:
     for action in orders[schedule.rank]:
         kind = action.computation_type.name
         if kind in moved:
-            moved[kind][action.stage_index] = action  # more than once where stages take turns
+            moved[kind][action.stage_index] = action  # repeated if stages alternate
         else:
             others.append(action)
     first, reduced, last = ([actions[s] for s in sorted(actions)] for actions in moved.values())
@@ -298,12 +304,13 @@ def _gather_first_and_reduce_last(schedule: Any) -> None:
 
 
 def _prepare_for_split(parts: Iterable[Transformer]) -> None:
-    """Set what the two halves of a backward need."""
+    """Configure modules for a backward in two halves."""
     for part in parts:
         for stacked in stacks(part):
             stacked.plain = True
         for module in part.modules():
             assert module._compiled_call_impl is None, "compiled code has no halves"
             if isinstance(module, FSDPModule):
-                # torch looks for a stage's parameters before backward would gather them again.
+                # torch collects the parameters of a stage before the backward would gather them
+                # again.
                 module.set_reshard_after_forward(False, recurse=False)

@@ -1,4 +1,4 @@
-"""Summing gradients: whole ones in flat buckets over hdp, those of replicas over tp."""
+"""Gradient reduction: flat buckets over hdp, and sums of replicated parameters over tp."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from allometry.parallel.wire import sum_over
 
 
 class GradientSync(Protocol):
-    """Sums gradients over the hdp ranks, once a step.
+    """Sum of gradients over the hdp ranks, once per step.
 
     The loop of a step, on every rank with the same number of micro-batches::
 
@@ -28,48 +28,51 @@ class GradientSync(Protocol):
             sync.backward(model(...).total / global_count)
         sync.finish()
 
-    After ``finish`` each parameter's ``.grad`` is the SUM over ranks and micro-batches (nothing is
-    averaged: the loss was divided by the global count), reduced in fp32 (fp64 where parameters
-    are) and laid out as the parameter is. Forward passes under ``no_grad`` may run before or after
-    a step, not within one. A pipeline, in which each stage has a last backward of its own, calls
-    ``close`` and ``closed`` around that instead of ``micro_batch``, and autograd instead of
-    ``backward``.
+    After ``finish`` the ``.grad`` of each parameter is the SUM over ranks and micro-batches (not an
+    average: the loss was divided by the global count), reduced in fp32 (fp64 for fp64 parameters)
+    and sharded like the parameter. Forward passes under ``no_grad`` may run before or after a step,
+    not within a step. In a pipeline each stage has its own last backward: the pipeline calls
+    ``close`` and ``closed`` around this backward instead of ``micro_batch``, and autograd instead
+    of ``backward``.
     """
 
     @property
     def whole(self) -> bool:
-        """Whether each rank has the whole parameters at all times."""
+        """True if each rank has the unsharded parameters at all times."""
         return False
 
     def hold(self, owner: nn.Module, name: str) -> AbstractContextManager[Tensor]:
-        """Hold parameter ``name`` of ``owner``, or this rank's part of it, to give it values."""
+        """Return a context that provides parameter ``name`` of ``owner``, or this rank's shard, for
+        writing.
+        """
         return held(owner, name)
 
     @property
     def makes_parameters(self) -> bool:
-        """Whether ``hold`` gives parameters their storage: each is whole only while it is held."""
+        """True if ``hold`` allocates parameters; each is unsharded only within the context."""
         return False
 
     def backward(self, loss: Tensor) -> None:
-        """Run the backward of a micro-batch."""
+        """Run the backward pass of a micro-batch."""
         loss.backward()
 
     def micro_batch(self, last: bool) -> None:
-        """Announce the next forward and backward; ``last``: the step's last one."""
+        """Prepare the next forward and backward; ``last``: the last micro-batch of the step."""
 
     def close(self, part: nn.Module) -> None:
-        """Announce the last backward of this step through ``part``, a stage of a pipeline."""
+        """Prepare the last backward of this step through ``part``, a pipeline stage."""
 
     def closed(self, part: nn.Module) -> None:
-        """Tell that it is done: no gradient of ``part`` will change in this step."""
+        """Finish the last backward: gradients of ``part`` do not change any more in this step."""
 
     def begin_uneven(self) -> bool:
-        """Announce a step in which ranks run different numbers of micro-batches, none included.
+        """Prepare a step in which ranks run different numbers of micro-batches, including zero.
 
-        In place of ``micro_batch``, before any of them. All ranks gather here what they compute
-        with, and nothing is reduced until all have run, as a rank may be waiting for another's
-        ring. Returns whether ``micro_batch(last=True)`` and a micro-batch that counts nothing must
-        follow before ``finish``, on every rank, for the sums to be made.
+        Called instead of ``micro_batch``, before all micro-batches. All ranks gather their
+        parameters in this call, and gradients are reduced only after all ranks have run their
+        micro-batches, because a rank may be waiting for another rank's ring. Returns True if every
+        rank must call ``micro_batch(last=True)`` and run a micro-batch without targets before
+        ``finish``.
         """
 
     def gathered(self) -> AbstractContextManager[None]:
@@ -79,33 +82,32 @@ class GradientSync(Protocol):
         """Complete the reduction after the last backward."""
 
     def leave(self) -> None:
-        """Give up, at the end of a run, what lies outside of this process's memory."""
+        """Release resources outside the memory of this process, at the end of a run."""
         return
 
 
 ReductionGroup = tuple[Sequence[nn.Parameter], Axis]
-"""Parameters, and the axis of ranks that hold the same ones and see different micro-batches."""
+"""Parameters, and the axis of ranks that have the same parameters and other micro-batches."""
 
 
 class FlatReducer(GradientSync):
-    """ZeRO stage 0: whole gradients, summed in a few flat buckets of fp32, then over ``tp``.
+    """ZeRO stage 0: sum unsharded gradients in a few flat fp32 buckets, then over ``tp``.
 
-    ``groups`` returns the parameters by the axis of ranks that hold the same ones: hdp for most,
-    edp for experts that are spread over ep ranks. It is called at the first step, as moving off
-    the meta device makes new parameters.
+    ``groups`` returns the parameters by the axis of ranks that have the same parameters: hdp for
+    most, edp for experts that are sharded over ep ranks. The function is called at the first step,
+    because moving off the meta device creates new parameters.
 
-    An axis of one rank needs no bucket: gradients stay as autograd made them. Otherwise they are
-    copied into buckets, and ``.grad`` becomes a view of its bucket, so nothing is copied back.
-    The next ``zero_grad(set_to_none=True)`` drops the views; autograd then hands over fresh
-    gradients as if we did not exist, without a zero-fill or an addition in the first micro-batch.
+    An axis of one rank has no bucket: gradients stay unchanged. Otherwise gradients are copied into
+    buckets, and ``.grad`` becomes a view of its bucket, which saves the copy back. The next
+    ``zero_grad(set_to_none=True)`` drops the views, and autograd creates new gradients in the first
+    micro-batch without a zero-fill or an addition.
 
-    ``overlap``: copy and reduce a bucket during the last backward, once its last gradient is
-    there; in a pipeline while other stages of the rank, or earlier blocks, still have theirs. That
-    is right for CUDA, where communication has its own hardware. Without it all are
-    reduced in ``finish``. ``keep``: hold the buckets' memory from step to step, as a CPU pays more
-    for fresh pages than for the copy; a GPU, where memory is short, gives it back with the views.
-
-    A parameter that has no gradient on some rank counts as zero there.
+    ``overlap``: copy and reduce a bucket during the last backward, as soon as its last gradient is
+    complete; in a pipeline during the backwards of other stages or earlier blocks. This suits CUDA,
+    where communication has its own hardware. Otherwise all buckets are reduced in ``finish``.
+    ``keep``: keep the memory of buckets between steps. On a CPU new pages cost more than the copy;
+    a GPU, where memory is scarce, releases buckets with their views. A parameter without a gradient
+    on some rank counts as zero on this rank.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class FlatReducer(GradientSync):
         self._keep = not overlap if keep is None else keep
         self._buckets: list[_Bucket] | None = None
         self._launched = 0
-        self._final: set[int] = set()  # ids of parameters whose next gradient is their last
+        self._final: set[int] = set()  # ids of parameters whose next gradient is final
 
     @property
     @override
@@ -144,7 +146,7 @@ class FlatReducer(GradientSync):
     @override
     def closed(self, part: nn.Module) -> None:
         if self._overlap:
-            # Half a backward calls no hooks, and some parameter may have had no gradient.
+            # Half a backward calls no hooks, and a parameter may have no gradient.
             for bucket in self._made():
                 bucket.awaited -= {id(parameter) for parameter in part.parameters()}
             self._launch_ready()
@@ -181,7 +183,7 @@ class FlatReducer(GradientSync):
         return self._buckets
 
     def _make_buckets(self, parameters: Sequence[nn.Parameter], axis: Axis) -> Iterator[_Bucket]:
-        # Last parameter first: the order in which backward completes gradients.
+        # Last parameter first: the order in which the backward completes gradients.
         waiting: list[nn.Parameter] = []
         bytes_waiting = 0
         for parameter in reversed([p for p in parameters if p.requires_grad]):
@@ -206,15 +208,15 @@ class FlatReducer(GradientSync):
         return bucket
 
     def _ready(self, parameter: Tensor, bucket: _Bucket) -> None:
-        """One more gradient of ``bucket`` has come, maybe its last in this step."""
+        """Post-accumulate hook: mark a final gradient of ``bucket`` as complete."""
         if id(parameter) in self._final:
             bucket.awaited.discard(id(parameter))
             self._launch_ready()
 
     def _launch_ready(self) -> None:
         assert self._buckets is not None
-        # Strictly in order, also when a later bucket is complete first: all ranks must issue the
-        # same collectives in the same order, whichever gradients they lack.
+        # Strictly in order, even if a later bucket is complete first: all ranks must issue the same
+        # collectives in the same order, even if some gradients are missing.
         while self._launched < len(self._buckets) and not self._buckets[self._launched].awaited:
             self._launch_next()
 
@@ -225,9 +227,9 @@ class FlatReducer(GradientSync):
 
 
 class _Bucket:
-    """Parameters that are reduced together, and the flat buffer for it.
+    """Parameters that are reduced together, with their flat buffer.
 
-    ``keep``: hold the buffer from step to step instead of asking for it at each launch.
+    ``keep``: keep the buffer between steps instead of allocating it at each launch.
     """
 
     def __init__(
@@ -242,7 +244,7 @@ class _Bucket:
 
     @torch.no_grad()
     def launch(self) -> None:
-        """Copy the gradients in and start to sum them."""
+        """Copy the gradients into the buffer and start the all-reduce."""
         if self._flat is None:
             first = local(self.parameters[0])
             size = sum(local(p).numel() for p in self.parameters)
@@ -257,7 +259,7 @@ class _Bucket:
         if views:
             torch._foreach_copy_(views, gradients)
         del views, gradients
-        # The originals go now, not at the end: their memory serves the rest of the backward.
+        # Release the original gradients now: the rest of the backward can use their memory.
         for parameter, view in self._views():
             if parameter.dtype == view.dtype:
                 parameter.grad = _like(parameter, view)
@@ -265,13 +267,13 @@ class _Bucket:
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Let the sums arrive (on CUDA: order the current stream after them)."""
+        """Wait for the sums (on CUDA: order the current stream after the all-reduce)."""
         assert self._work is not None
         self._work.wait()
         self._work = None
         self.awaited = set(map(id, self.parameters))
         for parameter, view in self._views():
-            if parameter.dtype != view.dtype:  # autograd insists on the parameter's type
+            if parameter.dtype != view.dtype:  # ``.grad`` must have the parameter's type
                 parameter.grad = _like(parameter, view.to(parameter.dtype))
         if not self._keep:
             self._flat = None
@@ -286,12 +288,13 @@ class _Bucket:
 
 @torch.no_grad()
 def sum_over_tp(parameters: Iterable[nn.Parameter], tp: Axis) -> None:
-    """Sum, in place, the gradients of parameters that every tp rank holds whole.
+    """Sum, in place, the gradients of parameters that are replicated over tp.
 
-    Each tp rank sees other tokens or other heads, so its gradient of such a parameter is a summand
-    (``models.layers.local``). All travel in one message, in fp32 (fp64 where gradients are). This
-    ends a reduction: it sums over tp what has been summed over hdp, or this rank's shards of that.
-    Every rank of ``tp`` calls it with the same parameters.
+    Each tp rank computes with other tokens or other heads, so its gradient of a replicated
+    parameter is a partial sum (``models.layers.local``). All gradients are sent in one message, in
+    fp32 (fp64 if gradients are fp64). The call is the last step of a reduction: the gradients, or
+    this rank's shards of them, are already summed over hdp. Every rank of ``tp`` calls this
+    function with the same parameters.
     """
     if tp.size == 1:
         return
@@ -311,7 +314,7 @@ def sum_over_tp(parameters: Iterable[nn.Parameter], tp: Axis) -> None:
 
 
 def is_replicated_over_tp(parameter: Tensor) -> bool:
-    """Return whether every tp rank holds the same values of a parameter cut by ``tensor.py``."""
+    """Return True if a parameter distributed by ``tensor.py`` is replicated over tp."""
     if not isinstance(parameter, DTensor):
         return False
     names = parameter.device_mesh.mesh_dim_names or ()
@@ -320,7 +323,7 @@ def is_replicated_over_tp(parameter: Tensor) -> bool:
 
 
 def _like(parameter: Tensor, local: Tensor) -> Tensor:
-    """Return ``local`` placed as ``parameter``: a DTensor where that is one."""
+    """Return ``local`` with the placements of ``parameter``: a DTensor if the parameter is one."""
     if not isinstance(parameter, DTensor):
         return local
     return DTensor.from_local(

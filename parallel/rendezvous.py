@@ -1,11 +1,11 @@
-"""How the ranks of a launch meet: what the launcher says of each, and the store they share.
+"""Rendezvous of the ranks of a launch: the launcher's environment variables and the shared store.
 
-The only file that reads RANK and its kin, and the only one that starts a process group.
+Only this file reads RANK and the related variables, and only this file starts a process group.
 
-torchrun has one store for all the times it starts its ranks, so that ranks which are started again
-would find the addresses of those that have ended. TORCHELASTIC_RESTART_COUNT does not tell these
-times apart: each node counts its own failures, and none counts nodes that come or go. So ranks
-first agree on a number that no ranks before them had, and all their keys begin with it.
+torchrun keeps one store for all restarts of its ranks, so restarted ranks would find the addresses
+of ended ranks. TORCHELASTIC_RESTART_COUNT does not distinguish restarts: each node counts its own
+failures, and nodes that join or leave are not counted. Ranks therefore first agree on a number that
+no earlier ranks had, and prefix all their keys with this number.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from allometry.configs.errors import UserError
 from allometry.parallel.groups import allow_sockets
 
 RESTART = "ALLOMETRY_RESTART"
-"""Environment variable in which our torchrun tells ranks that it started others before, and why
-again: [count, reason] in JSON."""
+"""Environment variable in which our torchrun reports earlier starts of the ranks and the reason for
+the restart: [count, reason] in JSON.
+"""
 LOOK_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Ranks were started before, ``count`` times, in this launch; why again, where it is known."""
+    """Number of restarts of the ranks in this launch, and the reason of the last one, if known."""
 
     count: int = 0
     reason: str | None = None
@@ -42,10 +43,10 @@ class Restart:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What the launcher says of this process; ``address`` None: it runs alone.
+    """The launcher's description of this process; ``address`` None: a single process.
 
-    ``one_node``: all ranks are on this machine. ``shared_store``: the store at ``address`` is
-    torchrun's, which serves all its restarts. ``restart``: what this node knows of them.
+    ``one_node``: all ranks are on this machine. ``shared_store``: the store at ``address`` belongs
+    to torchrun and serves all restarts. ``restart``: the restarts known to this node.
     """
 
     rank: int
@@ -58,9 +59,10 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Return what torchrun (or a scheduler that sets the same variables) says of this process.
+    """Return the launch described by the variables of torchrun or a compatible scheduler.
 
-    Raises UserError for a variable that is missing, is not a number or contradicts another.
+    Raises UserError if a variable is missing, is not a number or contradicts another variable. For
+    example, ``read_launch({})`` is a single process: rank 0 of 1.
     """
     given = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
     if not given:
@@ -111,7 +113,7 @@ def _restart(environment: Mapping[str, str]) -> Restart:
 
 
 def this_launch() -> Launch:
-    """Return what the launcher, or the caller's process group, says of this process."""
+    """Return the launch of this process, from the environment or the caller's process group."""
     if not dist.is_initialized():
         return read_launch(os.environ)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -119,15 +121,15 @@ def this_launch() -> Launch:
 
 
 def launched_world_size() -> int:
-    """Return how many ranks the launcher (or the caller's process group) has started."""
+    """Return the number of ranks of the launcher or of the caller's process group."""
     return this_launch().world_size
 
 
 def start(launch: Launch, device: torch.device, timeout: timedelta) -> Restart | None:
-    """Start the group of all ranks: NCCL's, bound to this rank's GPU, or gloo's.
+    """Start the default process group: NCCL, bound to this rank's GPU, or gloo.
 
-    Returns what it was started again for, None on a launch's first ranks. Raises UserError where
-    not all ranks come within ``timeout``.
+    Returns the reason for the restart; None on the first start of a launch. Raises UserError if
+    ranks are missing after ``timeout``.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     allow_sockets(launch.world_size)
@@ -137,7 +139,7 @@ def start(launch: Launch, device: torch.device, timeout: timedelta) -> Restart |
         return launch.restart if launch.restart.count else None
     begun = time.monotonic()
     try:
-        # env:// rather than a store of our own: torchrun has its store running at that address.
+        # env:// rather than a new store: torchrun runs its store at that address.
         meeting = dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout)
         store, *_ = next(meeting)
         store.set_timeout(timeout)
@@ -150,14 +152,14 @@ def start(launch: Launch, device: torch.device, timeout: timedelta) -> Restart |
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timeout,
-            # NCCL's communicator is made here and now, and others are split off it; without,
-            # each pair of ranks that send to one another would get one of its own.
+            # NCCL creates its communicator now, and other groups are split from it; otherwise each
+            # pair of ranks with point-to-point messages would get its own communicator.
             device_id=device if device.type == "cuda" else None,
         )
         return restart if restart.count else None
     except dist.DistError as error:
         if time.monotonic() - begun < 0.9 * timeout.total_seconds():
-            raise  # another rank ended meanwhile, and says why
+            raise  # another rank has ended and reports the reason
         raise UserError(
             f"rank {launch.rank} did not meet the other ranks of WORLD_SIZE={launch.world_size} at "
             f"{launch.address} within {timeout.total_seconds():.0f} s; check that "
@@ -168,13 +170,14 @@ def start(launch: Launch, device: torch.device, timeout: timedelta) -> Restart |
 def meet(
     store: dist.Store, rank: int, world_size: int, restart: Restart, timeout: timedelta
 ) -> tuple[dist.Store, Restart]:
-    """Return a part of ``store`` that is new, the same on all ranks, and what rank 0 knows then.
+    """Return a new prefix of ``store``, the same on all ranks, and the restart that rank 0 has
+    collected.
 
-    Every rank calls this with what its node knows of the restart: rank 0 gets the largest count and
-    the first reason. ``store`` may hold what earlier ranks left, who have all ended. So a rank
-    leaves a token of its own, rank 0 answers it with the number of this meeting, and looks again
-    for a newer token until the rank has said that it read the answer. Raises DistStoreError where
-    that takes more than ``timeout``.
+    Every rank calls this function with the restart known to its node: rank 0 returns the largest
+    count and the first reason. ``store`` may contain keys of earlier ranks, which have all ended.
+    Each rank therefore stores a unique token, and rank 0 answers the token with the number of this
+    meeting. Rank 0 keeps checking for a newer token until the rank has confirmed the answer. Raises
+    DistStoreError after ``timeout``.
     """
     letters = dist.PrefixStore("allometry", store)
     if rank > 0:
@@ -205,9 +208,9 @@ def meet(
 
 @contextmanager
 def on_loopback(launch: Launch) -> Iterator[None]:
-    """Let gloo and NCCL listen on the loopback device alone, if all ranks are on this machine.
+    """Make gloo and NCCL use only the loopback device if all ranks are on this machine.
 
-    What a user has set stands.
+    Values set by the user are kept.
     """
     there = "lo" in (name for _, name in socket.if_nameindex())
     wanted = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if launch.one_node and there else ()

@@ -1,4 +1,4 @@
-"""A way between ranks beside their messages: open before the groups are, and while these hang."""
+"""Store connection between ranks that works before groups are created and while groups hang."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CONNECT = timedelta(seconds=5)
 
 
 def side_store(launch: Launch) -> Any | None:
-    """Return a store that all ranks of a launch share; None: not there yet, ask again.
+    """Return a store shared by all ranks of a launch; None: not available yet, try again.
 
-    It has a connection of its own: a rank that waits in the group's store locks that one. Blocks
-    for some seconds at most.
+    The store has a separate connection, because a rank that waits in the group's store locks that
+    connection. Blocks for a few seconds at most.
     """
     if launch.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
@@ -25,7 +25,7 @@ def side_store(launch: Launch) -> Any | None:
         while isinstance(store, dist.PrefixStore):
             store = store.underlying_store
         if not isinstance(store, dist.TCPStore):
-            return store  # a file, which is locked for each access alone
+            return store  # a file store, locked only during each access
         host, port = store.host, store.port
     elif launch.address is not None:
         host, _, text = launch.address.rpartition(":")

@@ -1,8 +1,8 @@
-"""One rank of a mesh of any size on one process: groups that say nothing, tensors without storage.
+"""Simulate one rank of a mesh of any size in one process, without communication or storage.
 
-Everything that builds and runs a distributed model is the real code; only messages are not sent
-(torch's "fake" process group) and numbers are not computed (torch's FakeTensorMode). What remains
-is exact in shapes: which tensors a rank holds and which collectives it calls, with their sizes.
+The code that builds and runs a distributed model is unchanged, but messages are not sent (torch's
+"fake" process group) and values are not computed (torch's FakeTensorMode). The result is exact in
+shapes: the tensors of a rank, and the collectives that the rank calls, with their sizes.
 """
 
 # R ranks of an exchange, t tp ranks, e experts of a rank
@@ -27,7 +27,7 @@ from allometry.models.transformer import Transformer
 from allometry.parallel.expert import AllToAll, Sizes
 from allometry.parallel.mesh import Mesh, open_mesh
 
-# torch's names, without namespace and trailing underscore, and what people call them.
+# torch's operator names, without namespace and trailing underscore, and common names.
 _KINDS = {
     "allreduce": "all-reduce",
     "all_reduce": "all-reduce",
@@ -51,10 +51,10 @@ _SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """What is called: its kind, mesh axis and ranks, and the bytes and type of the whole tensor.
+    """A collective call: kind, mesh axis, number of ranks, bytes and type of the full tensor.
 
-    The whole is what an all-gather ends with, a reduce-scatter or an all-reduce starts from, and
-    an all-to-all hands over. ``dtype`` is torch's name without "torch.".
+    The full tensor is the output of an all-gather, the input of a reduce-scatter or an all-reduce,
+    and the sent tensor of an all-to-all. ``dtype`` is torch's name without "torch.".
     """
 
     kind: str
@@ -65,7 +65,7 @@ class Collective:
 
 
 class CollectiveLog(TorchDispatchMode):
-    """Notes the collectives that are called while it is active."""
+    """Record of the collectives that are called in this context."""
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class CollectiveLog(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call ``func``, having noted it if it communicates."""
+        """Call ``func``, and record the call if ``func`` is a collective."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         namespace, _, name = func._schema.name.partition("::")
@@ -101,14 +101,14 @@ class CollectiveLog(TorchDispatchMode):
         size = max(sum(t.nbytes for t in _tensors(value)) for value in (*args, result))
         axis = self._axes.get(group.group_name, "ranks")
         if group.group_name == self._ep and _KINDS[name] == "all-to-all":
-            axis = "ep"  # where hdp is the same ranks
+            axis = "ep"  # if hdp has the same ranks
         self.calls.append(Collective(_KINDS[name], axis, ranks, size, dtype_name(dtype)))
 
 
 def axis_names(mesh: Mesh) -> dict[str, str]:
-    """Return the mesh dimension of each group by the group's name; hdp's parts under their own.
+    """Return mesh dimensions by group name; the dimensions of hdp keep their own names.
 
-    A group of several axes has the name of the longest one that they are parts of.
+    A group of several axes has the name of the largest axis that contains them.
     """
     names: dict[str, str] = {}
     for whole in (mesh.expert_mesh, mesh.device_mesh):
@@ -129,7 +129,7 @@ def _group(args: tuple[Any, ...]) -> dist.ProcessGroup | None:
             except RuntimeError:  # a ReduceOp
                 continue
     names = [value for value in args if isinstance(value, str)]
-    for name in reversed(names):  # the reduction comes before the group
+    for name in reversed(names):  # the name of the reduction comes before the group
         try:
             return dist.distributed_c10d._resolve_process_group(name)
         except (RuntimeError, ValueError, KeyError):
@@ -138,7 +138,7 @@ def _group(args: tuple[Any, ...]) -> dist.ProcessGroup | None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return torch's name of a type without "torch."."""
+    """Return torch's name of a type without "torch."; for example, ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -152,7 +152,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def simulated_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[Mesh]:
-    """Be this rank of so many. No process group may be there already."""
+    """Simulate rank ``rank`` of ``world_size``; a process group must not exist yet.
+
+    For example::
+
+        with simulated_rank(config.parallel, 0, 64) as mesh, CollectiveLog(mesh) as log:
+            ...
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized()
@@ -167,15 +173,15 @@ def simulated_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iter
 def without_storage() -> FakeTensorMode:
     """Return a context in which tensors have shapes but neither storage nor values.
 
-    Models are made and distributed before, on the meta device, and materialized inside.
+    Build and distribute models on the meta device before the context, and materialize them inside.
     """
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class EvenExchange(AllToAll):
-    """The exchange of expert parallelism with every expert visited equally often.
+    """All-to-all of expert parallelism with equal numbers of tokens for all experts.
 
-    Real counts are data, which a simulation does not have. Sizes are those of the mean.
+    Real numbers of tokens depend on data, which a simulation lacks. Sizes are those of the mean.
     """
 
     @override
@@ -185,7 +191,9 @@ class EvenExchange(AllToAll):
 
 
 def even_experts(part: Transformer) -> None:
-    """Replace the exchange of all experts of ``part`` by one that needs no data."""
+    """Replace the all-to-all of the experts of ``part`` by ``EvenExchange``, which needs no
+    data.
+    """
     for module in part.modules():
         if isinstance(module, Experts) and isinstance(module.exchange, AllToAll):
             module.exchange = EvenExchange(module.exchange.axis, module.exchange.cut)

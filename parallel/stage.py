@@ -1,4 +1,4 @@
-"""One stage of a pipeline, as torch's schedules run it."""
+"""Pipeline stage as run by torch's schedules."""
 
 # B sequences of a micro-batch, L tokens in a sequence, D width
 
@@ -23,11 +23,12 @@ from allometry.parallel.reduce import GradientSync
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a rank's stages share in a step; ``first`` is the rank's lowest stage.
+    """Inputs that the stages of a rank share in a step; ``first`` is the rank's lowest stage.
 
-    ``empty(i)`` makes a tensor for what stages hand on of micro-batch i. ``begin`` is what all
-    ranks do together before this one's first message and forward; it may be called again. ``sync``
-    reduces a stage's gradients behind its last backward; None: nothing may wait there.
+    ``empty(i)`` allocates the activation of micro-batch i between stages. ``begin`` is a collective
+    of all ranks before this rank's first message and forward; it may be called repeatedly. ``sync``
+    reduces a stage's gradients during its last backward; None: ranks must not wait for each other
+    there.
     """
 
     batches: Sequence[MicroBatch]
@@ -41,11 +42,12 @@ class StepInputs:
 
 
 class Stage(PipelineStage):
-    """Looks its micro-batch up in ``inputs`` and holds received tensors only while they are needed.
+    """Stage that looks up its micro-batch in ``inputs`` and frees received tensors after use.
 
-    Set ``inputs`` for each step. What it is called with is the number of a micro-batch on the
-    host, as ``mb``, and after the first stage what the stage before made. Micro-batches may be of
-    different shapes: what torch was told of one says their type and number of dimensions only.
+    Set ``inputs`` for each step. The stage is called with the number of a micro-batch, ``mb``, on
+    the host, and, after the first stage, with the output of the previous stage. Micro-batches may
+    have different shapes: the example tensors given to torch specify only type and number of
+    dimensions.
     """
 
     inputs: StepInputs | None = None
@@ -53,16 +55,16 @@ class Stage(PipelineStage):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._emptied: set[str] = set()
-        self._backwards = 0  # that gave gradients of weights, in this step
+        self._backwards = 0  # with weight gradients, in this step
         self._last, self._reduced = False, False
 
     def scaled_loss(self, total: Tensor, _: Tensor) -> Tensor:
-        """Return what is differentiated; the second argument is the micro-batch's number."""
+        """Return the loss to differentiate; the second argument is the micro-batch number."""
         assert self.inputs is not None
         return total * self.inputs.scale.to(total.dtype)
 
     def forward_maybe_with_nosync(self, *args: Tensor, mb: Tensor) -> Tensor:
-        """Run the module; return [B, L, D], or on the last stage the total loss."""
+        """Run the module; return [B, L, D], or the total loss on the last stage."""
         assert self.inputs is not None
         index = int(mb)
         self._begin(index)
@@ -72,14 +74,14 @@ class Stage(PipelineStage):
         x_BLD = None if self.is_first else args[0]
         made = self.submod(batch.tokens_BL, batch.targets_BL, batch.documents, x_BLD)
         if not isinstance(made, Losses):
-            # Of a first stage that is frozen; torch's schedules differentiate every output.
+            # Output of a frozen first stage; torch's schedules differentiate every output.
             return made if made.requires_grad else made.detach().requires_grad_()
         self.inputs.observe(index, made.nll_BL)
         return made.total
 
     @override
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        # A tensor is made when it is about to come, not for all at the start.
+        # Allocate a buffer just before it is received, not all buffers at the start.
         self._begin(fwd_chunk_id)
         self._make_buffers("forward", self.args_recv_info, fwd_chunk_id)
         return super().get_fwd_recv_ops(fwd_chunk_id)
@@ -92,7 +94,7 @@ class Stage(PipelineStage):
 
     @override
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        # Afterwards the input is held by what backward needs, and by nothing else.
+        # Afterwards only the autograd graph keeps the input.
         made = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         self._drop_buffers(self.args_recv_info, fwd_chunk_id)
         return made
@@ -111,7 +113,7 @@ class Stage(PipelineStage):
 
     @contextmanager
     def _gradients_of_weights(self) -> Iterator[None]:
-        """Count a backward, or the half of it that is of weights; there is one a micro-batch."""
+        """Count a backward with weight gradients (full or half), one for each micro-batch."""
         assert self.inputs is not None
         self._backwards += 1
         sync = self.inputs.sync
@@ -126,9 +128,9 @@ class Stage(PipelineStage):
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> tuple[tuple[Tensor | None, ...], Any]:
-        """Differentiate; the last time, whole, with FSDP2 reducing block by block behind it.
+        """Differentiate; a full last backward runs with FSDP2's reduction block by block.
 
-        Torch keeps FSDP2 from that until all backwards are done.
+        torch would disable FSDP2's reduction until all backwards are done.
         """
         whole = backward_type == "full" and isinstance(self.submod, FSDPModule)
         if not (self._last and whole):
@@ -137,7 +139,7 @@ class Stage(PipelineStage):
         return stage_backward(**bwd_kwargs), None
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        """Reduce what the last backward has not reduced already."""
+        """Reduce the gradients unless the last backward has reduced them."""
         if not self._reduced:
             super().perform_reduce_grad(grad_scale_factor)
         elif grad_scale_factor != 1:
@@ -145,10 +147,10 @@ class Stage(PipelineStage):
 
     @override
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        """Compute weights' gradients. With FSDP2 in bf16, gradients add up in fp32 also here.
+        """Compute weight gradients. With FSDP2 in bf16, accumulate the gradients in fp32.
 
-        FSDP2 casts them where a backward has gone through a block, and this half does not: those
-        of all micro-batches that follow one another would be added in bf16.
+        FSDP2 casts gradients when a backward has passed through a block, which this half does not
+        do: consecutive micro-batches would be accumulated in bf16.
         """
         with self._gradients_of_weights():
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
@@ -163,15 +165,15 @@ class Stage(PipelineStage):
 
     @override
     def clear_runtime_states(self) -> None:
-        # Received tensors are new each time: there are no gradients to clear.
+        # Received tensors are new each time, so they have no gradients to clear.
         self._backwards, self._reduced = 0, False
         self.fwd_cache.clear()
         self.output_chunks.clear()
 
     def _begin(self, index: int) -> None:
-        """Start the step, where micro-batch ``index`` is the first that this rank has to do with.
+        """Start the step if micro-batch ``index`` is the first one of this rank.
 
-        Not before the schedule runs: torch initialises stages there, and reshards them.
+        The start must follow the start of the schedule, which initializes and reshards stages.
         """
         assert self.inputs is not None
         if index == 0 and self.stage_index == self.inputs.first:
@@ -179,12 +181,12 @@ class Stage(PipelineStage):
 
     def _make_buffers(self, way: str, infos: dict[int, tuple[Any, ...]], index: int) -> None:
         assert self.inputs is not None
-        if way not in self._emptied:  # torch has made all of them
+        if way not in self._emptied:  # torch has allocated all buffers
             self._emptied.add(way)
             for other in infos:
                 self._drop_buffers(infos, other)
         for info in filter(_is_received, infos[index]):
-            # The gradient of what came goes back; torch 2.11 leaves it to us to say so.
+            # Inputs of the forward need gradients to send back; torch 2.11 does not set this flag.
             info.buffer = self.inputs.empty(index).requires_grad_(way == "forward")
 
     def _drop_buffers(self, infos: dict[int, tuple[Any, ...]], index: int) -> None:
@@ -192,12 +194,12 @@ class Stage(PipelineStage):
             info.buffer = None
 
     def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
-        """Accept any shape. Torch 2.11 would compare it with the one it was told."""
+        """Accept any shape. torch 2.11 would compare the shape with the example tensor."""
 
     def _validate_stage_tensors(self, *_: Any) -> None:
-        """Accept any shape. Torch 2.13 would compare it, where its debug level is DETAIL."""
+        """Accept any shape. torch 2.13 would compare shapes at debug level DETAIL."""
 
 
 def _is_received(info: Any) -> bool:
-    """Whether ``info`` is of a tensor that comes from another stage."""
+    """Return True if ``info`` describes a tensor received from another stage."""
     return getattr(info, "source", None) is not None

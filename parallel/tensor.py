@@ -1,14 +1,14 @@
 """Tensor, sequence and loss parallelism on the ``tp`` axis.
 
-Attention is cut by heads, feed-forwards and experts by their hidden width, embedding and head by
-the vocabulary (Megatron-LM, arXiv 1909.08053); between them the tokens of a sequence are cut
-(arXiv 2205.05198), so norms, routers and the residual stream see 1/tp of the tokens. Each branch
-gathers its tokens when it begins and scatters its sums when it ends: for forward and backward of a
-block, four of each, of one activation. Gathered tokens are kept for backward, not gathered again as
-there: one activation of all tokens for each branch, in exchange for a third less to send.
-
-Parameters become DTensors; modules compute with ``local_weight`` of them, so the only distributed
-arithmetic is at those seams.
+Attention is sharded by heads, feed-forwards and experts by their hidden width, embedding and head
+by the vocabulary (Megatron-LM, arXiv 1909.08053). Between these modules the tokens of a sequence
+are sharded (arXiv 2205.05198), so norms, routers and the residual stream process 1/tp of the
+tokens. Each branch starts with an all-gather of its tokens and ends with a reduce-scatter of its
+sums: four of each, of one activation, for forward and backward of a block. Gathered tokens are
+saved for the backward pass rather than gathered again as in that paper: one activation of all
+tokens for each branch, in exchange for a third less communication. Parameters become DTensors;
+modules compute with their ``local_weight``, so distributed arithmetic is confined to these
+boundaries.
 
 | parameter                     | placement over tp     |
 |-------------------------------|-----------------------|
@@ -23,12 +23,12 @@ arithmetic is at those seams.
 | embedding, head               | Shard(0), even or not |
 | everything else               | Replicate             |
 
-What is replicated works on tokens, or on heads, that other ranks do not see: its gradient is a
-summand, which ``reduce.sum_over_tp`` adds to those of the other tp ranks at the end of a step.
+A replicated parameter processes other tokens or other heads on each rank, so its gradient is a
+partial sum, which ``reduce.sum_over_tp`` sums over the tp ranks at the end of a step.
 """
 
-# B sequences, L tokens in a sequence, l = L/tp of them, T = B*L, t = T/tp, D width, V vocabulary,
-# v columns or rows of it that are here, k experts that a token visits
+# B sequences, L tokens in a sequence, l = L/tp of them, T = B*L, t = T/tp, D width, V vocabulary, v
+# local columns or rows of it, k experts that a token visits
 
 from __future__ import annotations
 
@@ -64,17 +64,19 @@ from allometry.parallel.tensor_chunks import chunk_attention, chunk_feed_forward
 def apply_tensor(
     model: Transformer, mesh: Mesh, *, whole_experts: bool = False, chunked: bool = False
 ) -> None:
-    """Cut a model, or a part of one, over ``mesh.tp``, and its experts over ``mesh.ep`` too.
+    """Shard a model, or a part of one, over ``mesh.tp``, and its experts also over ``mesh.ep``.
 
-    ``whole_experts``: tp spreads experts as ep does. Then, and with ep, each tp rank sends the rows
-    of its own tokens (``expert.py``); else all tokens are gathered before the experts. ``chunked``:
-    branches work on their tokens in chunks, so that one travels while another is computed.
+    ``whole_experts``: tp shards experts by number, as ep does. Then, and with ep, each tp rank
+    sends the rows of its own tokens (``expert.py``); otherwise all tokens are gathered before the
+    experts. ``chunked``: branches process their tokens in chunks, so that communication of one
+    chunk overlaps with computation of another.
 
-    In place, on the meta device or off it (then every rank has the same values). All ranks of a
-    tensor group pass the same tokens, targets and documents, whole; the residual stream, which is
-    what pipeline stages exchange, is [B, L/tp, D]. tp must divide heads, hidden widths and L; the
-    vocabulary may be any size that leaves no rank without a row. Losses are of the whole and the
-    same on all ranks of a tensor group: count them once. Logits are whole on all.
+    The model is changed in place, on the meta device or another one (then every rank must have the
+    same values). All ranks of a tensor-parallel group pass the same unsharded tokens, targets and
+    documents; the residual stream, which pipeline stages exchange, is [B, L/tp, D]. tp must divide
+    heads, hidden widths and L; the vocabulary may have any size that gives each rank at least one
+    row. Losses cover all tokens and are the same on all ranks of a tensor-parallel group: count
+    them once. Logits are unsharded on all ranks.
     """
     if mesh.tp.size > 1:
         tp = mesh.device_mesh["tp"]
@@ -107,7 +109,7 @@ def apply_tensor(
                 case OutputHead():
                     _share_head(module, tp, mesh.tp)
                 case RMSNorm():
-                    module.feeds = None  # products see tokens of all ranks
+                    module.feeds = None  # products use the tokens of all ranks
                 case MoEFeedForward():
                     module.register_forward_pre_hook(partial(_cut_counted, mesh.tp))
                 case Experts() if mesh.ep.size == 1 and not whole_experts:
@@ -124,11 +126,11 @@ def apply_tensor(
 
 
 def shard_experts(experts: Experts, mesh: Mesh, *, whole: bool = False) -> None:
-    """Give each ep rank some experts and each tp rank a part of their hidden width.
+    """Shard experts over ep by number and over tp by hidden width.
 
-    ``whole``: each tp rank some of the ep rank's experts. Only axes longer than one appear on the
-    weights' mesh, so that ZeRO can shard them over the ranks that hold the same part:
-    ``mesh.expert_zero_mesh`` with ep, else ``mesh.zero_mesh``.
+    ``whole``: tp also shards by number. The mesh of the weights contains only axes longer than one,
+    so that ZeRO can shard the weights over the ranks with the same shard: ``mesh.expert_zero_mesh``
+    with ep, else ``mesh.zero_mesh``.
     """
     for name, hidden in (("gate", 1), ("up", 1), ("down", 2)):
         over_tp = Shard(0) if whole else Shard(hidden)
@@ -144,11 +146,11 @@ def shard_experts(experts: Experts, mesh: Mesh, *, whole: bool = False) -> None:
 
 
 class PartOfVocabulary(Vocabulary):
-    """The rows of embedding and head that this rank has: ``models.vocabulary.Vocabulary``."""
+    """Local rows of embedding and head: implements ``models.vocabulary.Vocabulary``."""
 
     def __init__(self, mesh: DeviceMesh, axis: Axis, size: int) -> None:
         self.mesh, self._group, self._size = mesh, axis.group, size
-        # As Shard(0) cuts: equal parts, but the last ones get what is left.
+        # As in Shard(0): equal shards, except that the last ones may be smaller.
         self.columns = -(-size // axis.size)
         self.first = axis.rank * self.columns
         if self.columns * (axis.size - 1) >= size:
@@ -168,7 +170,7 @@ class PartOfVocabulary(Vocabulary):
     @override
     def gather(self, logits_BLv: Tensor) -> Tensor:
         B, L, _ = logits_BLv.shape
-        # Sizes are given, as each rank would guess them from its own part.
+        # Sizes are given; otherwise each rank would infer them from its own shard.
         whole = DTensor.from_local(
             logits_BLv,
             self.mesh,
@@ -181,20 +183,20 @@ class PartOfVocabulary(Vocabulary):
 
 
 def gather(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    """Return the ranks' parts side by side; backward sums their gradients and cuts the sum."""
+    """All-gather the shards of ``x`` along ``dim``; the backward pass is a reduce-scatter."""
     parts = DTensor.from_local(x, mesh, [Shard(dim)], run_check=False)
     return parts.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
 
 def gather_tokens(x_BlD: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return [B, L, D]. One sequence is gathered where it lies; several are put together anew."""
+    """Return [B, L, D]; a single sequence is gathered without a copy, several need one."""
     if len(x_BlD) == 1:
         return gather(x_BlD[0], mesh, dim=0)[None]
     return gather(x_BlD, mesh, dim=1)
 
 
 def scatter_sum(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    """Return this rank's part of the sum over the ranks; backward gathers."""
+    """Reduce-scatter ``x`` along ``dim``; the backward pass is an all-gather."""
     summands = DTensor.from_local(x, mesh, [Partial()], run_check=False)
     return summands.redistribute(placements=[Shard(dim)]).to_local()
 
@@ -218,10 +220,10 @@ def _cut_weights(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> N
 
 
 def _norm_over_ranks(module: Attention, mesh: DeviceMesh) -> None:
-    """Let norms of queries and keys over all heads see those of other ranks.
+    """Compute norms of queries and keys over the heads of all ranks.
 
-    Each rank has the gains of its heads; one message adds up the squares of both for each token,
-    and in backward their gradients.
+    Each rank has the gains of its heads. One all-reduce sums the squares of queries and keys for
+    each token, and one all-reduce sums their gradients in the backward pass.
     """
     norms = module.q_norm, module.k_norm
     for norm in norms:
@@ -247,11 +249,12 @@ def _norm_over_ranks(module: Attention, mesh: DeviceMesh) -> None:
 
 
 def _exchange_around_products(module: Attention | LatentAttention, mesh: DeviceMesh) -> None:
-    """Let attention [B, l, D] -> [B, l, D] gather tokens as rows, and scatter its sums as rows.
+    """Make attention [B, l, D] -> [B, l, D] all-gather tokens as rows and reduce-scatter sums as
+    rows.
 
-    Rows come in the order of ranks, as ``_exchange_rows`` has them. Only what attention itself
-    reads and writes, 1/tp of a full width, is copied to the order of sequences and back. Latents
-    are made of a rank's own tokens and gathered in one message instead of the tokens.
+    Rows are in rank order, as in ``_exchange_rows``. Only the inputs and outputs of attention
+    itself, 1/tp of the full width, are copied to sequence order and back. Latent attention
+    computes its latents from local tokens and gathers the latents, in one message.
     """
     project, output = module.project, module.wo.forward
 
@@ -270,20 +273,23 @@ def _exchange_around_products(module: Attention | LatentAttention, mesh: DeviceM
 
 
 def in_rows(x_BL: Tensor, ranks: int) -> Tensor:
-    """Return [B * L, ...] in the order of ranks, which have equal parts of each sequence."""
+    """Return [B * L, ...] in rank order; each rank has an equal part of each sequence.
+
+    For example, with 2 ranks the tokens of sequences (a b) and (c d) are ordered a c b d.
+    """
     return x_BL.unflatten(1, (ranks, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def in_sequences(x_T: Tensor, batch: int, ranks: int) -> Tensor:
-    """Return [B, L, ...] of what ``in_rows`` returns."""
+    """Return [B, L, ...]: the inverse of ``in_rows``."""
     return x_T.unflatten(0, (ranks, batch, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _exchange_rows(module: nn.Module, mesh: DeviceMesh) -> None:
-    """The same for a branch that sees each token by itself: rows in the order of ranks will do.
+    """Make a branch that processes tokens independently all-gather and reduce-scatter rows.
 
-    As rows they are gathered and scattered where they lie; tokens in the order of sequences would
-    be put together by a copy on each side.
+    Rows in rank order are gathered and scattered without copies; sequence order would need a copy
+    on each side.
     """
 
     def before(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -298,7 +304,7 @@ def _exchange_rows(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _cut_counted(axis: Axis, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Leave a router the flags of the tokens that it sees."""
+    """Give a router only the flags of its own tokens."""
     x_BlD, *others = inputs
     return x_BlD, *(
         None if counted_BL is None else counted_BL.tensor_split(axis.size, dim=1)[axis.rank]
@@ -309,10 +315,10 @@ def _cut_counted(axis: Axis, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any
 def _gather_rows(
     mesh: DeviceMesh, _: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bring all tokens [t, ...], their gates and the experts they visit to a part of the experts.
+    """All-gather tokens [t, ...], their gates and their experts before sharded experts.
 
-    Rows come in the order of ranks rather than of tokens: experts do not mind, and
-    ``_scatter_rows`` returns them in the same order.
+    Rows are in rank order rather than token order: experts process rows independently, and
+    ``_scatter_rows`` returns rows in the same order.
     """
     x_tD, gates_tk, experts_tk = inputs
     with torch.no_grad():
@@ -328,7 +334,7 @@ def _scatter_rows(
 
 
 def _look_up(embedding: Embedding, vocabulary: PartOfVocabulary, tokens_BL: Tensor) -> Tensor:
-    """Return [B, l, D]: rows that are here, zeros for others, summed: one rank has each row."""
+    """Return [B, l, D]: local rows, and zeros for other rows, summed; one rank has each row."""
     weight_vD = local_weight(embedding.weight)
     own_T = in_rows(tokens_BL, vocabulary.mesh.size()) - vocabulary.first
     here_T = (own_T >= 0) & (own_T < len(weight_vD))
@@ -338,7 +344,7 @@ def _look_up(embedding: Embedding, vocabulary: PartOfVocabulary, tokens_BL: Tens
 
 
 def _share_head(head: OutputHead, mesh: DeviceMesh, axis: Axis) -> None:
-    """Let the head see all tokens and its part of the vocabulary (its own weight or a tied one)."""
+    """Give the head all tokens and a shard of the vocabulary (of its own weight or a tied one)."""
     if head.weight is not None:
         _distribute(head, "weight", mesh, [Shard(0)])
     head.softmax = SharedSoftmax(PartOfVocabulary(mesh, axis, head.vocab_size))

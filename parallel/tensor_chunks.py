@@ -1,12 +1,11 @@
-"""Tensor parallelism with its messages behind its products: tokens travel in chunks.
+"""Tensor parallelism that overlaps communication with products by splitting tokens in chunks.
 
-A branch gathers the tokens of all ranks, multiplies, and scatters the sums. Its products see each
-token by itself, so they take a chunk of every rank's tokens while the next chunk is gathered, and
-while the sums of the one before are scattered; in backward likewise. Only the first gather and the
-last scatter of a branch are waited for. The rows of an activation keep their bits; a weight's
-gradient is a sum over chunks, in another order than in one product (equal to rounding).
-
-It costs one addition to each weight's gradient for each chunk, and smaller products.
+A branch all-gathers tokens, multiplies, and reduce-scatters the sums. Its products process tokens
+independently, so they take a chunk of every rank's tokens while the next chunk is gathered and the
+sums of the previous chunk are scattered; the backward pass likewise. Only the first all-gather and
+the last reduce-scatter of a branch are exposed. Activations are bit-identical to unchunked ones; a
+weight gradient is a sum over chunks, in another order than in one product (equal up to rounding).
+The cost is one addition to each weight gradient for each chunk, and smaller products.
 """
 
 # B sequences, L tokens in a sequence, l = L/tp of them, t tp ranks, c tokens of a chunk and rank,
@@ -26,13 +25,13 @@ from allometry.parallel.in_two import InTwo, under_way
 from allometry.parallel.mesh import Axis
 
 CHUNKS = 4
-"""Chunks of the tokens of a branch: a quarter of what it sends is waited for."""
+"""Chunks of a branch's tokens: a quarter of the communication is exposed."""
 
 Products = Callable[[Tensor], Tensor]
 
 
 def chunk_feed_forward(module: FeedForward, axis: Axis) -> None:
-    """Let a feed-forward [B, l, D] -> [B, l, D] work chunk by chunk."""
+    """Make a feed-forward [B, l, D] -> [B, l, D] process its tokens in chunks."""
     compute = module.forward
 
     def forward(x_BlD: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ def chunk_feed_forward(module: FeedForward, axis: Axis) -> None:
 
 
 def chunk_attention(module: Attention | LatentAttention, axis: Axis) -> None:
-    """Let the products before and after attention work chunk by chunk."""
+    """Make the products before and after attention process their tokens in chunks."""
     project, output = module.project, module.wo.forward
 
     def gather_and_project(*parts: Tensor) -> tuple[Tensor, ...]:
@@ -83,7 +82,7 @@ def _count(tokens: int) -> int:
 
 
 def _gathered(x_BlD: Tensor, axis: Axis) -> Iterator[Tensor]:
-    """Yield chunks [t * B * c, D] of all ranks' tokens, each with the next one under way."""
+    """Yield chunks [t * B * c, D] of all ranks' tokens, while the next chunk is in flight."""
     chunks = x_BlD.tensor_split(_count(x_BlD.shape[1]), dim=1)
     gathers = [_gather(axis) for _ in chunks]
     edge = gathers[0].send(chunks[0].flatten(0, 1))
@@ -95,13 +94,13 @@ def _gathered(x_BlD: Tensor, axis: Axis) -> Iterator[Tensor]:
 
 
 def _sequences(chunks: Sequence[Tensor], batch: int, ranks: int) -> Tensor:
-    """Return [B, L, D] of chunks [t * B * c, D]."""
+    """Return [B, L, D] from chunks [t * B * c, D]."""
     parts = [chunk.view(ranks, batch, -1, chunk.shape[1]) for chunk in chunks]
     return torch.cat(parts, dim=2).transpose(0, 1).flatten(1, 2)
 
 
 def _back(chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:
-    """Return [B, l, D] of chunks [B * c, D] of this rank's tokens."""
+    """Return [B, l, D] from chunks [B * c, D] of this rank's tokens."""
     return torch.cat([chunk.view(shape[0], -1, shape[2]) for chunk in chunks], dim=1)
 
 

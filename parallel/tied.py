@@ -1,10 +1,11 @@
-"""A tied embedding in a pipeline: the last stage's head is a copy of the first one's embedding.
+"""Tied embeddings in a pipeline: the head of the last stage is a copy of the first stage's
+embedding.
 
-The embedding owns the weight. Before anything is computed its value goes to the head, the mirror;
-after the gradients of a step are reduced, the mirror's gradient goes back and is added; that of a
-frozen embedding has none. Nobody trains, clips or saves the mirror. Both are laid out alike over
-hdp and tp, so the shard of one rank belongs to the shard of the rank at the same place in the other
-stage.
+The embedding owns the weight. Before a step computes, the embedding's value is sent to the head,
+the mirror; after the gradients of the step are reduced, the mirror's gradient is sent back and
+added. A frozen embedding has no gradient. The mirror is not trained, clipped or saved. Both are
+sharded alike over hdp and tp, so the shard of one rank corresponds to the shard of the rank at the
+same position of the other stage.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ MIRROR = "head.weight"
 
 
 class TiedHead:
-    """Keeps the mirror equal; on ranks that have neither end, and for untied models, does nothing.
+    """Synchronization of the mirror with the embedding; no effect on other ranks or untied models.
 
-    ``parts`` are this rank's stages by number, ``first`` and ``last`` the pipeline ranks of the
-    embedding and of the head: one and the same in schedules whose stages turn back.
+    ``parts`` are this rank's stages by number; ``first`` and ``last`` are the pipeline ranks of the
+    embedding and of the head, which are equal in V-shaped schedules.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class TiedHead:
 
     @torch.no_grad()
     def send_value(self) -> None:
-        """Give the mirror the owner's value. Both are shards, if they are sharded at all."""
+        """Copy the owner's value to the mirror; if parameters are sharded, both are shards."""
         if self._owner is not None and self._mirror is not None:
             local(_weight(self._mirror)).copy_(local(_weight(self._owner)))
         elif self._owner is not None:
@@ -54,7 +55,9 @@ class TiedHead:
 
     @torch.no_grad()
     def return_gradient(self) -> None:
-        """Add the mirror's reduced gradient to the owner's, and drop it; not of what is frozen."""
+        """Add the mirror's reduced gradient to the owner's and drop it; skipped if either is
+        frozen.
+        """
         ends = [module for module in (self._owner, self._mirror) if module is not None]
         if not all(_weight(module).requires_grad for module in ends):
             return

@@ -1,9 +1,10 @@
-"""What FSDP2 gathers of a parameter in place of the parameter: a copy in the compute type.
+"""Copies of parameters in the compute type, which FSDP2 gathers in place of the parameters.
 
-FSDP2 keeps shards in fp32 and casts them to bf16 whenever it gathers them. A shard that is cast
-once, after the update, gives the same bits, and the fp32 numbers may be elsewhere in the meantime.
-It is kept as FSDP2 keeps a shard (flat, padded), in the one private attribute that its gathers
-read; gradients still come in fp32, as the parameter remains an fp32 parameter of its shape.
+FSDP2 keeps shards in fp32 and casts them to bf16 at every all-gather. A shard that is cast once,
+after the update, gives the same bits, and the fp32 values may be elsewhere in the meantime. The
+copy has FSDP2's format of a shard (flat, padded) and is stored in the one private attribute that
+all-gathers read. Gradients are still fp32, since the parameter remains an fp32 parameter of its
+shape.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from allometry.parallel.reduce import is_replicated_over_tp
 
 
 class WorkingCopy:
-    """Of one parameter: this rank's shard in the type that it is computed in.
+    """This rank's shard of one parameter in the compute type.
 
-    FSDP2 gathers the parameter itself until ``hold``, and from then on the copy alone.
+    FSDP2 gathers the parameter itself until ``hold``, and afterwards only the copy.
     """
 
     def __init__(self, shard: Any) -> None:
@@ -39,7 +40,7 @@ class WorkingCopy:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Make the copy, of the values that are there now, where the parameter's shard is."""
+        """Create the copy from the current values, on the device of the parameter's shard."""
         data = self._shard._sharded_param_data
         made = data.to(self._shard.param_dtype)
         if data.device.type == "cpu" and data.is_pinned():
@@ -49,16 +50,18 @@ class WorkingCopy:
 
     @property
     def part(self) -> Tensor:
-        """This rank's part, without padding, to be written to."""
+        """Writable view of this rank's part, without padding."""
         shape = local(self.parameter.detach()).shape
         return self._flat[: math.prod(shape)].view(shape)
 
     def leave(self) -> None:
-        """Give up the memory of the parameter: a tensor of its shape, all NaN, without a memory."""
+        """Release the memory of the parameter, which becomes an expanded scalar NaN of the same
+        shape.
+        """
         self.show(torch.full((), math.nan, dtype=self.parameter.dtype, device=self._flat.device))
 
     def show(self, part: Tensor) -> None:
-        """Let the parameter have its values in ``part``, or one number for all of them."""
+        """Use ``part`` as memory of the parameter; a 0-dim ``part`` is expanded."""
         parameter = self.parameter
         assert isinstance(parameter, DTensor)
         held = parameter._local_tensor
@@ -66,19 +69,19 @@ class WorkingCopy:
 
 
 def working_copies(parts: Iterable[nn.Module]) -> dict[Tensor, WorkingCopy]:
-    """Return by parameter what may be held of sharded models, once they have their values.
+    """Return a working copy for each parameter that FSDP2 gathers in a type smaller than its own.
 
-    Of those parameters that FSDP2 gathers in a smaller type than their own.
+    The parts must be sharded and initialized.
     """
     copies = [WorkingCopy(shard) for part in parts for shard in _shards(part)]
     return {copy.parameter: copy for copy in copies}
 
 
 def reduced_alone(parts: Iterable[Transformer], mesh: Mesh, *, tied: bool) -> list[Tensor]:
-    """Return the parameters of sharded models whose gradients FSDP2 alone sums.
+    """Return the parameters of sharded models whose gradients only FSDP2 reduces.
 
-    Not those that are summed over tp afterwards, nor a ``tied`` embedding that gets the gradient of
-    a head in another stage.
+    Excluded are parameters that are also summed over tp, and a ``tied`` embedding that receives the
+    gradient of a head in another stage.
     """
     made: list[Tensor] = []
     for part in parts:
@@ -94,10 +97,10 @@ def _shards(model: nn.Module) -> Iterator[Any]:
         if not isinstance(module, FSDPModule):
             continue
         state: Any = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has one
+        groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has a single group
         for group in [state._fsdp_param_group] if groups is None else groups:
             if group is not None:
-                group.lazy_init()  # after it FSDP2 does not look at a parameter's memory again
+                group.lazy_init()  # afterwards FSDP2 does not access a parameter's memory again
                 yield from (
                     shard
                     for shard in group.fsdp_params

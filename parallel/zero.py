@@ -1,26 +1,26 @@
-"""ZeRO on the ``hdp`` axis: what is replicated, what is sharded, when gradients are reduced.
+"""ZeRO on the ``hdp`` axis: sharding of parameters, gradients and states, and gradient reduction.
 
 Stages as in arXiv 1910.02054, section 5. Bytes on one of W ranks for P fp32 parameters with AdamW,
-and bytes it sends in a step of M micro-batches (times (W-1)/W); c: bytes of the type that blocks
-are gathered in, 2 in bf16; the buffers of one block in flight left out:
+and bytes that the rank sends in a step of M micro-batches (times (W-1)/W); c: bytes per element of
+the type in which blocks are gathered, 2 in bf16; buffers of one block in flight are not included:
 
 | stage | parameters           | gradients                             | states | sent       |
 |-------|----------------------|---------------------------------------|--------|------------|
 | 0     | 4P                   | 4P and one bucket (CPU: and 4P)       | 8P     | 8P         |
 | 1     | 4P/W and cP in steps | 4P until the last backward, then 4P/W | 8P/W   | (c + 4)P   |
-| 2     | 4P/W and cP in steps | 4P/W and one block whole              | 8P/W   | (c + 4M)P  |
-| 3     | 4P/W and some blocks | 4P/W and one block whole              | 8P/W   | (2c + 4)MP |
+| 2     | 4P/W and cP in steps | 4P/W and one unsharded block          | 8P/W   | (c + 4M)P  |
+| 3     | 4P/W and some blocks | 4P/W and one unsharded block          | 8P/W   | (2c + 4)MP |
 
-So stage 2 pays for its memory with a reduction in every micro-batch, and stage 3 with two gathers
-as well: with gradient accumulation prefer the lowest stage that fits (``regather: step`` makes
-stage 3 gather as stage 2 does). In a pipeline gradients are reduced once, in a stage's last
-backward, at every stage of ZeRO, and parameters gathered once, unless ``regather: micro_batch``.
+Stage 2 thus saves memory at the cost of a reduction in every micro-batch, and stage 3 at the cost
+of two more all-gathers: with gradient accumulation prefer the lowest stage that fits (``regather:
+step`` makes stage 3 gather as often as stage 2). In a pipeline, gradients are reduced once, in the
+last backward of a stage, at every stage of ZeRO, and parameters are gathered once, unless
+``regather: micro_batch``.
 
-What a block computes with is gathered while the two before it compute, in forward and in backward
-(``prefetch``). A block's gradients are reduced while the blocks before it do their last backward.
-
-``replicas`` > 1 is hybrid sharding: W is then a copy's share of the ranks, and gradients are summed
-over the copies too. ``offload: cpu`` keeps the shards and the optimizer on the host.
+The parameters of a block are gathered while the two blocks before it compute, in forward and
+backward (``prefetch``). The gradients of a block are reduced while earlier blocks run their last
+backward. ``replicas`` > 1 is hybrid sharding: W is then the number of ranks of a replica, and
+gradients are also summed over replicas. ``offload: cpu`` keeps shards and optimizer on the host.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ from allometry.scaling.shards import PREFETCHED, zero_dim
 
 
 class FullyShardedSync(GradientSync):
-    """Stages 1 to 3 with FSDP2: a group for the embedding, one for each block, one for the rest.
+    """Stages 1 to 3 with FSDP2: one group for the embedding, each block, and the rest.
 
-    Stage 1 gathers parameters once a step, keeps gradients whole (in fp32) and reduce-scatters
-    them in the last backward. Stage 2 reduce-scatters in every backward and adds up shards.
+    Stage 1 gathers parameters once per step, keeps unsharded fp32 gradients and reduce-scatters
+    them in the last backward. Stage 2 reduce-scatters in every backward and accumulates shards.
     Stage 3 also frees a block's parameters after its forward and its backward.
 
-    Parameters become DTensors, sharded in the dimension that ``scaling.shards.zero_dim`` says: the
-    first, or of too few experts another. Between steps they are always shards.
+    Parameters become DTensors, sharded in the dimension given by ``scaling.shards.zero_dim``: the
+    first, or another one if there are too few experts. Between steps parameters are always sharded.
     """
 
     def __init__(
@@ -72,27 +72,27 @@ class FullyShardedSync(GradientSync):
         gather_fp8: bool = False,
     ) -> None:
         assert zero.stage in (1, 2, 3), zero.stage
-        # A pipeline's schedule reduces once, after a stage's last backward.
+        # A pipeline reduces once, after a stage's last backward.
         self._every_time = zero.stage >= 2 and mesh.pp.size == 1
         self._free_after_backward = zero.frees(mesh.pp.size) and mesh.pp.size == 1
-        self._held = False  # whether parameters stay gathered after a forward without gradients
+        self._held = False  # True: parameters stay gathered after a forward without gradients
         for part in parts:
             shard_model(part, mesh, zero, compute_dtype)
             prefetch(part)
             part.register_forward_hook(self._after_forward)
         self._fp8 = Fp8Gather(parts, mesh.hdp, compute_dtype) if gather_fp8 else None
         for part in parts if gather_fp8 else ():
-            part.register_forward_pre_hook(self._refresh, prepend=True)  # before FSDP2's own
+            part.register_forward_pre_hook(self._refresh, prepend=True)  # before FSDP2's own hook
         self._parts, self._tp = parts, mesh.tp
         self._roots: list[FSDPModule] = [part for part in parts if isinstance(part, FSDPModule)]
         self._units = [m for part in parts for m in part.modules() if isinstance(m, FSDPModule)]
         for unit in self._units:
-            # FSDP2 averages unless told otherwise. A plain SUM, rather than a SUM that multiplies
-            # by 1, is what every backend has.
+            # FSDP2 averages by default. All backends support a plain SUM, but not a SUM with a
+            # factor of 1.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-            # Ranks must reduce the same tensors also where one of them lacks a gradient. torch
-            # 2.11 has no such switch and aborts there; our models never come to it.
+            # Ranks must reduce the same tensors even if one rank lacks a gradient. torch 2.11 has
+            # no such option and aborts, but our models always have all gradients.
             if hasattr(unit, "set_reduce_scatter_unused_params"):
                 unit.set_reduce_scatter_unused_params(True, recurse=False)
 
@@ -112,11 +112,12 @@ class FullyShardedSync(GradientSync):
 
     @override
     def closed(self, part: nn.Module) -> None:
-        """Nothing: FSDP2 has started every reduction in the backward itself."""
+        """Return at once: FSDP2 has started all reductions in the backward."""
 
     @override
     def begin_uneven(self) -> bool:
-        # Gathered one by one, a rank in a ring would keep others waiting.
+        # Gather all units at once: a rank that gathers unit by unit inside a ring would block
+        # others.
         for root in self._roots:
             root.set_is_last_backward(False)
             root.set_requires_gradient_sync(False)
@@ -148,10 +149,12 @@ class FullyShardedSync(GradientSync):
                 self._end_without_backward(part)
         sum_over_tp((p for part in self._parts for p in part.parameters()), self._tp)
         if self._fp8 is not None:
-            self._fp8.stale = True  # the optimizer is next
+            self._fp8.stale = True  # the optimizer step follows
 
     def _end_without_backward(self, part: Transformer) -> None:
-        """Free what a part has gathered in this step, as the end of a backward would have done."""
+        """Free the parameters that a part has gathered in this step, as the end of a backward
+        would.
+        """
         self.close(part)
         state: Any = part._get_fsdp_state()  # type: ignore[operator]
         state._root_post_backward_final_callback()
@@ -161,10 +164,10 @@ class FullyShardedSync(GradientSync):
             self._fp8.refresh()
 
     def _after_forward(self, *_: Any) -> None:
-        """Return to shards after a forward without a backward, which would have done it.
+        """Reshard after a forward without a backward, since the backward would have resharded.
 
-        Otherwise the next step would compute with the parameters that evaluation gathered, and
-        whoever lists parameters in between would find whole copies that nobody trains.
+        Otherwise the next step would compute with the parameters gathered for evaluation, and
+        listing the parameters in between would return unsharded copies that are not trained.
         """
         if not (self._held or torch.is_grad_enabled()):
             for unit in self._units:
@@ -172,13 +175,13 @@ class FullyShardedSync(GradientSync):
 
 
 def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch.dtype) -> None:
-    """Apply ``fully_shard`` to embedding, experts, routers, blocks and the whole, inside out.
+    """Apply ``fully_shard`` to embedding, experts, routers, blocks and the model, inside out.
 
-    In bf16, blocks and head are gathered in bf16: the modules would cast to it anyway. The
-    embedding is gathered as it is, because its gradient adds up over the tokens of a batch: in
-    bf16 a frequent token would lose most of them; routers are, because they compute in fp32.
-    Inputs are never cast. Experts that are spread over ep ranks are sharded over the ranks that
-    hold the same ones.
+    In bf16, blocks and head are gathered in bf16, the type to which the modules would cast. The
+    embedding is gathered in its own type because its gradient is accumulated over the tokens of a
+    batch: in bf16 a frequent token would lose most of its gradient. Routers are gathered in their
+    own type because they compute in fp32. Inputs are never cast. Experts that are sharded over ep
+    ranks are sharded over the ranks with the same experts.
     """
     low = compute_dtype if compute_dtype.itemsize < 4 else None
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -195,12 +198,12 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
         else OffloadPolicy(),
         "shard_placement_fn": _placement(mesh.hdp.size // zero.replicas),
     }
-    spread: dict[str, Any] = {}  # what differs for experts that are spread over ep ranks
+    spread: dict[str, Any] = {}  # options of experts sharded over ep ranks
     if mesh.ep.size > 1:
         shards = mesh.hdp.size // zero.replicas // mesh.ep.size
         spread = {"mesh": mesh.expert_zero_mesh, "shard_placement_fn": _placement(shards)}
     reshard = zero.frees(mesh.pp.size)
-    # A tied embedding is needed again by the head; the backward of a look-up needs no table.
+    # The head needs a tied embedding again; the backward of an embedding needs no table.
     if model.embedding is not None:
         fully_shard(
             model.embedding,
@@ -212,7 +215,7 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
             model.embedding.set_unshard_in_backward(False)
     *_, last = model.blocks.values()
     for block in model.blocks.values():
-        # Backward begins with the last block: it would be gathered again before anything computes.
+        # Backward starts with the last block, which would be gathered again immediately.
         reshard = zero.frees(mesh.pp.size) and block is not last
         for module, role in _special(block):
             apart = role is not Role.ROUTER and mesh.ep.size > 1
@@ -225,26 +228,27 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
                 )
         fully_shard(block, mp_policy=mixed, reshard_after_forward=reshard, **common)
     if model.mirrored and model.head is not None:
-        # A copy of an embedding is gathered and reduced as the embedding is.
+        # A copy of an embedding is gathered and reduced like the embedding.
         fully_shard(model.head, mp_policy=plain, reshard_after_forward=False, **common)
-    # Backward begins with norm and head: freeing them after forward would only gather them again.
+    # Backward starts with norm and head, which would be gathered again if freed after forward.
     fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
 
 
 def prefetch(model: Transformer) -> None:
-    """Let each block, when it begins, have the next ``PREFETCHED`` blocks' parameters gathered.
+    """Make each block prefetch the parameters of the next ``PREFETCHED`` blocks when it starts.
 
-    In forward and in backward, with the experts and routers that are gathered by themselves. On a
-    device with streams of its own for communication the gathers then run behind what the block
-    computes; left to itself FSDP2 would issue a gather when the block that needs it begins, and in
-    backward one block ahead. On a CPU the same messages come in another order. What is gathered
-    already is not gathered again.
+    Prefetching applies to forward and backward, and includes experts and routers with their own
+    groups. On a device with communication streams the all-gathers then overlap with computation. By
+    default FSDP2 issues an all-gather when the block that needs it starts, and one block ahead in
+    backward. On a CPU the same messages are sent in another order. Gathered parameters are not
+    gathered again.
     """
     assert isinstance(model, FSDPModule)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
-            # Left to itself, FSDP2 gathers in backward what was forward before: after the first
-            # block of a micro-batch the last one of the micro-batch before, for nothing.
+            # By default FSDP2 prefetches in backward the unit that ran before in forward: after the
+            # first block of a micro-batch this is the last block of the previous micro-batch, which
+            # is unnecessary.
             unit.set_modules_to_backward_prefetch([unit])
     blocks = [
         [m for m in block.modules() if isinstance(m, FSDPModule)] for block in model.blocks.values()
@@ -256,14 +260,14 @@ def prefetch(model: Transformer) -> None:
     end: list[list[FSDPModule]] = []
     if isinstance(model.head, FSDPModule):
         end = [[model.head]]
-    # What has no backward would stay gathered until the next step.
+    # Blocks without a backward would stay gathered until the next step.
     returning = [[] if place < dormant else units for place, units in enumerate(blocks)]
     forward, backward = [*blocks, *end], [*end, *reversed(returning)]
 
     def ahead(units: list[list[FSDPModule]], place: int) -> list[FSDPModule]:
         return [unit for some in units[place : place + PREFETCHED] for unit in some]
 
-    # The root begins first; it has nothing to compute before the embedding.
+    # The root starts first; it computes nothing before the embedding.
     model.set_modules_to_forward_prefetch([*start, *ahead(forward, 0)])
     model.set_modules_to_backward_prefetch(ahead(backward, 0))
     for place, (block, *_) in enumerate(blocks):
@@ -273,9 +277,10 @@ def prefetch(model: Transformer) -> None:
 
 
 def without_backward(model: Transformer) -> int:
-    """Return how many blocks of a part, from its first, nothing differentiates.
+    """Return the number of leading blocks of a part that have no backward.
 
-    They and the embedding before them are frozen. What comes from another stage has a gradient.
+    These blocks and the embedding before them are frozen. Inputs from another stage require
+    gradients.
     """
     if model.embedding is None or any(p.requires_grad for p in model.embedding.parameters()):
         return 0
@@ -284,13 +289,13 @@ def without_backward(model: Transformer) -> int:
 
 
 def differentiated(part: Transformer) -> bool:
-    """Return whether a step has a backward through a part: not through frozen first stages."""
+    """Return True if a step has a backward through a part; False for frozen first stages."""
     trained = any(parameter.requires_grad for parameter in part.parameters())
     return trained or part.embedding is None
 
 
 def reduction_groups(parts: Sequence[Transformer], mesh: Mesh) -> list[ReductionGroup]:
-    """Return all parameters by who holds the same ones: hdp, or edp for spread experts."""
+    """Return all parameters by the axis of ranks that have the same ones: hdp; edp for experts."""
     common: list[nn.Parameter] = []
     experts: list[nn.Parameter] = []
     for part in parts:
@@ -309,7 +314,10 @@ def apply_zero(
     mesh: Mesh,
     gather_fp8: bool = False,
 ) -> GradientSync:
-    """Shard over the hdp axis what ``zero.stage`` says; ``gather_fp8``: see ``gather_fp8.py``."""
+    """Shard over the hdp axis according to ``zero.stage``; ``gather_fp8``: see ``gather_fp8.py``.
+
+    Returns the gradient synchronization. For example, ``zero.stage: 0`` returns a ``FlatReducer``.
+    """
     if zero.stage == 0:
         return FlatReducer(
             lambda: reduction_groups(parts, mesh),
@@ -322,7 +330,7 @@ def apply_zero(
 
 
 def _placement(ranks: int) -> Callable[[nn.Parameter], Shard]:
-    """Return what tells FSDP2 which dimension of a parameter to shard over so many ranks."""
+    """Return FSDP2's function that selects the dimension to shard over ``ranks`` ranks."""
 
     def choose(parameter: nn.Parameter) -> Shard:
         part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -332,7 +340,7 @@ def _placement(ranks: int) -> Callable[[nn.Parameter], Shard]:
 
 
 def _special(block: nn.Module) -> Iterator[tuple[nn.Module, Role]]:
-    """Yield the modules of a block that own routers' and experts' weights."""
+    """Yield the modules of a block that own weights of routers and experts."""
     for module in block.modules():
         if isinstance(module, OwnsParameters):
             roles = {spec.role for spec in module.specs.values()}

@@ -1,1 +1,1 @@
-"""Studies: many runs, or one step many times, to learn something of a model or a layout."""
+"""Studies of models and layouts, by many runs or by single steps."""

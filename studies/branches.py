@@ -1,4 +1,4 @@
-"""The description of a run that branches: its trunk's, with what it has otherwise; no torch."""
+"""Configuration of a branch: its trunk's, with changes. Without torch."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from allometry.trainer.state.unchanged import branch_changes, check_branch
 
 _LENGTHS = ("total_steps", "total_tokens")
 Change = tuple[str, Any, str]
-"""A key of a run, its value, and where that was written."""
+"""Key of a configuration, its value, and the location where it was written."""
 
 
 def describe_branch(
     trunk: Tree, step: int, folder: Path, config: str | None, changes: Sequence[Change]
 ) -> RunConfig:
-    """Return the description of a run in ``folder`` that begins at ``step`` of the ``trunk``.
+    """Return the configuration of a run in ``folder`` that starts at ``step`` of the ``trunk``.
 
-    It is the trunk's with the file ``config`` and then ``changes`` on top. A length in steps
-    replaces one in tokens, and the other way round.
+    It is the trunk's configuration with the file ``config`` and then ``changes`` on top. A length
+    in steps replaces a length in tokens, and vice versa.
 
     Raises:
-        UserError: it is no description of a run, or its first ``step`` steps are not the trunk's.
+        UserError: the configuration is not valid, or its first ``step`` steps differ from the
+            trunk's.
     """
     parent = validate(trunk)
     tree = copy.deepcopy(trunk)
@@ -54,10 +55,10 @@ def describe_branch(
 
 
 def with_names(parent: RunConfig, branch: RunConfig) -> RunConfig:
-    """Return the branch with all that it has otherwise in ``run.parent.changes``.
+    """Return the branch with all its changes listed in ``run.parent.changes``.
 
-    But for a schedule that is not named: it is that of the whole run, from step 1 on, or from where
-    the parent's counts.
+    A schedule that is not listed applies to the complete run, from step 1 on, or from the step at
+    which the parent's schedule starts.
     """
     link = branch.run.parent
     assert link is not None
@@ -74,17 +75,17 @@ def with_names(parent: RunConfig, branch: RunConfig) -> RunConfig:
 
 
 def put_length(tree: Tree, key: str, place: str) -> None:
-    """Take the run's length in the other unit away, where ``key`` gives one."""
+    """Remove the run's length in the other unit, if ``key`` is a length."""
     section, _, name = key.partition(".")
     if section == "training" and name in _LENGTHS:
         put(tree, f"training.{_LENGTHS[1 - _LENGTHS.index(name)]}", None, place)
 
 
 def trunk_of(folder: Path) -> Tree:
-    """Return the description that a run's folder holds, under the path that it was named by.
+    """Return the configuration in a run's folder, with ``run.folder`` set to the given path.
 
     Raises:
-        UserError: it holds none, or this version cannot read it.
+        UserError: the folder has no configuration, or this version cannot read it.
     """
     path = folder / "config.yaml"
     if not path.is_file():

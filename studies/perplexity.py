@@ -1,4 +1,4 @@
-"""The loss of each document of a store under one of our own runs."""
+"""Loss of each document of a store under a run."""
 
 # B = 1 sequence of packed documents, T tokens in it, L tokens in a piece of a document
 
@@ -36,15 +36,15 @@ from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.integrity import COMPLETE
 
 AT_ONCE = 8192
-"""Tokens that one forward pass takes."""
+"""Tokens per forward pass."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A run's model at a checkpoint, whole and on one device, that gives documents losses.
+    """A run's full model at a checkpoint, on one device, for losses of documents.
 
-    ``window``: documents are cut after every so many tokens, as the run's own samples are.
-    ``facts``: what the checkpoint says of the run so far.
+    ``window``: documents are cut into pieces of this many tokens, like the run's own samples.
+    ``facts``: training progress stored in the checkpoint.
     """
 
     model: Transformer
@@ -55,7 +55,7 @@ class Scorer:
     facts: dict[str, Any]
 
     def settings(self) -> dict[str, Any]:
-        """What a record of its scores says of it (JSON)."""
+        """Return the scorer's description in the record of its scores (JSON)."""
         content = (self.checkpoint / COMPLETE).read_bytes()
         return {
             "run": str(self.checkpoint.parent.parent),
@@ -68,9 +68,10 @@ class Scorer:
 def open_scorer(
     run: Path, step: int | None, device: torch.device, dtype: ComputeDtype = "fp32"
 ) -> Scorer:
-    """Return the model of a run's checkpoint (default: the latest), to score with.
+    """Return the model of a run's checkpoint (default: the latest), for scoring.
 
-    Raises UserError: ``run`` is no run's folder, or the checkpoint is absent or damaged.
+    Raises UserError: ``run`` is not a run folder, or the checkpoint is missing or damaged. For
+    example, ``open_scorer(Path("runs/a"), None, torch.device("cpu"))``.
     """
     folder = RunFolder(run)
     if not folder.config.exists():
@@ -92,7 +93,7 @@ def open_scorer(
 
 
 def check_store(scorer: Scorer, run: Path, store: TokenStore) -> None:
-    """Raise UserError for a store that was made with another tokenizer than the run's."""
+    """Raise UserError if the store and the run have different tokenizers."""
     check_vocabulary(scorer.config.model.vocab_size, [store])
     store.vocab_size = scorer.config.model.vocab_size
     file = tokenizer_of_run(run, scorer.config.data).file
@@ -101,11 +102,11 @@ def check_store(scorer: Scorer, run: Path, store: TokenStore) -> None:
 
 
 def documents_read(scorer: Scorer, store: TokenStore) -> NDArray[np.bool_]:
-    """Which documents of a store the run has been trained on, as far as its checkpoint knows.
+    """Return a mask of the documents on which the run was trained, by its checkpoint.
 
-    All that a source of these token files keeps, once the run has read any of it.
+    It contains all documents kept by a source of these token files, once the run has read from it.
 
-    Raises UserError: the scores that the run chose its documents by are gone or others.
+    Raises UserError: the scores by which the run selected its documents are missing or differ.
     """
     read = np.zeros(store.num_documents, np.bool_)
     known: dict[str, str] = scorer.facts.get("data", {})
@@ -133,7 +134,7 @@ def losses_of_strangers(
 ) -> tuple[NDArray[np.float32], float]:
     """Return each document's mean loss under the runs that have not read it, and the seconds.
 
-    As ``document_losses``; NaN also for a document that every run has read.
+    As ``document_losses``; also NaN for a document that every run has read.
     """
     sums, counts, seconds = np.zeros(store.num_documents), np.zeros(store.num_documents), 0.0
     for scorer in scorers:
@@ -152,12 +153,12 @@ def document_losses(
     at_once: int = AT_ONCE,
     among: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.float32], float]:
-    """Return the mean loss of each document's tokens after its first, and the seconds it took.
+    """Return the mean loss of each document's tokens after its first, and the time in seconds.
 
-    In nats per token (float32, a document each); NaN for one of fewer than two tokens, and for
-    those that are not ``among`` these (None: all are). A document
-    of more than ``scorer.window`` tokens is cut into pieces of these, and the first tokens of a
-    piece do not see the one before, as in training.
+    In nats per token (float32, one per document); NaN for a document with fewer than two tokens or
+    not in the mask ``among`` (None: all documents). A document of more than ``scorer.window``
+    tokens is cut into pieces, and the tokens of a piece do not attend to the previous piece, as in
+    training.
     """
     sums, counts = np.zeros(store.num_documents), np.zeros(store.num_documents)
     begun = time.perf_counter()
@@ -185,12 +186,12 @@ def _losses(scorer: Scorer, batch: Batch) -> NDArray[np.float64]:
 def _batches(
     store: TokenStore, documents: NDArray[np.int64], window: int, at_once: int
 ) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
-    """Pieces of documents packed into a sequence each, and the document of each token [T]."""
+    """Yield pieces of documents packed into one sequence, and the document of each token [T]."""
     pieces: list[tuple[int, int, int]] = []
     held = 0
     for document in documents.tolist():
         length = int(store.lengths[document])
-        for start in range(0, length - 1, window):  # a last token alone has nothing to predict
+        for start in range(0, length - 1, window):  # a single last token has no target
             size = min(window, length - start)
             if held + size > at_once:
                 yield _packed(store, pieces)

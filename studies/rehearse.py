@@ -1,8 +1,7 @@
-"""A step of any layout on one process, rank by rank of a pipeline: bytes held, messages sent.
+"""Rehearsal of a step in any layout on one process, for each pipeline rank: memory and messages.
 
-The model is built, cut and sharded by the very code that trains it, over a mesh of the real size
-whose ranks are simulated (``parallel/simulate.py``). Nothing is estimated but where the text says
-so.
+The model is built, cut and sharded by the code that trains it, over a mesh of the real size whose
+ranks are simulated (``parallel/simulate.py``). All numbers are exact unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ from allometry.trainer.assemble import build_part, make_optimizer
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank of a pipeline stage (or of the whole run, without one) holds and sends.
+    """Memory and messages of one rank of a pipeline stage, or of the run without pipeline.
 
     ``bytes_held`` by kind, exact: fp32 parameters, their gradients after the step's last backward
-    (both with the copy that a tied head away from its embedding is), optimizer states and buffers;
-    wherever they lie. ``collectives`` are those of one step with ``micro_batches``
-    micro-batches, with their number; the largest first. Loads of experts are taken as even.
+    (both with the copy of a tied head on another rank than its embedding), optimizer states and
+    buffers, on any device. ``collectives``: those of one step with ``micro_batches`` micro-batches,
+    with their number; largest first. Loads of experts are assumed to be even.
     """
 
     rank: int
@@ -69,16 +68,17 @@ class RankReport:
 
 
 def rehearse(config: RunConfig, world_size: int) -> list[RankReport]:
-    """Return what one rank of each pipeline rank does in the last step of the run.
+    """Return the reports of one rank of each pipeline rank for the last step of the run.
 
-    Compilation changes neither shapes nor messages and is left out. Whole documents are taken as
-    full micro-batches on one rank each: rings, which every step plans anew, are not counted.
-    Raises UserError where there is no such layout.
+    Compilation is left out, because it changes neither shapes nor messages. Documents are assumed
+    to be full micro-batches on one rank each: rings, which every step plans, are not counted.
+    Raises UserError: the layout is not possible. For example, ``rehearse(config,
+    8)[0].bytes_held``.
     """
     check_other_engine(config.parallel.zero, "a rehearsal of ranks")
     plain = config.training.model_copy(update={"compile": False})
     plan = RunPlan.of(config, world_size)
-    # What the compiler fuses with products are the same messages, cut in smaller ones.
+    # Fusion of collectives with products sends the same messages, cut into smaller ones.
     overlap = "chunked" if config.parallel.tp_overlap == "chunked" else "off"
     parallel = config.parallel.model_copy(update={"tp_overlap": overlap})
     config = config.model_copy(update={"training": plain, "parallel": parallel})
@@ -118,7 +118,7 @@ def _rehearse_rank(config: RunConfig, plan: RunPlan, rank: int) -> RankReport:
 def _step(
     config: RunConfig, plan: RunPlan, parallel: Parallel, mesh: Mesh, micro_batches: int
 ) -> tuple[Counter[Collective], int]:
-    """Run the first micro-batch, one in between and the last; count all as often as they occur."""
+    """Run the first, one middle and the last micro-batch; count each as often as it occurs."""
     if isinstance(config.model, MoEModel):
         for part in parallel.parts.values():
             begin_step(part, plan.batch.sequences(plan.total_steps) * plan.batch.sequence_length)
@@ -158,7 +158,7 @@ def _step(
 def _inputs(
     config: RunConfig, part: Transformer, mesh: Mesh
 ) -> tuple[Tensor, Tensor, None, Tensor | None]:
-    """A micro-batch of a part, as it is called with."""
+    """Return the inputs of a part's forward for one micro-batch."""
     B, L = _shape(config, mesh)
     tokens_BL = torch.zeros(B, L, dtype=torch.int64)
     if part.embedding is not None:
@@ -169,7 +169,7 @@ def _inputs(
 
 
 def _shape(config: RunConfig, mesh: Mesh) -> tuple[int, int]:
-    """Sequences of a micro-batch and tokens in each; of whole documents, as many as may be."""
+    """Return sequences per micro-batch and tokens per sequence; for documents, the maximum."""
     if config.data.kind == "documents":
         capacity = config.parallel.context.capacity_tokens
         return 1, capacity // mesh.tp.size * mesh.tp.size
@@ -179,9 +179,9 @@ def _shape(config: RunConfig, mesh: Mesh) -> tuple[int, int]:
 def _handed_on(
     config: RunConfig, mesh: Mesh, layout: Layout, stage: int, number: int
 ) -> dict[Collective, int]:
-    """What a stage sends: activations to the next one, gradients to the one before.
+    """Return the messages of a stage: activations to the next, gradients to the previous one.
 
-    A stage of the same rank is sent nothing.
+    Nothing is sent to a stage on the same rank.
     """
     B, L = _shape(config, mesh)
     tokens = B * L // mesh.tp.size
@@ -197,7 +197,7 @@ def _handed_on(
 
 
 def _tied(config: RunConfig, layout: Layout, parallel: Parallel) -> dict[Collective, int]:
-    """What a tied head away from its embedding sends: the weight there, its gradient back."""
+    """Return the messages of a tied head on another rank: its weight, and its gradient."""
     last = len(layout.stages) - 1
     if not config.model.tied_embeddings or layout.rank_of(0) == layout.rank_of(last):
         return {}
@@ -214,9 +214,9 @@ def _tied(config: RunConfig, layout: Layout, parallel: Parallel) -> dict[Collect
 def _update(
     config: RunConfig, plan: RunPlan, parallel: Parallel, mesh: Mesh, calls: Counter[Collective]
 ) -> int:
-    """Take an optimizer step, add what it sends to ``calls`` and return the bytes of its states."""
+    """Take an optimizer step, add its messages to ``calls`` and return the bytes of its states."""
     optimizer = make_optimizer(config, plan, parallel, mesh, still=True)
-    init_states(optimizer)  # what is sent for them is sent once in a run
+    init_states(optimizer)  # messages of the initialization are sent once in a run
     for _, parameter in parallel.named_parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -232,7 +232,7 @@ def _update(
 
 
 def _parameters(parallel: Parallel) -> list[Tensor]:
-    """All parameters that lie here, copies of other ranks' ones included."""
+    """Return all parameters on this rank, copies of other ranks' parameters included."""
     return [p for part in parallel.parts.values() for p in part.parameters()]
 
 

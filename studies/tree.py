@@ -1,4 +1,4 @@
-"""Trees of runs: which runs a trunk and its branches are. Without torch."""
+"""Trees of runs: the runs of a trunk and its branches. Without torch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from allometry.trainer.state.pins import DESCRIBED, pin
 
 @dataclass(frozen=True)
 class TreePlan:
-    """The runs of a tree that are to be trained, each after the one that it branches from.
+    """The runs of a tree, each after the run from which it branches.
 
-    ``trunk``: the folder of the trunk, where that is no run of the tree's own.
+    ``trunk``: the folder of the trunk, if the trunk is not a run of the tree.
     """
 
     tree: TreeConfig
@@ -31,25 +31,25 @@ class TreePlan:
 
     @property
     def folder(self) -> Path:
-        """The tree's folder."""
+        """Folder of the tree."""
         return Path(self.tree.folder)
 
     @property
     def launch(self) -> LocalLaunch | SbatchLaunch:
-        """Where runs run."""
+        """Launch section of the runs."""
         return self.tree.launch
 
     @property
     def processes(self) -> int:
-        """Ranks of a run."""
+        """Ranks per run."""
         return self.launch.processes
 
 
 def plan_tree(tree: TreeConfig, source: Tree) -> TreePlan:
-    """Return the runs that the tree describes; ``source`` says where its keys were written.
+    """Return the runs that the tree describes; ``source`` has the locations of its keys.
 
-    Each run keeps the checkpoints that others branch from. Raises UserError: one cannot be
-    described so, or cannot branch where it should.
+    Each run keeps the checkpoints from which others branch. Raises UserError: a run's configuration
+    is not valid, or a run cannot branch at its step.
     """
     outside = None if tree.trunk.run is None else Path(tree.trunk.run)
     described = {TRUNK: _trunk(tree, source) if outside is None else trunk_of(outside)}
@@ -66,7 +66,7 @@ def plan_tree(tree: TreeConfig, source: Tree) -> TreePlan:
         try:
             config = _branch(tree, source, number, described[branch.parent])
         except ConfigError:
-            raise  # it names file and line
+            raise  # the message names file and line
         except UserError as error:
             raise UserError(f"branch {branch.name} of the tree: {error}") from None
         described[branch.name] = Tree(config.model_dump(mode="json"))
@@ -81,10 +81,10 @@ def plan_tree(tree: TreeConfig, source: Tree) -> TreePlan:
 
 
 def write_branch(config: RunConfig) -> tuple[Path, bool]:
-    """Write what a branch is to be into its folder, and have its trunk keep the checkpoint.
+    """Write the configuration of a branch into its folder, and pin the trunk's checkpoint.
 
-    Returns the description's path, which ``allometry train`` takes, and whether the trunk keeps the
-    checkpoint for it: the folder may be another user's, or not there yet.
+    Returns the configuration's path, for ``allometry train``, and True if the checkpoint was
+    pinned: the trunk's folder may belong to another user, or not exist yet.
 
     Raises:
         UserError: the branch's folder cannot be written.
@@ -122,7 +122,7 @@ def _branch(tree: TreeConfig, source: Tree, number: int, parent: Tree) -> RunCon
     changes: list[Change] = [(key, value, place) for key, value in branch.set.items()]
     folder = _folder(tree, branch.name)
     config = describe_branch(parent, branch.at, folder, branch.config, changes)
-    RunPlan.of(config, tree.launch.processes)  # says what ranks cannot share
+    RunPlan.of(config, tree.launch.processes)  # raises if ranks cannot share the batch
     return config
 
 
@@ -148,7 +148,7 @@ def _folder(tree: TreeConfig, name: str) -> Path:
 
 
 def _keep(runs: dict[str, PlannedRun], branch: TreeBranch) -> None:
-    """Have the parent, a run of the tree, keep the checkpoint."""
+    """Add the step to the checkpoints that the parent, a run of the tree, keeps."""
     parent = runs[branch.parent]
     checkpoint = parent.config.checkpoint
     kept = tuple(sorted({*checkpoint.keep_steps, branch.at}))

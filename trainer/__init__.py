@@ -1,1 +1,1 @@
-"""The loop, one step, checkpoints and the record."""
+"""Training loop, training step, checkpoints and run records."""

@@ -1,4 +1,4 @@
-"""Making this rank's part of a model, and the states of its optimizer."""
+"""Build a rank's part of the model, its optimizer and its training step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from allometry.trainer.step import TrainStep
 def build_part(
     config: RunConfig, plan: RunPlan, part: Part, kernels: Kernels | None = None
 ) -> Transformer:
-    """A part of the model without storage; ``kernels`` None: those that the table prefers."""
+    """Return a part of the model on the meta device; ``kernels`` None: the preferred kernels."""
     with torch.device("meta"):
         made = build_model(config.model, plan.parameterization, config.training.compute_dtype, part)
     if kernels is not None:
@@ -47,9 +47,10 @@ def build_part(
 def make_model(
     config: RunConfig, plan: RunPlan, mesh: Mesh, kernels: Kernels | None = None
 ) -> Parallel:
-    """This rank's part of the model, with its initial values.
+    """Return this rank's part of the model with initial values.
 
-    It is made without storage, sharded, and only then filled, so that no rank ever holds it whole.
+    The part is built on the meta device and sharded before memory is allocated and initialized, so
+    no rank ever allocates the unsharded model.
     """
     parallel = parallelize(
         lambda part: build_part(config, plan, part, kernels), config, plan.layout, mesh
@@ -68,10 +69,10 @@ def make_optimizer(
     *,
     still: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimizer of this rank's part of the model, which is sharded over ``mesh``.
+    """Return the optimizer of this rank's part of the model, which is sharded over ``mesh``.
 
-    ``still``: its states stay where they are made, though the run's would travel (a rehearsal).
-    Raises UserError: see ``build_optimizer``.
+    If ``still`` is True, optimizer states stay on the device where they are created, even if the
+    run would offload them (used by rehearsals). Raises UserError: see ``build_optimizer``.
     """
     states = config.parallel.zero.optimizer_states
     travel = states is not None and states.master_weights and not still
@@ -104,7 +105,7 @@ def make_train_step(
     mesh: Mesh,
     judge: Judge | None = None,
 ) -> TrainStep:
-    """What takes the steps of a run; ``judge`` says which updates are skipped."""
+    """Return the object that takes optimizer steps; ``judge`` decides which updates are skipped."""
     balancer = None
     if isinstance(config.model, MoEModel):
         loads = "step_before" if plan.balance_loads is None else plan.balance_loads.loads
@@ -126,13 +127,14 @@ def make_train_step(
 def with_measured_stages(
     run: RunConfig, plans: tuple[RunPlan, ...], mesh: Mesh
 ) -> tuple[RunPlan, ...]:
-    """The plans with pipeline stages of equal time, where ``split: measured`` asks for them.
+    """Return the plans with pipeline stages of equal measured time if ``split: measured`` is set.
 
-    Those of the run's first stage are those of all.
+    All training stages of the run use the pipeline stages of the first training stage.
 
-    The main rank measures on its own device, whole layers in eager code, and all ranks use what it
-    found. A run that continues in the layout of its last launch keeps that one's stages, so that
-    it resumes to the bit. Raises UserError on all ranks where a layer does not fit the device.
+    The main rank times full layers in eager mode on its own device and broadcasts the result. A run
+    that continues in the layout of its last launch keeps the pipeline stages of that launch, so
+    that resume is bit-exact. Raises UserError on all ranks if a layer does not fit into the
+    device's memory.
     """
     config, plan = run.of_stages()[0], plans[0]
     if mesh.pp.size == 1 or config.parallel.pipeline.split != "measured":
@@ -163,7 +165,10 @@ def with_measured_stages(
 
 
 def _stages_before(config: RunConfig, plan: RunPlan) -> tuple[range, ...] | None:
-    """The stages of the run's last launch (of its parent's, before the first) in this layout."""
+    """Return the pipeline stages of the last launch if its layout was the same, else None.
+
+    Before the run's first launch, the record of the parent run is read.
+    """
     record = RunFolder(config.run.folder).run
     if not record.exists() and config.run.parent is not None:
         record = RunFolder(config.run.parent.folder).run

@@ -1,4 +1,4 @@
-"""``parallel: auto`` when a run begins: the layout is chosen before any group starts."""
+"""Choose the layout of a run with ``parallel: auto`` before any process group is created."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from allometry.trainer.state.folder import RunFolder
 def settled(
     config: RunConfig, device: torch.device | None, invocation: Invocation | None
 ) -> tuple[RunConfig, Invocation]:
-    """Return the run in its layout, and the launch with the choice for the record.
+    """Return the config with its layout, and the invocation with the choice to be recorded.
 
-    All ranks choose alike, from the description, their number, and what the run's folder says of
-    the launch before. Raises UserError, as ``settle``.
+    All ranks make the same choice from the config, the world size and the choice recorded by the
+    last launch. Raises UserError: see ``scaling.search.auto.settle``.
     """
     invocation = invocation or Invocation()
     if config.parallel.auto is None:

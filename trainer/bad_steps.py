@@ -1,6 +1,6 @@
-"""Bad steps: whether an update is skipped, decided on the device."""
+"""Decide on the device whether the update of a step is skipped."""
 
-# W steps of the window; 2 numbers of a step: its loss and the norm of its gradient
+# W steps in the window; 2 numbers of each step: loss and gradient norm
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from allometry.configs.bad_steps import BadSteps
 from allometry.configs.optimization import TrainingConfig
 
 NORMAL = 1.4826
-"""Standard deviations of a normal distribution in one median absolute deviation."""
+"""Standard deviation of a normal distribution divided by its median absolute deviation."""
 
 
 class Judge:
-    """Decides whether the update of a step is skipped, on the device and without waiting for it.
+    """Decides on the device, without a host synchronization, whether an update is skipped.
 
-    A step is bad where its loss or gradient norm is not finite or is above the limit that the last
-    W accepted steps give (``spike_limits``). A bad step leaves no trace in the window. All ranks
-    give the same numbers, summed over all of them, and so decide alike.
+    A step is bad if its loss or gradient norm is not finite or exceeds the limit computed from the
+    last W accepted steps (``spike_limits``). A bad step does not enter the window. All ranks pass
+    the same global loss and norm and therefore reach the same decision.
     """
 
     def __init__(
         self, config: BadSteps, device: torch.device, facts: Mapping[str, Any] | None = None
     ) -> None:
-        """``facts``: those of the checkpoint that the run goes on from; None: an empty window."""
+        """Create the judge; ``facts`` of a checkpoint restore the window, None leaves it empty."""
         self._config = config
         self._window_2W = torch.full(
             (2, config.window_steps), math.nan, dtype=torch.float64, device=device
@@ -44,14 +44,14 @@ class Judge:
     def of(
         cls, training: TrainingConfig, device: torch.device, facts: Mapping[str, Any] | None
     ) -> Judge | None:
-        """Return what ``training.bad_steps`` asks for."""
+        """Return the judge of ``training.bad_steps``, None if the key is not set."""
         return None if training.bad_steps is None else cls(training.bad_steps, device, facts)
 
     def __call__(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Return (1 if the step is bad else 0, limit of the loss, limit of the norm), float64 [3].
 
-        ``loss`` and ``norm`` are 0-dim float64 on the device. A limit is infinite where there is
-        none. An accepted step enters the window.
+        ``loss`` and ``norm`` are 0-dim float64 tensors on the device. A limit is infinite while the
+        window is not full. An accepted step enters the window.
         """
         numbers_2 = torch.stack([loss, norm])
         limits_2 = spike_limits(self._window_2W, self._config)
@@ -61,17 +61,19 @@ class Judge:
         return torch.cat([bad.double()[None], limits_2])
 
     def facts(self) -> dict[str, Any]:
-        """Return what a checkpoint says of the window (JSON; waits for the device)."""
+        """Return the window as JSON for a checkpoint (synchronizes with the device)."""
         loss, norm = self._window_2W[:, ~self._window_2W.isnan().any(0)].tolist()
         return {"accepted": {"loss": loss, "grad_norm": norm}}
 
 
 def spike_limits(window_2W: Tensor, config: BadSteps) -> Tensor:
-    """Return the largest loss and norm [2] that are no spike; infinite if the window is not full.
+    """Return the largest accepted loss and norm [2]; infinite if the window is not full.
 
     ``mad``: median + deviations * 1.4826 * median absolute deviation; the median of an even number
-    is the mean of the two in the middle. ``sigma``: mean + deviations * standard deviation (the
-    unbiased one), as OLMo-core's ``SkipStepOptimizer``.
+    of values is the mean of the two middle ones. ``sigma``: mean + deviations * standard deviation
+    (unbiased), as in OLMo-core's ``SkipStepOptimizer``. For example, ``mad`` with ``deviations=6``
+    and a window of losses with median 2.0 and median absolute deviation 0.1 gives 2.0 + 6 * 0.14826
+    = 2.89.
     """
     if config.spikes == "sigma":
         spread_2 = window_2W.std(1)
@@ -87,6 +89,6 @@ def spike_limits(window_2W: Tensor, config: BadSteps) -> Tensor:
 
 
 def _median(x_2W: Tensor) -> Tensor:
-    # torch.median is not deterministic on CUDA; of so few numbers sorting costs nothing.
+    # torch.median is not deterministic on CUDA; sorting so few numbers is cheap.
     ordered_2W, count = x_2W.sort(dim=1).values, x_2W.shape[1]
     return (ordered_2W[:, (count - 1) // 2] + ordered_2W[:, count // 2]) / 2

@@ -1,4 +1,4 @@
-"""The routers' part of a step: what they saw over the whole batch, and what they learn from it."""
+"""Sum the routers' statistics over the global batch and update the routers after a step."""
 
 # E experts, N layers
 
@@ -20,15 +20,15 @@ from allometry.trainer.record.writer import Row
 
 
 class Balancer:
-    """Collects the routers' observations, and hands them back summed over all ranks.
+    """Collects the statistics of this rank's routers and applies their sums over all ranks.
 
-    Whoever sums them puts them into messages that are sent anyway. ``parts`` are this rank's stages
-    of the model; all ranks take part, whether they hold routers or not. ``loads``: whose loads the
-    auxiliary loss holds against experts. Those of ``this_batch`` are exact, whatever the layout:
-    before the first micro-batch that has a gradient, all of them go forward through the blocks once
-    more, which is about a third of a step's arithmetic (a quarter where activations are
-    recomputed). With dropout the masks are those of the step, except where a rank runs several
-    stages of a pipeline.
+    The caller adds the statistics to a reduction that is sent anyway. ``parts`` are this rank's
+    pipeline stages; all ranks take part, including ranks without routers. ``loads`` selects the
+    expert loads of the auxiliary loss: ``step_before`` or ``this_batch``. ``this_batch`` loads are
+    exact in every layout: before the first micro-batch with a gradient, all micro-batches run an
+    additional forward pass through the blocks, which is about a third of a step's arithmetic (a
+    quarter with activation recomputation). With dropout the additional pass uses the masks of the
+    step, except on a rank with several pipeline stages.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Balancer:
         self._before: dict[int, Tensor] = {}
 
     def count_visits(self, run: Callable[[], None]) -> Tensor | None:
-        """Return this rank's visits [N, E] of the step in float64, where loads are those of it.
+        """Return this rank's visits [N, E] of the step (float64), None with ``step_before`` loads.
 
         ``run`` sends the step's micro-batches through the blocks (see ``Execution``).
         """
@@ -58,16 +58,16 @@ class Balancer:
         return self.observed()[:, : self._model.experts.num_experts].contiguous()
 
     def begin_step(self, tokens: int | Tensor, visits_NE: Tensor | None) -> None:
-        """Announce the tokens in the step's global batch and, summed over all ranks, its visits."""
+        """Pass the global batch's token count and visits (None: unknown) to the routers."""
         for part in self._parts:
             begin_step(part, tokens)
             if visits_NE is not None:
                 set_loads(part, {layer: visits_NE[layer] for layer in routers(part)})
 
     def end_step(self, sums: Tensor, bad: Tensor | None = None) -> None:
-        """Tell the routers what all of them observed: ``observed``, summed over all ranks.
+        """Update the routers from ``sums``, the ``observed`` statistics summed over all ranks.
 
-        Where ``bad`` (0-dim) is 1 they are as before the step.
+        If ``bad`` (0-dim) is 1, loads and biases are restored to their values before the step.
         """
         experts = self._model.experts.num_experts
         for part in self._parts:
@@ -81,11 +81,11 @@ class Balancer:
                 router.bias.copy_(torch.where(skipped, bias_E, router.bias))
 
     def observed(self) -> Tensor:
-        """Return what this rank's routers saw since the last call, [N, 3E + 3] in float64.
+        """Return this rank's router statistics since the last call, [N, 3E + 3] in float64.
 
-        Layers of other ranks and dense ones have zeros. A row: counts of the experts, sums of their
-        probabilities, their loads in the step before (of one rank of its stage), sums of entropy
-        and of squared log Z, and the number of tokens.
+        Rows of dense layers and of layers on other ranks are zero. A row contains: token counts of
+        the experts, sums of their probabilities, their loads in the step before (on one rank of
+        each stage), sums of the entropy and of squared log Z, and the number of tokens.
         """
         experts = self._model.experts.num_experts
         sums = torch.zeros(
@@ -106,10 +106,10 @@ class Balancer:
 
 
 def routing_rows(model: MoEModel, sums: Tensor) -> tuple[Row, Mapping[str, list[float]]]:
-    """Return what a row of metrics says of ``sums`` (see ``Balancer``), and the experts' loads.
+    """Return the metrics of ``sums`` (see ``Balancer``) as a row, and the loads of the experts.
 
-    The row has each layer's ``router/LAYER/...`` and the mean over layers as ``router/...``; loads
-    are fractions by layer. ``load_correlation`` is missing where there is none.
+    The row contains ``router/LAYER/...`` for each layer and the mean over layers as ``router/...``;
+    loads are fractions, by layer. ``load_correlation`` is omitted for layers where it is undefined.
     """
     experts = model.experts.num_experts
     row: Row = {}
@@ -130,13 +130,14 @@ def routing_rows(model: MoEModel, sums: Tensor) -> tuple[Row, Mapping[str, list[
 
 
 def load_correlation(before_E: Tensor, load_E: Tensor) -> float | None:
-    """Return Pearson's correlation over experts of two loads, in any unit; None: one is even.
+    """Return Pearson's correlation over experts of two loads, in any unit; None if one is uniform.
 
-    Where that of consecutive steps is near 0 or below, the auxiliary loss with ``loads:
-    step_before`` pushes tokens away from experts at random, or towards those that have too many.
+    If the correlation between consecutive steps is near 0 or below, the auxiliary loss with
+    ``loads: step_before`` pushes tokens away from random experts, or towards overloaded ones. For
+    example, loads [1, 2, 3] and [2, 4, 6] have correlation 1.
     """
     apart, load = (x_E.double() / x_E.double().mean() - 1.0 for x_E in (before_E, load_E))
     spread = float(apart.norm()), float(load.norm())
-    if min(spread) < 1e-6 * math.sqrt(len(load_E)):  # rounding of fp32
+    if min(spread) < 1e-6 * math.sqrt(len(load_E)):  # rounding error of fp32
         return None
     return float(apart @ load) / (spread[0] * spread[1])

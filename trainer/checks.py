@@ -1,4 +1,4 @@
-"""The checks for silent corruption that a run asks for, put together."""
+"""Build the checks for silent data corruption that a run requests."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from allometry.trainer.step import TrainStep
 
 
 class Current:
-    """Step inputs as they pass, and the micro-batches of the one that passed last."""
+    """Iterates over step inputs and keeps the micro-batches of the current step."""
 
     def __init__(self) -> None:
         self.batches: Sequence[DeviceBatch] = ()
 
     def passing(self, inputs: Iterator[StepInput]) -> Iterator[StepInput]:
-        """Yield ``inputs``."""
+        """Yield ``inputs`` and record the micro-batches of each."""
         for given in inputs:
             self.batches = given.batches
             yield given
@@ -48,10 +48,10 @@ def checks(
     *,
     first: bool,
 ) -> tuple[list[Callback], Response]:
-    """Return the callbacks of every rank, to be called before the saver, and what they decide.
+    """Return each rank's callbacks, which must run before the saver, and the failure response.
 
-    ``saving``: whether a checkpoint follows a step; ``first``: the launch begins here, and not
-    another stage of it.
+    ``saving`` returns True if a checkpoint follows a step; ``first`` is True in the first training
+    stage of a launch, where the self-test runs.
     """
     wanted, cards = config.record.checks, config.record.cards
     response = Response(wanted.on_failure, report)

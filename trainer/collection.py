@@ -1,4 +1,4 @@
-"""When Python looks for cycles: between steps, on all ranks at once, rather than anywhere."""
+"""Run Python's garbage collector between steps, on all ranks at the same step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from allometry.trainer.record.callbacks import Callback
 
 
 class GarbageCollection(Callback):
-    """Takes cyclic collection out of steps: one rank that stops for it stops all.
+    """Disables automatic cyclic garbage collection in steps: one paused rank blocks all others.
 
-    After the first ``WARM_UP`` steps of a launch, what is there is taken for permanent
-    (``gc.freeze``), so that later collections look at what has come since; they run every ``EVERY``
-    steps, counted from 1 in the run and so the same ones on all ranks. Nothing else is collected
-    until ``finish``, which leaves Python's collector as it was. A process that has frozen objects
-    itself keeps those alone frozen.
+    After the first ``WARM_UP`` steps of a launch, all live objects are frozen (``gc.freeze``), so
+    that later collections visit only objects created since. Collections run every ``EVERY`` steps,
+    counted from step 1 of the run and therefore at the same steps on all ranks. Automatic
+    collection is disabled until ``finish``, which restores the collector's earlier state. If the
+    process has already frozen objects, no further objects are frozen.
     """
 
     WARM_UP, EVERY = 3, 100

@@ -1,4 +1,4 @@
-"""``training.deterministic``: the same step gives the same bits, on CUDA too."""
+"""``training.deterministic``: repeat a step bit for bit, also on CUDA."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from allometry.configs.errors import UserError
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATABLE = (":4096:8", ":16:8")
-"""Workspaces of fixed size, with which cuBLAS repeats its sums (cuBLAS manual, section 2.1.4)."""
+"""Workspaces of fixed size, with which cuBLAS is deterministic (cuBLAS manual, section 2.1.4)."""
 
 
 @contextmanager
 def algorithms(*, deterministic: bool) -> Iterator[None]:
-    """Let torch use kernels without a race meanwhile, and refuse those that have no such twin.
+    """Use deterministic torch kernels inside the context; operators without one raise an error.
 
-    Enter it before CUDA starts, as cuBLAS reads its workspace from the environment then. Compiled
-    code is not tuned by the clock, which would choose the order of a sum anew in each process.
+    Enter the context before CUDA is initialized, because cuBLAS then reads its workspace from the
+    environment. Compiled code is not autotuned, because timings would choose the order of a sum
+    anew in each process.
 
     Raises:
-        UserError: the environment asks for a workspace with which cuBLAS does not repeat itself.
+        UserError: the environment sets a workspace with which cuBLAS is not deterministic.
     """
     if not deterministic:
         yield
@@ -36,11 +37,11 @@ def algorithms(*, deterministic: bool) -> Iterator[None]:
             f"unset it or use {REPEATABLE[0]}"
         )
     before = torch.are_deterministic_algorithms_enabled()
-    memory: Any = torch.utils.deterministic  # a module with a property
+    memory: Any = torch.utils.deterministic  # a module that has a property
     filled = memory.fill_uninitialized_memory
     tuned = _tuned_by_the_clock(False)
     torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = False  # costs a pass over every tensor
+    memory.fill_uninitialized_memory = False  # would write every new tensor once more
     try:
         yield
     finally:
@@ -50,10 +51,10 @@ def algorithms(*, deterministic: bool) -> Iterator[None]:
 
 
 def _tuned_by_the_clock(wanted: bool) -> bool:
-    """Say whether torch's compiler may time kernels to choose among them; return what was so."""
-    from torch._inductor import config  # a second to import
+    """Allow or forbid torch's compiler to choose kernels by time; return the old setting."""
+    from torch._inductor import config  # the import takes a second
 
     was = not getattr(config, "deterministic", False)
-    if hasattr(config, "deterministic"):  # not in every version of torch
+    if hasattr(config, "deterministic"):  # missing in some versions of torch
         config.deterministic = not wanted
     return was

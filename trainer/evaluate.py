@@ -1,4 +1,4 @@
-"""Loss on held-out tokens, one number for each source."""
+"""Compute the loss on held-out tokens of each source."""
 
 # S sources
 
@@ -28,9 +28,9 @@ from allometry.trainer.step import source_sums
 
 @dataclass(frozen=True)
 class HeldOut:
-    """This rank's micro-batches of the held-out tokens, their sources numbered as ``names``.
+    """This rank's micro-batches of held-out tokens; their ``sources`` index ``names``.
 
-    All ranks have as many.
+    All ranks have the same number of micro-batches.
     """
 
     names: tuple[str, ...]
@@ -38,15 +38,15 @@ class HeldOut:
 
 
 def held_out_sequences(validation: Mapping[str, list[Batch]], mesh: Mesh) -> HeldOut:
-    """Share each source's micro-batches over the hdp ranks; all ranks pass the same."""
+    """Distribute each source's micro-batches over the hdp ranks; all ranks pass the same ones."""
     mine = []
     for index, batches in enumerate(validation.values()):
         rounds = -(-len(batches) // mesh.hdp.size)
         for turn in range(rounds):
             place = turn * mesh.hdp.size + mesh.hdp.rank
             idle = place >= len(batches)
-            # Sharded parameters are gathered by all ranks together: a rank without a
-            # micro-batch runs one that counts nothing.
+            # All ranks gather sharded parameters together, so a rank without a micro-batch runs one
+            # without targets.
             batch = batches[0] if idle else batches[place]
             held = DeviceBatch.of(batch, mesh.device, position=place)
             if idle:
@@ -59,7 +59,7 @@ def held_out_sequences(validation: Mapping[str, list[Batch]], mesh: Mesh) -> Hel
 def held_out_documents(
     validation: Mapping[str, Pieces], planner: DocumentPlanner, mesh: Mesh
 ) -> HeldOut:
-    """Share each source's held-out documents over the hdp ranks as a step's would be."""
+    """Distribute each source's held-out documents over the hdp ranks as in a training step."""
     mine = []
     for index, pieces in enumerate(validation.values()):
         plan = planner.plan(pieces.lengths.tolist(), mode="lockstep")
@@ -75,7 +75,7 @@ def held_out_of(
     planner: DocumentPlanner | None,
     mesh: Mesh,
 ) -> HeldOut:
-    """What a run evaluates on, of ``evaluation.sequences_per_source``; every rank calls this."""
+    """Return ``evaluation.sequences_per_source`` samples of each source; every rank calls this."""
     count = config.evaluation.sequences_per_source
     if isinstance(stream, DocumentStream):
         assert planner is not None
@@ -86,7 +86,7 @@ def held_out_of(
 
 @contextmanager
 def evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Meanwhile nothing is dropped; afterwards the parts are in the mode that they were in."""
+    """Put the parts into eval mode (no dropout), and restore their earlier modes afterwards."""
     training = [part.training for part in parts]
     for part in parts:
         part.eval()
@@ -98,7 +98,7 @@ def evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class Evaluator:
-    """Evaluates the model on each source's validation split, shared out over ranks."""
+    """Evaluates the model on the validation split of each source, distributed over the ranks."""
 
     def __init__(self, held_out: HeldOut, parallel: Parallel, mesh: Mesh) -> None:
         self.names = list(held_out.names)
@@ -107,7 +107,7 @@ class Evaluator:
         self._mesh = mesh
 
     def __call__(self) -> dict[str, float]:
-        """Mean loss in nats per token, by source; same on all ranks."""
+        """Return the mean loss in nats per token by source, the same on all ranks."""
         if not self.names:
             return {}
         total = torch.zeros(2, len(self.names), dtype=torch.float64, device=self._mesh.device)
@@ -126,11 +126,12 @@ class Evaluator:
 
 
 class Evaluation(Callback):
-    """Adds ``validation/SOURCE`` to the rows of steps that are due, and of the run's last one.
+    """Adds ``validation/SOURCE`` to the rows of evaluated steps and of the run's last step.
 
-    Of the sources in ``replayed`` it adds ``forgetting/SOURCE``: the loss less what it was
-    ``before``, which holds losses by source. Where one is missing there, all are measured before
-    the launch's first step, put there and reported.
+    For sources in ``replayed`` the row also has ``forgetting/SOURCE``: the loss minus its earlier
+    value in ``before`` (losses by source). If ``before`` lacks a replayed source, all sources are
+    evaluated before the launch's first step, stored in ``before`` and reported. For example,
+    ``before={"web": 2.5}`` and a loss of 2.7 give ``forgetting/web`` = 0.2.
     """
 
     adds_to_skipped = True

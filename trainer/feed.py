@@ -1,4 +1,4 @@
-"""From a step's samples to this rank's micro-batches: sequences in turn, documents by a plan."""
+"""Make this rank's micro-batches: sequences in round-robin order, documents by a plan."""
 
 # B sequences of a micro-batch, L tokens in a sequence
 
@@ -37,10 +37,11 @@ from allometry.scaling.plan import RunPlan
 class DeviceBatch:
     """A micro-batch on the device.
 
-    ``sources`` numbers the source of each sequence [B], or of each token [B, L]. Of whole documents
-    all micro-batches of a step have its ``position``; ``first`` is the first document's number.
-    ``squared_lengths``: sum of the squared lengths of its documents, which FLOPs are counted from;
-    of one that several ranks share, the first of them has it all.
+    ``sources`` is the source index of each sequence [B], or of each token [B, L]. With ``data.kind:
+    documents`` all micro-batches of a step have the same ``position``, and ``first`` is the index
+    of the first document. ``squared_lengths`` is the sum of the squared document lengths, from
+    which FLOPs are counted; for a micro-batch that several ranks share, the first of these ranks
+    has the full sum and the others 0.
     """
 
     tokens_BL: Tensor
@@ -53,7 +54,7 @@ class DeviceBatch:
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device, position: int) -> DeviceBatch:
-        """Copy a batch to the device; ``position`` is that of its first sequence."""
+        """Copy a batch to the device; ``position`` is the position of its first sequence."""
         packed = batch.documents
         rows, length = batch.tokens_BL.shape
         squares = rows * length**2 if packed is None else int(np.square(packed.lengths).sum())
@@ -74,7 +75,7 @@ class DeviceBatch:
         )
 
     def to(self, device: torch.device) -> DeviceBatch:
-        """Return the same on ``device``; what describes a ring stays on the CPU."""
+        """Return the micro-batch on ``device``; the description of a ring stays on the CPU."""
         if device == self.tokens_BL.device:
             return self
         documents = self.documents
@@ -96,23 +97,23 @@ class DeviceBatch:
 
     @property
     def num_tokens(self) -> int | Tensor:
-        """Tokens that count as such: filling does not."""
+        """Number of tokens without padding."""
         counted = None if self.documents is None else self.documents.counted_BL
         return self.tokens_BL.numel() if counted is None else counted.sum()
 
 
 @dataclass(frozen=True)
 class StepInput:
-    """This rank's micro-batches of a step; ``plan``: who runs which documents, if it has some."""
+    """This rank's micro-batches of a step; ``plan`` assigns documents, None with sequences."""
 
     batches: list[DeviceBatch]
     plan: Plan | None = None
 
 
 class DocumentPlanner:
-    """Plans steps of whole documents, and makes this rank's part of them.
+    """Plans steps of complete documents and builds this rank's micro-batches.
 
-    All ranks make the same plan from the documents' lengths; it is replayed before it is used.
+    All ranks compute the same plan from the document lengths; each plan is simulated before use.
     """
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
@@ -133,7 +134,7 @@ class DocumentPlanner:
         self._orders = lru_cache(self._make_orders)
 
     def plan(self, lengths: Sequence[int], mode: Mode | None = None) -> Plan:
-        """The plan of a step (``mode``: another than the run's)."""
+        """Return the plan of a step; ``mode`` overrides the mode of the run."""
         schedule, pp = self.layout.schedule, self.layout.pp
         plan = make_plan(
             lengths,
@@ -151,7 +152,7 @@ class DocumentPlanner:
         return plan
 
     def replay(self, plan: Plan) -> Replay:
-        """Play a plan through as this layout runs it."""
+        """Simulate a plan in this layout."""
         return replay(plan, self._orders if self.layout.pp > 1 else None)
 
     def _make_orders(self, count: int) -> Orders:
@@ -161,7 +162,7 @@ class DocumentPlanner:
     def batches(
         self, plan: Plan, pieces: Pieces, rank: int, device: torch.device, position: int
     ) -> list[DeviceBatch]:
-        """The micro-batches of hdp rank ``rank``, in the plan's order."""
+        """Return the micro-batches of hdp rank ``rank``, in the plan's order."""
         return [
             filling(device, self._tp, position)
             if number is None
@@ -175,11 +176,12 @@ class DocumentPlanner:
 def sequence_steps(
     stream: Stream, plan: RunPlan, mesh: Mesh, steps_taken: int
 ) -> Iterator[StepInput]:
-    """This rank's micro-batches of sequences, step by step, read ahead in the background.
+    """Yield this rank's micro-batches of sequences for each step, prefetched in the background.
 
-    Micro-batch j of rank r holds the sequences from position P + (j * hdp + r) * m, with P the
-    step's first position and m the sequences in a micro-batch: which sequences a step sees does
-    not depend on the layout.
+    Micro-batch j of rank r contains the m sequences from position P + (j * hdp + r) * m, where P is
+    the step's first position and m the number of sequences in a micro-batch. The sequences of a
+    step therefore do not depend on the layout. For example, with hdp=2 and m=4 rank 1 reads
+    positions 4-7 and 12-15 of a step of 16 sequences.
     """
     size = plan.micro_batch_sequences
     steps = range(steps_taken + 1, plan.total_steps + 1)
@@ -202,23 +204,23 @@ def sequence_steps(
 
 
 _SURELY = 32
-"""Longest documents in a step beyond which one begins in it for certain, or as good as."""
+"""Documents of maximum length per step above which every step is assumed to begin one."""
 
 
 def check_steps(stream: DocumentStream, plan: RunPlan) -> None:
-    """Check that a document begins in every step of the run, before its first one is taken.
+    """Check that a document begins in every step of the run, before the first step is taken.
 
-    A step may lie within one long document of each source. It reads no token, some 0.1 ms a step,
-    and nothing where steps are so large that it cannot be.
+    A step can fall inside one long document of each source. The check reads no tokens (about 0.1 ms
+    per step) and returns at once if steps are so large that this cannot happen.
 
     Raises:
-        UserError: no document begins in a step; it names the first one.
+        UserError: no document begins in a step; the message names the first such step.
     """
     first, window = plan.steps_before + 1, stream.sequence_length
     least, changes = plan.batch.sequences(first), stream.mixture.changes
-    # A document may have begun in an earlier stage.
+    # A document may have begun in an earlier training stage.
     longest = max(change.limit or 0 for change in changes)
-    # The heaviest source has as many windows of a step, give or take one; more where shares change.
+    # Lower bound on the windows of the heaviest source in a step; 0 if the shares change.
     heaviest = int(max(changes[0].shares.values()) * least) - 1 if len(changes) == 1 else 0
     lone = any(int(store.lengths.min()) < 2 for store in stream.stores)
     if not lone and (heaviest * window > longest or least * window >= _SURELY * longest):
@@ -244,7 +246,7 @@ def document_steps(
     mesh: Mesh,
     steps_taken: int,
 ) -> Iterator[StepInput]:
-    """This rank's micro-batches of whole documents, planned and read ahead in the background."""
+    """Yield this rank's micro-batches of documents for each step, planned and prefetched."""
     steps = range(steps_taken + 1, plan.total_steps + 1)
     host = torch.device("cpu")
 
@@ -259,8 +261,9 @@ def document_steps(
         for step in steps:
             planned = next(ahead)
             assert planned.plan is not None
-            # A plan is arithmetic of doubles: another processor or numpy might round otherwise, and
-            # ranks with different plans would wait for ever, or take one's keys for the other's.
+            # Plans are computed in float64: another processor or numpy version may round
+            # differently, and ranks with different plans would deadlock or exchange the keys of the
+            # wrong documents.
             if not mesh.all_equal(fingerprint(planned.plan)):
                 raise UserError(
                     f"ranks planned the documents of step {step} differently; give all nodes the "
@@ -270,7 +273,7 @@ def document_steps(
 
 
 def fingerprint(plan: Plan) -> int:
-    """Return a number that differs between plans that ranks could not run together."""
+    """Return a hash that differs between plans that ranks cannot run together."""
     units = [(unit.documents, unit.ring, unit.offload) for unit in plan.units]
     text = repr((list(plan.lengths), plan.mode, units, plan.orders))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
@@ -286,9 +289,10 @@ def document_batch(
     tag: int = 0,
     position: int = 0,
 ) -> DeviceBatch:
-    """Hdp rank ``rank``'s tokens of a unit, padded to a ``multiple``; only they are read.
+    """Return hdp rank ``rank``'s tokens of a unit, padded to a multiple of ``multiple``.
 
-    ``tag`` tells the unit's messages from those of others.
+    Only the rank's own tokens are read. ``tag`` distinguishes the unit's messages from those of
+    other units.
     """
     size, member = len(unit.ring), unit.ring.index(rank)
     tokens, targets, positions, sources, runs = [], [], [], [], []
@@ -330,7 +334,7 @@ def document_batch(
 
 
 def filling(device: torch.device, multiple: int, position: int) -> DeviceBatch:
-    """A micro-batch that counts nothing."""
+    """Return a micro-batch of padding, without targets."""
     made = Filling.of(device, multiple)
     nowhere = torch.zeros_like(made.tokens_BL)
     return DeviceBatch(made.tokens_BL, made.targets_BL, nowhere, made.documents, position)

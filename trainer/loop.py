@@ -1,4 +1,4 @@
-"""The training loop: steps, and what happens between them."""
+"""Run the training loop: steps, and callbacks between them."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from allometry.trainer.stop import StopRequest, StopSignals
 
 @dataclass
 class Progress:
-    """How far a run is, besides its tensors; ``facts`` of a checkpoint.
+    """Progress of a run apart from its tensors; ``facts`` go into a checkpoint.
 
-    ``saved_step``: that of the newest checkpoint that is known to be whole, None without one.
-    ``held_out_before``: losses by source before the first step with ``data.replay``, if it has one.
-    ``rates_since``: see ``state/resume.py``. ``skipped``: see ``Skips``.
+    ``saved_step``: step of the newest complete checkpoint, None without one. ``held_out_before``:
+    losses by source before the first step with ``data.replay``, if set. ``rates_since``: see
+    ``state/resume.py``. ``skipped``: see ``Skips``.
     """
 
     step: int
@@ -53,24 +53,24 @@ class Progress:
 
     @property
     def kept(self) -> str:
-        """Say which checkpoint a run that ends now goes on from."""
+        """Phrase that names the checkpoint from which an ended run would continue."""
         saved = self.saved_step
         return (
             "no checkpoint had been made" if saved is None else f"checkpoint step-{saved} is kept"
         )
 
     def lost(self, error: StatesLost) -> UserError:
-        """Return what a run says whose states are lost in the step after ``step``, or before it."""
+        """Return the error of a run that lost optimizer states in or before step ``step`` + 1."""
         return UserError(
             f"step {self.step + 1}: {error}; {self.kept}: mend that or name another place, then "
             "run again"
         )
 
     def facts(self, plan: RunPlan, stream: Sources, seed: int) -> dict[str, Any]:
-        """JSON for a checkpoint.
+        """Return the facts of a checkpoint (JSON).
 
-        What is random (data order, dropout) is a function of (seed, position), so these two are
-        the whole state of the random generators.
+        Randomness (data order, dropout) is a function of (seed, position), so these two values are
+        the complete state of the random generators.
         """
         position = plan.batch.sequences_before(self.step + 1)
         return {
@@ -90,7 +90,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a launch ended; ``go_back``: the bad steps for which it goes back to a checkpoint."""
+    """Result of a launch; ``go_back``: bad steps for which the run rewinds to a checkpoint."""
 
     step: int
     tokens: int
@@ -100,7 +100,7 @@ class RunResult:
 
 
 class _Queued(NamedTuple):
-    """A step that was asked of the device; its numbers are there when its spans have passed."""
+    """A step queued on the device; its numbers can be read once its spans have ended."""
 
     outcome: StepOutcome
     plan: Plan | None
@@ -109,9 +109,10 @@ class _Queued(NamedTuple):
 
 @dataclass
 class Loop:
-    """Takes the steps of a launch; all else that happens around them is in ``callbacks``.
+    """Takes the steps of a launch; everything else is done by ``callbacks``.
 
-    Every rank runs it. ``recorder`` is the main rank's; ``peak_flops_per_s`` that of all ranks.
+    Every rank runs the loop. ``recorder`` is None except on the main rank; ``peak_flops_per_s`` is
+    the sum over all ranks.
     """
 
     plan: RunPlan
@@ -133,9 +134,9 @@ class Loop:
     _last_loss: float | None = None
 
     def run(self, batches: Iterator[StepInput], stop_at_step: int | None = None) -> RunResult:
-        """Train from the progress made to the end of the plan, or until asked to stop.
+        """Train from the current progress to the end of the plan, or until a stop request.
 
-        The plan may be that of a stage, with which the run does not end.
+        The plan may cover one training stage, after which the run continues.
         """
         if self.progress.step >= self.plan.run.steps:
             self.report("already_finished", step=self.progress.step)
@@ -144,15 +145,15 @@ class Loop:
         try:
             stopped = self._steps(batches, stop_at_step)
         except StatesLost as error:
-            self._abort(self.mesh.timeout.total_seconds())  # other ranks go on
+            self._abort(self.mesh.timeout.total_seconds())  # the other ranks go on
             raise self.progress.lost(error) from None
         except RankError:
-            self._abort(self.mesh.timeout.total_seconds())  # other ranks go on
+            self._abort(self.mesh.timeout.total_seconds())  # the other ranks go on
             raise
         except UserError:
-            self._abort(None)  # what is being saved is still good
+            self._abort(None)  # a checkpoint being written is still valid
             raise
-        except Exception:  # other ranks may be gone
+        except Exception:  # other ranks may have died
             self._abort(self.mesh.timeout.total_seconds())
             raise
         self._finish()
@@ -173,18 +174,19 @@ class Loop:
             callback.abort(seconds)
 
     def _steps(self, batches: Iterator[StepInput], stop_at_step: int | None) -> str | None:
-        """Take steps to the end of the plan; the reason, if the run was stopped before."""
+        """Take steps to the end of the plan; return the reason of an earlier stop, else None."""
         total, end = self.plan.total_steps, self.plan.run.steps
         with StopRequest(self.mesh, self.signals, self.save_times) as stop:
             if (stopped := stop.agreed(now=True)) and self.progress.step < end:
-                return stopped  # while the launch was being prepared
+                return stopped  # requested while the launch was being prepared
             for step in range(self.progress.step + 1, total + 1):
                 self._take(step, next(batches))
                 stopped = stop.agreed() if step < end else None
                 if step == stop_at_step and step < end:
                     stopped = f"--stop-at-step {step}"
                 last = step == total or stopped is not None
-                # A GPU's numbers are read while the next step runs, if nobody needs them at once.
+                # A GPU's numbers are read during the next step unless a callback needs them at
+                # once.
                 now = any(each.needs_numbers(step, last=last) for each in self.callbacks)
                 while len(self._queued) > (0 if now or last else self.timer.lag):
                     self._finish_step(self._queued.popleft())
@@ -209,9 +211,9 @@ class Loop:
         self.progress.step = step
 
     def _finish_step(self, queued: _Queued) -> None:
-        """Read what a step measured and record it; end the run if it is not finite."""
+        """Read and record the numbers of a step; raise UserError if the run may not continue."""
         outcome = queued.outcome
-        seconds = self.timer.seconds(queued.spans)  # waits for the step
+        seconds = self.timer.seconds(queued.spans)  # synchronizes with the step
         loss_S, count_S = outcome.sums_2S.tolist()
         loss = sum(loss_S) / max(1.0, sum(count_S))
         norm = float(outcome.grad_norm)
@@ -252,7 +254,7 @@ class Loop:
                 callback.on_row(row)
 
     def _is_skipped(self, outcome: StepOutcome, loss: float, norm: float) -> bool:
-        """Whether a step made no update; end the run if it may not go on after this one."""
+        """Return True if the step made no update; raise UserError if the run may not continue."""
         skipped = self.skips.look(outcome, loss) is not None
         beyond = self.skips.beyond(outcome.step)
         if not (math.isfinite(loss) and math.isfinite(norm)) and (beyond or not skipped):
@@ -278,7 +280,7 @@ class Loop:
     def _not_finite(
         self, step: int, loss: float, norm: float, beyond: str | None = None
     ) -> NoReturn:
-        # Pipeline ranks have different groups, so names are gathered rather than flags summed.
+        # Pipeline ranks have different parameter groups, so names are gathered instead of flags.
         ranks = self.mesh.gather_objects(self.train_step.groups_not_finite())
         names = dict.fromkeys(name for rank in ranks for name in rank)
         groups = ", ".join(names) or "none is left: only the loss"
@@ -293,7 +295,7 @@ class Loop:
 
 
 def state_tensors(parallel: Parallel, optimizer: torch.optim.Optimizer) -> State:
-    """All tensors of a run by name: parameters, buffers, what the optimizer remembers of each."""
+    """Return all tensors of a run by name: parameters, buffers and optimizer states."""
     names: dict[Tensor, str] = {p: name for name, p in parallel.named_parameters()}
     parameters: State = {f"model.{name}": p.detach() for p, name in names.items()}
     buffers: State = {f"model.{name}": buffer for name, buffer in parallel.named_buffers()}

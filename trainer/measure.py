@@ -1,4 +1,4 @@
-"""Timing kernels on a run's own shapes, forward and backward."""
+"""Time kernels on a run's own shapes, forward and backward."""
 
 # B sequences of a micro-batch, L tokens in a sequence, T = B*L, N query heads, K key/value heads,
 # H head width, D width
@@ -22,22 +22,23 @@ from allometry.optim.states import Item
 from allometry.trainer.record.timing import clock_of
 
 Outcome = float | str
-"""Milliseconds of a call, or why it failed."""
+"""Milliseconds of a call, or the reason why it failed."""
 
 REPEATS, WARM_UP = 7, 2
-# Largest difference over largest element. Kernels in bf16 round at different places of a sum.
+# Maximum difference divided by the largest element. Kernels in bf16 round at different points of a
+# sum.
 TOLERANCE = 5e-2
 ADAMW_ELEMENTS = 2**22, 8
-"""Elements of a tensor, and tensors, that the step of AdamW is timed with."""
+"""Elements of a tensor, and number of tensors, for which AdamW's step is timed."""
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One micro-batch as one rank's attention sees it.
+    """Shape of one micro-batch in the attention of one rank.
 
-    ``documents``: lengths of the runs of its T tokens; None: each sequence is one document.
-    ``compiled``: whether the run compiles its blocks. ``window``: of layers that have one, which
-    are the ones that are timed where there are some.
+    ``documents``: lengths of the documents in the T tokens; None: each sequence is one document.
+    ``compiled``: True if the run compiles its blocks. ``window``: window of the model's windowed
+    layers, which are timed if the model has such layers.
     """
 
     sequences: int
@@ -51,7 +52,7 @@ class AttentionShape:
     window: int | None = None
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return random q, k and v that require gradients, without a trace in the run's own."""
+        """Return random q, k and v that require gradients, without using the run's generators."""
         own = torch.Generator(device).manual_seed(0)
         heads = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = (
@@ -65,7 +66,7 @@ class AttentionShape:
         return q, k, v
 
     def packed(self, device: torch.device) -> Documents | None:
-        """Return the documents as the model has them."""
+        """Return the documents in the form that the model receives."""
         if self.documents is None:
             return None
         ends = torch.tensor([0, *self.documents], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -84,9 +85,11 @@ def time_attention(
     device: torch.device,
     run: Mapping[str, Callable[..., Tensor]] = RUN,
 ) -> dict[str, Outcome]:
-    """Time back ends of attention; one that differs from the first that works has failed.
+    """Time attention back ends; a back end that differs from the first working one has failed.
 
-    Each is run as the run runs it: within compiled code if that is compiled.
+    Each back end is compiled if the run compiles its blocks. For example,
+    ``time_attention(["flash", "flash2"], shape, device)`` returns ``{"flash": 1.1, "flash2": 0.8}``
+    in milliseconds.
     """
     qkv, documents = shape.inputs(device), shape.packed(device)
     scale, more = shape.head_width**-0.5, {}
@@ -108,7 +111,7 @@ def time_attention(
 def time_norms(
     names: Sequence[str], rows: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Outcome]:
-    """Time RMSNorm's kernels on [rows, width]."""
+    """Time the kernels of RMSNorm on [rows, width]."""
     own = torch.Generator(device).manual_seed(0)
     x_TD = torch.randn(rows, width, generator=own, device=device).to(dtype).requires_grad_()
     weight_D = torch.ones(width, device=device, dtype=dtype, requires_grad=True)
@@ -124,7 +127,7 @@ def time_norms(
 def time_quantisers(
     names: Sequence[str], rows: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Outcome]:
-    """Time what rounds rows to FP8, on [rows, width]."""
+    """Time the kernels that round rows to FP8, on [rows, width]."""
     own = torch.Generator(device).manual_seed(0)
     x_TD = torch.randn(rows, width, generator=own, device=device).to(dtype)
     expected: list[Tensor] = []
@@ -137,7 +140,7 @@ def time_quantisers(
 
 
 def time_adamw(names: Sequence[str], device: torch.device) -> dict[str, Outcome]:
-    """Time the fused kernels of AdamW on some large parameters."""
+    """Time the fused kernels of AdamW on a few large parameters."""
     elements, number = ADAMW_ELEMENTS
     expected: list[Tensor] = []
 
@@ -165,13 +168,13 @@ def time_adamw(names: Sequence[str], device: torch.device) -> dict[str, Outcome]
 def _timed(
     once: Callable[[], list[Tensor]], device: torch.device, expected: list[Tensor]
 ) -> Outcome:
-    """Return the median of some calls, or why one failed or did not find what is ``expected``."""
+    """Return the median time, or the reason of a failure or of a difference from ``expected``."""
     clock = clock_of(device)
     try:
         found = [tensor.detach().clone() for tensor in once()]
         for some, other in zip(found, expected or found, strict=True):
             error = (some.double() - other.double()).abs().max() / other.abs().max()
-            if not float(error) <= TOLERANCE:  # a NaN is not
+            if not float(error) <= TOLERANCE:  # also true for NaN
                 return f"gives other numbers (by {float(error):.1e} of the largest)"
         times = []
         for repeat in range(WARM_UP + REPEATS):
@@ -182,7 +185,7 @@ def _timed(
                 times.append(1e3 * seconds)
     except (torch.OutOfMemoryError, MemoryError):
         return "does not fit the device's memory"
-    except Exception as error:  # a kernel that is not for this device raises anything at all
+    except Exception as error:  # a kernel made for other devices can raise any exception
         return f"fails here ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     if not expected:
         expected.extend(found)

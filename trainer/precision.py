@@ -1,4 +1,4 @@
-"""How a launch multiplies: the recipe of ``precision.linears`` that this device can run."""
+"""Choose the recipe of ``precision.linears`` that a device can run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from allometry.scaling.inventory import inventory
 from allometry.scaling.precision import cut_widths
 
 PREFERRED = ("fp8_rowwise", "fp8_tensorwise")
-"""What ``auto`` tries in turn on CUDA, before compute."""
+"""Recipes that ``auto`` tries in turn on CUDA, before compute."""
 
 _LEAST_CAPABILITY = {"fp8_tensorwise": (8, 9), "fp8_rowwise": (9, 0), "fp8_blockwise": (9, 0)}
 
 
 @dataclass(frozen=True)
 class Device:
-    """What of a device decides; ``capability`` None: not CUDA, where FP8 is emulated."""
+    """Properties of a device that decide; ``capability`` is None without CUDA: FP8 is emulated."""
 
     name: str
     capability: tuple[int, int] | None
@@ -31,14 +31,14 @@ class Device:
 
     @classmethod
     def of(cls, device: torch.device) -> Device:
-        """Describe a device of this machine."""
+        """Return the properties of a device of this machine."""
         if device.type != "cuda":
             return cls(device.type, None)
         return cls(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 def refusal(recipe: str, config: RunConfig, tp: int, device: Device) -> str | None:
-    """Return why this device cannot run a recipe, and what would do; None where it can."""
+    """Return why this device cannot run a recipe, with a fix; None if it can."""
     if recipe == "compute" or device.capability is None:
         return None
     least = _LEAST_CAPABILITY[recipe]
@@ -94,9 +94,11 @@ def _odd_width(recipe: str, config: RunConfig, tp: int) -> str | None:
 def choose(
     config: RunConfig, tp: int, device: torch.device, before: str | None = None
 ) -> tuple[str, Literal["named", "record", "rule"], dict[str, str]]:
-    """Return (recipe, how it was chosen, what was left out and why), for this device.
+    """Return (recipe, how it was chosen, excluded recipes with reasons) for this device.
 
-    Raises UserError where the recipe that ``precision.linears`` names cannot run, or fails.
+    Raises UserError if the recipe named by ``precision.linears`` cannot run or fails. For example,
+    ``precision.linears: auto`` on a GPU of compute capability 8.9 gives ``fp8_tensorwise`` by rule,
+    with the reason against ``fp8_rowwise``.
     """
     asked = config.precision.linears
     if asked == "compute":
@@ -126,12 +128,12 @@ def choose(
 def _candidates(before: str | None, device: Device) -> Iterator[str]:
     if before is not None:
         yield before
-    # Emulated, FP8 costs time and saves none.
+    # Emulated FP8 is slower than computing without FP8.
     yield from PREFERRED if device.capability is not None else ()
 
 
 def _failure(recipe: str, config: RunConfig, device: torch.device) -> str | None:
-    """Return what torch says of small products of each kind, None where it makes them."""
+    """Return the failure of small matrix products of each kind, None if all are correct."""
     if recipe == "compute" or device.type != "cuda":
         return None
     gradients = fp8.gradient_type(recipe, config.precision.gradients)

@@ -1,4 +1,4 @@
-"""What a run's repetition of its sources is worth, before its first step; and where it ends."""
+"""Estimate the value of repeated data before the first step, and limit the number of epochs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from allometry.laws.frontier import repeated
 from allometry.scaling.stages import places_of
 
 MOST_EPOCHS = 40
-"""Past it the next token is worth less than 8 % of a new one (arXiv 2305.16264)."""
+"""Epochs after which the next token is worth less than 8 % of a new token (arXiv 2305.16264)."""
 SOME, MUCH = 4, 16
 LAW = DataConstrained.published["C4"]
 LEAST_PARAMETERS = 7e6
-"""Of the models that the law was fitted to: of smaller ones it says no cost in loss."""
+"""Size of the smallest models to which the law was fitted; smaller models get no cost."""
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """A source at the end of a run: ``tokens`` read by it of ``unique`` ones, ``epochs`` in all.
+    """A source at the end of a run: ``tokens`` read, ``unique`` tokens, and ``epochs``.
 
-    ``average``: what a token of it was worth to this run, a new one being 1, and ``last``: what the
-    next one would be (2305.16264, R_D = 15.39 epochs). ``cost``: nats per token that the loss is
-    higher than if none had been read before, by the law of C4; None for models below its range.
+    ``average`` is the mean value of a token of the source in this run, and ``last`` the value of
+    the next token, relative to a new token (2305.16264, R_D = 15.39 epochs). ``cost`` is the
+    increase of the loss in nats per token over reading only new tokens, by the law of C4; None for
+    models below its range.
     """
 
     source: str
@@ -41,15 +42,18 @@ class Repetition:
 
 
 def worth(epochs: float) -> tuple[float, float]:
-    """What the average token of so many epochs is worth, and what the next one would be."""
+    """Return the mean value of a token after ``epochs`` epochs, and the value of the next token.
+
+    For example, after 4 epochs a token was worth 0.931 on average, and the next is worth 0.823.
+    """
     one = repeated(epochs, 1.0)
     return one.worth / epochs, one.last
 
 
 def repetitions(stream: Sources, samples: int, parameters: int) -> list[Repetition]:
-    """What the first ``samples`` samples of a run repeat, of each source that they read.
+    """Return the repetition of each source read in the first ``samples`` samples of a run.
 
-    ``parameters``: of the model, without embeddings.
+    ``parameters``: the model's parameters without embeddings.
     """
     accounts, begun = stream.accounts(samples), stream.epochs(0)
     total = sum(account.tokens for account in accounts.values())
@@ -70,21 +74,21 @@ def repetitions(stream: Sources, samples: int, parameters: int) -> list[Repetiti
 
 
 def _unique_epochs(epochs: float) -> float:
-    """How many epochs of new tokens so many of one source's are worth."""
+    """Return the number of epochs of new tokens equivalent to ``epochs`` epochs of one source."""
     return epochs if epochs <= 1.0 else float(effective(1.0, epochs - 1.0, LAW["R_D"]))
 
 
 def last_sample(config: RunConfig) -> int:
-    """Samples of a whole run, all of its stages."""
+    """Return the number of samples of a run, over all of its training stages."""
     last = places_of(config)[-1]
     return last.batch.sequences_before(last.last_step + 1)
 
 
 def check_epochs(config: RunConfig, found: Sequence[Repetition]) -> None:
-    """Refuse a run that repeats a source past what is worth anything, unless it is allowed.
+    """Refuse a run with more epochs of a source than useful, or than ``data.allow_epochs``.
 
     Raises:
-        UserError: names the source that is read most often.
+        UserError: names the source with the most epochs.
     """
     most = MOST_EPOCHS if config.data.allow_epochs is None else config.data.allow_epochs
     worst = max(found, key=lambda one: one.epochs, default=None)
@@ -103,7 +107,7 @@ def check_epochs(config: RunConfig, found: Sequence[Repetition]) -> None:
 
 
 def repetition_advice(config: RunConfig, found: Sequence[Repetition]) -> Iterator[tuple[str, str]]:
-    """Yield (rule, sentence) about how often sources are read, and dropout."""
+    """Yield (rule, sentence) of advice about repeated sources and dropout."""
     if not found:
         return
     worst, dropout = max(found, key=lambda one: one.epochs), config.model.dropout
@@ -139,7 +143,7 @@ def _is_moe(config: RunConfig) -> bool:
 
 
 def facts_of(found: Sequence[Repetition]) -> dict[str, dict[str, Any]]:
-    """The table as JSON, by source."""
+    """Return the table as JSON, by source."""
     return {one.source: {k: v for k, v in asdict(one).items() if k != "source"} for one in found}
 
 
@@ -147,7 +151,7 @@ HEAD = ("source", "unique tokens", "epochs", "average worth", "next worth", "cos
 
 
 def row_of(source: str, facts: Mapping[str, Any]) -> list[str]:
-    """A row of the table, under ``HEAD``."""
+    """Return a row of the table, with the columns of ``HEAD``."""
     cost = "–" if facts["cost"] is None else f"{facts['cost']:.4f}"
     return [
         source,

@@ -1,4 +1,4 @@
-"""What a launch begins with: tensors from its checkpoint, and how far the run is."""
+"""Restore the tensors and the progress with which a launch begins."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def restore(
     optimizer: torch.optim.Optimizer,
     mesh: Mesh,
 ) -> tuple[Progress, dict[str, int]]:
-    """Load what the launch begins with; how far the run is, and which states were converted."""
+    """Load the launch's initial state; return its progress and the number of converted states."""
     begun = config.run.schedule_from
-    # Where a schedule begins in mid-run there was a warm-up, or none, before it.
+    # Any warm-up came before the first step of a schedule that begins in mid-run.
     areas = LearningRateAreas(0 if begun else plan.run.warmup_steps)
     progress, converted = Progress(start.step, areas, saved_step=start.saved_step), {}
     try:
         if start.checkpoint is not None and start.facts is not None:
             converted = _load(config, plan, start, progress, parallel, optimizer, mesh)
         if isinstance(optimizer, Elsewhere):
-            init_states(optimizer)  # what finds no room is found before the first step
+            init_states(optimizer)  # a lack of memory or disk is found before the first step
     except StatesLost as error:
         raise progress.lost(error) from None
     return progress, converted
@@ -57,7 +57,7 @@ def _load(
     assert start.checkpoint is not None
     assert start.facts is not None
     names = {parameter: name for name, parameter in parallel.named_parameters()}
-    if start.weights_only:  # of another run or from elsewhere: training itself begins afresh
+    if start.weights_only:  # of another run or framework: training starts afresh
         if start.facts.get("optimizer", False):
             init_states(optimizer)
         there = checkpoint.names(start.checkpoint)

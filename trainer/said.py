@@ -1,4 +1,4 @@
-"""What a launch says of itself before its first step, as events."""
+"""Yield the events that a launch reports before its first step."""
 
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ def said_at_start(
     converted: Mapping[str, int],
     layout_choice: Mapping[str, Any] | None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield events, (kind, facts), of a launch or of a stage that begins within one.
+    """Yield the events (kind, facts) of a launch, or of a training stage that begins within one.
 
-    ``whole`` is the run with all its stages, ``config``, ``plan`` and ``stream`` are of the stage;
-    ``kernel_changes``: kernels that the launch before had otherwise; ``converted``: how many
-    states of the optimizer changed, by the change; ``layout_choice``: of ``parallel: auto``.
+    ``whole`` is the config of all training stages; ``config``, ``plan`` and ``stream`` are those of
+    the current one. ``kernel_changes``: differences from the kernels of the last launch;
+    ``converted``: number of converted optimizer states, by conversion; ``layout_choice``: the
+    choice of ``parallel: auto``, None without it.
     """
     step = {"step": start.step}
     if layout_choice is not None:
         yield "layout_chosen", {**step, **layout_choice}
-    if not start.next_stage:  # else the launch has said where it began
+    if not start.next_stage:  # otherwise the launch has already reported its start
         if mesh.restart is not None:
             reason = mesh.restart.reason or "not known"
             yield "restarted", {**step, "count": mesh.restart.count, "reason": reason}
         for kind, facts in start_events(config, start):
             yield kind, {**step, **facts}
-    if mesh.device.type == "cuda":  # estimates are of one
+    if mesh.device.type == "cuda":  # the estimates are for a GPU
         here = os.environ.get("LOCAL_WORLD_SIZE", "")
         node_ranks = int(here) if here.isdecimal() else NODE_RANKS
         for rule, text in advice(config, plan, node_ranks).items():
@@ -80,7 +81,7 @@ def said_at_start(
 def _repeated(
     whole: RunConfig, plan: RunPlan, stream: Stream | DocumentStream, step: dict[str, int]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the run reads more than once, and what to do about it."""
+    """Yield the repeated sources of the run, and advice about them."""
     found = repetitions(stream, last_sample(whole), plan.parameters.non_embedding)
     if any(one.epochs > 1.0 for one in found):
         said = ", ".join(

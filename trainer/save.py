@@ -1,4 +1,4 @@
-"""Saving a run's state between steps."""
+"""Save a run's state between steps."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from allometry.trainer.state.planners import State
 from allometry.trainer.state.resume import Start
 
 RETRY_AFTER_S = (1.0, 5.0)
-"""Pauses before the last checkpoint of a launch is tried again."""
+"""Pauses before the retries of a launch's last checkpoint."""
 
 
 class Copier:
-    """Makes local copies, in turn with checkpoints, and reports of them.
+    """Makes local copies in turn with checkpoints, and reports them.
 
-    ``run``: the run's identity; ``kept``: the step of those that this launch has begun from, which
-    stay until there are others.
+    ``run``: the run's identity; ``kept``: step of the copies from which this launch began, which
+    are kept until newer copies exist.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class Copier:
         start: Start,
         report: Callable[..., None],
     ) -> Copier | None:
-        """Return that of a launch, None where the run asks for no copies."""
+        """Return the copier of a launch, None if the run has no local copies."""
         if local is None:
             return None
         run, kept = start.identity.run, start.step if start.offer else None
         return cls(local, checkpointer, folder, run, kept, report)
 
     def copy(self, step: int, state: State, facts: dict[str, Any]) -> None:
-        """Begin a copy; returns as soon as the tensors are copied. No rank may be writing."""
+        """Begin a copy; return once the tensors are staged. No rank may be writing."""
         mesh = self._local.mesh
         if self._launch is None:
             name = partial(launch_name, self._folder)
@@ -83,12 +83,12 @@ class Copier:
         self._checkpointer.begin(
             lambda: self._local.write(step, copied, facts, launch, self._run), f"copy-{step}"
         )
-        stored = any(isinstance(value, Stored) for value in copied.values())  # which has no copy
+        stored = any(isinstance(value, Stored) for value in copied.values())  # not staged
         if stored or not self._checkpointer.asynchronous:
             self._checkpointer.wait()
 
     def poll(self) -> None:
-        """Report a copy that has ended: the first of a launch, and what failed."""
+        """Report an ended copy: the first of the launch, and each failure."""
         ended, self._local.outcome = self._local.outcome, None
         if ended is None:
             return
@@ -105,18 +105,18 @@ class Copier:
             )  # fmt: skip
 
     def finish(self, *, saved: bool) -> None:
-        """At the end of a launch: remove all copies where its last state is in a checkpoint."""
+        """End a launch: remove all copies if its last state is in a checkpoint (``saved``)."""
         self.poll()
         if saved:
             self._local.remove()
 
 
 class Saver(Callback):
-    """Saves where the configuration asks for it, and at the end of a launch; off the clock.
+    """Saves at the configured steps and times and at the end of a launch, off the step timer.
 
-    All numbers are read first, and tensors looked through, so that no checkpoint is made of a run
-    that has gone wrong. ``state`` returns the tensors and the facts of a checkpoint; ``response``
-    says where none is to be made any more.
+    Before a save all numbers are read and all tensors are checked for finiteness, so that no
+    checkpoint of a diverged run is written. ``state`` returns the tensors and facts of a
+    checkpoint; ``response`` forbids further checkpoints after a failed check.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class Saver(Callback):
         self._state, self._timer, self._mesh = state, timer, mesh
         self._begun_step = progress.saved_step  # saved or being saved
         self._first_step = progress.step
-        self._unsaved_copy = progress.step > (progress.saved_step or 0)  # a launch began with it
-        self._failed: tuple[int, str] | None = None  # the newest save that failed, and why
+        self._unsaved_copy = progress.step > (progress.saved_step or 0)  # launched from a copy
+        self._failed: tuple[int, str] | None = None  # the newest failed save, with its reason
 
     @override
     def needs_numbers(self, step: int, *, last: bool) -> bool:
@@ -161,7 +161,7 @@ class Saver(Callback):
         tensors, facts = self._state()
         name = not_finite(tensors, self._mesh)
         if name is not None:
-            self._checkpointer.wait()  # for the one before, which is named
+            self._checkpointer.wait()  # so that the message names the checkpoint before
             raise UserError(
                 f"step {step}: its update left {name} not finite, so it is not saved; "
                 f"{self._kept()}; lower optimizer.lr, lengthen the warm-up or check the data of "
@@ -188,9 +188,9 @@ class Saver(Callback):
 
     @override
     def finish(self) -> None:
-        """Wait for the last checkpoint; try again if it failed.
+        """Wait for the last checkpoint, and retry it if it failed.
 
-        Raises UserError on every rank: it cannot be written.
+        Raises UserError on every rank if the checkpoint cannot be written.
         """
         step = self._progress.step
         self._checkpointer.wait()
@@ -199,7 +199,7 @@ class Saver(Callback):
                 f"step {step}: no checkpoint is made, as {refused}; {self._kept()}: take that "
                 "machine out and run again, which goes on from there"
             )
-        if self._unsaved_copy and step == self._first_step:  # no step was taken since
+        if self._unsaved_copy and step == self._first_step:  # the launch took no step
             self._save(step)
             self._checkpointer.wait()
         for pause in RETRY_AFTER_S:
@@ -218,7 +218,7 @@ class Saver(Callback):
             )
 
     def _missing(self) -> str | None:
-        """Why the state as it is now could not be saved; None if it was."""
+        """Return why the current state could not be saved; None if it was."""
         step, reason = self._failed or (None, None)
         return reason if step == self._progress.step else None
 

@@ -1,4 +1,4 @@
-"""When to save by the clock, agreed by all ranks without a message of its own."""
+"""Decide when to save by the clock, agreed between ranks without an additional message."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from allometry.trainer.state.interval import Uptime, best_interval_s
 from allometry.trainer.state.room import due
 
 FIRST_S = 60.0
-"""Seconds before the first save of ``auto``, which tells what one costs."""
+"""Seconds before the first save with ``auto``, which measures the cost of a save."""
 
 
 @dataclass
 class _Timer:
-    """One kind of save, as the main rank sees it."""
+    """Timer of one kind of save on the main rank."""
 
     minutes: Minutes | None
     mtbf_s: float
@@ -36,11 +36,11 @@ class _Timer:
 
 @dataclass
 class SaveTimes:
-    """Says when to save, by steps and by the main rank's clock, the same on all ranks.
+    """Decides when to save, by steps and by the main rank's clock, equally on all ranks.
 
-    ``told`` is what this rank says in a step and ``heard`` gets the largest of all ranks' a step
-    later (on one rank: at once); ``StopRequest`` carries them along. A copy waits until no rank is
-    ``writing``, a checkpoint does not.
+    ``told`` returns this rank's numbers in a step, and ``heard`` receives the maximum over ranks
+    one step later (on a single rank at once); ``StopRequest`` sends these numbers with its own
+    message. A local copy waits until no rank is ``writing``; a checkpoint does not wait.
     """
 
     config: CheckpointConfig
@@ -64,42 +64,42 @@ class SaveTimes:
         self._timers = one, other
 
     def told(self) -> Sequence[int]:
-        """Return what this rank says: a checkpoint is due, a local copy is due, it is writing."""
+        """Return this rank's flags: checkpoint due, local copy due, writing."""
         now_s = self.clock()
         due = (self.mesh.is_main and timer.due(now_s) for timer in self._timers)
         return *map(int, due), int(self.writing())
 
     def heard(self, numbers: Sequence[int]) -> None:
-        """Take the largest number of all ranks for each that ``told`` returned a step before."""
+        """Receive the maximum over ranks of each flag that ``told`` returned one step before."""
         checkpoint, copy, busy = map(bool, numbers)
         now_s = self.clock()
         for timer, told in zip(self._timers, (checkpoint, copy), strict=True):
-            if told:  # what is already on its way says so again
+            if told:  # a save in progress reports its flag again
                 timer.last_s = now_s
         self._asked |= checkpoint
         self._copy_asked |= copy
         self._busy = busy
 
     def checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint is made after ``step``, though it is not the launch's last."""
+        """Return True if a checkpoint follows ``step``, even if the launch continues."""
         return self._asked or due(self.config, step)
 
     def copy_due(self, step: int) -> bool:
-        """Whether a local copy is made after ``step``, unless a checkpoint is."""
+        """Return True if a local copy follows ``step``, unless a checkpoint does."""
         local = self.config.local
         if local is None:
             return False
         if local.every_steps is not None and step % local.every_steps == 0:
             self._copy_asked = True
-        # What was told a step ago does not know of a save that was begun after it.
+        # Flags sent one step ago do not include a save begun after that step.
         known = step - self._begun_step > (1 if self.mesh.world_size > 1 else 0)
         return self._copy_asked and known and not self._busy
 
     def begun(self, step: int, *, copy: bool, cost_s: float) -> None:
-        """Note that a save was begun for which training waited ``cost_s`` seconds."""
+        """Note that a save has begun, for which training waited ``cost_s`` seconds."""
         timer = self._timers[int(copy)]
         timer.last_s, timer.cost_s = self.clock(), cost_s
         self._begun_step = step
-        self._copy_asked = False  # a checkpoint is as good
+        self._copy_asked = False  # a checkpoint replaces a local copy
         if not copy:
             self._asked = False

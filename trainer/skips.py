@@ -1,4 +1,4 @@
-"""Steps of a run that make no update: which, why, and how many may be."""
+"""Record the steps without an update, their reasons, and the limits on their number."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from allometry.trainer.state.rewinds import rewinds
 from allometry.trainer.step import StepOutcome
 
 Reason = Literal["not_finite", "spike", "skip_steps"]
-"""Why the update of a step was skipped; ``skip_steps``: the configuration says so."""
+"""Reason for a skipped update; ``skip_steps``: named in ``training.skip_steps``."""
 
 
 @dataclass
 class Skips:
-    """Which steps of a run make no update: those that a ``Judge`` rejects or the run names.
+    """Steps of a run without an update: rejected by a ``Judge`` or named in the config.
 
-    ``skipped`` has the reason of each so far, and is part of a checkpoint; ``named`` are those that
-    ``training.skip_steps`` passes over; ``rewinds_left``: how often the run may still go back.
-    Every rank has one, and all come to the same.
+    ``skipped`` contains the reason of each such step so far, and is part of a checkpoint; ``named``
+    are the ranges of ``training.skip_steps``; ``rewinds_left`` is the number of rewinds still
+    allowed. Every rank has an instance, and all instances reach the same decisions.
     """
 
     config: BadSteps | None
@@ -34,7 +34,7 @@ class Skips:
     report: Reporter
     rewinds_left: int = 0
     go_back: tuple[int, ...] = ()
-    """The bad steps for which the run is to go back to a checkpoint; empty: it goes on."""
+    """Bad steps for which the run must rewind to a checkpoint; empty: the run continues."""
 
     @classmethod
     def of(
@@ -45,7 +45,7 @@ class Skips:
         folder: RunFolder,
         mesh: Mesh,
     ) -> Skips:
-        """Return those of a launch that goes on after ``skipped``; every rank calls this."""
+        """Return the skips of a launch that continues after ``skipped``; every rank calls this."""
         training, rewind = config.training, None
         if training.bad_steps is not None:
             rewind = training.bad_steps.rewind
@@ -54,13 +54,13 @@ class Skips:
         return cls(training.bad_steps, training.skip_steps, skipped, report, left)
 
     def passes_over(self, step: int) -> bool:
-        """Return whether the run is told to pass the batch of this step over."""
+        """Return True if ``training.skip_steps`` names this step."""
         return names_step(self.named, step)
 
     def look(self, outcome: StepOutcome, loss: float) -> Reason | None:
-        """Record and report what was skipped; return why, None for a step that made its update.
+        """Record and report a skipped step; return the reason, None if the step made its update.
 
-        ``outcome`` is in the host's memory.
+        ``outcome`` is in host memory.
         """
         step, norm = outcome.step, float(outcome.grad_norm)
         if self.passes_over(step):
@@ -82,7 +82,7 @@ class Skips:
         return self.skipped.get(step)
 
     def beyond(self, step: int) -> str | None:
-        """Return the limit on bad steps that this one is beyond, in words; None: it may go on."""
+        """Describe the limit on bad steps that this step exceeds; None if the run may continue."""
         rejected = self.skipped.get(step, "skip_steps") != "skip_steps"
         if self.config is None or self.go_back or not rejected:
             return None

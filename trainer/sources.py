@@ -1,4 +1,4 @@
-"""The data of a run: opened for all of its stages, and checked before its first step."""
+"""Open the data of a run for all of its training stages, and check them before the first step."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from allometry.trainer.repetition import check_epochs, repetitions
 
 
 def open_sources(config: RunConfig) -> Stream | DocumentStream:
-    """Return the data, after checking that tokenizer and vocabulary fit them.
+    """Return the data, after checking that they match the tokenizer and the vocabulary.
 
-    Those of a run with stages are as its first stage reads them: see ``Reading.in_stage``.
+    For a run with training stages the data are read as in the first stage; ``in_stage`` gives the
+    data of another stage (see ``Reading.in_stage``).
     """
     places = places_of(config)
     stages = [
@@ -41,8 +42,8 @@ def open_sources(config: RunConfig) -> Stream | DocumentStream:
 
 
 def check_data(config: RunConfig, plans: Sequence[RunPlan], stream: Sources) -> None:
-    """Check that the data are enough for the run as it goes on with them, in all of its stages."""
-    from allometry.trainer.feed import check_steps  # brings torch, which a dry run can spare
+    """Check that the data are sufficient for the remaining run, in all of its training stages."""
+    from allometry.trainer.feed import check_steps  # imports torch, which a dry run does not need
 
     for number, plan in enumerate(plans):
         staged = stream.in_stage(number)

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward over its micro-batches, one reduction, one update."""
+"""Take one optimizer step: forward and backward of all micro-batches, reduction, update."""
 
 # B sequences of a micro-batch, L tokens in a sequence, S sources
 
@@ -25,14 +25,14 @@ from allometry.trainer.record.timing import to_host
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step measured, still on the device so that nothing waits for it.
+    """Measurements of a step, still on the device so that the host does not wait for them.
 
-    ``sums_2S`` is the sum of losses and the number of target tokens of each source, over all
-    ranks; ``grad_norm`` the global norm before clipping; ``lr`` the rate at the base dimensions;
-    ``routing`` what the routers observed (``Balancer.observed``, over all ranks), None without
-    experts; ``tokens`` and ``squared_lengths`` the tokens of the whole batch and the sum of its
-    documents' squared lengths (whole numbers, exact in float64). ``verdict``: what a ``Judge`` said
-    of it, None without one.
+    ``sums_2S`` contains the sum of losses and the number of target tokens of each source, over all
+    ranks. ``grad_norm`` is the global norm before clipping; ``lr`` the learning rate at the base
+    dimensions; ``routing`` the routers' statistics (``Balancer.observed`` summed over all ranks),
+    None without experts. ``tokens`` and ``squared_lengths`` are the tokens of the global batch and
+    the sum of its squared document lengths (integers, exact in float64). ``verdict`` is the result
+    of a ``Judge``, None without one.
     """
 
     step: int
@@ -45,7 +45,7 @@ class StepOutcome:
     verdict: Tensor | None = None
 
     def to_host(self) -> StepOutcome:
-        """Return the same in the host's memory; on a GPU once what is queued now has run."""
+        """Copy the outcome to host memory; on a GPU complete once the work queued now has run."""
         tensors = {
             field.name: to_host(value)
             for field in fields(self)
@@ -55,23 +55,26 @@ class StepOutcome:
 
 
 def source_sums(nll_BL: Tensor, targets_BL: Tensor, sources: Tensor, count: int) -> Tensor:
-    """Loss sums and target counts by source, [2, S] in float64; ``sources`` is [B] or [B, L]."""
+    """Return loss sums and target counts by source, [2, S] in float64.
+
+    ``sources`` is [B] or [B, L].
+    """
     sums = torch.stack([nll_BL.double(), (targets_BL != IGNORE).double()])
     sums = sums.sum(2) if sources.dim() == 1 else sums.flatten(1)
-    # A product, as adding by index would use atomics on a GPU and differ from run to run.
+    # A matrix product, because index_add uses atomics on a GPU and is not deterministic.
     numbers_S = torch.arange(count, device=sums.device)
     return sums @ (sources.flatten()[:, None] == numbers_S).double()
 
 
 def seed_dropout(seed: int, batch: DeviceBatch) -> None:
-    """Make what is random in a forward pass depend on seed and place of the samples alone."""
+    """Seed the generators of a forward pass from the seed and the position of its samples alone."""
     place = f"{batch.position}|{batch.first}" if batch.first else str(batch.position)
     digest = hashlib.sha256(f"dropout|{seed}|{place}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class TrainStep:
-    """Runs optimizer steps; everything they need is given once."""
+    """Takes optimizer steps; all dependencies are passed to the constructor."""
 
     def __init__(
         self,
@@ -100,8 +103,8 @@ class TrainStep:
     def __call__(self, step: int, batches: Sequence[DeviceBatch]) -> StepOutcome:
         """Take the step; ``batches`` are this rank's micro-batches.
 
-        The loss is the sum over target tokens divided by their number in the whole global batch,
-        so gradients do not depend on how the tokens are spread over ranks and micro-batches.
+        The loss is the sum over target tokens divided by their number in the global batch, so
+        gradients do not depend on the distribution of tokens over ranks and micro-batches.
         """
         self._optimizer.zero_grad(set_to_none=True)
         sums_2S = torch.zeros(2, self._sources, dtype=torch.float64, device=self._mesh.device)
@@ -120,10 +123,10 @@ class TrainStep:
         targets, tokens, squared_lengths = self._begin(
             batches, lambda: execution.count_visits(batches, before)
         )
-        # A batch without a single target has no gradient rather than a division by zero.
+        # The clamp gives zero gradients, not a division by zero, for a batch without targets.
         scale = 1.0 / targets.clamp(min=1.0)
         execution.train(batches, scale, observe, before)
-        sums_2S *= self._mesh.tp.rank == 0  # all ranks of a tensor group have the same losses
+        sums_2S *= self._mesh.tp.rank == 0  # all tensor-parallel ranks have the same losses
         routing = None if self._balancer is None else self._balancer.observed()
         along = [sums_2S] if routing is None else [sums_2S, routing]
         fraction = self._schedule.fraction(step)
@@ -153,7 +156,7 @@ class TrainStep:
         )
 
     def pass_over(self, step: int) -> StepOutcome:
-        """Return the outcome of a step that is not taken: nothing is computed or changed."""
+        """Return the outcome of a skipped step, without computing or changing anything."""
         zero = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         return StepOutcome(
             step=step,
@@ -166,10 +169,10 @@ class TrainStep:
         )
 
     def compute(self, batches: Sequence[DeviceBatch]) -> Tensor:
-        """Leave the gradients of a step before clipping, and update nothing.
+        """Compute the gradients of a step before clipping, without an update.
 
-        Returns the checksum of the losses of this rank (0-dim int64). What routers see is added up
-        and taken; their buffers are those of a step that has begun.
+        Returns the checksum of this rank's losses (0-dim int64). Router statistics are summed and
+        discarded; the routers' buffers are left as after the beginning of a step.
         """
         self._optimizer.zero_grad(set_to_none=True)
         execution, losses = self.parallel.execution, [checksum(torch.zeros(0))]
@@ -189,7 +192,7 @@ class TrainStep:
         return combined(losses, self._mesh.device)
 
     def groups_not_finite(self) -> list[str]:
-        """Names of the parameter groups with gradients or values on this rank not all finite."""
+        """Return the parameter groups with non-finite gradients or values on this rank, by name."""
         return groups_not_finite(self._optimizer)
 
     def _begin(
@@ -197,8 +200,8 @@ class TrainStep:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Begin the routers' step; return targets, tokens and squared lengths of the global batch.
 
-        These are 0-dim in float64. What ranks must know before the first backward goes to all in
-        one message.
+        All three are 0-dim float64 tensors. All counts that ranks need before the first backward
+        pass are reduced in one message.
         """
         counts = torch.zeros(3, dtype=torch.float64, device=self._mesh.device)
         for batch in batches:
@@ -206,7 +209,7 @@ class TrainStep:
             counts[1] += batch.num_tokens
         counts[2] = sum(batch.squared_lengths for batch in batches)
         visits = None if self._balancer is None else self._balancer.count_visits(count_visits)
-        # All ranks of a pipeline and of a tensor group have the same micro-batches.
+        # All ranks of a pipeline and of a tensor-parallel group have the same micro-batches.
         if visits is None:
             self._mesh.all_reduce_sum(counts, "hdp")
         else:

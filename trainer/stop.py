@@ -1,4 +1,4 @@
-"""Stopping cleanly when the operator or the scheduler asks for it."""
+"""Stop cleanly on a signal from the user or the scheduler."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
-if TYPE_CHECKING:  # signals are watched from before torch is loaded
+if TYPE_CHECKING:  # signals are watched before torch is imported
     from allometry.parallel.mesh import Mesh
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a run to save and stop: operators, terminals and schedulers (``sbatch --signal``)."""
+"""Signals that request a save and a stop: users, terminals, schedulers (``sbatch --signal``)."""
 TWICE_S = 2.0
-"""Seconds in which a second Ctrl-C is a double press, or the same one on another way."""
+"""Seconds in which a second Ctrl-C counts as a double press or as a duplicate of the first."""
 
 
 def _interrupt() -> None:
@@ -23,20 +23,22 @@ def _interrupt() -> None:
 
 
 def _ignore() -> None:
-    """Let no signal end an interpreter that is ending, which gives up its handlers."""
+    """Ignore all stop signals while the interpreter exits and removes its handlers."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class StopSignals:
-    """While the context lasts, a signal that asks to stop is kept in ``received``.
+    """Context manager that stores the first stop signal in ``received``.
 
-    ``heard`` gets the first one at once, in the handler. A Ctrl-C more than two seconds after the
-    first one calls ``at_once``, which interrupts. A SIGHUP that is ignored (nohup) stays so; one of
-    these signals that was blocked until now (``launch/torchrun.py``) is received.
+    ``heard`` is called with the first signal at once, in the handler. A Ctrl-C more than two
+    seconds after the first signal calls ``at_once``, which interrupts by default. An ignored SIGHUP
+    (nohup) stays ignored; a stop signal that was blocked until now (``launch/torchrun.py``) is
+    received.
 
-    ``to_the_end``: signals are watched until the process ends, whose work the context is. One that
-    comes when all is done and saved, such as a second one, does not change its exit code.
+    With ``to_the_end`` the signals are watched until the process ends, beyond the context. A signal
+    that arrives after all work is done and saved, such as a second signal, then does not change the
+    exit code.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if self._to_the_end:
-            atexit.register(_ignore)  # before others are, so that it is called after them
+            atexit.register(_ignore)  # registered first, so that it is called last
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._receive)
@@ -77,21 +79,23 @@ class StopSignals:
 
 
 class Told(Protocol):
-    """Numbers that travel with the stop flag: the largest of all ranks' is heard on all of them."""
+    """Numbers sent with the stop flag; every rank receives their maximum over ranks."""
 
     LENGTH: int
 
     def told(self) -> Sequence[int]:
-        """Return this rank's numbers, ``LENGTH`` of them, not negative."""
+        """Return this rank's ``LENGTH`` non-negative numbers."""
 
     def heard(self, numbers: Sequence[int]) -> None:
-        """Take the largest of all ranks'."""
+        """Receive the maximum over ranks of each number."""
 
 
 class StopRequest:
-    """What ``signals`` received on any rank, seen by all ranks at the same step.
+    """Agreement of all ranks, at the same step, on a signal that any rank received.
 
-    Use as a context manager around the loop. ``others`` travels in the same message.
+    Use as a context manager around the loop. The numbers of ``others`` are sent in the same
+    message. For example, with SIGTERM on rank 3 in step 10 ``agreed`` returns "SIGTERM" on all
+    ranks after step 11.
     """
 
     def __init__(self, mesh: Mesh, signals: StopSignals, others: Told | None = None) -> None:
@@ -105,15 +109,15 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # After an error other ranks may never join.
+        # After an error other ranks may never join the all-reduce.
         if self._exchange is not None and kind is None:
             self._exchange.wait()
 
     def agreed(self, *, now: bool = False) -> str | None:
-        """The signal's name once every rank knows of it; call it once a step, on every rank.
+        """Return the signal's name once all ranks know of it; call once per step on every rank.
 
-        The ranks' flags are exchanged in the background and read one call later, so that no step
-        waits for them; ``now`` waits.
+        The flags are all-reduced in the background and read one call later, so that no step waits
+        for the message; ``now`` waits.
         """
         import torch
         import torch.distributed as dist

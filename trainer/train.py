@@ -1,4 +1,4 @@
-"""Putting a run together from its description, and training it."""
+"""Assemble a run from its config, and train it."""
 
 from __future__ import annotations
 
@@ -103,16 +103,17 @@ def train(
     signals: StopSignals | None = None,
     importer: Importer | None = None,
 ) -> RunResult:
-    """Train the run that ``config`` describes, from where its folder says it is.
+    """Train the run that ``config`` describes, from the newest state in its folder.
 
     Every rank of a torchrun calls this. ``device`` defaults to this rank's GPU, or the CPU without
-    one; ``callbacks`` (on the main rank) to what ``config.record`` asks for. ``stop_at_step`` ends
-    this launch there, with a checkpoint, as a signal would; ``signals``: watched since before.
-    ``importer`` reads ``run.initial.hf``: ``interop.huggingface.model.import_model``. Raises
-    UserError on all ranks alike.
+    a GPU; ``callbacks`` (on the main rank) to the callbacks of ``config.record``. ``stop_at_step``
+    ends this launch after that step with a checkpoint, as a signal would; ``signals`` are already
+    being watched. ``importer`` reads ``run.initial.hf``
+    (``interop.huggingface.model.import_model``). Raises UserError on all ranks. For example,
+    ``train(load("run.yaml"), stop_at_step=10)`` trains ten steps of a new run.
     """
     end_with_launcher()
-    # What a layout cannot do is said before any group starts.
+    # A layout error is raised before any process group is created.
     config, invocation = settled(config, device, invocation)
     plans = RunPlan.of_stages(config, launched_world_size())
     places = places_of(config)
@@ -121,9 +122,9 @@ def train(
     watch = Watchdog(config.parallel, RunFolder(config.run.folder))
     with watched as signals, exact, watch, open_mesh(config.parallel, device, watched=True) as mesh:
         watch.attach(mesh)
-        if mesh.restart is not None:  # ranks that are started again continue their own run
+        if mesh.restart is not None:  # restarted ranks continue their own run
             config = not_new(config)
-        for place in places:  # what cannot be is said before the folder is touched
+        for place in places:  # errors are raised before the folder is changed
             choose_graphs(place.config, mesh)
         on_all_ranks(mesh, lambda: check_available(config), "looking for DeepSpeed")
         plans = with_measured_stages(config, plans, mesh)
@@ -145,7 +146,7 @@ def _launch(
     callbacks: Sequence[Callback] | None,
     importer: Importer | None,
 ) -> RunResult:
-    """Train from where the folder is to the end, a stop, or where the run goes back."""
+    """Train from the state in the folder to the end, a stop, or a rewind."""
     places, schedules = places_of(config), schedules_of(config)
     stream = on_all_ranks(mesh, lambda: open_sources(config), "opening the data")
     folder = RunFolder(config.run.folder)
@@ -162,7 +163,7 @@ def _launch(
                 *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
                 *(folder, start, present, config, watch, local),
             )
-            if not start.next_stage:  # the checkpoint is loaded, so that the folder may change
+            if not start.next_stage:  # the checkpoint is loaded, so the folder may change
                 run.start = start = enter(folder, config, start, mesh)
                 open_recorder = partial(record.Recorder, folder)
                 recorder = on_main_rank(mesh, open_recorder, "opening the record")
@@ -172,7 +173,7 @@ def _launch(
                 break
             if result.stopped_by is not None or result.step == places[-1].last_step:
                 break
-            del run  # a stage is made anew, from the checkpoint that the one before ended with
+            del run  # a stage is built anew from the last checkpoint of the stage before
             gc.collect()
             start = next_stage(folder, start, result.step, mesh)
     finally:
@@ -185,7 +186,7 @@ def _launch(
 
 @dataclass
 class _Run:
-    """A launch and what it is made of: each part once, from those above it."""
+    """A training stage of a launch with its components, each built once from earlier fields."""
 
     config: RunConfig
     plan: RunPlan
@@ -194,8 +195,8 @@ class _Run:
     stream: Stream | DocumentStream
     folder: RunFolder
     start: Start
-    present: Sequence[Callback]  # of the launch, whose callbacks of stages come and go
-    whole: RunConfig  # the run with all its stages; ``config`` is as it is in this one
+    present: Sequence[Callback]  # callbacks of the launch; callbacks of a stage are created anew
+    whole: RunConfig  # the config of all training stages; ``config`` is that of this stage
     watch: Watchdog
     local: LocalCopies | None
 
@@ -227,17 +228,17 @@ class _Run:
         stop_at_step: int | None,
         signals: StopSignals,
     ) -> RunResult:
-        """Train to the end of the plan or to a stop; ``recorder`` is the main rank's."""
+        """Train to the plan's end or a stop; ``recorder`` is None except on the main rank."""
         self.recorder, self.report = recorder, Reporter(recorder, self.callbacks)
         self.callbacks.insert(0, GarbageCollection(self.start.step))
-        # Those that ask for a row of a step come before those that only add to one.
+        # Callbacks that request a row of a step come before callbacks that only extend a row.
         self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
         train_step = make_train_step(
             *(self.config, self.plan, self.parallel, self.optimizer, self.schedule),
             *(self.mesh, self.judge),
         )
         current = Current()
-        saver: Saver  # whose next checkpoint the checks ask for
+        saver: Saver  # the checks read its next checkpoint step
         found, response = checks(
             *(self.config, self.parallel, self.optimizer, train_step, current),
             *(self.mesh, self.timer, self.report, lambda step: saver.times.checkpoint_due(step)),
@@ -251,7 +252,7 @@ class _Run:
             self.report("removed_unfinished_checkpoint", name=name)
         for name in self.start.abandoned:
             self.report("abandoned_checkpoint", name=name)
-        # Files may be slow, and a service's page is opened over the network.
+        # Writing files may be slow, and opening a tracking service needs the network.
         on_main_rank(self.mesh, lambda: self._begin_record(invocation), "opening the record")
         said = said_at_start(
             *(self.config, self.whole, self.plan, self.start, self.stream, self.mesh),
@@ -272,7 +273,7 @@ class _Run:
             raise checkpoint.unwritable(self.folder, error) from None
 
     def _earlier(self) -> dict[str, Any] | None:
-        """The facts of the steps that bad ones are judged by: a stage knows its own alone."""
+        """Return the facts from which bad steps are judged; None if a training stage begins."""
         stage = self.plan.stage
         anew = stage is not None and self.start.step == stage.steps_before
         return None if anew or self.start.weights_only else self.start.facts
@@ -294,7 +295,7 @@ class _Run:
                 callback.on_start(facts, first_step)
 
     def _origin(self) -> dict[str, Any]:
-        """Where the first weights of a new run, or of the one it branches from, were imported."""
+        """Return the imported origin of a new run's weights, or that of the parent of a branch."""
         parent = self.config.run.parent
         if self.start.branched and parent is not None:
             return RunFolder(parent.folder).origin()
@@ -391,7 +392,7 @@ class _Run:
         return Saver(writer, self.progress, state, self.timer, self.mesh, times, copier, response)
 
     def _batches(self) -> Iterator[StepInput]:
-        """This rank's micro-batches, step by step."""
+        """Yield this rank's micro-batches for each step."""
         if isinstance(self.stream, DocumentStream):
             assert self.planner is not None
             return document_steps(self.stream, self.plan, self.planner, self.mesh, self.start.step)

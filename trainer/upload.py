@@ -1,4 +1,4 @@
-"""Uploading checkpoints while training goes on."""
+"""Upload checkpoints during training."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from allometry.trainer.state.remote import Store, to_upload
 from allometry.trainer.state.room import stays
 
 RETRY_AFTER_S = (1.0, 10.0)
-"""Pauses before an upload that failed is tried again."""
+"""Pauses before the retries of a failed upload."""
 
 
 class Uploads(Callback):
-    """Copies each checkpoint to an object store when it is whole; the main rank does.
+    """Copies each complete checkpoint to an object store, on the main rank.
 
-    What is saved while one is under way waits, and only the newest of those is uploaded. No failure
-    ends the run: it is an event, and the next checkpoint is tried anew.
+    Only one upload runs at a time; of the checkpoints saved meanwhile only the newest is uploaded
+    next. A failed upload is reported as an event and does not end the run; the next checkpoint is
+    uploaded as usual.
     """
 
     def __init__(
@@ -45,20 +46,20 @@ class Uploads(Callback):
         self._worker: threading.Thread | None = None
         self._outcome: tuple[str, dict[str, Any]] | None = None
         self._next: int | None = None
-        self._again = True  # also what is there
+        self._again = True  # True: also replace an existing upload
 
     @classmethod
     def of(
         cls, config: CheckpointConfig, folder: RunFolder, mesh: Mesh, report: Callable[..., None]
     ) -> Iterator[Uploads]:
-        """Yield that of a launch, if the run asks for uploads; every rank calls this."""
+        """Yield the uploads of a launch if the run requests them; every rank calls this."""
         if config.upload is not None:
             make = partial(cls, config, folder, mesh, report)
             yield on_all_ranks(mesh, make, "looking for checkpoint.upload.url")
 
     @override
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
-        """Begin with the newest checkpoint, whose upload may have been cut short."""
+        """Begin with the newest checkpoint, whose upload may have been interrupted."""
         if there := saved(self._folder):
             self._next, self._again = step_of(there[-1]), False
             self._begin()
@@ -90,7 +91,7 @@ class Uploads(Callback):
         return self._worker is None
 
     def _poll(self) -> None:
-        """Report what has ended, and begin what has waited for that."""
+        """Report an ended upload, and begin the waiting one."""
         if self._worker is None or self._worker.is_alive():
             return
         self._worker.join()
@@ -103,7 +104,7 @@ class Uploads(Callback):
         if self._worker is not None or self._next is None:
             return
         step, again, self._next = self._next, self._again, None
-        # A daemon: a process that ends does not wait for a network that is gone.
+        # A daemon thread, so that the process can exit when the network is down.
         work = partial(self._work, step, again=again)
         self._worker = threading.Thread(target=work, name=f"upload-{step}", daemon=True)
         self._worker.start()
@@ -120,7 +121,7 @@ class Uploads(Callback):
                 files = list(to_upload(self._folder, self._linked(step, links)))
                 self._store.put(step, files)
                 self._prune(step)
-            except Exception as error:  # whatever a store's client raises: the run must go on
+            except Exception as error:  # a client may raise any exception; the run must continue
                 failure = Failure.of(error).reason
             else:
                 size, seconds = sum(file.nbytes for file in files), time.monotonic() - begun
@@ -131,7 +132,7 @@ class Uploads(Callback):
         shutil.rmtree(links, ignore_errors=True)
 
     def _linked(self, step: int, links: Path) -> Path:
-        """Return the checkpoint under names that stay when the run removes it; or itself."""
+        """Return hard links to the checkpoint, which outlive its removal; else the checkpoint."""
         checkpoint = self._folder.checkpoints / f"step-{step}"
         if links.exists():
             return links
@@ -145,7 +146,7 @@ class Uploads(Callback):
         return links
 
     def _prune(self, step: int) -> None:
-        """Remove older uploads beyond those that are to be kept."""
+        """Remove older uploads beyond ``checkpoint.upload.keep_last``."""
         keep = self._upload.keep_last
         if keep is None or self._store is None:
             return

@@ -2,7 +2,7 @@
 
 Before the training step that the variable FAULT names, [what, rank, step, file] in JSON, the rank
 does what it says: the file is made first. What ends the rank is done once; a step that is not a
-number is none whenever it is taken.
+number is none whenever it is taken, and a slow rank is slow from that step on.
 """
 
 import importlib.abc
@@ -12,6 +12,8 @@ import os
 import sys
 import time
 from pathlib import Path
+
+SLOW_S = 0.9  # of each step
 
 
 def spoil(step):
@@ -26,11 +28,20 @@ def spoil(step):
     execution.train = train
 
 
+def slow(_):
+    """Compute for longer than the other ranks do."""
+    until = time.time() + SLOW_S
+    while time.time() < until:
+        pass
+
+
 ACTIONS = {
     "exit137": lambda _: os._exit(137),  # as a process ends that a container's memory limit killed
     "hang": lambda _: time.sleep(1e6),
     "nan": spoil,
+    "slow": slow,
 }
+AGAIN = {"nan": False, "slow": True}  # what is not done once: at that step alone, or from it on
 
 
 class Hook(importlib.abc.MetaPathFinder):
@@ -49,9 +60,10 @@ class Hook(importlib.abc.MetaPathFinder):
 
             def faulty(self, step, *arguments):
                 what, rank, at, file = json.loads(os.environ["FAULT"])
-                here = step == at and os.environ.get("RANK") == str(rank)
-                if here and (what == "nan" or not Path(file).exists()):
-                    Path(file).touch()
+                now = step >= at if AGAIN.get(what) else step == at
+                here = now and os.environ.get("RANK") == str(rank)
+                if here and (what in AGAIN or not Path(file).exists()):
+                    Path(file).write_text(str(rank))
                     ACTIONS[what](self)
                 return take(self, step, *arguments)
 

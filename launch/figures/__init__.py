@@ -1,1 +1,1 @@
-"""Figures as plain data, and the one place that draws them with matplotlib."""
+"""Figures as plain data, and the matplotlib code that draws them."""

@@ -1,4 +1,4 @@
-"""Runs that branch from others: trunks first, and what a branch took over as a dotted line."""
+"""Runs that branch from other runs: drawing order, and a dotted line up to the branch point."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from allometry.laws.runs import Run
 
 
 def trunks_first(runs: Sequence[Run]) -> list[int]:
-    """Return the runs' places in an order in which none stands before the run it branches from.
+    """Return the indices of the runs in an order in which each run follows its parent.
 
-    What is drawn later lies on top, so trunks lie under their branches; else the order stays.
+    Later curves are drawn on top, so a trunk is drawn below its branches. The order is otherwise
+    unchanged.
     """
     order: list[int] = []
 
@@ -33,7 +34,7 @@ def trunks_first(runs: Sequence[Run]) -> list[int]:
 
 
 def _parent(runs: Sequence[Run], place: int) -> int | None:
-    """The run that this one branches from: by its path, or of that name in the same folder."""
+    """Return the index of the parent run, found by its path or by its name in the same folder."""
     branch, parent = runs[place], runs[place].record.get("parent")
     if not isinstance(parent, dict) or not isinstance(parent.get("folder"), str):
         return None
@@ -44,7 +45,7 @@ def _parent(runs: Sequence[Run], place: int) -> int | None:
 
 
 def taken_over(run: Run, along: str) -> float:
-    """Return the value of the metric ``along`` at which the run branched, NaN for a trunk."""
+    """Return the metric ``along`` at the branch point, NaN for a run without a parent."""
     parent = run.record.get("parent")
     step = parent.get("step") if isinstance(parent, dict) else None
     if not isinstance(step, int):
@@ -54,14 +55,14 @@ def taken_over(run: Run, along: str) -> float:
 
 
 def branched(series: Series, fork: float) -> list[Series]:
-    """Divide a curve where its run branched (NaN: nowhere), dotted up to there."""
+    """Split a curve at the branch point ``fork`` (NaN: no split) into a dotted and a solid part."""
     taken = series.x <= fork
     if not taken.any():
         return [series]
     own = ~taken
     if not own.any():
         return [replace(series, style="dotted")]
-    own[np.flatnonzero(taken)[-1]] = True  # it goes on where the other part ends
+    own[np.flatnonzero(taken)[-1]] = True  # the solid part starts where the dotted part ends
 
     def part(rows: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Series:
         return replace(series, x=series.x[rows], y=series.y[rows])
@@ -70,10 +71,10 @@ def branched(series: Series, fork: float) -> list[Series]:
 
 
 def stages_begin(run: Run, key: str, column: str = "loss") -> tuple[Column, Column]:
-    """Return where stages of a run begin, but for the first: of ``key`` and of a column."""
+    """Return the start of every stage after the first, as values of ``key`` and of ``column``."""
     metrics = run.metrics
     if "stage" not in metrics:
         return np.empty(0), np.empty(0)
-    stage = np.nan_to_num(metrics["stage"], nan=1.0)  # a run may get stages as it goes
+    stage = np.nan_to_num(metrics["stage"], nan=1.0)  # stages may be added to a started run
     begins = np.flatnonzero(np.diff(stage, prepend=stage[0]) > 0)
     return known(metrics[key][begins], metrics[column][begins])

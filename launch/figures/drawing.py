@@ -1,4 +1,4 @@
-"""Figures as files, drawn by matplotlib: PNG, SVG or PDF."""
+"""Figures drawn by matplotlib to files: PNG, SVG or PDF."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ SIZES = {"dots": 3.0, "point": 4.0, "star": 12.0, "cross": 7.0}
 COLUMNS, FAINT, FEW_TICKS = 2, 0.35, 3
 DASHES: dict[str, Any] = {"dashed": "--", "dotted": (0, (1.0, 6.0))}
 NAMED = 12
-"""A legend names at most this many things."""
+"""Maximum number of entries of a legend."""
 MANY_ROWS = 32
-"""More bars than these lie close together, and their links are thin."""
+"""Number of rows above which bars have no gaps and links are thin."""
 
 
 def check_format(out: Path) -> None:
-    """Make the folder of ``out``. Raises UserError: it cannot be, or no figure is named so."""
+    """Create the folder of ``out``. Raises UserError: the folder or the file name is not usable.
+
+    For example, ``check_format(Path("plots/loss.svg"))``; the suffix is one of FORMATS.
+    """
     if out.suffix not in FORMATS:
         raise UserError(f"--out={out}: a figure is written as {', '.join(FORMATS)}; name one so")
     try:
@@ -40,7 +43,7 @@ def check_format(out: Path) -> None:
 
 
 def draw(figure: Figure, out: Path) -> None:
-    """Write the figure, its panels two in a row; the last of an odd number has a row of its own."""
+    """Write the figure, two panels in a row; the last of an odd number of panels fills its row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,7 +60,7 @@ def draw(figure: Figure, out: Path) -> None:
             panel, first = next(panels), row == column == 0
             axis = drawn.add_subplot(places[row, column * width : (column + 1) * width])
             draw_panel(axis, panel)
-            if figure.legend or first:  # else all panels show the same runs
+            if figure.legend or first:  # otherwise all panels show the same runs
                 _legend(axis, above=any(series.style == "bars" for series in panel.series))
     out.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(out, dpi=130)
@@ -71,7 +74,7 @@ def draw_panel(axis: Any, panel: Panel) -> None:
             _draw_bars(axis, series, panel)
         else:
             _draw_series(axis, series)
-    # A dollar sign would begin a formula.
+    # matplotlib would read a dollar sign as the start of a formula.
     axis.set_title(_plain(panel.title), loc="left", fontsize=10, fontweight="bold")
     axis.set_xlabel(_plain(panel.x_label))
     axis.set_ylabel(_plain(panel.y_label))
@@ -95,7 +98,7 @@ def draw_panel(axis: Any, panel: Panel) -> None:
 
 
 def _name_numbers(axis: Any, panel: Panel) -> None:
-    """Name some numbers of short logarithmic axes, which alone would name one or two, or none."""
+    """Set tick labels on short logarithmic axes, which have at most two labels by default."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     sides: tuple[tuple[bool, Any, Ticks, Any], ...] = (
@@ -105,10 +108,10 @@ def _name_numbers(axis: Any, panel: Panel) -> None:
     for log, scale, ticks, hold in sides:
         low, high = scale.get_view_interval()
         if log and high < 20.0 * low:
-            hold(low, high)  # else it is widened to the ticks
+            hold(low, high)  # keep matplotlib from widening it to the ticks
             digits = max(3, 2 - math.floor(math.log10(1.0 - low / high)))
             form = human if ticks == "count" else f"{{:.{digits}g}}".format
-            few = LogLocator(subs=(1.0, 2.0, 5.0))  # those of all numbers lie close at the end
+            few = LogLocator(subs=(1.0, 2.0, 5.0))  # ticks at every digit overlap near the end
             there = sum(low <= place <= high for place in few.tick_values(low, high))
             scale.set_major_locator(few if there >= FEW_TICKS else MaxNLocator(FEW_TICKS + 2))
             scale.set_minor_locator(NullLocator())
@@ -159,7 +162,7 @@ def _draw_series(axis: Any, series: Series) -> None:
 
 
 def _draw_bars(axis: Any, series: Series, panel: Panel) -> None:
-    """Bars along x, one collection for each series, and links along y."""
+    """Draw bars along x, one collection for each series, and links along y."""
     from matplotlib.collections import LineCollection, PolyCollection
 
     few = len(panel.rows) <= MANY_ROWS
@@ -188,6 +191,6 @@ def _draw_bars(axis: Any, series: Series, panel: Panel) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib takes as it is: no formulas, and no name that hides from the legend."""
+    """Return text without formulas or a leading underscore, which would hide a legend entry."""
     escaped = text.replace("$", r"\$")
     return " " + escaped if escaped.startswith("_") else escaped

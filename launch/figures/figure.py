@@ -1,4 +1,4 @@
-"""Figures as plain data: ``drawing.py`` draws them, and a report's page draws the same."""
+"""Figures as plain data, drawn by ``drawing.py`` and by the HTML page of a report."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ Style = Literal[
 Ticks = Literal["count", "power", "plain"]
 
 NAME = 42
-"""Characters of a name in a legend or a title, at most."""
+"""Maximum number of characters of a name in a legend or a title."""
 
 POINTS = 500
-"""A curve is drawn with at most this many points."""
+"""Maximum number of points that are drawn for a curve."""
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-"""Okabe and Ito's colours, which the colour-blind can tell apart, in an order for thin lines; their
-yellow, too light on white, is a brown."""
+"""Okabe and Ito's palette for colour-blind readers, in an order for thin lines.
+
+Their yellow is too light on white and is replaced by a brown.
+"""
 
 GREY = "#777777"
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One curve, or set of points, with what belongs to it.
+    """One curve or set of points, with its attributes.
 
-    ``run``: the number of the run whose check box shows and hides it (None: always shown).
+    ``run``: number of the run whose check box shows and hides the series (None: always shown).
     ``layer``: ``recorded`` or ``smooth`` where the page offers the choice. ``low`` and ``high``:
-    ends of a band, or of error bars of points; of ``links`` too, which are thin lines along y;
-    of ``bars`` along x, each in the row ``y``, the pale ones half transparent. ``notes``: a text
-    for each point, shown with it. ``named``: whether a legend names it.
+    ends of a band or of error bars; of ``links``, thin lines along y; of ``bars`` along x, each in
+    the row ``y``. ``pale``: True for half-transparent bars. ``notes``: a text for each point, shown
+    with the point. ``named``: True if a legend names the series.
     """
 
     name: str
@@ -61,11 +63,11 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes. Labels give the unit.
+    """One pair of axes. Labels include the unit.
 
-    ``x_ticks``: how numbers of a logarithmic x axis are written in a page: 20k, 10⁴, or 0.002.
-    In pictures alone: ``log_base`` of the ticks, ``x_marks``: the only numbers on the x axis,
-    ``rows``: names of the rows 0, 1, ... of bars, from above.
+    ``x_ticks``: number format of a logarithmic x axis in a page: 20k, 10⁴, or 0.002. Only in
+    picture files: ``log_base`` of the ticks, ``x_marks``: the only numbers on the x axis, ``rows``:
+    names of the rows 0, 1, ... of bars, from the top.
     """
 
     title: str
@@ -80,9 +82,9 @@ class Panel:
     rows: tuple[str, ...] = ()
 
     def drawn(self) -> tuple[Series, ...]:
-        """Return the series as they are drawn, without those of which nothing would be seen.
+        """Return the drawn series, without series that have no visible point.
 
-        A line or a band of one point has no extent: it is drawn as a point, with its interval.
+        A line or a band of a single point has no extent and is drawn as a point with its interval.
         """
         shown = []
         for one in self.series:
@@ -94,7 +96,7 @@ class Panel:
         return tuple(shown)
 
     def _visible(self, one: Series) -> NDArray[np.bool_]:
-        """Which points are on the axes: finite, and above 0 on a logarithmic one."""
+        """Return a mask of the points on the axes: finite, and above 0 on a logarithmic axis."""
         seen: NDArray[np.bool_] = np.isfinite(one.x) & np.isfinite(one.y)
         for log, values in ((self.x_log, one.x), (self.y_log, one.y)):
             if log:
@@ -104,10 +106,11 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Panels side by side. ``key``: name of the PNG and of the place in the page.
+    """Panels next to each other. ``key``: name of the PNG file and of the section in the page.
 
-    ``legend``: whether series are named in each panel; figures of runs need none in the page, as
-    the list of runs is their legend, and one in a picture. ``size``: of a picture, in inches.
+    ``legend``: True if each panel names its series. A figure of runs needs no legend in the page,
+    where the list of runs is the legend, and one legend in a picture file. ``size``: of a picture,
+    in inches.
     """
 
     key: str
@@ -118,39 +121,41 @@ class Figure:
 
 
 def rows_of(count: int, most: int) -> list[int]:
-    """Return how many of ``count`` panels stand in each row: at most ``most``, as even as can be.
+    """Return the number of panels in each row: at most ``most``, as even as possible.
 
-    A row with fewer panels than another has wider ones, so that none is half empty.
+    A row with fewer panels has wider panels, so that no row is half empty. For example,
+    ``rows_of(5, 3)`` returns ``[3, 2]``.
     """
     rows = -(-count // most)
     return [count // rows + (row < count % rows) for row in range(rows)]
 
 
 def shortened(name: str) -> str:
-    """Return a name that fits into a legend or a title: what is too long loses its middle."""
+    """Return a name that fits into a legend or a title; a long name loses its middle."""
     return name if len(name) <= NAME else f"{name[: NAME // 2]}…{name[1 - NAME // 2 :]}"
 
 
 def above_zero(series: Sequence[Series]) -> bool:
-    """Return whether a logarithmic axis would show every finite y."""
+    """Return True if a logarithmic axis would show every finite y."""
     return all((one.y[np.isfinite(one.y)] > 0.0).all() for one in series)
 
 
 def star(name: str, x: float, y: float, colour: str, **more: Any) -> Series:
-    """Return one marked point."""
+    """Return a series of one star marker."""
     return Series(name, np.array([x]), np.array([y]), "star", colour, **more)
 
 
 def known(x: Column, y: Column) -> tuple[Column, Column]:
-    """Return the points at which both are finite."""
+    """Return the points with finite x and y."""
     kept = np.isfinite(x) & np.isfinite(y)
     return x[kept], y[kept]
 
 
 def thin(x: Column, *ys: Column, log: bool = False, most: int = POINTS) -> tuple[Column, ...]:
-    """Return at most ``most`` of the points, the first and the last among them.
+    """Return at most ``most`` of the points, including the first and the last.
 
-    ``log``: spread evenly over log x, as the eye sees them, else evenly over the points.
+    ``log``: True for points spread evenly over log x, as on a logarithmic axis; otherwise
+    evenly over the rows. For example, ``thin(steps, losses, most=100)``.
     """
     if len(x) <= most:
         return (x, *ys)
@@ -165,10 +170,10 @@ def thin(x: Column, *ys: Column, log: bool = False, most: int = POINTS) -> tuple
 
 
 def smooth(values: Column, share: float) -> Column:
-    """Return at each point the mean of the last ``share`` of the curve so far.
+    """Return, at each point, the mean of the last ``share`` of the curve up to this point.
 
-    On a logarithmic axis windows look equally wide; one of a fixed number of rows would drag the
-    steep beginning along.
+    On a logarithmic axis these windows look equally wide; a window of a fixed number of rows would
+    average in the steep beginning.
     """
     sums = np.concatenate(([0.0], np.cumsum(values)))
     ends = np.arange(1, len(values) + 1)
@@ -178,10 +183,10 @@ def smooth(values: Column, share: float) -> Column:
 
 
 def colours(sizes: Sequence[float]) -> list[str]:
-    """Return a colour for each run, or for each of anything that has a size.
+    """Return a colour for each run, or for each item that has a size.
 
-    Up to eight: as many hues. More: from dark blue (small) to yellow-green (large) by size, and of
-    equal sizes by place, so that no two are the same.
+    Up to eight items: as many hues. More items: from dark blue (small) to yellow-green (large) by
+    size, and by index among equal sizes, so that all colours differ.
     """
     if len(sizes) <= len(PALETTE):
         return list(PALETTE[: len(sizes)])
@@ -190,7 +195,7 @@ def colours(sizes: Sequence[float]) -> list[str]:
 
 
 def ordered(sizes: Sequence[float]) -> list[str]:
-    """Return colours that go from dark to light with the rank of the size."""
+    """Return colours from dark to light by size; equal sizes get equal colours."""
     ranks = sorted(set(sizes))
     last = max(1, len(ranks) - 1)
     return [_between(ranks.index(size) / last) for size in sizes]
@@ -200,7 +205,7 @@ _STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (74, 175, 85), (190, 178, 
 
 
 def _between(share: float) -> str:
-    """A colour of a scale like viridis, whose lightness rises evenly; without its pale end."""
+    """Return a colour of a scale like viridis with evenly rising lightness but no pale end."""
     place = share * (len(_STOPS) - 1)
     first = min(int(place), len(_STOPS) - 2)
     part = place - first

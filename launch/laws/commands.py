@@ -1,4 +1,4 @@
-"""Commands that fit laws to runs and tables, and say what follows from them."""
+"""Commands that fit laws to runs and tables, and compute predictions and choices from the laws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PUBLISHED = "whose coefficients, as `laws NAME` lists them"
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """SOURCES and the options that say how to read them; None is an option that was not given."""
+    """SOURCES and the options for reading them; None is an option that was not given."""
 
     sources: tuple[str, ...] = argument(
         "run folders, folders of them, or tables (.csv, .tsv, .jsonl; .gz)", paths=True
@@ -57,7 +57,7 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitting:
-    """How laws are fitted, and what is held out."""
+    """Options of the fit, and of the held-out rows."""
 
     hold_out: str | None = option(
         "groups (each by the others; default), largest (N), largest:COLUMN, a condition "
@@ -87,7 +87,7 @@ class Fit(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Command):
-    """Compare laws on the same rows by how well they predict those they were not fitted to."""
+    """Compare laws on the same rows by their errors on held-out rows."""
 
     rows: Rows
     laws: tuple[str, ...] = option(
@@ -114,7 +114,7 @@ class Predict(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Optimum(Command):
-    """Say which N and D reach the least loss with given FLOPs, with intervals."""
+    """Compute the N and D of the least loss for given FLOPs, with intervals."""
 
     flops: str = option("budgets, as 1e21,1e22", REQUIRED)
     fit: Path | None = argument("the file of a fit (fit --out)", None)
@@ -146,10 +146,10 @@ class IsoFlop(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweeps(Command):
-    """Say the best lr and B of each sweep (the runs of one N and D), and the laws through them.
+    """Fit the best lr and B of each sweep (the runs of one N and D), and the laws through them.
 
-    Intervals hold the noise of the runs in each sweep, and how far runs near the laws lie above
-    the best ones says what the laws are worth.
+    Intervals include the noise of the runs in each sweep. The loss of runs near the laws, compared
+    with the best runs, measures the quality of the laws.
     """
 
     rows: Rows
@@ -168,8 +168,8 @@ class Sweeps(Command):
 class MixReplay(Command):
     """Choose the ratio of replay by laws of small runs: D-CPT, CMR, repetition (`mix RUNS...`).
 
-    RUNS go on from one model of each size with new data and old (data.replay) at several ratios;
-    or tables with N, D, r (the new domain's share), domain, general and start (held-out losses).
+    RUNS continue one model of each size with new and old data (data.replay) at several ratios; or
+    tables with N, D, r (the new domain's share), domain, general and start (held-out losses).
     """
 
     sources: tuple[str, ...] = argument(
@@ -205,7 +205,7 @@ class MixReplay(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class MixBest(Command):
-    """Say which shares of the domains reach the least (weighted) loss, with intervals."""
+    """Compute the shares of the domains with the least (weighted) loss, with intervals."""
 
     fits: tuple[str, ...] = argument(
         "fits of laws of shares: FILE, or NAME=FILE, one for each loss", paths=True
@@ -226,7 +226,7 @@ class MixBest(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class MixRatio(Command):
-    """Say how large a domain's share can be before the general loss rises too far (D-CPT).
+    """Compute the largest share of a domain within a bound on the general loss (D-CPT).
 
     Both fits are of a law that reads r, the share of the corpus whose loss it predicts: d_cpt.
     """
@@ -240,10 +240,10 @@ class MixRatio(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class MixCritical(Command):
-    """Say the critical mixture ratio of a domain by tokens (CMR), from runs of several shares.
+    """Compute the critical mixture ratio of a domain by tokens (CMR), from runs of several shares.
 
-    Rows have D, r (the domain's share) and dloss (general loss less that before): of runs by
-    --curves --map r=r/DOMAIN --map 'dloss=loss - 2.86'.
+    Rows have D, r (the domain's share) and dloss (rise of the general loss): of runs by --curves
+    --map r=r/DOMAIN --map 'dloss=loss - 2.86'.
     """
 
     rows: Rows
@@ -255,7 +255,7 @@ class MixCritical(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class MixPools(Command):
-    """Say which pools of data to train on, and how often, by a fit of quality_pools."""
+    """Choose pools of data and the number of repetitions of each, by a fit of quality_pools."""
 
     fit: Path = argument("a fit of quality_pools:COLUMN,COLUMN")
     sizes: tuple[str, ...] = option(
@@ -267,7 +267,7 @@ class MixPools(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class MixFilterRate(Command):
-    """Say how much of a corpus to keep, by fits of one loss to runs on several shares of it."""
+    """Choose the share of a corpus to keep, by fits of one loss to runs on several shares of it."""
 
     fits: tuple[str, ...] = argument(
         "fits of the loss by N and D: FILE, or NAME=FILE, one for each share kept", paths=True

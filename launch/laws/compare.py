@@ -1,4 +1,4 @@
-"""``allometry compare``: laws against each other, by what they say of held-out rows."""
+"""Compare laws by their errors on held-out rows: ``allometry compare``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from allometry.laws.registry import form_named
 
 
 def compared(asked: Compare) -> Report:
-    """Fit several laws to the same rows and list them in the order of their held-out errors.
+    """Fit several laws to the same rows and list the laws in the order of their held-out errors.
 
-    Raises UserError: as for a fit; a law that the rows cannot be fitted by is listed with its
-    problem, unless all are.
+    Raises UserError: as for a fit. A law that cannot be fitted to the rows is listed with its
+    problem, unless no law can be fitted.
     """
     forms = [form_named(name) for name in law_names(asked.laws)]
     if len(forms) < 2:
@@ -63,7 +63,7 @@ def compared(asked: Compare) -> Report:
 
 
 def _objectives(laws: Sequence[Compared], asked: str, other: str) -> list[str]:
-    """A line that says by which objective each law predicts better what was held out."""
+    """Return a line with the objective of the smaller held-out error for each law."""
     better: dict[str, list[str]] = {asked: [], other: []}
     for law in laws:
         if law.errors is not None and law.other is not None:
@@ -74,18 +74,18 @@ def _objectives(laws: Sequence[Compared], asked: str, other: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Compared:
-    """One law of a comparison, with errors of the same kind as the others'."""
+    """One law of a comparison, with errors of the same kind as the other laws'."""
 
     of: Comparison
     errors: Errors | None
 
     def rank(self) -> tuple[bool, bool, float]:
-        """Return what laws are sorted by: laws that failed are last, fragile ones before them."""
+        """Return the sort key: by held-out error; failed laws last, fragile laws before them."""
         failed = self.errors is None
         return failed, bool(self.of.fragile), self.errors.mean if self.errors else 0.0
 
     def notes(self) -> list[str]:
-        """Return why it failed or is fragile, and what could not be held out."""
+        """Return reasons of a failed or fragile fit, and groups that could not be held out."""
         if self.errors is None:
             return [str(self.of.problem)]
         left_out = self.errors.held_out.notes
@@ -98,7 +98,7 @@ class Compared:
 
     @property
     def other(self) -> float | None:
-        """The mean held-out error by the other objective."""
+        """Mean held-out error under the other objective."""
         if self.of.other is None or self.errors is None:
             return None
         held = self.of.other
@@ -106,7 +106,7 @@ class Compared:
 
     @property
     def in_sample(self) -> float | None:
-        """The mean size of an error on the rows of the fit to all."""
+        """Mean size of an error on the rows of the fit to all rows."""
         if self.of.fit is None or self.errors is None:
             return None
         rows = self.of.fit.observations
@@ -149,9 +149,10 @@ class Compared:
 
 
 def law_names(texts: Sequence[str]) -> list[str]:
-    """Return the laws of ``a,b`` and of ``a:column,column``, which is one; each once.
+    """Return the laws of ``a,b`` and of ``a:column,column``, which is a single law.
 
-    Raises UserError: one is given twice.
+    Raises UserError: a law is given twice. For example, ``law_names(["chinchilla,kappa"])`` returns
+    ``["chinchilla", "kappa"]``.
     """
     names = [name for text in texts for name in ([text] if ":" in text else text.split(","))]
     names = [name.strip() for name in names]

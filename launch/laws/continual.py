@@ -1,4 +1,4 @@
-"""``allometry mix ratio`` and ``critical``: how much of a new domain a continued run can take."""
+"""Share of a new domain in continued pretraining: ``allometry mix ratio`` and ``critical``."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
 
 FRONTIER = 6
-"""Shares at which both losses are listed."""
+"""Number of shares at which both losses are listed."""
 HORIZONS = 8
-"""Horizons within the runs at which the critical ratio is found, for the law through them."""
+"""Number of horizons within the runs at which the critical ratio is found, to fit the law."""
 ALIKE = 3
-"""Decimals to which shares of one mixture agree."""
+"""Number of decimals to which shares of one mixture agree."""
 
 
 def ratio(asked: MixRatio) -> Report:
     """Return the largest share of the domain within the bound, and the losses around it.
 
-    Raises UserError: a file is no fit by r, an input is missing, or the bound is exceeded at the
-    least share that was run.
+    Raises UserError: a file is not a fit by r, an input is missing, or the bound is exceeded at the
+    smallest share that was run.
     """
     general, domain = (_by_share(file) for file in (asked.general, asked.domain))
     at = numbers(assignments(asked.inputs, "--with"), "--with")
@@ -118,7 +118,7 @@ def _check_inputs(fits: Sequence[StoredFit], at: Mapping[str, float]) -> None:
 
 
 def _range(general: StoredFit, domain: StoredFit) -> tuple[float, float]:
-    """The shares of the domain that both fits have runs at."""
+    """Return the range of the domain's share that the runs of both fits cover."""
     of_domain, of_general = domain.fit.observations["r"], 1.0 - general.fit.observations["r"]
     low = max(float(of_domain.min()), float(of_general.min()))
     high = min(float(of_domain.max()), float(of_general.max()))
@@ -132,10 +132,10 @@ def _range(general: StoredFit, domain: StoredFit) -> tuple[float, float]:
 
 
 def critical(asked: MixCritical) -> Report:
-    """Return the critical ratio at each horizon: fits by share, ratios within, a law through them.
+    """Return the critical ratio at each horizon, by the law through ratios within the runs.
 
-    Raises UserError: a share has too few rows, the bound is exceeded at the least share, or decides
-    at too few horizons.
+    Raises UserError: a share has too few rows, the bound is exceeded at the smallest share, or the
+    bound is reached at too few horizons.
     """
     texts = [text.strip() for text in asked.tokens.split(",")]
     horizons = [numbers({"--tokens": text}, "horizon")["--tokens"] for text in texts]
@@ -199,16 +199,16 @@ def _critical_text(facts: Mapping[str, Any]) -> str:
 
 
 def by_ratio(rows: Observations) -> dict[float, Observations]:
-    """Return the rows of each share of the domain."""
+    """Return the rows of each share of the domain. Raises UserError: r is outside of [0, 1]."""
     shares = rows["r"].round(ALIKE)
     if not ((shares >= 0.0) & (shares <= 1.0)).all():
         raise UserError("r must be a share between 0 and 1 in every row; map it (--map r=COLUMN)")
-    rows["dloss"]  # a UserError where runs have none
+    rows["dloss"]  # raises UserError if the runs have no such column
     return {float(share): rows.take(shares == share) for share in np.unique(shares)}
 
 
 def fit_of(share: float, rows: Observations, seed: int) -> Fit:
-    """Return how the general loss changes by tokens at one share. Raises UserError."""
+    """Return the change of the general loss by tokens at one share. Raises UserError."""
     try:
         return fit(form_named("cmr_general"), rows, FitOptions(starts=32, seed=seed))
     except UserError as error:
@@ -216,7 +216,7 @@ def fit_of(share: float, rows: Observations, seed: int) -> Fit:
 
 
 def law_of(found: CriticalShares, seed: int) -> Fit:
-    """Return the CMR law through critical shares. Raises UserError: they are fewer than three."""
+    """Return the CMR law through critical shares. Raises UserError: there are fewer than three."""
     rows = found.observations()
     if len(rows) < 3:
         raise UserError(
@@ -232,7 +232,7 @@ def _samples(
     horizons: Sequence[float],
     asked: MixCritical,
 ) -> tuple[NDArray[np.float64], list[str]]:
-    """The ratios [B, T] of bootstrap samples of all shares, and what is to be said of them."""
+    """Return the ratios [B, T] of bootstrap samples of all shares, and warnings about them."""
     none = np.empty((0, len(horizons)))
     if not asked.bootstraps:
         return none, []

@@ -1,6 +1,6 @@
-"""A benchmark's score at a predicted loss: ``allometry predict --downstream``."""
+"""Benchmark score at a predicted loss: ``allometry predict --downstream``."""
 
-# n rows
+# n: rows
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scores:
-    """The score of each row, [n], with its interval where both fits have bootstraps."""
+    """Score of each row, [n], with its interval if both fits have bootstrap samples."""
 
     law: str
     origin: str
@@ -40,7 +40,7 @@ class Scores:
         return {self.name: float(self.value_n[row]), "low": low, "high": high}
 
     def describe(self) -> dict[str, Any]:
-        """Return all of it but the warnings, for JSON."""
+        """Return everything except the warnings, for JSON."""
         points = [self.point(row) for row in range(len(self.value_n))]
         return {"law": self.law, "from": self.origin, "unit": self.unit, "predictions": points}
 
@@ -48,9 +48,9 @@ class Scores:
 def scores_at(
     loss: StoredFit, loss_file: Path, file: Path, observations: Observations, level: float
 ) -> Scores:
-    """Return what the fit in ``file`` says of the losses that another one predicts.
+    """Return the scores that the fit in ``file`` predicts at the losses predicted by another fit.
 
-    Raises UserError: it reads something else than the loss alone.
+    Raises UserError: the fit in ``file`` reads other inputs than the loss.
     """
     score = load_fit(file)
     form, target = score.fit.form, loss.fit.form.target
@@ -83,7 +83,7 @@ def scores_at(
 
 
 def _of_other_losses(loss: StoredFit, score: StoredFit, file: Path) -> list[str]:
-    """A warning where the two fits were made of losses that are not said to be the same."""
+    """Return a warning if the losses of the two fits have different descriptions."""
     name = loss.fit.form.target.name
     predicted, read = (one.fit.observations.conventions.get(name) for one in (loss, score))
     if predicted == read:

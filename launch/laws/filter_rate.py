@@ -1,4 +1,4 @@
-"""``allometry mix filter-rate``: how much of a corpus to keep at these budgets."""
+"""Share of a corpus to keep at given budgets: ``allometry mix filter-rate``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from allometry.laws.filter_rate import (
 from allometry.laws.fit.store import StoredFit
 
 BEYOND = 10.0
-"""The choice's changes are sought up to this factor below and above the budgets."""
+"""Changes of the choice are searched up to this factor below and above the budgets."""
 
 
 def filter_rate(asked: MixFilterRate) -> Report:
-    """Return the fit of the least compute-optimal loss at each budget.
+    """Return the fit with the least compute-optimal loss at each budget.
 
-    Raises UserError: a file is no fit of N and D, the fits are of losses of other units, or a
-    budget is no positive number.
+    Raises UserError: a file is not a fit of N and D, the losses have different units, or a budget
+    is not a positive number.
     """
     fits = named_fits(asked.fits)
     units = {name: one.fit.unit(one.fit.form.target.unit) for name, one in fits.items()}

@@ -1,4 +1,4 @@
-"""``allometry fit``, and what it shares with ``allometry compare``."""
+"""Fit a law: ``allometry fit``, and the functions shared with ``allometry compare``."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ from allometry.laws.registry import form_named
 
 SAMPLES = 200
 OPTIMA_SCATTER = 0.02
-"""Least delta, in logs, with which Huber's loss hears most optima of sweeps out."""
+"""Smallest delta, in logs, at which Huber's loss weighs most optima of sweeps by their square."""
 FEW_GROUPS = 10
-"""With fewer groups than this a bootstrap's interval is rough."""
+"""Number of groups below which a bootstrap's interval is rough."""
 
 
 def fit_options(fitting: Fitting, forms: Sequence[Form]) -> FitOptions:
-    """Return how these laws are best. Raises UserError for an option that is none."""
+    """Return the options for fitting these laws.
+
+    Raises UserError: an option has an invalid value.
+    """
     fixed = _fixed(fitting.fix)
     for name in fixed:
         for form in forms:
@@ -60,7 +63,7 @@ def fit_options(fitting: Fitting, forms: Sequence[Form]) -> FitOptions:
 
 
 def _fixed(texts: Sequence[str]) -> dict[str, float]:
-    """Parameters that are not to be fitted, of NAME=VALUE texts and files of fits."""
+    """Return the fixed parameters, from NAME=VALUE texts and files of fits."""
     files = [text for text in texts if text.endswith(".json")]
     given = [text for text in texts if text not in files]
     fixed = numbers(assignments(given, "--fix"), "--fix")
@@ -74,7 +77,7 @@ def _fixed(texts: Sequence[str]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Result:
-    """A fit with what was asked about it; ``notes`` say what could not be had, and why."""
+    """A fit with its intervals and held-out errors; ``notes`` explain missing results."""
 
     fit: Fit
     bootstrap: Bootstrap | None
@@ -83,7 +86,7 @@ class Result:
 
 
 def fitted(asked: FitCommand) -> Report:
-    """Fit a law and report on it; with ``out`` the fit is written there.
+    """Fit a law and report on the fit; writes the fit to ``out`` if given.
 
     Raises UserError: the law, the sources or an option cannot be used, or the data cannot identify
     a parameter.
@@ -158,10 +161,10 @@ def _examined(best: Fit, asked: FitCommand) -> Result:
 def holding_out(
     observations: Observations, forms: Sequence[Form], text: str | None
 ) -> tuple[Observations, str, str]:
-    """Return the rows, by what to hold out (``compare``'s ``by``), and how to say it.
+    """Return the rows, the rows to hold out (``compare``'s ``by``), and a description of these.
 
     ``text``: ``groups``, ``largest`` (of N, or of the first input of all laws), ``largest:COLUMN``,
-    or a condition. Raises UserError: it is none of them.
+    or a condition such as ``N > 1e9``. Raises UserError: any other text.
     """
     if text in (None, "groups"):
         groups = len(set(observations.groups))

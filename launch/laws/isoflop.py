@@ -1,4 +1,4 @@
-"""``allometry isoflop``: the parabola of each compute budget, without a law."""
+"""Parabola of each compute budget, without a law: ``allometry isoflop``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from allometry.laws.isoflop import IsoFlop, Resampled, exponent, isoflop_optima,
 from allometry.laws.observations import Observations
 
 ALWAYS = 0.95
-"""Share of the samples with a vertex below which its interval is said to leave samples out."""
+"""Share of samples with a vertex below which an interval is reported to leave samples out."""
 BIASED = (
     "a loss is no parabola in ln N, so vertices are biased where sizes lie wide or to one side of "
     "them; trim (--within) and compare with `allometry fit` and `allometry optimum`"
@@ -23,9 +23,9 @@ BIASED = (
 
 
 def profiled(asked: IsoFlopCommand) -> Report:
-    """Return each budget's vertex and the powers of C that best N and D follow, with intervals.
+    """Return each budget's vertex and the exponents of C of the best N and D, with intervals.
 
-    Raises UserError: an option is no possible value, the rows have no N, loss, and D or C, or no
+    Raises UserError: an option has an invalid value, the rows have no N, loss, and D or C, or no
     budget has three sizes.
     """
     observations, counted = _observations(asked)
@@ -63,7 +63,7 @@ def profiled(asked: IsoFlopCommand) -> Report:
 
 
 def _observations(asked: IsoFlopCommand) -> tuple[Observations, str]:
-    """The rows, and how their FLOPs were counted."""
+    """Return the rows, and the convention by which their FLOPs are counted."""
     if asked.rows.curves:
         raise UserError("--curves: a parabola is through finished runs; leave it out")
     each = asked.flops_per_parameter_token
@@ -73,7 +73,7 @@ def _observations(asked: IsoFlopCommand) -> tuple[Observations, str]:
     names = ("N", "C" if named else "D", "loss")
     observations = rows_with(asked.rows, names, names)
     for name in names:
-        observations[name]  # a UserError where runs have none
+        observations[name]  # raises UserError if the runs have no such column
     if "C" not in observations.columns:
         return observations, f"{each:g} N D"
     return observations, observations.conventions.get("C", "as the rows say")
@@ -126,7 +126,7 @@ def _cells(one: IsoFlop, index: int, drawn: Resampled | None) -> list[str]:
 
 
 def _notes(optima: list[IsoFlop], drawn: Resampled | None, samples: int, without: int) -> list[str]:
-    """What is missing, and why."""
+    """Return notes on missing results and their reasons."""
     notes = []
     if without:
         notes.append(f"{without} rows belong to budgets of fewer than three sizes and are left out")

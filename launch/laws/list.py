@@ -1,4 +1,4 @@
-"""``allometry laws``: what laws there are, what they read and where they hold."""
+"""List of the laws with their inputs and ranges: ``allometry laws``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from allometry.laws.registry import all_forms, form_named
 
 
 def listed(asked: Laws) -> Report:
-    """List the registry, or one law in full. Raises UserError: no law has this name."""
+    """List the registry, or one law in detail. Raises UserError: the law does not exist."""
     if asked.name is not None:
         form = form_named(asked.name)
         return Report(describe(form), _details(form))
@@ -27,7 +27,7 @@ def listed(asked: Laws) -> Report:
 
 
 def overview(forms: Sequence[Form], width: int) -> str:
-    """Return a line for each law; long cells are shortened where ``width`` has no room for them."""
+    """Return a line for each law; long cells are shortened to fit into ``width`` characters."""
     rows = [["law", "predicts", "from", "equation"]]
     rows += [[form.name, form.target.name, reads(form), form.equation] for form in forms]
     fixed = sum(max(len(row[i]) for row in rows) + 2 for i in (0, 1))
@@ -39,7 +39,7 @@ def overview(forms: Sequence[Form], width: int) -> str:
 
 
 def shortened(text: str, width: int = 72) -> str:
-    """Return the text, or its beginning where it is longer."""
+    """Return the text, or its beginning with an ellipsis if it is longer than ``width``."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -49,7 +49,7 @@ def reads(form: Form) -> str:
 
 
 def describe(form: Form) -> dict[str, Any]:
-    """Return all that a form declares, as plain data."""
+    """Return all declarations of a form, as plain data."""
 
     def variable(of: Variable) -> dict[str, str]:
         return {"name": of.name, "unit": of.unit, "description": of.description}

@@ -1,4 +1,4 @@
-"""``allometry mix best``: the shares of the least loss by laws of mixtures."""
+"""Shares of the least loss by laws of mixtures: ``allometry mix best``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from allometry.laws.mixing import mixture_intervals, optimal_mixture
 from allometry.laws.observations import Observations
 
 END = 1e-4
-"""A share this near to an end of the runs' is at it."""
+"""Distance from the smallest or largest share of the runs below which a share is at that end."""
 
 
 def best(asked: MixBest) -> Report:
-    """Return the best shares within those that were run, and each fit's loss there.
+    """Return the best shares within the range of the runs, and each fit's loss at these shares.
 
-    Raises UserError: a file is no fit of a law of shares, the fits are of other domains, an input
-    that they read is missing, or no mixture keeps the bounds.
+    Raises UserError: a file is not a fit of a law of shares, the fits have different domains, an
+    input of the fits is missing, or no mixture satisfies the bounds.
     """
     fits = named_fits(asked.fits)
     domains = _domains(fits)
@@ -93,7 +93,10 @@ def _text(facts: Mapping[str, Any]) -> str:
 
 
 def named_fits(texts: Sequence[str]) -> dict[str, StoredFit]:
-    """Return the fits by name: of NAME=FILE, or of the file. Raises UserError as ``load_fit``."""
+    """Return the fits by name, from NAME=FILE or FILE. Raises UserError like ``load_fit``.
+
+    For example, ``named_fits(["code=a.json", "web.json"])`` returns fits named code and web.
+    """
     fits: dict[str, StoredFit] = {}
     for text in texts:
         name, sign, file = text.partition("=")
@@ -106,7 +109,7 @@ def named_fits(texts: Sequence[str]) -> dict[str, StoredFit]:
 
 
 def _domains(fits: Mapping[str, StoredFit]) -> tuple[str, ...]:
-    """The domains that all fits are of."""
+    """Return the domains, which are the same in all fits."""
     domains: tuple[str, ...] = ()
     for name, one in fits.items():
         form = one.fit.form
@@ -127,7 +130,7 @@ def _domains(fits: Mapping[str, StoredFit]) -> tuple[str, ...]:
 def _inputs(
     fits: Mapping[str, StoredFit], domains: Sequence[str], given: Mapping[str, float]
 ) -> dict[str, float]:
-    """The inputs besides shares; each must be given, and read by a fit."""
+    """Return the inputs other than shares; each must be given, and read by a fit."""
     read = [one.name for stored in fits.values() for one in stored.fit.form.inputs]
     others = [name for name in dict.fromkeys(read) if name not in domains]
     for name in given:
@@ -142,7 +145,7 @@ def _inputs(
 def _ends(
     fits: Mapping[str, StoredFit], domains: Sequence[str], over_fits: Any, over_rows: Any
 ) -> dict[str, float]:
-    """The ends of the shares that the runs of every fit have."""
+    """Return the largest minimum or smallest maximum of each share over the fits' runs."""
     rows = [one.fit.observations for one in fits.values()]
     return {name: float(over_fits(over_rows(one[name]) for one in rows)) for name in domains}
 
@@ -150,7 +153,7 @@ def _ends(
 def _at_ends(
     shares: Mapping[str, float], asked: Mapping[str, Any], ran: Mapping[str, Mapping[str, float]]
 ) -> list[str]:
-    """A warning for each domain whose share is at an end of what was run, and not at 0 or 1."""
+    """Return a warning for each share at an end of the runs' range, except the ends 0 and 1."""
     warnings = []
     for end, word in (("least", "least"), ("most", "largest")):
         for name, share in shares.items():

@@ -1,4 +1,4 @@
-"""``allometry optimum``: the best use of FLOPs by a law."""
+"""Compute-optimal N and D by a law: ``allometry optimum``."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from allometry.launch.text import number, table
 from allometry.laws.allocation import Allocation, best_share, compute_optimal
 
 SAME_EXPONENT = 1e-4
-"""Exponents of several budgets that differ by less are one power law's, but for rounding."""
+"""Exponents of several budgets that differ by less come from one power law, up to rounding."""
 OF_PARAMETERS = (
     "intervals of N and of the powers are of the law's parameters alone; that of the loss holds "
     "the form's error, too"
 )
 FLOPS_TOLERANCE = 0.1
-"""Relative difference of FLOPs for each parameter and token beyond which ``optimum`` warns."""
+"""Relative difference of FLOPs per parameter and token above which ``optimum`` warns."""
 
 
 def optima(asked: Optimum) -> Report:
-    """Return N, D and loss of the best use of each budget of FLOPs.
+    """Return the N, D and loss of the compute-optimal model for each budget of FLOPs.
 
-    Raises UserError: a budget is no positive number, or the law says nothing of N and D.
+    Raises UserError: a budget is not a positive number, or the law does not read N and D.
     """
     law, per_token = Law.of(asked.fit, asked.law, asked.published), asked.flops_per_parameter_token
     if law.form.target.name != "loss":
@@ -36,7 +36,7 @@ def optima(asked: Optimum) -> Report:
         )
     fixed = numbers(assignments(asked.inputs, "--with"), "--with")
     free = [one.name for one in law.form.inputs if one.name not in ("N", "D", "C", "M")]
-    for name in fixed:  # no input of the law, or one that follows from the budget
+    for name in fixed:  # not an input of the law, or an input that follows from the budget
         if name not in free:
             raise UserError(
                 f"--with {name}: {law.form.name} has "
@@ -90,7 +90,7 @@ def _facts(row: Allocation) -> dict[str, Any]:
 
 
 def _cells(row: Allocation) -> list[str]:
-    """A row of the table; the interval of D follows from that of N and is left out."""
+    """Return a row of the table, without the interval of D, which follows from that for N."""
     size, loss = _low_high(row, "N"), _low_high(row, "loss")
     best = [number(row.N), interval(size["low"], size["high"], 4), number(row.D)]
     there = [number(row.loss), interval(loss["low"], loss["high"], 4)]
@@ -98,7 +98,7 @@ def _cells(row: Allocation) -> list[str]:
 
 
 def _other_flops(law: Law, per_token: float) -> list[str]:
-    """A warning where the fitted runs spent other FLOPs for each N and D than are reckoned with."""
+    """Return a warning if the fitted runs spent other FLOPs per N and D than ``per_token``."""
     columns = {} if law.fit is None else law.fit.observations.columns
     if not all(name in columns for name in ("C", "N", "D")):
         return []
@@ -127,15 +127,15 @@ def _best(law: Law, flops: float, per_token: float, others: Mapping[str, float])
 
 
 def _repeated(law: Law, row: Allocation, others: Mapping[str, float]) -> dict[str, Any]:
-    """The epochs of an optimum on U unique tokens, and the optimum with no end of them."""
-    ample = {**others, "U": row.flops}  # more tokens than the budget can read
+    """Return the epochs of an optimum on U unique tokens, and the optimum with unlimited tokens."""
+    ample = {**others, "U": row.flops}  # more tokens than the budget can train on
     best = best_share(law.form, law.values, row.flops, row.flops_per_parameter_token, ample)
     unique = {"N": best.N, "D": best.D, "loss": best.loss}
     return {"epochs": row.D / others["U"], "unique": unique}
 
 
 def _growth(rows: Sequence[Allocation]) -> list[str]:
-    """How N and D grow with C: a line for all budgets where the powers are the same, else each."""
+    """Return the exponents of N and D in C: one line if equal for all budgets, else one each."""
     powers = [row.exponent for row in rows]
     same = max(powers) - min(powers) < SAME_EXPONENT
 
@@ -152,7 +152,7 @@ def _growth(rows: Sequence[Allocation]) -> list[str]:
 
 
 def _exponents(row: Allocation) -> dict[str, dict[str, Any]]:
-    """The exponents of C in N and in D, with intervals; they sum to 1."""
+    """Return the exponents of C in N and in D, with intervals; they sum to 1."""
     low, high = _low_high(row, "exponent").values()
     tokens = (None if end is None else 1.0 - end for end in (high, low))
     return {

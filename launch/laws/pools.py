@@ -1,4 +1,4 @@
-"""``allometry mix pools``: which pools of data, how often, at these budgets."""
+"""Choice of data pools and their epochs at given budgets: ``allometry mix pools``."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from allometry.laws.forms.quality import QualityPools
 from allometry.laws.pools import ALL_SUBSETS, PoolChoice, choose_pools, most_epochs, pool_changes
 
 BEYOND = 10.0
-"""The choice's changes are sought up to this factor below and above the budgets."""
+"""Changes of the choice are searched up to this factor below and above the budgets."""
 
 
 def pools(asked: MixPools) -> Report:
     """Return the best pools at each budget.
 
-    Raises UserError: the file is no fit of quality_pools, sizes or budgets are not numbers, or a
-    configuration is asked for without token files or of several budgets.
+    Raises UserError: the file is not a fit of quality_pools, sizes or budgets are not numbers, or
+    ``yaml`` is given without token files or with several budgets.
     """
     stored = load_fit(asked.fit)
     form = stored.fit.form
@@ -66,12 +66,12 @@ def pools(asked: MixPools) -> Report:
 
 
 def _texts(texts: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE, apart or with commas between."""
+    """Return the NAME=VALUE texts as a mapping; a text may have several, separated by commas."""
     return assignments([one for text in texts for one in text.split(",") if one], "--sizes")
 
 
 def _sizes(texts: Mapping[str, str]) -> tuple[dict[str, float], dict[str, str]]:
-    """Tokens of each pool, and the token files of those that were given by these."""
+    """Return the tokens of each pool, and the paths of the pools given as token files."""
     sizes, stores = {}, {}
     for name, text in texts.items():
         if Path(f"{text}.idx").is_file():
@@ -156,7 +156,7 @@ def _change_lines(changes: Sequence[Mapping[str, Any]], budgets: Sequence[float]
 
 
 def _write(path: Path, chosen: Sequence[PoolChoice], stores: Mapping[str, str]) -> None:
-    """Write the sources of the one budget that was asked for."""
+    """Write the sources of the only budget to a YAML file."""
     if len(chosen) > 1:
         raise UserError(f"--yaml={path} is of one budget; give --tokens one number")
     (one,) = chosen

@@ -1,4 +1,4 @@
-"""``allometry predict``, and the law of a file or of published values."""
+"""Predictions of a fit or of published coefficients: ``allometry predict``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Law:
-    """A form with values: of a fit, then with its intervals and range, or published ones.
+    """A form with values: from a fit, then with its intervals and range, or published.
 
     A fit that does not identify its parameters has no intervals.
     """
@@ -45,7 +45,8 @@ class Law:
     def of(cls, file: Path | None, law: str | None, published: str | None) -> Law:
         """Return the law of a fit's file, or published coefficients of a named law.
 
-        Raises UserError: both or neither are given, or there is none of that name.
+        Raises UserError: both or neither are given, or the law or its coefficients do not exist.
+        For example, ``Law.of(None, "chinchilla", "besiroglu")``.
         """
         if file is not None:
             if law is not None or published is not None:
@@ -70,7 +71,7 @@ class Law:
 
     @property
     def unit(self) -> str:
-        """The unit of what it predicts."""
+        """Unit of the target."""
         unit = self.form.target.unit
         return unit if self.fit is None else self.fit.unit(unit)
 
@@ -79,7 +80,7 @@ class Law:
         return predict(self.form, self.values, observations)
 
     def warnings(self) -> list[str]:
-        """Return why it has no interval, or why to be wary of it."""
+        """Return the reason for a missing interval, or doubts about the fit."""
         if self.fit is None:
             return [f"no interval; these coefficients were shown for: {self.form.valid}"]
         if unidentified := self.fit.unidentified:
@@ -92,8 +93,8 @@ class Law:
 def predicted(asked: Predict) -> Report:
     """Predict at inputs NAME=VALUE (or NAME=VALUE,VALUE), by a fit's file or published values.
 
-    Raises UserError: an input is missing, unknown or no number, or the law is one of curves; the
-    score's fit (``downstream``) does not read what the first one predicts.
+    Raises UserError: an input is missing, unknown or not a number, the law is a law of curves, or
+    the score's fit (``downstream``) does not read the target of the first fit.
     """
     file, texts = _split(asked.arguments)
     law, noise = Law.of(file, asked.law, asked.published), asked.noise
@@ -142,7 +143,7 @@ def _table(
     kind: str,
     points: Sequence[Mapping[str, Any]],
 ) -> str:
-    """Inputs, predictions and intervals; ``predicts``: name and unit."""
+    """Return the table of inputs, predictions and intervals; ``predicts``: name and unit."""
     name, unit = predicts
     rows = [[*names, f"{name} ({unit})", kind]]
     for row, point in enumerate(points):
@@ -155,7 +156,7 @@ def _table(
 def _points(
     law: Law, observations: Observations, names: Sequence[str], spread: Spread | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The predictions with their intervals, and what is to be warned of."""
+    """Return the predictions with their intervals, and the warnings."""
     predicted = law.predict(observations)
     points: list[dict[str, Any]] = []
     for i, value in enumerate(predicted):
@@ -189,13 +190,13 @@ def _points(
 
 
 def _larger(law: Law, name: str) -> bool:
-    """Whether the law was fitted to counts that nobody would take for millions or billions."""
+    """Return True if the fitted counts are too large to be read as millions or billions."""
     known = {} if law.fit is None else law.fit.observations.columns
     return name not in known or float(known[name].max()) >= SMALL
 
 
 def _parts_words(law: Law, spread: Spread, *, noise: bool) -> str:
-    """What the widest interval is made of."""
+    """Return a sentence on the parts of the widest interval."""
     share = law.form.residual == "log"
     widest = int(np.argmax(np.hypot(spread.parameters_n, spread.form_n)))
 
@@ -211,7 +212,7 @@ def _parts_words(law: Law, spread: Spread, *, noise: bool) -> str:
 
 
 def _scores(law: Law, asked: Predict, file: Path, observations: Observations) -> Scores:
-    """The scores at the predicted losses."""
+    """Return the scores at the predicted losses."""
     if asked.noise:
         raise UserError(
             "--noise is of one run's loss, and the interval of --downstream is of the laws; leave "
@@ -226,7 +227,7 @@ def _scores(law: Law, asked: Predict, file: Path, observations: Observations) ->
 def _at_edges(
     predicted: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]
 ) -> list[str]:
-    """A warning where a prediction is at an end of its interval, or outside of it."""
+    """Return a warning for each prediction at an end of its interval, or outside of it."""
     return [
         f"{number(value)} is {'at the edge' if least <= value <= most else 'outside'} of its "
         f"interval {interval(least, most)}: the samples lie to one side of the fit, so the "
@@ -237,21 +238,21 @@ def _at_edges(
 
 
 def conventions(law: Law) -> list[str]:
-    """Return what each input of a fit counts, a line each, for predictions to count alike."""
+    """Return the convention of each input of a fit, a line each, for inputs to be counted alike."""
     known = {} if law.fit is None else law.fit.observations.conventions
     names = [variable.name for variable in law.form.inputs]
     return [f"{name}: {known[name]}" for name in names if name in known]
 
 
 def interval(low: float | None, high: float | None, digits: int = 5) -> str:
-    """Return an interval as it is printed."""
+    """Return an interval as text, "-" without ends."""
     if low is None or high is None:
         return "-"
     return f"{number(low, digits)} to {number(high, digits)}"
 
 
 def _split(arguments: Sequence[str]) -> tuple[Path | None, dict[str, list[str]]]:
-    """The file of the fit, if one is given, and the inputs."""
+    """Return the file of the fit, None if not given, and the inputs."""
     file: Path | None = None
     inputs: dict[str, list[str]] = {}
     for text in arguments:

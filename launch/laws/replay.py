@@ -1,4 +1,4 @@
-"""``allometry mix RUNS``: the ratio of replay by laws of small runs."""
+"""Ratio of replay by laws of small runs: ``allometry mix RUNS``."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ from allometry.laws.tables import is_table
 OF_RUNS = ("count", "unfinished", "domain", "ends")
 OF_TABLES = ("mapping", "where")
 SHOWN = 6
-"""Shares at which both losses are listed."""
+"""Number of shares at which both losses are listed."""
 
 
 def chosen(asked: MixReplay) -> Report:
-    """Return the best ratio for a target, the critical ones and both losses there; draw them.
+    """Return the best ratio for a target, the critical ratios and both losses; draw the frontier.
 
-    Raises UserError: rows cannot be read, are too few, or no share that was run keeps the bound.
+    Raises UserError: the rows cannot be read or are too few, or no share of the runs satisfies the
+    bound.
     """
     if not (asked.rise >= 0.0 and asked.bound > 0.0):
         raise UserError(
@@ -96,7 +97,7 @@ def chosen(asked: MixReplay) -> Report:
 
 
 def _quality(laws: DCpt, held: Sequence[Held]) -> dict[str, Any]:
-    """The laws' parameters, how well they fit, and how well they predict what was held out."""
+    """Return the laws' parameters, their fit quality and their held-out errors."""
     fitted = {
         which: {
             "parameters": dict(laws.fits[which].values),
@@ -164,7 +165,7 @@ def _target(asked: MixReplay, rows: Observations) -> tuple[float, float]:
 
 
 def _at(frontier: Frontier, place: int) -> dict[str, Any]:
-    """One share with both losses there and their intervals."""
+    """Return one share with both losses and their intervals."""
     found: dict[str, Any] = {"share": float(frontier.shares_S[place])}
     for which in LOSSES:
         found[which] = {
@@ -178,7 +179,7 @@ def _at(frontier: Frontier, place: int) -> dict[str, Any]:
 def _critical(
     asked: MixReplay, read: ReplayRows, laws: DCpt, size: float, tokens: float
 ) -> dict[str, Any]:
-    """The critical ratio at the target by D-CPT, and by CMR for each size that was run."""
+    """Return the critical ratio at the target by D-CPT, and by CMR for each size of the runs."""
     frontier = laws.at(np.linspace(*laws.span, GRID), size, tokens)
     limit = read.start_at(size, laws.alpha) + asked.bound
     try:
@@ -199,7 +200,10 @@ def _critical(
 
 
 def _cmr(rows: Observations, size: float, tokens: float, asked: MixReplay) -> float:
-    """The critical ratio of one size: fits by share, ratios within the runs, a law through them."""
+    """Return the critical ratio of one size by CMR.
+
+    Fits each share, finds the ratios within the runs, and fits a law through these ratios.
+    """
     of_size = rows.take(rows["N"] == size)
     columns = {"D": of_size["D"], "r": of_size["r"], "dloss": of_size["general"] - of_size["start"]}
     groups = by_ratio(Observations.of(columns))
@@ -208,7 +212,7 @@ def _cmr(rows: Observations, size: float, tokens: float, asked: MixReplay) -> fl
     high = min(part["D"].max() for part in groups.values())
     within = np.geomspace(low, high, HORIZONS)
     found = critical_shares(fits, within.tolist(), bound=asked.bound)
-    if low <= tokens <= high:  # no law is needed between the runs' horizons
+    if low <= tokens <= high:  # between the runs' horizons the ratio needs no law
         there = critical_shares(fits, [tokens], bound=asked.bound)
         if there.censored_T[0]:
             raise UserError(f"the largest share that was run, {there.shares_T[0]:g}, is within it")
@@ -231,7 +235,7 @@ def _half_life(asked: MixReplay) -> float | None:
 def _repetition(
     asked: MixReplay, read: ReplayRows, tokens: float, half_life: float | None
 ) -> dict[str, Any] | None:
-    """What the new domain's epochs are worth; None where nobody knows how many tokens it has."""
+    """Return the value of the new domain's epochs; None if its unique tokens are unknown."""
     unique = asked.unique or sum(read.unique.get(name, 0.0) for name in read.new)
     if unique < 0.0 or not math.isfinite(unique):
         raise UserError(f"--unique={unique:g} is no number of tokens; give one above 0")

@@ -1,4 +1,4 @@
-"""The frontier of ``allometry mix RUNS``: what the domain gains and the general loss pays."""
+"""Figure of ``allometry mix RUNS``: domain loss and general loss by the ratio of replay."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TARGET = "#D55E00"
 
 
 def frontier_figure(read: ReplayRows, laws: DCpt, facts: Mapping[str, Any]) -> Figure:
-    """Return both losses by the ratio of replay, and one by the other, with what was measured.
+    """Return both losses by the ratio of replay, and one by the other, with the measured points.
 
-    Curves of each size at its longest horizon, and of the target with its interval.
+    Curves are drawn for each size at its longest horizon, and for the target with its interval.
     """
     shares = np.linspace(*laws.span, POINTS)
     at = facts["at"]
@@ -85,7 +85,7 @@ def _level(name: str, x: Column, y: float) -> Series:
 
 
 def _longest(rows: Observations, size: float) -> Observations:
-    """The rows of this size whose D is the largest of their share."""
+    """Return the rows of this size with the largest D of their share."""
     of_size = rows.take(rows["N"] == size)
     kept = np.zeros(len(of_size), bool)
     for share in np.unique(of_size["r"]):

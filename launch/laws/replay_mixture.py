@@ -1,4 +1,4 @@
-"""The shares of more than two sources by exponential mixing laws, for ``allometry mix RUNS``."""
+"""Shares of more than two sources by exponential mixing laws, for ``allometry mix RUNS``."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from allometry.laws.registry import form_named
 from allometry.laws.replay import ReplayRows
 
 ALIKE = 1e-3
-"""Runs whose tokens differ by less than this share have one horizon."""
+"""Relative difference of tokens below which runs have the same horizon."""
 STARTS = 64
 
 
 def of_sources(asked: MixReplay, read: ReplayRows) -> dict[str, Any] | None:
-    """Return the best share of each of more than two sources; None of two.
+    """Return the best share of each source; None for fewer than three sources.
 
-    By data mixing laws (2403.16952) of the ends of the runs of the largest size and, of those, the
-    longest: the least domain loss with a general loss at most ``rise`` % above its start. The laws
-    are of that size and horizon alone. ``why`` says what cannot be done.
+    Data mixing laws (2403.16952) are fitted to the final losses of the runs of the largest size and
+    its longest horizon. The result is the smallest domain loss with a general loss at most ``rise``
+    % above its start, and applies to this size and horizon only. ``why`` is the reason for a
+    missing result.
     """
     sources, ends = read.sources, read.ends
     if len(sources) < 3 or ends is None:

@@ -1,4 +1,4 @@
-"""What ``allometry mix RUNS`` prints."""
+"""Text output of ``allometry mix RUNS``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from allometry.launch.text import number, table
 
 
 def text_of(facts: Mapping[str, Any]) -> str:
-    """Return the answer first, then what it rests on."""
+    """Return the answer, followed by the numbers it is based on."""
     at, share = facts["at"], facts["share"]
     sizes = ", ".join(human(size) for size in facts["sizes"])
     lines = [
@@ -85,7 +85,7 @@ def _laws(facts: Mapping[str, Any]) -> list[str]:
 
 
 def repetition_words(one: Mapping[str, Any] | None) -> list[str]:
-    """Return what the domain's epochs are worth, in words."""
+    """Return a sentence on the value of the domain's epochs."""
     if one is None:
         return ["repetition: unknown, as a table says no store's tokens; give --unique TOKENS"]
     says = f"{number(one['tokens'])} tokens of {number(one['unique'])} unique ones of the domain"

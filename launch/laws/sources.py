@@ -1,4 +1,4 @@
-"""What the commands about laws are given: run folders or tables, as one set of observations."""
+"""Rows for the commands about laws: run folders or tables, as one set of observations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from allometry.laws.tables import is_table, read_table
 from allometry.trainer.record.rates import planned_rates
 
 SWEPT = ("N", "D", "lr", "B", "loss")
-"""What sweeps are read by."""
+"""Columns of sweeps."""
 _OF_RUNS = ("count", "loss", "last", "group_by", "unfinished", "bins", "curves")
 _OF_FINISHED_RUNS = ("last", "group_by", "unfinished")
 _OF_CURVES = ("bins", "warmup")
@@ -36,11 +36,11 @@ _CHOICES = {"count": COUNTS, "group_by": GROUPINGS, "unfinished": get_args(Unfin
 def observations_for(
     rows: Rows, forms: Sequence[Form], hold_out: str | None = None
 ) -> Observations:
-    """Return what SOURCES hold for these laws; with the columns that ``hold_out`` asks for.
+    """Return the rows of SOURCES for these laws, with the columns that ``hold_out`` reads.
 
-    Rows of a table that agree in all inputs are one group, unless the user says whose they are.
-    Raises UserError: sources are of two kinds or cannot be read, laws want rows of two kinds, or an
-    option was given that has no meaning for them.
+    Rows of a table with equal inputs are one group, unless the user names a group column. Raises
+    UserError: sources are of two kinds or cannot be read, laws need rows of two kinds, or an option
+    does not apply to these rows.
     """
     of_curves = [any(one.name == "step" for one in form.inputs) for form in forms]
     if any(of_curves) and not all(of_curves) and not rows.curves:
@@ -65,12 +65,12 @@ def rows_with(
     hold_out: str | None = None,
     cells: Sequence[str] = (),
 ) -> Observations:
-    """Return what SOURCES hold: of tables the columns ``names``, of runs all that they say.
+    """Return the rows of SOURCES: the columns ``names`` of tables, all columns of runs.
 
     ``positive``: names whose values must be above 0. ``curve``: rows are steps, not finished runs.
-    ``hold_out``: a choice of rows, whose columns are read too. ``cells``: rows of a table that
-    agree in these columns are one group, unless the user says whose they are.
-    Raises UserError: see ``observations_for``.
+    ``hold_out``: a choice of rows, whose columns are read as well. ``cells``: rows of a table that
+    are equal in these columns are one group, unless the user names a group column. Raises
+    UserError: see ``observations_for``.
     """
     tables = [is_table(source) or Path(source).is_file() for source in rows.sources]
     if not all(rows.sources):
@@ -105,7 +105,10 @@ def rows_with(
 
 
 def assignments(texts: Sequence[str], flag: str) -> dict[str, str]:
-    """Return NAME=VALUE texts as a mapping. Raises UserError for another text or a name twice."""
+    """Return NAME=VALUE texts as a mapping. Raises UserError: another text, or a name twice.
+
+    For example, ``assignments(["N=7e9"], "--with")`` returns ``{"N": "7e9"}``.
+    """
     assigned: dict[str, str] = {}
     for text in texts:
         name, sign, value = (part.strip() for part in text.partition("="))
@@ -118,7 +121,7 @@ def assignments(texts: Sequence[str], flag: str) -> dict[str, str]:
 
 
 def _form_of(flag: str) -> str:
-    """How a text of NAME=VALUE is written for this option."""
+    """Return an example of NAME=VALUE for this option."""
     forms = {
         "--map": "--map N=COLUMN, or arithmetic on columns: --map 'D=C/(6*N)'",
         "--fix": "--fix PARAMETER=NUMBER as in --fix E=0, or the .json file of a fit",
@@ -129,7 +132,7 @@ def _form_of(flag: str) -> str:
 
 
 def numbers(texts: Mapping[str, str], flag: str) -> dict[str, float]:
-    """Return the values as numbers. Raises UserError for what is none."""
+    """Return the values as numbers. Raises UserError: a value is not a finite number."""
     values = {}
     for name, text in texts.items():
         try:
@@ -170,7 +173,7 @@ def _check_options(rows: Rows, *, table: bool, curve: bool) -> None:
 
 
 def notes_of_rows(rows: Rows, observations: Observations, forms: Sequence[Form]) -> list[str]:
-    """Return what is odd about the rows; of run folders only that some are copies."""
+    """Return notes on unusual rows; for run folders only a note on copied runs."""
     if rows.sweeps or observations.curves:
         return []
     inputs = list({one.name: one for form in forms for one in form.inputs}.values())
@@ -218,7 +221,7 @@ def _of_tables(
 
 def _of_runs(rows: Rows, *, curve: bool) -> Observations:
     def given(*names: str) -> dict[str, Any]:
-        """The options that were given, as arguments; the others keep the library's defaults."""
+        """Return the given options as arguments; the library's defaults apply to the others."""
         values = {name: getattr(rows, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""``allometry sweeps``: the best rate and batch of each sweep, and the laws through them."""
+"""Best learning rate and batch size of each sweep, and laws of both: ``allometry sweeps``."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from allometry.scaling.hyperlaws import step_law
 
 
 def swept(asked: Sweeps) -> Report:
-    """Fit the laws of the best rate and batch and say what they are worth.
+    """Fit the laws of the best learning rate and batch size, and measure their errors.
 
-    Raises UserError: an option is no possible value, the rows are no sweeps, or their optima give
-    no law.
+    Raises UserError: an option has an invalid value, the rows are not sweeps, or the optima do not
+    determine a law.
     """
     rows = _rows(asked)
     targets = [_target(text) for text in asked.at]
@@ -97,12 +97,12 @@ def _rows(asked: Sweeps) -> Observations:
         raise UserError(f"--initial-loss={asked.initial_loss:g} is no number")
     rows = rows_with(replace(asked.rows, sweeps=False), SWEPT, SWEPT)
     for name in SWEPT:
-        rows[name]  # a UserError where runs have none
+        rows[name]  # raises UserError if the runs have no such column
     return rows
 
 
 def _target(text: str) -> dict[str, float]:
-    """N and D of ``N=7e9,D=1.4e11``."""
+    """Return the N and D of ``N=7e9,D=1.4e11``."""
     at = numbers(assignments(text.split(","), "--at"), "--at")
     if set(at) != {"N", "D"} or min(at.values()) <= 0.0:
         raise UserError(f"--at {text!r} must give N and D, positive numbers: --at N=7e9,D=1.4e11")
@@ -110,7 +110,7 @@ def _target(text: str) -> dict[str, float]:
 
 
 def _sensitivity(rows: Observations, initial: float | None) -> dict[str, float]:
-    """The sensitivity of each sweep, each rate at its best batch; none without an initial loss."""
+    """Return each sweep's sensitivity to lr, each lr at its best batch; {} without ``initial``."""
     if initial is None:
         return {}
     found = {}
@@ -133,7 +133,7 @@ def _prediction(law: HyperparameterLaw, at: Mapping[str, float]) -> dict[str, An
 
 
 def _cells(cell: Cell) -> list[str]:
-    """A sweep's row of the table."""
+    """Return a sweep's row of the table."""
     cells = [number(cell.at["N"], 4), number(cell.at["D"], 4)]
     for axis in ("lr", "B"):
         varied = axis in cell.surface.axes

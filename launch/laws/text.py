@@ -1,4 +1,4 @@
-"""What the commands about laws print: wide tables, certificates, held-out errors."""
+"""Text output of the commands about laws: wide tables, certificates, held-out errors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.validate import HeldOut
 
 WIDEST = 88
-"""Columns that a table may take."""
+"""Maximum width of a table in characters."""
 
 
 def narrowed(rows: Sequence[Sequence[str]], inputs: int) -> str:
-    """Return ``table``; one too wide has a line instead of input columns that never change."""
+    """Return ``table``; if too wide, constant input columns are moved to a line above it."""
     text = table(rows)
     same = [i for i in range(inputs) if len({row[i] for row in rows[1:]}) == 1]
     if not same or max(map(len, text.splitlines())) <= WIDEST:
@@ -32,7 +32,7 @@ def narrowed(rows: Sequence[Sequence[str]], inputs: int) -> str:
 
 
 def certificate_words(certificate: Certificate) -> list[str]:
-    """Return how sure the optimum is, a sentence each; what is doubtful says what to do."""
+    """Return the certainty of the optimum as sentences, with advice if it is doubtful."""
     given_up = certificate.finished < certificate.starts
     words = [
         f"{certificate.agreeing} of {certificate.finished} starts agree on it"
@@ -58,7 +58,7 @@ def certificate_words(certificate: Certificate) -> list[str]:
 
 
 def doubts(fit: Fit) -> list[str]:
-    """Return why to be wary of a fit beyond its data, though it has intervals."""
+    """Return doubts about a fit outside of its data, for a fit with intervals."""
     found = []
     if loose := fit.certificate.loose:
         found.append(
@@ -77,9 +77,9 @@ def doubts(fit: Fit) -> list[str]:
 
 @dataclass(frozen=True)
 class Errors:
-    """Held-out errors: relative ones wherever the target is positive, so that laws compare.
+    """Held-out errors: relative if the target is positive, so that laws are comparable.
 
-    ``how``: what was held out, in words.
+    ``how``: description of the held-out rows.
     """
 
     held_out: HeldOut
@@ -87,26 +87,26 @@ class Errors:
 
     @property
     def relative(self) -> bool:
-        """Whether they are relative ones."""
+        """True if the errors are relative."""
         return bool((self.held_out.measured > 0.0).all())
 
     @property
     def sizes(self) -> NDArray[np.float64]:
-        """The size of each error."""
+        """Size of each error."""
         return sizes_of(self.held_out.predicted, self.held_out.measured, self.relative)
 
     @property
     def mean(self) -> float:
-        """The mean size of an error."""
+        """Mean size of an error."""
         return float(self.sizes.mean())
 
     @property
     def max(self) -> float:
-        """The largest size of an error."""
+        """Largest size of an error."""
         return float(self.sizes.max())
 
     def say(self, value: float) -> str:
-        """Return a size of these errors with its sign for percent, where they are relative."""
+        """Return an error of these as text, in percent if the errors are relative."""
         return f"{100 * value:.3g} %" if self.relative else number(value, 3)
 
     def words(self) -> str:

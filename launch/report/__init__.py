@@ -1,1 +1,1 @@
-"""``allometry report``: one page with the figures of many runs; the same figures as PNG."""
+"""Report of many runs as one page, and its figures as PNG: ``allometry report``."""

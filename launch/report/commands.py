@@ -1,4 +1,4 @@
-"""The command that writes a report."""
+"""Command that writes a report."""
 
 from __future__ import annotations
 

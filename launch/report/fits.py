@@ -1,6 +1,6 @@
 """Figures of fitted laws: curves with bands, predicted against measured, residuals."""
 
-# n rows
+# n: rows
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TARGET_HEAD = (
 
 
 def fits(inputs: Inputs) -> Section:
-    """A figure for each fit, its parameters, and targets that were predicted before training."""
+    """Return a figure for each fit, its parameters, and targets predicted before their training."""
     title = "Fitted laws"
     if not inputs.fits and not inputs.predictions:
         why = "no fit was given (--fit) and no ladder here has a fit.json"
@@ -97,7 +97,7 @@ def _sentence(path: Path, stored: StoredFit) -> str:
 
 
 def _held_out(stored: StoredFit) -> tuple[Column, Column, str] | None:
-    """Predicted and measured values of rows that the law was fitted without, and their errors."""
+    """Return predicted and measured values of held-out rows, with their errors as a sentence."""
     kept = stored.extra.get("held_out")
     if not isinstance(kept, dict):
         return None
@@ -112,7 +112,7 @@ def _held_out(stored: StoredFit) -> tuple[Column, Column, str] | None:
 
 
 def _points(stored: StoredFit, y_of: Callable[[Column, Column], Column]) -> list[Series]:
-    """The fitted rows and what was held out, over what is predicted: y of predicted, measured."""
+    """Return fitted and held-out rows over the prediction; y is ``y_of(predicted, measured)``."""
     fit = stored.fit
     predicted, measured = fit.predict(fit.observations), fit.observations[fit.form.target.name]
     x, y = thin(predicted, y_of(predicted, measured))
@@ -125,7 +125,7 @@ def _points(stored: StoredFit, y_of: Callable[[Column, Column], Column]) -> list
 
 
 def _against(stored: StoredFit, targets: Sequence[Prediction]) -> Panel:
-    """Measured against predicted, with the line where both are equal, and what was held out."""
+    """Return measured against predicted values, with held-out rows and the line of equality."""
     series = _points(stored, lambda predicted, measured: measured)
     for one in targets:
         if one.measured is not None:

@@ -1,4 +1,4 @@
-"""What a report is made of: runs, ladders, fits, sweeps."""
+"""Input of a report: runs, ladders, fits, sweeps."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from allometry.laws.trials import TrialFile, read_trials
 
 SECTIONS = ("run", "model", "data", "optimizer", "schedule")
 COLUMNS = ("step", "tokens", "flops", "loss")
-"""What every run has."""
+"""Columns of every run."""
 LAUNCHED = ("started", "resumed", "branched")
-"""Events with which a launch begins."""
+"""Events that start a launch."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A run of the report: ``number`` in the list, ``name`` as written, ``colour``."""
+    """A run of the report: ``number`` in the list, displayed ``name``, ``colour``."""
 
     number: int
     name: str
@@ -37,11 +37,11 @@ class Shown:
     run: Run
 
     def curve(self, x: Column, y: Column, along: str, **more: Any) -> list[Series]:
-        """Return a curve over the metric ``along``, dotted where it is the trunk's."""
+        """Return a curve over the metric ``along``, dotted up to the run's branch point."""
         return branched(self.series(x, y, **more), taken_over(self.run, along))
 
     def series(self, x: Column, y: Column, name: str = "", **more: Any) -> Series:
-        """Return a curve of this run, in its colour and shown and hidden with it."""
+        """Return a curve of this run, in its colour, shown and hidden with the run."""
         return Series(name or self.name, x, y, colour=self.colour, run=self.number, **more)
 
     @property
@@ -51,13 +51,13 @@ class Shown:
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
-        """Counts of parameters, as run.json has them; empty where it is missing."""
+        """Numbers of parameters in run.json; empty if missing."""
         counts = self.run.record.get("plan", {}).get("parameters", {})
         return counts if isinstance(counts, dict) else {}
 
     @cached_property
     def shares(self) -> dict[str, float]:
-        """Share of each source in the mixture that the run began with; maybe by weights alone."""
+        """Share of each source in the first mixture, from weights if run.json has no shares."""
         recorded = self.run.record.get("data", {}).get("sources") or {}
         if recorded and all("share" in source for source in recorded.values()):
             return {name: float(source["share"]) for name, source in recorded.items()}
@@ -68,7 +68,7 @@ class Shown:
 
     @cached_property
     def validation(self) -> tuple[Column, Column]:
-        """Tokens and held-out loss of the mixture: of sources by their shares. Maybe empty."""
+        """Tokens and held-out loss of the mixture, weighted by source shares; may be empty."""
         names = [n for n, w in self.shares.items() if w and f"validation/{n}" in self.metrics]
         if not names:
             return np.empty(0), np.empty(0)
@@ -80,14 +80,14 @@ class Shown:
 
     @cached_property
     def train_loss(self) -> float:
-        """Mean of the training loss over the last tenth of the recorded steps, but skipped ones."""
+        """Mean training loss over the last tenth of the recorded steps, without skipped steps."""
         loss = self.metrics["loss"]
         loss = loss[self.metrics.get("skipped", np.zeros(len(loss))) != 1.0]
-        return float(loss[-max(1, len(loss) // 10) :].mean())  # not finite where one was not
+        return float(loss[-max(1, len(loss) // 10) :].mean())  # not finite if a loss was not finite
 
     @cached_property
     def final_loss(self) -> tuple[float, str]:
-        """The loss at the end, and which: held out where the last step has it, else training."""
+        """Final loss and its kind: held out if recorded at the last step, else training."""
         tokens, losses = self.validation
         if len(tokens) and tokens[-1] == self.metrics["tokens"][-1]:
             return float(losses[-1]), "held out"
@@ -95,7 +95,7 @@ class Shown:
 
     @cached_property
     def state(self) -> str:
-        """How the run stands: how its last launch ended, as far as events tell, and at which step.
+        """State of the run: the end of its last launch in the events, and the step.
 
         A launch that ended at a step whose checkpoint could not be written is ``not saved``.
         """
@@ -115,9 +115,9 @@ class Shown:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything a report shows, read.
+    """Complete input of a report, read from files.
 
-    ``predictions``: with their ladders' folders. ``notes``: what was left out, and why.
+    ``predictions``: with the folders of their ladders. ``notes``: paths left out, with reasons.
     """
 
     runs: tuple[Shown, ...]
@@ -133,9 +133,9 @@ def read_inputs(
 ) -> Inputs:
     """Read run folders, ladders, folders of runs, fits and files of trials.
 
-    Of several paths, as ``runs/*`` gives them, what is no run or has no row is left out and noted.
-    Raises UserError: nothing was named, something is named twice, or it is missing or damaged, or
-    none of several is a run.
+    Of several paths, such as ``runs/*``, paths that are not a run or have no row are left out with
+    a note. Raises UserError: no path is given, a path is given twice, missing or damaged, or no
+    path of several is a run. For example, ``read_inputs([Path("runs/a")], [], [], 0.05)``.
     """
     if not (folders or fits or trials):
         raise UserError("nothing to report on; name run folders, --fit FILE or --transfer FILE")
@@ -183,7 +183,7 @@ def read_inputs(
 
 
 def _place_of_runs(folder: Path) -> Path | None:
-    """Where the runs of a ladder, or of a folder full of runs, are; None for anything else."""
+    """Return the folder of the runs of a ladder or of a folder of runs; None for any other path."""
     if (folder / "config.yaml").is_file() or not folder.is_dir():
         return None
     if (folder / "runs").is_dir():
@@ -192,7 +192,7 @@ def _place_of_runs(folder: Path) -> Path | None:
 
 
 def _runs_of(place: Path) -> tuple[list[Path], list[str]]:
-    """The run folders in it that have a row, and a sentence for each folder that is left out."""
+    """Return the run folders with a row in ``place``, and a sentence for each other folder."""
     started: list[Path] = []
     left_out: list[str] = []
 
@@ -212,7 +212,7 @@ def _runs_of(place: Path) -> tuple[list[Path], list[str]]:
 
 
 def _no_run(folder: Path) -> str | None:
-    """Why there is nothing to show of a path; None for a run with a row."""
+    """Return the reason for leaving out a path; None for a run with a row."""
     if not (folder / "config.yaml").is_file():
         return "it is no run's folder, or has not begun"
     return None if _has_row(folder / "metrics.jsonl") else "it has no row yet"
@@ -242,9 +242,9 @@ def _read(folder: Path) -> Run:
 
 
 def _shown(runs: Sequence[Run]) -> tuple[Shown, ...]:
-    """Runs, trunks before their branches, with their names and colours.
+    """Return the runs with their names and colours, trunks before their branches.
 
-    Names are folders', or whole paths where two are equal.
+    Names are folder names, or full paths if two folder names are equal.
     """
     runs = [runs[place] for place in trunks_first(runs)]
     names = names_of([run.folder for run in runs])

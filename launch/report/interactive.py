@@ -16,7 +16,7 @@ SYMBOLS = {"dots": "circle", "point": "square", "star": "star", "cross": "x"}
 SIZES = {"dots": 5, "point": 6, "star": 13, "cross": 9}
 FAINT = 0.35
 POWERS = 2.0
-"""Powers of ten alone label an axis of so many decades."""
+"""Number of decades above which only powers of ten label an axis."""
 DASHES = {"dashed": "dash", "dotted": "2px,6px"}
 LEGEND = {
     "orientation": "h",
@@ -28,15 +28,14 @@ LEGEND = {
     "itemsizing": "constant",
 }
 BESIDE = 460
-"""A legend counts on so many pixels beside each other."""
+"""Width in pixels of a legend row, from which the number of legend rows is computed."""
 
 
 def specification(panel: Panel, *, legend: bool) -> dict[str, Any]:
-    """Return ``{"data": [...], "layout": {...}}`` with nothing but JSON in it.
+    """Return ``{"data": [...], "layout": {...}}``, which contains JSON types only.
 
-    Each trace's ``meta`` says whose it is (``run``) and of which ``layer``. ``legend``: whether the
-    panel has one, which lies under its axes. Names are escaped, as plotly reads a little HTML in
-    them.
+    The ``meta`` of each trace has its ``run`` and ``layer``. ``legend``: True for a legend below
+    the axes. Names are escaped, because plotly interprets some HTML in them.
     """
     series = panel.drawn()
     data = [trace for one in series for trace in _traces(one, panel, legend)]
@@ -61,7 +60,7 @@ def specification(panel: Panel, *, legend: bool) -> dict[str, Any]:
                 "y": 1,
                 "yref": "paper",
                 "yanchor": "bottom",
-                "pad": {"b": 8},  # the buttons are above it
+                "pad": {"b": 8},  # the buttons are above the title
             },
             "xaxis": {
                 **common,
@@ -87,7 +86,7 @@ def specification(panel: Panel, *, legend: bool) -> dict[str, Any]:
 
 
 def _legend_rows(names: Sequence[str]) -> int:
-    """How many rows a legend has in a narrow panel: its columns are as wide as the longest."""
+    """Return the number of rows of a legend in a narrow panel, with columns of equal width."""
     if not names:
         return 0
     longest = 48 + 6 * max(map(len, names))
@@ -95,11 +94,11 @@ def _legend_rows(names: Sequence[str]) -> int:
 
 
 def _scale(log: bool, ticks: Ticks, values: Sequence[Column]) -> dict[str, Any]:
-    """Type of an axis and how its numbers are written.
+    """Return the type of an axis and the format of its numbers.
 
-    On a logarithmic axis plotly labels 1, 2, 5 of each decade where there are more than 0.3 decades
-    to a tick, every digit where there are fewer, and the labels then overlap. With a format of
-    their own all are of one size.
+    On a logarithmic axis plotly labels 1, 2, 5 of each decade if there are more than 0.3 decades
+    per tick, and every digit if there are fewer, where labels overlap. With an explicit format all
+    labels have one size.
     """
     finite = [one[np.isfinite(one)] for one in values]
     joined = np.concatenate(finite) if finite else np.empty(0)
@@ -165,7 +164,7 @@ def _traces(series: Series, panel: Panel, legend: bool) -> list[dict[str, Any]]:
 
 
 def _band(series: Series, common: dict[str, Any]) -> dict[str, Any]:
-    """One closed polygon: along the low end and back along the high one."""
+    """Return one closed polygon: along the low end and back along the high end."""
     assert series.low is not None
     assert series.high is not None
     red, green, blue = (int(series.colour[i : i + 2], 16) for i in (1, 3, 5))
@@ -183,10 +182,10 @@ def _band(series: Series, common: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(text: str) -> str:
-    """Text as plotly takes it: it reads tags, templates in braces, and few entities by name."""
+    """Return text escaped for plotly, which parses tags, braces and few named entities."""
     return html.escape(text, quote=False).replace("{", "&#123;")
 
 
 def numbers(values: Column) -> list[float | None]:
-    """Six digits of each value, None where it is not finite."""
+    """Return six digits of each value, None for values that are not finite."""
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]

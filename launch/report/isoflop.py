@@ -1,4 +1,4 @@
-"""IsoFLOP parabolas: loss over the size of the model at equal compute."""
+"""IsoFLOP parabolas: loss over model size at equal compute."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEAD = ("rows of", "FLOPs", "runs", "best N", "tokens there", "loss there", "not
 
 
 def isoflops(inputs: Inputs) -> Section:
-    """A parabola for each budget with three sizes or more, of the runs and of each fit's rows."""
+    """Return parabolas of budgets with three or more sizes, of the runs and each fit's rows."""
     title = "IsoFLOP parabolas"
     drawn = [
         (name, rows, optima) for name, rows in _groups(inputs) if (optima := isoflop_optima(rows))

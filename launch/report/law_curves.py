@@ -1,6 +1,6 @@
 """Panels of a fitted law as curves: over one of its inputs, or over the steps of runs."""
 
-# n rows
+# n: rows
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from allometry.laws.fit.store import StoredFit
 from allometry.laws.observations import Observations
 
 SLICES = 12
-"""A law of two inputs is drawn as a curve for each value of one, up to so many."""
+"""Maximum number of values of the second input that are drawn as a curve each."""
 RANGES = 6
-"""With more values, a curve for the middle of so many ranges with equally many rows."""
+"""Number of ranges with equally many rows, used for more values: a curve for each middle."""
 ALONG = 80
 
 
 def target_label(fit: Fit) -> str:
-    """Name and unit of what the law predicts."""
+    """Return the name and unit of the law's target."""
     return f"{fit.form.target.name} ({fit.unit(fit.form.target.unit)})"
 
 
 def law_panel(stored: StoredFit) -> tuple[Panel | None, str]:
-    """Return the law as curves with its band and the measured rows, or None; and what to say."""
+    """Return a panel of the law with its band and the measured rows, or None, and a remark."""
     fit = stored.fit
     if fit.observations.curves:
         return _curves(stored)
@@ -57,12 +57,12 @@ def law_panel(stored: StoredFit) -> tuple[Panel | None, str]:
 
 
 def _value(value: float) -> str:
-    """A count as people write it, anything else as a number."""
+    """Return a count with a suffix such as 1.5M, or a smaller number with four digits."""
     return human(value) if value >= 1000.0 else f"{value:.4g}"
 
 
 Slice = tuple[str, float, np.ndarray[tuple[int], np.dtype[np.bool_]]]
-"""Name, value of the other input, and the rows that belong to it."""
+"""Name, value of the other input, and mask of the rows of this slice."""
 
 
 def _ranges(column: Column, other: str) -> list[Slice]:
@@ -101,7 +101,7 @@ def _dots(name: str, x: Column, y: Column, colour: str) -> Series:
 def _drawn(
     stored: StoredFit, rows: Observations, x: Column, name: str, colour: str
 ) -> list[Series]:
-    """The law at these rows as a band (given a bootstrap) and a line."""
+    """Return the law at these rows as a line, with a band if the fit has a bootstrap."""
     y = stored.fit.predict(rows)
     line = Series(name, x, y, colour=colour)
     if stored.bootstrap is None:
@@ -111,7 +111,7 @@ def _drawn(
 
 
 def _curves(stored: StoredFit) -> tuple[Panel, str]:
-    """A law of whole curves: each group's rows over their steps."""
+    """Return a panel of a law of curves: each group's rows over their steps."""
     fit = stored.fit
     groups = list(dict.fromkeys(fit.observations.groups))
     series: list[Series] = []

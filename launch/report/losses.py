@@ -1,4 +1,4 @@
-"""Figures of losses: over tokens and FLOPs, of each source, and what was forecast."""
+"""Figures of losses: over tokens and FLOPs, of each source, and forecasts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOSS = "loss (nats per token)"
 NO_RUNS = "no run folder was given"
 SOURCES = 12
 DOTS = 20
-"""Held-out losses of a run, at most."""
+"""Maximum number of held-out losses drawn for a run."""
 AXES: tuple[tuple[str, str, str, Ticks], ...] = (
     ("tokens", "tokens", "training tokens", "count"),
     ("flops", "compute", "model FLOPs", "power"),
@@ -32,7 +32,7 @@ AXES: tuple[tuple[str, str, str, Ticks], ...] = (
 
 
 def losses(inputs: Inputs) -> Section:
-    """Loss against tokens and against FLOPs, both axes logarithmic."""
+    """Return the loss against tokens and against FLOPs, on logarithmic axes."""
     title = "Loss against tokens and compute"
     if not inputs.runs:
         return Section("loss", title, absent=NO_RUNS)
@@ -68,7 +68,7 @@ def _curves(one: Shown, key: str, share: float) -> list[Series]:
 
 
 def _train(one: Shown, key: str, column: str, share: float) -> list[Series]:
-    """A column of training losses as recorded and smoothed, thinned."""
+    """Return a column of training losses as recorded and smoothed, thinned."""
     x, y = known(one.metrics[key], one.metrics[column])
     if not len(x):
         return []
@@ -92,7 +92,7 @@ def _dots(one: Shown, x: Column, y: Column) -> Series:
 
 
 def sources(inputs: Inputs) -> Section:
-    """Training and held-out loss of each source, a panel for each."""
+    """Return the training and held-out loss of each source, a panel each."""
     title = "Loss of each source"
     names = list(dict.fromkeys(n for one in inputs.runs for n in one.run.sources))
     if not names:
@@ -131,7 +131,7 @@ def _source(one: Shown, name: str, share: float) -> list[Series]:
 
 
 def forecasts(inputs: Inputs) -> Section:
-    """What each run expected its final loss to be, as it went on."""
+    """Return the forecasts of each run's final loss over the course of the run."""
     title = "Forecast of the final loss"
     runs = [one for one in inputs.runs if "forecast/loss" in one.metrics]
     if not runs:

@@ -1,4 +1,4 @@
-"""What runs read of each source, and what they forgot of the old ones."""
+"""Tokens that runs read from each source, and their forgetting of replayed sources."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DOTS = 200
 
 
 def ledger(inputs: Inputs) -> Section:
-    """What each run read of each source, up to its last row."""
+    """Return the tokens that each run read from each source, up to its last row."""
     title = "What was read of each source"
     rows = [(one.number, row) for one in inputs.runs for row in _ledger_rows(one)]
     if not rows:
@@ -60,7 +60,7 @@ def _ledger_rows(one: Shown) -> list[tuple[str, ...]]:
 
 
 def _worth(epochs: float) -> tuple[float, float]:
-    """What the average token of so many epochs is worth, and the next one."""
+    """Return the average value of a token over ``epochs`` epochs, and of the next token."""
     if not epochs > 0.0:
         return 1.0, 1.0
     one = repeated(epochs, 1.0)
@@ -68,7 +68,7 @@ def _worth(epochs: float) -> tuple[float, float]:
 
 
 def forgetting(inputs: Inputs) -> Section:
-    """Held-out loss of replayed sources against the start, a panel for each."""
+    """Return the held-out loss of replayed sources relative to the start, a panel each."""
     title = "Forgetting"
     runs = [(one, name) for one in inputs.runs for name in _forgotten(one)]
     if not runs:
@@ -97,7 +97,7 @@ def _forgotten(one: Shown) -> list[str]:
 
 
 def _curve(one: Shown, name: str) -> list[Series]:
-    """The curve from its start, where it is 0."""
+    """Return the curve with its start, where the difference is 0."""
     x, y = known(one.metrics["tokens"], one.metrics[f"forgetting/{name}"])
     starts = [e for e in one.run.events if e.get("event") == "held_out_before"]
     first = [_tokens_at(one, int(e["step"])) for e in starts if name in e.get("losses", {})][:1]
@@ -107,6 +107,6 @@ def _curve(one: Shown, name: str) -> list[Series]:
 
 
 def _tokens_at(one: Shown, step: int) -> float:
-    """Tokens of the run's first ``step`` steps, as the last row up to it says."""
+    """Return the tokens of the run's first ``step`` steps, from the last row up to this step."""
     rows: Column = one.metrics["tokens"][one.metrics["step"] <= step]
     return float(rows[-1]) if len(rows) else 0.0

@@ -1,4 +1,4 @@
-"""The page itself: HTML around the figures, with everything it needs inside it."""
+"""HTML page of a report, with all its resources embedded."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from allometry.launch.report.interactive import specification
 from allometry.launch.report.section import Section, Table
 
 NARROW, WIDE, SHARES = 2, 3, 6
-"""Panels in a row of a narrow page and of a wide one; a row is divided into so many shares."""
+"""Panels per row of a narrow and of a wide page, and the number of grid columns of a row."""
 WORD = 14
-"""Longer words than this, such as paths, may be broken in a table."""
+"""Length of words, such as paths, above which words of a table may be broken."""
 GROUPS_FROM = 2
-"""With fewer runs there is nothing to select."""
+"""Number of runs from which the page offers a selection."""
 
 
 def page(sections: Sequence[Section], inputs: Inputs, title: str, made: str) -> str:
-    """Return the report as one HTML document that asks for nothing from anywhere.
+    """Return the report as one HTML document that needs no network.
 
-    Its content security policy forbids every request, and every script but the two inside it (by
-    their hashes), so that not even a hostile name of a run could fetch or run something.
+    The content security policy forbids every request, and every script except the two embedded
+    scripts (by their hashes), so that even a malicious run name cannot fetch or execute anything.
     """
     from plotly.offline import get_plotlyjs
 
@@ -67,7 +67,7 @@ def _resource(name: str) -> str:
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """Nothing from anywhere; plotly.js sets styles and makes pictures of its figures."""
+    """Return a policy without requests; plotly.js sets styles and makes pictures of its figures."""
     hashes = [
         base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
         for script in scripts
@@ -80,7 +80,7 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that may stand inside a script element: no tag can begin in it."""
+    """Return JSON that is safe inside a script element: it cannot contain a tag."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -128,7 +128,7 @@ def _panels(figure: Figure) -> list[tuple[str, Panel]]:
 
 
 def _figure(figure: Figure) -> str:
-    """A place for each panel, with its share of a row on a narrow page and on a wide one."""
+    """Return a container for each panel, with its share of a row on a narrow and on a wide page."""
     spans = [
         [SHARES // number for number in rows_of(len(figure.panels), most) for _ in range(number)]
         for most in (NARROW, WIDE)
@@ -164,7 +164,7 @@ def _table(table: Table) -> str:
 
 
 def _kind(column: Sequence[str]) -> str:
-    """How a column is set: numbers in one line, words between spaces, long ones anywhere."""
+    """Return the CSS class of a column: numbers and words do not break, long words do."""
     if column and all(map(_is_number, column)):
         return "number"
     longest = max((len(word) for cell in column for word in cell.split()), default=0)

@@ -1,4 +1,4 @@
-"""``allometry report``: what runs, fits and sweeps say, as one page and as pictures."""
+"""Write a report of runs, fits and sweeps as one page and as pictures: ``allometry report``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from allometry.launch.text import counted
 
 
 def sections(inputs: Inputs) -> list[Section]:
-    """Every section of the report, in order; those without data say why."""
+    """Return all sections of the report, in order; a section without data has a reason."""
     makers = (
         throughput.runs,
         losses.losses,

@@ -1,4 +1,4 @@
-"""Scores of checkpoints (scores.jsonl), and what a run unlearnt since its stage began."""
+"""Scores of checkpoints (scores.jsonl), and their decrease since the start of a stage."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from allometry.laws.scores import Row, read_scores
 
 TASKS = 12
 _FIRST = ("acc", "exact_match")
-"""Metrics that stand for a task, where it has them; else its first one does."""
+"""Preferred metrics of a task; a task without these is shown by its first metric."""
 _TOKENS = "training tokens"
 
 _Of = dict[str, list[Row]]
-"""The rows of a run's tasks, one metric each, by step."""
+"""Rows of a run's tasks by step, one metric for each task."""
 
 
 def scores(inputs: Inputs) -> Section:
-    """Each task's score over the run, and what of scores and held-out losses was lost."""
+    """Return each task's score over the run, and changes of scores and losses in each stage."""
     title = "Scores"
     found = [_of_run(one) for one in inputs.runs]
     names = list(dict.fromkeys(name for of in found for name in of))
@@ -47,7 +47,7 @@ def scores(inputs: Inputs) -> Section:
 
 
 def _of_run(one: Shown) -> _Of:
-    """Rows by task, of one metric, one way to read answers and one number of shots."""
+    """Return rows by task, of one metric, one answer filter and one number of shots."""
     by_task: _Of = {}
     for row in read_scores(one.run.folder):
         if isinstance(row.get("value"), int | float) and row.get("tokens") is not None:
@@ -57,7 +57,7 @@ def _of_run(one: Shown) -> _Of:
         metrics = list(dict.fromkeys(str(row.get("metric")) for row in rows))
         metric = next((name for name in _FIRST if name in metrics), metrics[0])
         rows = [row for row in rows if row.get("metric") == metric]
-        last = rows[-1]  # what was asked last
+        last = rows[-1]  # the most recent evaluation
         how = [last.get(key) for key in ("filter", "fewshot", "limit")]
         rows = [row for row in rows if [row.get(k) for k in ("filter", "fewshot", "limit")] == how]
         chosen[f"{task}, {metric}"] = rows
@@ -65,7 +65,7 @@ def _of_run(one: Shown) -> _Of:
 
 
 def _columns(rows: Sequence[Row]) -> tuple[Column, Column, Column]:
-    """Tokens, values and standard errors (NaN: unknown)."""
+    """Return tokens, values and standard errors (NaN: unknown)."""
     return (
         np.array([float(row["tokens"]) for row in rows]),
         np.array([float(row["value"]) for row in rows]),
@@ -98,7 +98,7 @@ def _task(name: str, runs: Sequence[tuple[Shown, _Of]]) -> Panel:
 
 
 def _stages(runs: Sequence[tuple[Shown, _Of]], shown: Sequence[Shown]) -> Iterator[Panel]:
-    """Changes since each stage began: of shares of right answers, and of held-out losses."""
+    """Return changes since each stage began: of accuracies, and of held-out losses."""
     yield Panel(
         "scores since the stage began",
         _TOKENS,
@@ -126,7 +126,7 @@ def _stages(runs: Sequence[tuple[Shown, _Of]], shown: Sequence[Shown]) -> Iterat
 
 
 def _changes(one: Shown, x: Column, y: Column) -> Iterator[tuple[Column, Column]]:
-    """The curve of a run's own stage, from 0 on; nothing where less than two points are known."""
+    """Yield the curve of a run's own stage relative to its start, if it has two points."""
     fork = taken_over(one.run, "tokens")
     before = int((x <= fork).sum()) if np.isfinite(fork) else 0
     first = max(0, before - 1)

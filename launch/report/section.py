@@ -1,4 +1,4 @@
-"""What a report is made of: sections of figures and tables."""
+"""Parts of a report: sections of figures and tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from allometry.launch.figures.figure import Figure
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of text under a head; numbers are aligned right. ``run_s``: whose a row is, or empty."""
+    """Rows of text under a head; numbers are aligned right.
+
+    ``run_s``: the run of each row, or empty.
+    """
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -17,13 +20,13 @@ class Table:
     run_s: tuple[int, ...] = ()
 
     def beside(self, other: Table) -> Table:
-        """Return one table of two that begin with the same column."""
+        """Return two tables with the same first column as one table."""
         rows = tuple((*one, *more[1:]) for one, more in zip(self.rows, other.rows, strict=True))
         caption = f"{self.caption} {other.caption}".strip()
         return replace(self, head=(*self.head, *other.head[1:]), rows=rows, caption=caption)
 
     def without_equal_columns(self) -> Table:
-        """Return the table with what is the same in all of several rows said once, before it."""
+        """Return the table without constant columns, whose values move into the caption."""
         columns = list(zip(*self.rows, strict=True))
         equal = [len(self.rows) > 1 and len(set(column)) == 1 for column in columns]
         if not any(equal):
@@ -44,7 +47,10 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the report. ``absent`` says in one line why there is nothing to show, or None."""
+    """Part of a report.
+
+    ``absent``: the reason, in one line, for a section without content, or None.
+    """
 
     key: str
     title: str
@@ -59,7 +65,7 @@ class Section:
         assert shown == (self.absent is None), f"{self.key}: shown, or absent with a reason"
 
     def without_blanks(self) -> Section:
-        """Return the section without panels in which nothing would be seen; it names them."""
+        """Return the section without panels that would be empty; a note names these panels."""
         figures, blank = [], []
         for figure in self.figures:
             panels = tuple(panel for panel in figure.panels if panel.drawn())

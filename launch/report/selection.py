@@ -1,4 +1,4 @@
-"""By what the documents of sources were chosen, and what of them was kept and dropped."""
+"""Selection of documents: scorers, and samples of kept and dropped documents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLE_HEAD = ("run", "source", "", "score", "document", "tokens", "begins")
 
 
 def selection(inputs: Inputs) -> Section:
-    """Provenance of each selection, and a few documents on either side of its threshold."""
+    """Return each selection's provenance, and a few documents on each side of its threshold."""
     title = "Which documents were read"
     found = [
         (one, name, source["select"])

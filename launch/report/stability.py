@@ -1,4 +1,4 @@
-"""Figures of what monitors saw, with the alarms."""
+"""Figures of monitored quantities, with alarms."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from allometry.launch.report.section import Section
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A panel: columns that equal ``key`` or begin with ``key`` and a slash, made one curve.
+    """A panel of the columns that equal ``key`` or begin with ``key/``, reduced to one curve.
 
-    ``reduce``: over those columns. ``alarm``: kind of event that is marked on it.
+    ``reduce``: reduction over these columns. ``alarm``: kind of alarm that is marked in the panel.
     """
 
     key: str
@@ -68,7 +68,7 @@ WATCHED = (
 
 
 def stability(inputs: Inputs) -> Section:
-    """A panel for each quantity that a run has, and alarms where they were raised."""
+    """Return a panel for each quantity that a run has, with marks at its alarms."""
     title = "Stability"
     if not inputs.runs:
         return Section("stability", title, absent="no run folder was given")
@@ -102,7 +102,7 @@ def _panel(inputs: Inputs, watched: Watched) -> Panel | None:
 
 
 def _column(one: Shown, watched: Watched) -> tuple[Column, Column]:
-    """Steps and values; where there is a value for the whole, that one."""
+    """Return steps and values: of the column ``key`` if it exists, else the reduced columns."""
     metrics = one.metrics
     if watched.key in metrics:
         return known(metrics["step"], metrics[watched.key])

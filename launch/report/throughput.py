@@ -19,7 +19,7 @@ RUN_HEAD = (
     "train loss",
 )  # fmt: skip
 FEW_SETTINGS = 2
-"""So many columns of settings still fit beside the results."""
+"""Maximum number of columns of settings that are shown next to the results."""
 SETTINGS_HEAD = ("run", "lr", "schedule", "seed", "layout", "versions", "commit")
 LAUNCH_HEAD = (
     "run", "launch", "from step", "to step", "layout", "tokens/s", "MFU", "peak memory", "commit",
@@ -32,7 +32,7 @@ GIB = 2.0**30
 
 
 def runs(inputs: Inputs) -> Section:
-    """What each run is and how it ended."""
+    """Return tables of the runs with their states and results."""
     title = "Runs"
     if not inputs.runs:
         why = "no run has a row yet" if inputs.notes else "no run folder was given"
@@ -86,12 +86,12 @@ def _settings_row(one: Shown) -> tuple[str, ...]:
 
 
 def _si(value: float | None) -> str:
-    """A count with a unit: 1.57M."""
+    """Return a count with a suffix: 1.57M."""
     return "–" if value is None or not math.isfinite(value) else human(value)
 
 
 def layout(value: Mapping[str, Any] | None) -> str:
-    """The degrees above 1, as ``hdp 2, ZeRO 1``; ``1 rank`` without any."""
+    """Return the degrees above 1, such as ``hdp 2, ZeRO 1``; ``1 rank`` if all are 1."""
     if not value:
         return "–"
     parts = [f"{axis} {value[axis]}" for axis in AXES if value.get(axis, 1) != 1]
@@ -101,7 +101,7 @@ def layout(value: Mapping[str, Any] | None) -> str:
 
 
 def throughput(inputs: Inputs) -> Section:
-    """Speed and memory over each run, and by launch."""
+    """Return speed and memory over each run, and by launch."""
     title = "Layouts and throughput"
     if not inputs.runs:
         return Section("throughput", title, absent="no run folder was given")
@@ -128,7 +128,7 @@ def throughput(inputs: Inputs) -> Section:
 def _by_run(
     head: tuple[str, ...], rows: Sequence[tuple[int, tuple[str, ...]]], caption: str = ""
 ) -> Table:
-    """A table of rows with the numbers of their runs."""
+    """Return a table of rows with the numbers of their runs."""
     return Table(head, tuple(row for _, row in rows), caption, tuple(number for number, _ in rows))
 
 
@@ -175,7 +175,7 @@ def _number(value: float, form: str, unit: str = "") -> str:
 
 
 def events(inputs: Inputs) -> Section:
-    """Restarts, stops, alarms: all events but saved checkpoints and regular starts and ends."""
+    """Return all events except saved checkpoints, regular starts and ends, and repetitions."""
     title = "Restarts and events"
     if not inputs.runs:
         return Section("events", title, absent="no run folder was given")

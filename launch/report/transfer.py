@@ -1,4 +1,4 @@
-"""Figures of sweeps over the learning rate: from files of trials, and among the runs."""
+"""Figures of learning-rate sweeps: from files of trials, and among the runs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from allometry.laws.trials import TrialFile
 
 LEAST_RATES = 3
 NOT_LEARNT_FROM = ("run", "parallel", "evaluation", "checkpoint", "record")
-"""Sections in which the runs of a sweep may differ."""
+"""Config sections in which the runs of a sweep may differ."""
 HEAD = ("sweep", "size", "best learning rate", "log2", "loss there", "note")
 
 
 def transfer(inputs: Inputs) -> Section:
-    """Loss against the learning rate, a line for each size, and where each is least."""
+    """Return the loss against the learning rate, a line for each size, and each minimum."""
     title = "Best learning rate"
-    # A colour for each size, the same in all files.
+    # Each size has the same colour in all files.
     sizes = sorted({(file.axis, size) for file in inputs.trials for size in file.losses})
     names, colours = [f"{axis} {size}" for axis, size in sizes], ordered([s for _, s in sizes])
     shades = dict(zip(names, colours, strict=True))
@@ -83,7 +83,7 @@ def _of_trials(file: TrialFile, shades: Mapping[str, str]) -> Drawn:
 
 
 def _costs(file: TrialFile, sweeps: Mapping[int, Sweep]) -> list[str]:
-    """What the best rate of the smallest size costs at each other one."""
+    """Return the cost of the smallest size's best learning rate at each other size."""
     base, said = min(sweeps), []
     for size, regret in regrets(sweeps).items():
         low, high = regret.percent_interval
@@ -98,7 +98,7 @@ def _costs(file: TrialFile, sweeps: Mapping[int, Sweep]) -> list[str]:
 
 
 def _of_runs(runs: tuple[Shown, ...]) -> list[Drawn]:
-    """Sweeps among the runs: those that differ in optimizer.lr, seed and folder alone."""
+    """Return sweeps among the runs: runs that differ only in optimizer.lr, seed and folder."""
     alike: dict[str, list[Shown]] = {}
     for one in runs:
         alike.setdefault(_rest(one.run.config), []).append(one)

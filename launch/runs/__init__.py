@@ -1,1 +1,1 @@
-"""Commands about runs and what they need."""
+"""Commands about runs and their inputs."""

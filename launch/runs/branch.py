@@ -1,4 +1,4 @@
-"""``allometry branch``: a run that begins at another one's checkpoint, or a whole tree of them."""
+"""Branches from checkpoints of other runs, and trees of branches: ``allometry branch``."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _single(asked: Branch) -> Report:
     _check_free(folder, config)
     plan = RunPlan.of(config, 1)
     path, pinned = write_branch(config)
-    _check_kept(asked.run, asked.at)  # still, now that it stays
+    _check_kept(asked.run, asked.at)  # again, as it is pinned only now
     command = f"allometry train {shlex.quote(str(path))}"
     if asked.train:
         from allometry.launch.runs.train import trained
@@ -110,7 +110,7 @@ def _change(text: str) -> Change:
 
 
 def _check_kept(run: Path, step: int) -> None:
-    from allometry.trainer.state.identity import problem_of  # it brings torch
+    from allometry.trainer.state.identity import problem_of  # imports torch
 
     path = run / "checkpoints" / f"step-{step}"
     problem = problem_of(RunFolder(run), path) if path.is_dir() else "it is not there"
@@ -126,7 +126,7 @@ def _check_kept(run: Path, step: int) -> None:
 
 
 def _check_free(folder: Path, config: RunConfig) -> None:
-    """Refuse to describe another run where one has begun, or is described."""
+    """Raise UserError if the folder has another run, or the description of another run."""
     for name in ("config.yaml", DESCRIBED):
         path = folder / name
         if not path.is_file():
@@ -149,7 +149,7 @@ def _tree(asked: Branch) -> Report:
     def say(line: str) -> None:
         print(line, file=sys.stderr if asked.json else sys.stdout, flush=True)
 
-    for run in plan.runs:  # before anything is written
+    for run in plan.runs:  # before any file is written
         check_stored(run)
     with only_one(plan.folder, "tree"):
         _save(plan)
@@ -161,12 +161,15 @@ def _tree(asked: Branch) -> Report:
             written = offer_scripts(plan, plan.runs, asked.parallel, say)
             return Report(_facts(plan) | {"scripts": [str(path) for path in written]}, "")
         stopped = _train(plan, asked.parallel or plan.launch.parallel, say)
-    code = 128 + signal.Signals[stopped] if stopped else 0  # as shells have it
+    code = 128 + signal.Signals[stopped] if stopped else 0  # as in shells
     return Report(_facts(plan) | {"stopped": stopped}, "", passed=not stopped, code=code)
 
 
 def _train(plan: TreePlan, at_once: int, say: Say) -> str | None:
-    """Train what the tree lacks; the signal that stopped it. Raises UserError: runs failed."""
+    """Train the remaining runs of the tree; return the signal that stopped them, or None.
+
+    Raises UserError: runs failed.
+    """
     ended = train_runs(plan, plan.runs, at_once, say)
     if ended.failed:
         name, reason = next(iter(ended.failed.items()))
@@ -180,7 +183,7 @@ def _train(plan: TreePlan, at_once: int, say: Say) -> str | None:
 
 
 def _save(plan: TreePlan) -> None:
-    """Write the description into the tree's folder, so that the folder alone says what it is."""
+    """Write the description, with absolute paths, into the tree's folder."""
     plain: dict[str, Any] = plan.tree.model_dump(mode="json")
     for section in (plain["trunk"], *plain["branches"]):
         for key in ("base", "run", "config"):

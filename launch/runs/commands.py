@@ -1,4 +1,4 @@
-"""Commands that train, that make what training needs, and that read what runs left."""
+"""Commands that train runs, prepare their inputs, and read their results."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from allometry.launch.command import REQUIRED, Command, ConfigCommand, argument,
 
 @dataclass(frozen=True, kw_only=True)
 class Train(ConfigCommand):
-    """Train the run that CONFIG describes, or continue it where it stopped.
+    """Train the run that CONFIG describes, or continue it from its last checkpoint.
 
-    Further arguments override single keys: optimizer.lr=3e-4. For several processes:
-    python -m allometry.launch.torchrun --nproc-per-node N -m allometry.launch.train CONFIG ...
+    Further arguments override single keys: optimizer.lr=3e-4. For several processes: python -m
+    allometry.launch.torchrun --nproc-per-node N -m allometry.launch.train CONFIG ...
     """
 
     dry_run: bool = option("validate, print the plan, train nothing", False)
@@ -27,7 +27,7 @@ class Train(ConfigCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Fetch(Command):
-    """Make a run's folder of an upload (``checkpoint.upload``), for ``train`` to go on from."""
+    """Create a run folder from an upload (``checkpoint.upload``), for ``train`` to continue."""
 
     url: str = argument("the run's place in an object store: its checkpoint.upload.url", paths=True)
     folder: Path = argument("the folder to make")
@@ -36,7 +36,7 @@ class Fetch(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare(Command):
-    """Turn text into token files that training reads (Megatron's .bin/.idx)."""
+    """Convert text into token files for training (Megatron's .bin/.idx)."""
 
     inputs: tuple[str, ...] = argument(
         "NAME=PATH or PATH: text, JSON Lines (both also as .gz, .zst, .bz2, .xz), parquet, a "
@@ -90,8 +90,8 @@ class Convert(Command):
 class Evaluate(Command):
     """Score checkpoints of a run, or a Hugging Face model, with the lm-evaluation-harness.
 
-    Scores are added to scores.jsonl in that folder, for reports and for laws of scores. Needs the
-    extra: pip install 'allometry[evaluate]'.
+    Scores are appended to scores.jsonl in that folder, for reports and for laws of scores. Requires
+    the extra: pip install 'allometry[evaluate]'.
     """
 
     source: Path = argument("run folder, or folder of a Hugging Face model")
@@ -111,7 +111,7 @@ class Evaluate(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Command):
-    """Say what is installed and usable here, and how to mend what is not."""
+    """List installed and usable components, with instructions for missing ones."""
 
     disk: Path | None = option(
         "also measure the disk of this folder, for parallel.zero.optimizer_states.nvme"
@@ -127,10 +127,10 @@ class Doctor(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Runs(Command):
-    """List the runs in FOLDER: state, step, tokens, loss, size, what branches from what.
+    """List the runs in FOLDER: state, step, tokens, loss, size, parent, checkpoints.
 
-    States: new, running, stopped (by a signal or a step), crashed (it did not say how it ended),
-    diverged (its loss was not finite), ended. A folder that is no run's is passed over aloud.
+    States: new, running, stopped (by a signal or a step), crashed (no event at its end), diverged
+    (its loss was not finite), ended. A line is printed for each folder that is not a run.
     """
 
     folder: Path = argument("a folder that holds runs, ladders or trees of runs", Path("runs"))
@@ -139,11 +139,11 @@ class Runs(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Branch(Command):
-    """Describe a run that begins at a checkpoint of RUN, or train a tree of such branches.
+    """Describe a run that starts from a checkpoint of RUN, or train a tree of such branches.
 
     The branch shares the checkpoint, which its trunk then keeps. Its description is RUN's with
-    --config and --set on top; it is trained by the command that is printed, or with --train. With
-    --tree, what the file of kind: tree lacks is trained; safe to interrupt and to run again. With
+    --config and --set on top; the printed command trains it, or --train. With --tree, the remaining
+    runs of the file of kind: tree are trained; safe to interrupt and to run again. With
     launch.kind: sbatch in that file, scripts for Slurm are written instead.
     """
 

@@ -1,4 +1,4 @@
-"""``allometry convert``: which way to convert, and what it prints when it is done."""
+"""Conversion between runs and Hugging Face folders: ``allometry convert``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from allometry.trainer.state.refused import mark_refused
 
 
 def converted(asked: Convert) -> Report:
-    """Convert. Raises UserError for what does not fit."""
+    """Export or import, depending on SOURCE. Raises UserError: an option or SOURCE does not fit."""
     is_run, is_model = ((asked.source / name).exists() for name in ("config.yaml", "config.json"))
     in_checkpoint = asked.source.parent.name == "checkpoints"
     if is_run and is_model:
@@ -45,7 +45,7 @@ def converted(asked: Convert) -> Report:
             f"{asked.source} holds neither config.yaml (a run) nor config.json (a Hugging Face "
             "model); name a folder that does"
         )
-    except BaseException as error:  # Ctrl-C too
+    except BaseException as error:  # Ctrl-C included
         if asked.out is not None and (is_model or asked.config is not None):
             mark_refused(asked.out, asked.source, str(error) or type(error).__name__)
         raise
@@ -125,7 +125,7 @@ def _import(asked: Convert) -> Report:
 
 
 def _text(report: ExportReport) -> list[str]:
-    """The tokenizer and the end of documents, or why they are missing and what to do."""
+    """Return lines on the tokenizer and the end of documents, with options for missing ones."""
     lines = [f"tokenizer: {report.tokenizer}"] if report.tokenizer else []
     if report.end_of_document:
         lines.append(f"end of documents: {report.end_of_document}")

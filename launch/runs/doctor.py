@@ -1,4 +1,4 @@
-"""``allometry doctor``: what is installed and usable here, and the fix for what is not."""
+"""Installed and usable components, and fixes for missing ones: ``allometry doctor``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Status = Literal["ok", "absent", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. ``fix`` is empty if nothing needs doing."""
+    """Result of one check. ``fix`` is empty if no action is needed."""
 
     name: str
     status: Status
@@ -44,7 +44,7 @@ class Finding:
 
 
 def examined(asked: Doctor) -> Report:
-    """Look at everything; nothing that is broken stops the others from being looked at."""
+    """Run all checks; a failing check does not prevent the others."""
 
     def offload() -> Iterator[Finding]:
         return _offload(asked.disk)
@@ -68,7 +68,7 @@ def examined(asked: Doctor) -> Report:
             findings.extend(check())
         except UserError:
             raise
-        except Exception as error:  # a broken install raises anything at all
+        except Exception as error:  # a broken install may raise any exception
             findings.append(Finding(name, "problem", f"{type(error).__name__}: {error}"))
     rows = []
     for one in findings:
@@ -79,7 +79,7 @@ def examined(asked: Doctor) -> Report:
 
 
 def version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -163,7 +163,7 @@ def _attention() -> Iterator[Finding]:
 
 
 _DISTRIBUTIONS = {"flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3"}
-"""Under what name flash-attn's packages are installed, by import name."""
+"""Distribution name of flash-attn's packages, by import name."""
 
 
 def _apex() -> Iterator[Finding]:
@@ -246,7 +246,7 @@ def _memory() -> Iterator[Finding]:
 
 
 RATES = Path("~/.cache/allometry/offload.json")
-"""The newest rates, by machine and by folder."""
+"""The newest measured rates, by machine and by folder."""
 
 
 def _offload(disk: Path | None, kept: Path = RATES) -> Iterator[Finding]:
@@ -299,7 +299,7 @@ def _machine(disk: Path | None, out: Path | None, kept: Path = RATES) -> Iterato
 
 
 def _keep(found: dict[str, Any], kept: Path) -> None:
-    """Put this machine's rates among those in the file; other folders' stay."""
+    """Merge this machine's rates into the file; rates of other folders are kept."""
     from allometry.trainer.state.folder import write_atomically
 
     with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home

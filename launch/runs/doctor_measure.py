@@ -1,4 +1,4 @@
-"""``allometry doctor --measure``: this machine as hardware that the planner reads."""
+"""Measurement of this machine as hardware for the planner: ``allometry doctor --measure``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MESSAGES_S = 12.0
 
 @dataclass(frozen=True)
 class MeasuredMachine:
-    """The description and the files that have it; rates of the disk and of one process's AdamW."""
+    """Description of the machine, its files, and rates of the disk and of one process's AdamW."""
 
     hardware: HardwareConfig
     disk: DiskRates
@@ -41,7 +41,8 @@ class MeasuredMachine:
 def measure(disk: Path, out: Path | None) -> MeasuredMachine:
     """Measure this machine and write its description.
 
-    About a minute on an idle machine. Raises UserError for a folder that cannot be written.
+    Takes about a minute on an idle machine. Raises UserError: a file cannot be written. For
+    example, ``measure(Path.cwd(), Path("machine.yaml"))``.
     """
     if out is not None and out.suffix not in (".yaml", ".yml"):
         raise UserError(f"--out={out} is to be a YAML file; name it {out}.yaml")
@@ -49,7 +50,7 @@ def measure(disk: Path, out: Path | None) -> MeasuredMachine:
         raise UserError(f"--out={out}: the folder {out.parent} is not there; make it first")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    allocator = choose("auto", os.environ).environment  # as runs have
+    allocator = choose("auto", os.environ).environment  # as runs use
     found = measure_alone(allocator, ("bf16", "fp32"))
     cores = psutil.cpu_count(logical=False) or 1
     ranks = torch.cuda.device_count() if on_gpu else min(cores, MOST_RANKS)
@@ -74,7 +75,7 @@ def measure(disk: Path, out: Path | None) -> MeasuredMachine:
 
 
 def _machine(device: torch.device, ranks: int, found: Mapping[str, Any]) -> dict[str, Any]:
-    """What is read of this machine, not measured."""
+    """Return the facts of this machine that are read, not measured."""
     total = psutil.virtual_memory().total
     facts: dict[str, Any] = {
         "name": str(device_facts.describe(device)["device"]),
@@ -94,7 +95,7 @@ def _machine(device: torch.device, ranks: int, found: Mapping[str, Any]) -> dict
 
 
 def _power() -> float | None:
-    """Watts that the first GPU may draw, or None."""
+    """Return the power limit of the first GPU in watts, or None."""
     import pynvml
 
     try:
@@ -106,7 +107,7 @@ def _power() -> float | None:
 
 
 def as_yaml(hardware: HardwareConfig, found: Mapping[str, Any], disk: Path) -> str:
-    """The description with when and how each number came about."""
+    """Return the description as YAML, with the time and method of each number as comments."""
     at, threads = found["at"], found["threads"]
     together = found.get("together")
     layers = f"{at['heads']}: least squares on layers and heads of ours, not compiled"
@@ -142,13 +143,13 @@ def as_yaml(hardware: HardwareConfig, found: Mapping[str, Any], disk: Path) -> s
 
 
 def _commented(tree: Mapping[str, Any], why: Mapping[str, str], depth: int) -> CommentedMap:
-    """The tree for YAML, with numbers of four digits and a comment above keys of ``why``."""
+    """Return the tree for YAML, with numbers of four digits and a comment above keys of ``why``."""
     made = CommentedMap()
     for key, value in tree.items():
         if isinstance(value, float):
             made[key] = float(f"{value:.4g}")
         elif isinstance(value, dict):
-            inside = {} if key == "constants" else why  # whose names are not those of fields
+            inside = {} if key == "constants" else why  # whose keys are not names of fields
             made[key] = _commented(value, inside, depth + 1)
             numbers = all(isinstance(one, float) for one in value.values())
             if value and numbers and not set(value) & set(inside):

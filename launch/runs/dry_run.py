@@ -1,4 +1,4 @@
-"""What ``allometry train --dry-run`` prints: the plan of a run; on several ranks what each does."""
+"""Plan of a run, and of each rank if there are several: ``allometry train --dry-run``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ from allometry.trainer.state.stages import stage_facts
 
 
 def planned(config: RunConfig, world_size: int) -> Report:
-    """Return the plan on ``world_size`` ranks; raises UserError if there is none."""
+    """Return the plan on ``world_size`` ranks. Raises UserError: there is no valid plan.
+
+    For example, ``planned(load("run.yaml"), world_size=8)``.
+    """
     auto = config.parallel.auto
     here = auto is not None and auto.cluster == THIS_MACHINE and not has_gpu()
     config, choice = settle(config, world_size, "cpu" if here else "cuda")
@@ -49,7 +52,7 @@ def planned(config: RunConfig, world_size: int) -> Report:
         facts["advice"] = advice(one, plan)
         facts["layout_choice"] = choice
         if world_size > 1:
-            from allometry.studies.rehearse import rehearse  # brings torch, which one rank spares
+            from allometry.studies.rehearse import rehearse  # imports torch
 
             facts["ranks"] = [rank.describe() for rank in rehearse(one, world_size)]
         found.append((facts, _text(one, plan, facts)))
@@ -67,17 +70,17 @@ def planned(config: RunConfig, world_size: int) -> Report:
 
 
 def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
-    """What the run will read of each source, as far as its files are on this machine.
+    """Return the tokens, epochs and FLOPs of the run by source, if its files are on this machine.
 
-    Raises UserError for files that are here but do not fit: damaged, another tokenizer, token ids
-    beyond the vocabulary.
+    Raises UserError: files are here but do not fit: damaged, another tokenizer, or token ids beyond
+    the vocabulary.
     """
     if missing := missing_sources(config.data):
         return {"checked": False, "missing": missing}
     stream = open_sources(config)
     run, begun = config.run, RunFolder(config.run.folder).config.exists()
     if begun or run.parent or run.initial or config.data.continue_sources:
-        from allometry.trainer.state.reading import continued, standing  # these bring torch
+        from allometry.trainer.state.reading import continued, standing  # imports torch
 
         stream = continued(stream, standing(config))
     position = plan.batch.sequences_before(plan.total_steps + 1)
@@ -97,7 +100,7 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
 
 
 def expected_flops(config: RunConfig, stream: Stream | DocumentStream) -> float:
-    """FLOPs of the run with documents as long as they are, stage by stage."""
+    """Return the FLOPs of the run for the lengths of its documents, summed over its stages."""
     flops = 0.0
     for place in places_of(config):
         staged = stream.in_stage(place.number - 1)
@@ -111,7 +114,7 @@ def expected_flops(config: RunConfig, stream: Stream | DocumentStream) -> float:
 
 
 def learning_rates(config: RunConfig, plan: RunPlan, schedule: Schedule) -> list[dict[str, Any]]:
-    """The learning rate at the corners of its schedule."""
+    """Return the learning rate at the corners of its schedule and at shares of the steps."""
     first, steps = schedule.first_step, schedule.total_steps - plan.steps_before
     corners = {first, plan.warmup_steps, schedule.decay_start, *schedule.ends}
     corners |= {plan.steps_before + round(steps * share) for share in (0.25, 0.5, 0.75, 0.9)}
@@ -173,7 +176,7 @@ def _overrides(entries: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _chosen(choice: dict[str, Any] | None) -> list[str]:
-    """The layout that ``parallel: auto`` chose."""
+    """Return lines on the layout that ``parallel: auto`` has chosen."""
     if choice is None:
         return []
     keys = ", ".join(f"{key}={value}" for key, value in choice["chosen"].items())
@@ -202,7 +205,10 @@ DEVICE_GB = DEVICE_BYTES // 10**9
 
 
 def _gathered(config: RunConfig, plan: RunPlan) -> list[str]:
-    """What it costs to keep gathered parameters for a pipeline's step, and what would spare it."""
+    """Return a line on the memory of parameters that stay gathered for a pipeline's step.
+
+    The line names the setting that frees them after each micro-batch.
+    """
     zero, pp = config.parallel.zero, plan.layout.pp
     if zero.stage < 3 or pp == 1 or zero.frees(pp) or plan.layout.schedule in SPLIT_BACKWARD:
         return []
@@ -217,7 +223,7 @@ def _gathered(config: RunConfig, plan: RunPlan) -> list[str]:
 
 
 def _offloaded(plan: RunPlan) -> list[str]:
-    """What activations need of the host, and whether their copies hide."""
+    """Return a line on host memory of offloaded activations, and on the time of their copies."""
     traffic = plan.activation_traffic
     if traffic is None:
         return []
@@ -230,7 +236,7 @@ def _offloaded(plan: RunPlan) -> list[str]:
 
 
 def _ranks(facts: dict[str, Any]) -> list[str]:
-    """The messages of a step on one rank of each pipeline rank, the largest first."""
+    """Return the collectives of a step on one rank of each pipeline rank, largest first."""
     if "ranks" not in facts:
         return []
     layout = facts["layout"]
@@ -276,7 +282,7 @@ def _data(data: dict[str, Any]) -> list[str]:
 
 
 def _repetition(data: dict[str, Any]) -> list[str]:
-    """What tokens that are read again are worth, where any source is."""
+    """Return lines on the value of repeated tokens, if any source is repeated."""
     rows = data["repetition"]
     if not any(one["epochs"] > 1.0 for one in rows.values()):
         return []

@@ -1,4 +1,4 @@
-"""``allometry evaluate``: scores of checkpoints by the lm-evaluation-harness."""
+"""Scores of checkpoints by the lm-evaluation-harness: ``allometry evaluate``."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _TORCH = {"fp32": "float32", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class _Model:
-    """What is evaluated: a checkpoint of a run, or a folder of a model (``step`` is None).
+    """Model to evaluate: a checkpoint of a run, or a model folder (``step`` is None).
 
-    ``facts``: of where it is in its training, for the rows.
+    ``facts``: its step, tokens and loss in training, for the rows.
     """
 
     folder: Path
@@ -42,12 +42,12 @@ class _Model:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name in messages."""
         return str(self.folder) if self.step is None else f"{self.folder} step {self.step}"
 
 
 def evaluated(asked: Evaluate) -> Report:
-    """Evaluate, and add what came out to scores.jsonl. Raises UserError."""
+    """Evaluate and append the scores to scores.jsonl. Raises UserError."""
     require_harness()
     tasks = [name for text in asked.tasks for name in text.split(",") if name]
     if not tasks:
@@ -73,7 +73,7 @@ def evaluated(asked: Evaluate) -> Report:
 
 
 def _models(asked: Evaluate) -> Iterator[_Model]:
-    """What is to be evaluated, the earliest checkpoint first."""
+    """Yield the models to evaluate, the earliest checkpoint first."""
     source = asked.source
     if (source / "config.yaml").is_file():
         run, loss = _read(source)
@@ -121,14 +121,14 @@ def _steps(folder: Path, wanted: str) -> list[int]:
 
 
 def _read(folder: Path) -> tuple[Run | None, dict[int, float]]:
-    """The run's record, and its held-out loss by step; nothing of one that has not trained."""
+    """Return the run's record and its held-out loss by step; None and {} before training."""
     try:
         run = read_run(folder)
     except UserError:
         return None, {}
     try:
         steps, losses = loss_curve(run, LossChoice.parse("validation"))
-    except (UserError, KeyError):  # without held-out tokens, or with a record of an old version
+    except (UserError, KeyError):  # no held-out tokens, or a record of an old version
         return run, {}
     return run, {int(step): float(loss) for step, loss in zip(steps, losses, strict=True)}
 
@@ -146,7 +146,7 @@ def _facts(folder: Path, step: int, run: Run | None, loss: dict[int, float]) -> 
 
 
 def _known(model: _Model, harness: Harness, asked: Evaluate) -> list[Row]:
-    """The rows of all tasks of a model that was evaluated so before; empty if one is missing."""
+    """Return stored rows of the same evaluation of a model; empty if a task is missing."""
     rows = [
         row
         for row in read_scores(model.folder)

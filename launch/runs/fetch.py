@@ -1,4 +1,4 @@
-"""``allometry fetch``: a run's folder from an object store."""
+"""Run folder from an object store: ``allometry fetch``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from allometry.trainer.state.remote import Store, fetch
 
 
 def fetched(asked: Fetch) -> Report:
-    """Download an upload and make a run's folder of it."""
+    """Download an upload into a new run folder."""
     step = fetch(Store.of(asked.url, "URL"), asked.folder, asked.step)
     facts = {"folder": str(asked.folder), "step": step}
     return Report(

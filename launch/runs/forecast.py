@@ -1,4 +1,4 @@
-"""``allometry forecast``: what a run will end at, or would under another schedule."""
+"""Forecast of a run's final loss, under its own or another schedule: ``allometry forecast``."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from allometry.optim.schedule import Decay
 from allometry.trainer.record.rates import one_curve, planned_rates, with_history
 
 SAME = ("model", "parameterization", "batch")
-"""Sections in which runs must agree to be taken as curves of one law."""
+"""Config sections in which runs must be equal to be fitted by one law."""
 KINDS = ("constant", "linear", "cosine", "wsd")
-"""Schedules that can be asked for; others need more keys than there are options."""
+"""Schedules that can be requested; other schedules need keys that have no option."""
 DECAY_KEYS = ("decay_fraction", "decay", "final_fraction")
 UNIT = "nats per token"
-_LAST = 0.02  # share of a finished run's rows whose mean stands for its final loss
+_LAST = 0.02  # share of a finished run's rows whose mean is its final loss
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,13 @@ class _Read:
 
 
 def forecasted(asked: ForecastCommand) -> Report:
-    """Forecast the end of the run or, where another schedule is asked for, of one like it.
+    """Forecast the end of the run, or of the same run with another schedule.
 
-    ``schedule`` to ``total_steps`` replace keys of the run's own (another ``schedule`` begins from
-    that kind's defaults, with the run's warm-up). ``decay_now``: instead, the steps so far and a
-    decay from the rate they ended at. Raises UserError: a folder holds no run, the runs differ in
-    what one law needs to be the same, the schedule cannot be, or there are too few rows yet.
+    ``schedule`` to ``total_steps`` replace keys of the run's own schedule (another ``schedule``
+    starts from the defaults of its kind, with the run's warm-up). ``decay_now``: instead, the steps
+    so far and a decay from their last learning rate. Raises UserError: a folder has no run, the
+    runs differ in sections that one law requires to be equal, the schedule is invalid, or there are
+    too few rows.
     """
     if not 0.0 < asked.level < 1.0:
         raise UserError(f"--level={asked.level} is no probability; use 0.95, say")
@@ -92,7 +93,7 @@ def forecasted(asked: ForecastCommand) -> Report:
 
 
 def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read:
-    """Return a run with the curve of its loss and the rate of each of its steps."""
+    """Return a run with the curve of its loss and the learning rate of each of its steps."""
     run = read_run(folder)
     config = load(Path(folder) / "config.yaml")
     recorded = run.metrics["step"].astype(np.int64)
@@ -119,9 +120,9 @@ def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read
         )
     after = usable & (steps > rates.warmup_steps)
     check_losses(run, choice, steps[after], losses[after])
-    usable &= np.isfinite(losses)  # in the warm-up, which no law reads
+    usable &= np.isfinite(losses)  # in the warm-up, which laws do not read
     steps_n, losses_n = steps[usable].astype(np.int64), losses[usable]
-    if config.stages is not None:  # what other stages read is another curve
+    if config.stages is not None:  # other stages read other data and have curves of their own
         begin, _, rates = one_curve(config, min(at_step or recorded[-1], recorded[-1]) - 1)
         here = (steps_n >= begin) & (steps_n <= len(rates.rates))
         steps_n, losses_n = steps_n[here], losses_n[here]
@@ -129,13 +130,13 @@ def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read
 
 
 def _as_recorded(rates: LearningRates, run: Run, config: RunConfig) -> LearningRates:
-    """Return the rates of a run, those of its parent's steps as they were recorded."""
+    """Return the learning rates of a run, with the recorded rates for its parent's steps."""
     steps_n = run.metrics["step"].astype(np.int64)
     return with_history(rates, config.run.branched_at, steps_n, run.metrics["lr"])
 
 
 def _target(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
-    """Return the rates of the run that is asked for, and that run in words."""
+    """Return the learning rates of the requested run, and a description of the run."""
     if asked.decay_now:
         return _decayed(asked, first)
     given = {key: getattr(asked, key) for key in DECAY_KEYS if getattr(asked, key) is not None}
@@ -179,10 +180,10 @@ _FLAGS = {
 
 
 def _in_flags(message: str, asked: ForecastCommand, overrides: list[str]) -> str:
-    """Return a sentence about a configuration in terms of this command's options."""
+    """Rewrite a sentence about a configuration in terms of this command's options."""
     for override in overrides:
         message = message.removeprefix(f"override {override!r}: ").removeprefix("schedule: ")
-    message = message.replace("wsd or wsd_s", "wsd")  # whose decays have ends, which are no option
+    message = message.replace("wsd or wsd_s", "wsd")  # wsd_s needs keys without option
     message = re.sub(
         r"(?<![\w.-])(schedule\.\w+|final_fraction|decay(?=: ))(: |=)?",
         lambda key: _FLAGS.get(key[1], key[1]) + ("=" if key[2] else ""),
@@ -197,7 +198,7 @@ def _in_flags(message: str, asked: ForecastCommand, overrides: list[str]) -> str
 
 
 def _section(asked: ForecastCommand, first: _Read, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the schedule section that is asked for."""
+    """Return the requested schedule section."""
     own = first.config.schedule
     if asked.schedule not in (None, own.kind, *KINDS):
         raise UserError(
@@ -213,7 +214,7 @@ def _section(asked: ForecastCommand, first: _Read, given: dict[str, Any]) -> dic
 
 
 def _decayed(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
-    """Return the steps so far and, from the rate they ended at, a decay."""
+    """Return the learning rates of the steps so far and of a decay from the last of them."""
     share = 0.1 if asked.decay_fraction is None else asked.decay_fraction
     if not 0.0 < share < 1.0:
         raise UserError(
@@ -247,7 +248,10 @@ def _decayed(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
 
 
 def _text(first: _Read, which: str, words: str, result: Forecast, last: tuple[float, int]) -> str:
-    """The forecast for people; ``which`` loss it is of, ``last``: mean and rows at its end."""
+    """Return the forecast as text.
+
+    ``which``: name of the loss, ``last``: its mean over the last rows and the number of these rows.
+    """
     quality, values = result.quality, result.values
     rows = f"mean of the last {last[1]} rows" if last[1] > 1 else "the last row"
     lines = [

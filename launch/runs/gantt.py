@@ -1,4 +1,4 @@
-"""``allometry plot RUN --hdp [STEP]``: which rank ran which documents, and when, in one step."""
+"""Schedule of one step, by rank and document: ``allometry plot RUN --hdp [STEP]``."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from allometry.scaling.hdp.plan import Plan
 from allometry.trainer.record.plans import plan_of
 
 _DUMMY_SHARE = 0.003
-"""Of the picture's width: a micro-batch that counts nothing takes no time, and is drawn as this."""
+"""Share of the figure's width at which a dummy micro-batch is drawn, which takes no time."""
 DUMMY, BLACK = "#999999", "#000000"
 
 Lanes = Sequence[Sequence[Span]]
-"""What each rank runs, in turn: pipeline by pipeline."""
+"""Spans of each rank in execution order, pipeline by pipeline."""
 
 
 def draw_plan(folder: Path, step: int | None, out: Path) -> Report:
-    """Write the picture of a step's schedule (None: the last recorded) and say what it shows.
+    """Draw the schedule of a step (None: the last recorded step) and return a summary.
 
-    It is drawn from the run's plans.jsonl alone: seconds are those that were planned with.
-    Raises UserError for a folder without plans, or a step without one.
+    The figure is drawn from the run's plans.jsonl only: times are the planned seconds. Raises
+    UserError: a folder without plans, or a step without a plan. For example,
+    ``draw_plan(Path("runs/a"), 100, Path("plan.png"))``.
     """
     check_format(out)
     record = _record(folder, step)
     plan, pp = plan_of(record), int(record["pp"])
 
-    def orders(micro_batches: int) -> Orders:  # what a pipeline's ranks do in turn
+    def orders(micro_batches: int) -> Orders:  # actions of each rank of a pipeline, in order
         return schedule_orders(record["schedule"], pp, record["stages"] // pp, micro_batches)
 
     played = replay(plan, orders if pp > 1 else None)
@@ -51,7 +52,7 @@ def draw_plan(folder: Path, step: int | None, out: Path) -> Report:
         "ranks": plan.ranks,
         "waves": waves,
         "dummies": dummies,
-        "balance": played.balance,  # the makespan over the mean of the ranks' busy seconds
+        "balance": played.balance,  # makespan over the mean busy seconds of the ranks
         "makespan_s": played.makespan,
     }
     text = (
@@ -65,7 +66,7 @@ def draw_plan(folder: Path, step: int | None, out: Path) -> Report:
 
 
 def run_and_step(arguments: Sequence[Path]) -> tuple[Path, int | None]:
-    """RUN [STEP] as they stand on the command line; raises UserError for anything else."""
+    """Return the run folder and the step of RUN [STEP]. Raises UserError: any other arguments."""
     folder, *rest = arguments
     if not rest:
         return folder, None
@@ -78,7 +79,7 @@ def run_and_step(arguments: Sequence[Path]) -> tuple[Path, int | None]:
 
 
 def _record(folder: Path, step: int | None) -> dict[str, Any]:
-    """The row of plans.jsonl that is asked for."""
+    """Return the requested row of plans.jsonl."""
     path = folder / "plans.jsonl"
     rows = {row["step"]: row for row in read_lines(path)}
     if not rows:
@@ -97,7 +98,7 @@ def _record(folder: Path, step: int | None) -> dict[str, Any]:
 
 
 def schedule_figure(played: Replay, plan: Plan, title: str) -> Figure:
-    """A row for each rank: what it computes when, coloured by how many ranks share it."""
+    """Return a figure with a row for each rank: its computations, coloured by ranks per unit."""
     lanes = [lane for pipeline in played.spans for lane in pipeline]
     pp = len(lanes) // plan.ranks
     panel = Panel(
@@ -111,7 +112,7 @@ def schedule_figure(played: Replay, plan: Plan, title: str) -> Figure:
 
 
 def _bars(lanes: Lanes, plan: Plan, width: float) -> list[Series]:
-    """Bars, their colour by the ranks that share a unit, pale in the forward."""
+    """Return bars, coloured by the number of ranks that share a unit, pale in the forward."""
     degrees = sorted({len(unit.ring) for unit in plan.units})
     shades: dict[int | None, str] = dict(zip(degrees, ordered(degrees), strict=True))
     groups: dict[tuple[int | None, bool], list[tuple[int, Span]]] = defaultdict(list)
@@ -140,11 +141,11 @@ def _bars(lanes: Lanes, plan: Plan, width: float) -> list[Series]:
 
 
 def _rings(lanes: Lanes) -> list[Series]:
-    """A line through a forward that the members of a ring run together, a dot on each of them."""
+    """Return a line through a forward that the ranks of a ring share, with a dot on each rank."""
     rings = defaultdict(list)
     for row, span in _rows(lanes):
         if span.unit is not None and span.action.kind == "F":
-            # Inside the bar, where rings that begin at one moment have lines apart.
+            # Offset inside the bar, so that lines of rings with the same start do not overlap.
             at = span.start + (0.1 + 0.1 * (span.unit % 8)) * (span.end - span.start)
             rings[span.unit, span.action.stage, at].append(row)
     joined = [(at, rows) for (*_, at), rows in rings.items() if len(rows) > 1]

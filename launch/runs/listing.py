@@ -1,4 +1,4 @@
-"""``allometry runs``: which runs lie in a folder, how they stand and what branches from what."""
+"""Runs in a folder, with their states and parents: ``allometry runs``."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _NO_RUN = "is passed over: it is no run's folder."
 
 @dataclass(frozen=True)
 class _Found:
-    """Runs, and a sentence for each folder that is passed over."""
+    """Runs, and a sentence for each folder that is not a run."""
 
     runs: list[RunStatus]
     passed_over: list[str]
 
 
 def listed(asked: Runs) -> Report:
-    """List the runs in a folder. Raises UserError: there is no such folder, or no run in it."""
+    """List the runs in a folder. Raises UserError: the folder is missing or has no run."""
     if not asked.folder.is_dir():
         raise UserError(f"{asked.folder} is not a folder; name one that holds runs")
     found = _Found([], [])
@@ -70,7 +70,7 @@ def listed(asked: Runs) -> Report:
 
 
 def _search(folder: Path, found: _Found, depth: int) -> None:
-    """Add the runs in ``folder``, or what is wrong with it."""
+    """Add the runs in ``folder``, or the reason for passing over it."""
     if is_run(folder):
         try:
             found.runs.append(status_of(folder))
@@ -80,7 +80,7 @@ def _search(folder: Path, found: _Found, depth: int) -> None:
     inside = folder / "runs"
     try:
         below = sorted(path for path in folder.iterdir() if path.is_dir())
-        # A ladder's or tree's folder has its runs apart from descriptions and logs.
+        # A ladder or tree keeps its runs in runs/, apart from descriptions and logs.
         if inside in below and not any(is_run(path) for path in below):
             below = sorted(path for path in inside.iterdir() if path.is_dir())
     except OSError as error:
@@ -93,17 +93,17 @@ def _search(folder: Path, found: _Found, depth: int) -> None:
     found.runs.extend(within.runs)
     if within.runs or not depth or any(not said.endswith(_NO_RUN) for said in within.passed_over):
         found.passed_over.extend(within.passed_over)
-    else:  # one sentence for all that is in it
+    else:  # one sentence for the complete folder
         found.passed_over.append(f"{folder} {_NO_RUN}")
 
 
 def _name(folder: Path, below: Path) -> str:
-    """A run's path from the folder that is listed."""
+    """Return a run's path relative to the listed folder."""
     return str(folder.relative_to(below)) if folder != below else str(folder)
 
 
 def _as_tree(places: Sequence[int | None]) -> list[tuple[int, int]]:
-    """The runs' places, branches after their trunks, each with its depth."""
+    """Return the indices of the runs, branches after their trunks, each with its depth."""
     order: list[tuple[int, int]] = []
 
     def add(place: int, depth: int) -> None:
@@ -145,7 +145,7 @@ _ORIGIN = ("run", "source", "step", "hash", "keep")
 
 
 def _initial(run: RunStatus) -> str:
-    """What a run began with that is no branch; nothing of one that began from nothing."""
+    """Return the initial state of a run that is not a branch; empty if it was initialized."""
     if run.origin is None:
         return ""
     name = Path(str(run.origin.get("run") or run.origin.get("source"))).name
@@ -158,7 +158,7 @@ def _steps(run: RunStatus) -> list[int]:
 
 
 def _checkpoint(run: RunStatus, step: int) -> str:
-    """A kept checkpoint, and which branches have it stay."""
+    """Return a kept checkpoint as text, with the branches that pin it."""
     said = [] if step in run.checkpoints else ["gone"]
     by = [
         f"{one.by.name} (missing)" if one.missing else one.by.name
@@ -170,7 +170,7 @@ def _checkpoint(run: RunStatus, step: int) -> str:
 
 
 def _elsewhere(runs: Sequence[RunStatus], names: Sequence[str]) -> list[str]:
-    """A remark on runs whose last launch was on a machine whose processes are not seen here."""
+    """Return a remark on runs whose last launch was on another host."""
     here = socket.gethostname()
     far = [
         f"{name} on {run.host}"

@@ -1,4 +1,4 @@
-"""``allometry plot``: loss against tokens and FLOPs, and a table of how runs began and ended."""
+"""Loss against tokens and FLOPs, and tables of runs' results: ``allometry plot``."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ AXES: tuple[tuple[str, str, Ticks], ...] = (
     ("flops", "FLOPs", "power"),
 )
 SMOOTHED = 0.05
-"""Smoothed losses are means over this share of the run so far."""
+"""Share of the run so far over which smoothed losses are averaged."""
 
 
 def plotted(asked: Plot) -> Report:
     """Draw the losses of runs, or one step's schedule.
 
-    Raises UserError: a folder holds no run, or labels are not one for each run.
+    Raises UserError: a folder has no run, or the number of labels differs from the number of runs.
     """
     if asked.hdp:
         if asked.labels:
@@ -61,14 +61,14 @@ def plotted(asked: Plot) -> Report:
 
 
 def _runs(named: dict[str, Path]) -> tuple[dict[str, Run], list[str]]:
-    """The runs among several paths, as ``runs/*`` gives them, and why others are left out."""
+    """Return the runs among paths such as ``runs/*``, and reasons for leaving out others."""
     runs, left_out = dict[str, Run](), list[str]()
     for name, path in named.items():
         try:
             runs[name] = read_run(path)
         except UserError as error:
             if len(named) == 1 or not path.exists() or (path / "metrics.jsonl").exists():
-                raise  # what is missing or damaged
+                raise  # a missing or damaged run
             left_out.append(f"left out: {error}")
     if not runs:
         raise UserError(f"none of the {len(named)} that are named is a run; {left_out[0]}")
@@ -76,7 +76,7 @@ def _runs(named: dict[str, Path]) -> tuple[dict[str, Run], list[str]]:
 
 
 def _names(asked: Plot) -> list[str]:
-    """What each run is called."""
+    """Return the displayed name of each run."""
     if not asked.labels:
         return names_of(asked.runs)
     if len(asked.labels) != len(asked.runs):
@@ -91,7 +91,7 @@ def _names(asked: Plot) -> list[str]:
 
 
 def _summary(run: Run, name: str) -> dict[str, Any]:
-    """How a run went. Losses are in nats per token; speeds are medians over rows."""
+    """Return a summary of a run. Losses are in nats per token; speeds are medians over rows."""
     metrics = run.metrics
     return {
         "label": name,
@@ -145,7 +145,7 @@ def _table(summary: Mapping[str, Any]) -> str:
 
 
 def _figure(runs: Sequence[Run], names: Sequence[str]) -> Figure:
-    """Loss against tokens and against FLOPs, one legend for both; trunks under their branches."""
+    """Return loss against tokens and FLOPs, with one legend; trunks are below their branches."""
     alone = len(runs) == 1
     shades = [BLACK] if alone else colours(range(len(runs)))
     panels = []
@@ -161,7 +161,7 @@ def _figure(runs: Sequence[Run], names: Sequence[str]) -> Figure:
 
 
 def _curves(run: Run, name: str, key: str, colour: str, *, alone: bool) -> list[Series]:
-    """The run's loss (raw and smoothed); alone, each source's too; held-out losses as dots."""
+    """Return the run's loss (raw and smoothed) and held-out losses; alone, also each source's."""
     x, metrics = run.metrics[key], run.metrics
     kept_x, losses = known(x, metrics["loss"])
     fork = taken_over(run, key)

@@ -1,4 +1,4 @@
-"""``allometry prepare``: token files, and what it prints when they are written."""
+"""Token files from text: ``allometry prepare``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from allometry.launch.text import table
 
 
 def prepared(asked: Prepare) -> Report:
-    """Prepare; the facts are the manifest."""
+    """Prepare token files; the facts are the manifest."""
     request = PrepareRequest(
         inputs=asked.inputs,
         out=str(asked.out),

@@ -1,4 +1,4 @@
-"""``allometry train``: train in this process, one rank of a torchrun or the only one."""
+"""Training in this process, as the only rank or as one of torchrun: ``allometry train``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from allometry.trainer.stop import StopSignals
 
 
 def _stage(config: RunConfig, name: str) -> RunConfig:
-    """The run as it is in the stage of this name."""
+    """Return the configuration of the run in the stage of this name."""
     names = [stage.name for stage in config.stages or ()]
     if name not in names:
         raise UserError(
@@ -29,7 +29,7 @@ def _stage(config: RunConfig, name: str) -> RunConfig:
 
 
 def _imports() -> None:
-    """Import what a run does."""
+    """Import the modules of a run, in the fork server."""
     import_module("allometry.trainer.train")
 
 
@@ -58,7 +58,7 @@ def trained(asked: Train) -> Report:
         return planned(config, asked.world_size or 1)
     allocator = settle_allocator(asked.allocator)  # may replace the process: before torch
     cuda_allocator = settle_cuda_allocator()
-    # All ranks would say the same; the main one says it.
+    # Only the main rank prints warnings, which are the same on all ranks.
     main_rank = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
         level=logging.WARNING if main_rank else logging.ERROR, format="%(levelname)s: %(message)s"

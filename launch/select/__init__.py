@@ -1,1 +1,1 @@
-"""``allometry select``: scores of documents, and what a share by them keeps."""
+"""Scores of documents, and selection of documents by score: ``allometry select``."""

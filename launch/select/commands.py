@@ -1,4 +1,4 @@
-"""Commands that score documents and look at what a share by scores keeps."""
+"""Commands that score documents and show the documents that a selection by score keeps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from allometry.launch.command import REQUIRED, Command, argument, option
 
 @dataclass(frozen=True, kw_only=True)
 class Show(Command):
-    """Say where scores of STORE come from and what a share of its tokens by them keeps."""
+    """Show the origin of scores of STORE and the documents that a share by these scores keeps."""
 
     store: Path = argument("token files, without .bin/.idx")
     scores: Path = argument("their scores (.scores.npy)")
@@ -21,7 +21,7 @@ class Show(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Import(Command):
-    """Write scores of STORE that were made elsewhere: a number for each document, in its order."""
+    """Write scores of STORE from another program: a number for each document, in order."""
 
     store: Path = argument("token files, without .bin/.idx")
     values: Path = argument("numbers: .npy (one row), or text with a number a line (nan: none)")
@@ -31,9 +31,9 @@ class Import(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(Command):
-    """Score the documents of STORE by their mean loss under a run of ours.
+    """Score the documents of STORE by their mean loss under a run.
 
-    With several runs each document is scored by those that have not read it.
+    With several runs each document is scored by the runs that have not read it.
     """
 
     store: Path = argument("token files, without .bin/.idx")
@@ -49,7 +49,7 @@ class Perplexity(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Command):
-    """Score the documents of STORE at random: a share to compare others with, or two halves."""
+    """Score the documents of STORE at random, for a control selection or for two random halves."""
 
     store: Path = argument("token files, without .bin/.idx")
     seed: int = option("of the numbers", 0, min=0)

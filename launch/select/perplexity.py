@@ -1,4 +1,4 @@
-"""``allometry select perplexity``: a store's documents by their loss under one of our own runs."""
+"""Scores of a store's documents by their loss under a run: ``allometry select perplexity``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TYPES = ("fp32", "bf16")
 
 
 def scored(asked: Perplexity) -> Report:
-    """Score the documents, write the scores, and look at what a share keeps.
+    """Score the documents, write the scores, and show the documents that a share keeps.
 
-    Raises UserError: there is no such store or checkpoint, or they have different tokenizers.
+    Raises UserError: the store or a checkpoint is missing, or their tokenizers differ.
     """
     _check(asked)
     import torch
@@ -86,6 +86,6 @@ def _check(asked: Perplexity) -> None:
 
 
 def _tokenizer(run: Path) -> Path | None:
-    """The tokenizer that a run's folder keeps, for samples of a store without one."""
+    """Return the tokenizer in a run's folder, for samples of a store without a tokenizer."""
     path = run / "tokenizer.json"
     return path if path.is_file() else None

@@ -1,4 +1,4 @@
-"""``allometry select show``, and ``select import`` for scores that were made elsewhere."""
+"""Display and import of scores: ``allometry select show`` and ``select import``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIDES = ("top", "middle", "bottom")
 
 
 def shown(asked: Show) -> Report:
-    """Look at scores. Raises UserError for files that do not belong together."""
+    """Show scores. Raises UserError: the files do not belong together."""
     store = TokenStore(asked.store)
     selection = None
     check_share(asked.keep, asked.side)
@@ -52,12 +52,12 @@ def shown(asked: Show) -> Report:
 
 
 def settings_line(settings: Mapping[str, Any]) -> str:
-    """What a scorer was told, on one line."""
+    """Return a scorer's settings on one line."""
     return ", ".join(f"{key} {value}" for key, value in settings.items()) or "no settings"
 
 
 def check_share(keep: float | None, side: str | None) -> None:
-    """Raise UserError for --keep and --side that are no selection; None of both is none."""
+    """Raise UserError for invalid --keep and --side; None for both means no selection."""
     if (keep is None) != (side is None):
         raise UserError("--keep and --side belong together; give both, or neither")
     if keep is not None and not 0.0 < keep <= 1.0:
@@ -67,7 +67,7 @@ def check_share(keep: float | None, side: str | None) -> None:
 
 
 def _quantiles(scores: Scores, store: TokenStore) -> dict[float, float]:
-    """The score below which a share of the scored tokens lies."""
+    """Return, for each of SHARES, the score below which this share of the scored tokens is."""
     known = np.flatnonzero(~np.isnan(scores.values))
     order = known[np.argsort(scores.values[known], kind="stable")]
     ends = np.cumsum(store.lengths[order])
@@ -105,7 +105,7 @@ def _kept_lines(selection: Selection, facts: Mapping[str, Any], asked: Show) -> 
 
 
 def imported(asked: Import) -> Report:
-    """Write the scores. Raises UserError for what cannot be scores of the store."""
+    """Write the scores. Raises UserError: the values cannot be scores of the store."""
     store = TokenStore(asked.store)
     settings = {"imported": asked.values.name}
     for text in asked.settings:
@@ -119,7 +119,7 @@ def imported(asked: Import) -> Report:
 
 
 def random(asked: Random) -> Report:
-    """Write numbers from 0 to 1 that follow from the seed and the store alone. Raises UserError."""
+    """Write scores in (0, 1) that depend only on the seed and the store. Raises UserError."""
     store = TokenStore(asked.store)
     order = permutation(f"scores:{asked.seed}:{store.fingerprint}", store.num_documents)
     values = (order + 0.5) / store.num_documents

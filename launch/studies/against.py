@@ -1,4 +1,4 @@
-"""Holding a sweep's regrets against those of another parameterization on the same family."""
+"""Comparison of a sweep's regrets with a sweep under another parameterization."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from allometry.laws.trials import TrialFile, read_trials
 from allometry.studies.sweeps.outcome import Transfer
 
 DIFFERENT = ("parameterization", "optimizer")
-"""What two sweeps that are compared may differ in."""
+"""Settings in which two compared sweeps may differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Whether each size's regret is at most a fifth of the other's, and the other's in percent."""
+    """Verdict on each size: regret at most a fifth of the other sweep's.
+
+    ``percents``: the other sweep's regrets, in percent of the loss.
+    """
 
     path: Path
     kind: str
@@ -27,7 +30,7 @@ class Compared:
     percents: Mapping[int, float]
 
     def sentences(self, verdict: Verdict) -> list[str]:
-        """What is to be said of sizes with this verdict."""
+        """Return sentences on the sizes with this verdict."""
         said = {"missed": "is more than", "undecided": "may be more than", "met": "is at most"}
         return [
             f"size {size}: the regret {said[verdict]} {SHARE:g} of that of {self.kind} "
@@ -37,7 +40,7 @@ class Compared:
         ]
 
     def describe(self) -> dict[str, Any]:
-        """JSON."""
+        """Return the comparison as JSON."""
         return {
             "trials": str(self.path),
             "kind": self.kind,
@@ -49,7 +52,7 @@ class Compared:
 def read_other(path: Path, settings: Mapping[str, Any]) -> TrialFile:
     """Return the other sweep's trials.
 
-    Raises UserError: they cannot be read, or are of another family, text or length.
+    Raises UserError: the file cannot be read, or its trials have another family, text or length.
     """
     file = read_trials(path)
     different = sorted(
@@ -64,9 +67,9 @@ def read_other(path: Path, settings: Mapping[str, Any]) -> TrialFile:
 
 
 def compared(file: TrialFile, transfer: Transfer) -> Compared:
-    """Hold each size's regret against the other's.
+    """Compare each size's regret with the other sweep's.
 
-    Raises UserError: the other lacks a size or a seed.
+    Raises UserError: the other sweep lacks a size or a seed.
     """
     sweeps = {size: _sweep(file, size, len(transfer.seeds)) for size in transfer.sizes}
     base, *others = transfer.sizes
@@ -80,7 +83,7 @@ def compared(file: TrialFile, transfer: Transfer) -> Compared:
 
 
 def _sweep(file: TrialFile, size: int, seeds: int) -> Sweep:
-    """Return the rates of a size that all of so many seeds have."""
+    """Return the learning rates of a size with a trial for each of ``seeds`` seeds."""
     by_rate = file.losses.get(size, {})
     whole = {rate: losses for rate, losses in by_rate.items() if set(range(seeds)) <= set(losses)}
     if len(whole) < 3:

@@ -1,4 +1,4 @@
-"""Commands that check a layout, a parameterization and a learning rate before a run is trained."""
+"""Commands that check a layout, a parameterization and a learning rate before training."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from allometry.launch.command import REQUIRED, Command, ConfigCommand, argument,
 
 @dataclass(frozen=True, kw_only=True)
 class Verify(ConfigCommand):
-    """Certify that CONFIG's model computes the same run in several layouts as on one process.
+    """Verify that CONFIG's model computes the same run in several layouts as on one process.
 
-    Compares gradients, resumes, checkpoints carried over and exports, on processes of this
-    machine. Shrink a large model first: model.num_layers=4 data.sequence_length=256. Ends with
-    code 1 where a layout differs.
+    Compares gradients, resumes, checkpoints loaded in other layouts and exports, on processes of
+    this machine. Shrink a large model first: model.num_layers=4 data.sequence_length=256. Exits
+    with code 1 if a layout differs.
     """
 
     layout: tuple[str, ...] = option(
@@ -25,11 +25,11 @@ class Verify(ConfigCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class SelfTest(ConfigCommand):
-    """Test the machines that CONFIG will run on, under torchrun: the first thing on new hardware.
+    """Test the machines of CONFIG's run, under torchrun: the first command on new hardware.
 
-    Sends every message of a step, checks and times it; compares one step's gradients of a small
-    model in the same layout with one rank's; measures devices and the disk. Ends with code 1 where
-    something is wrong. python -m allometry.launch.torchrun ... -m allometry.launch.selftest CONFIG
+    Sends, checks and times every message of a step; compares one step's gradients of a small model
+    in the same layout with one rank's; measures devices and the disk. Exits with code 1 on any
+    fault. python -m allometry.launch.torchrun ... -m allometry.launch.selftest CONFIG
     """
 
     out: Path = option("where the measurements go, JSON", Path("selftest.json"), "-o")
@@ -39,11 +39,11 @@ class SelfTest(ConfigCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(ConfigCommand):
-    """Predict the bytes of CONFIG's fullest rank by kind, and at which moment of a step they peak.
+    """Predict the peak memory of CONFIG's fullest rank by kind, and its moment in a step.
 
-    --probe takes two real steps on random tokens, not compiled, and prints what was held beside
-    what was predicted: on this machine's CPU or its GPU, or on all ranks of a launch:
-    python -m allometry.launch.torchrun ... -m allometry.launch.memory CONFIG --probe
+    --probe takes two real steps on random tokens, not compiled, and prints measured next to
+    predicted bytes: on this machine's CPU or GPU, or on all ranks of a launch: python -m
+    allometry.launch.torchrun ... -m allometry.launch.memory CONFIG --probe
     """
 
     world_size: int | None = option("ranks to predict for; default: 1, or as launched", min=1)
@@ -54,11 +54,11 @@ class Memory(ConfigCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(ConfigCommand):
-    """Say whether CONFIG's run fits on a number of GPUs, in which layouts, and how fast each is.
+    """Predict whether CONFIG's run fits on a number of GPUs, its layouts, and the speed of each.
 
-    A search over what training takes: degrees, ZeRO stage, pipeline schedule, checkpointing and
-    micro-batch; the batch stays. --write keeps the best one as a file that training reads. Ends
-    with code 1 where nothing fits. Further arguments override single keys.
+    Searches over degrees, ZeRO stage, pipeline schedule, checkpointing and micro-batch; the batch
+    is not changed. --write stores the best layout in a file for training. Exits with code 1 if no
+    layout fits. Further arguments override single keys.
     """
 
     cluster: str = option("kind of node: h100, or a YAML file as docs/planner.md has it", REQUIRED)
@@ -98,10 +98,10 @@ class Plan(ConfigCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Suggest(ConfigCommand):
-    """Say what published laws hold for CONFIG: learning rate, batch, schedule, where to tune.
+    """Suggest learning rate, batch, schedule and a model to tune, by published laws.
 
-    Each with its source and the range behind it; and over what its learning rate was measured to
-    transfer, how far and at what regret. Further arguments override single keys.
+    Each with its source and fitted range; and the axes over which the learning rate was measured to
+    transfer, their range and regret. Further arguments override single keys.
     """
 
     params: float | None = option(
@@ -113,10 +113,10 @@ class Suggest(ConfigCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class CoordCheck(ConfigCommand):
-    """Check that CONFIG's parameterization moves activations alike at every size.
+    """Check that CONFIG's parameterization changes activations equally at every size.
 
-    Trains small models of the family for a few steps on the config's data. Ends with code 1 where
-    a movement grows or shrinks with the size; further arguments override single keys.
+    Trains small models of the family for a few steps on the config's data. Exits with code 1 if a
+    change grows or shrinks with the size; further arguments override single keys.
     """
 
     widths: str | None = option("as 64,128,256; default: the model's narrowest")
@@ -135,11 +135,11 @@ class CoordCheck(ConfigCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer(ConfigCommand):
-    """Measure what the best learning rate of a small model or run costs at larger ones.
+    """Measure the regret of the best learning rate of a small model or run at larger sizes.
 
     Sweeps rates at each size on the config's data. The regret is the loss at the best rate of the
-    smallest size minus the loss at the own best one. Ends with code 1 where it is above
-    --regret-bound, or the seeds leave that undecided; further arguments override single keys.
+    smallest size minus the loss at the size's own best rate. Exits with code 1 if it is above
+    --regret-bound, or if the seeds leave this undecided; further arguments override single keys.
     """
 
     axis: str | None = option(
@@ -179,7 +179,7 @@ class Transfer(ConfigCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Refine(Command):
-    """Make a learning-rate schedule from a run's gradient norms (arXiv 2310.07831).
+    """Compute a learning-rate schedule from a run's gradient norms (arXiv 2310.07831).
 
     Train with it: schedule={kind: refined, file: schedule.json}
     """

@@ -1,4 +1,4 @@
-"""``allometry coordcheck``: do activations move alike at every size?"""
+"""Coordinate check: size dependence of activation changes: ``allometry coordcheck``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ AXIS_LABELS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One axis: what moved, how it goes with the size, and what is wrong with that."""
+    """Result for one axis: changes of activations, their slopes over the size, and failures."""
 
     axis: Axis
     slopes: dict[str, float]
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def checked(asked: CoordCheck) -> Report:
-    """Run the check; passed where no axis has a failure."""
+    """Run the check; passed if no axis has a failure."""
     config = asked.load()
     check_format(asked.out)
     if asked.lr is not None and not 0.0 < asked.lr < math.inf:
@@ -98,9 +98,9 @@ def checked(asked: CoordCheck) -> Report:
 
 
 def _axes(config: RunConfig, asked: CoordCheck) -> dict[Axis, tuple[int, ...]]:
-    """The sizes of each axis that is asked for; else widths, and depths where a rule has them.
+    """Return the requested sizes of each axis; by default widths, and depths if there is a rule.
 
-    In a regime of MSSP that has experts grow with the width, they do so here.
+    In a regime of MSSP whose experts grow with the width, the experts grow here as well.
     """
     growth = growth_axis(config.parameterization)
     given = {
@@ -116,10 +116,11 @@ def _axes(config: RunConfig, asked: CoordCheck) -> dict[Axis, tuple[int, ...]]:
 
 
 def _sequences(config: RunConfig, axes: Mapping[Axis, tuple[int, ...]], length: int) -> int:
-    """The sequences of a batch: 4, or for steps of a fixed Frobenius norm enough to be wide.
+    """Return the sequences per batch: 4, or more for wide models with a fixed Frobenius norm.
 
-    The gradient of so many tokens has at most their rank. Such a step spreads over fewer singular
-    values then, each larger, and moves a model that is wider than its batch more.
+
+    The rank of the gradient is at most the number of tokens. With few tokens such a step spreads
+    over fewer singular values, each larger, and changes a model that is wider than its batch more.
     """
     if not fixes_frobenius_norm(config.optimizer):
         return SEQUENCES
@@ -142,7 +143,7 @@ def _outcome(
 
 
 def _names(outcome: Outcome) -> list[str]:
-    """What is shown of an axis: of depth the stream, which adds up over layers, else the blocks."""
+    """Return the displayed names: for depth the stream, which sums over layers, else the blocks."""
     if outcome.axis == Axis.DEPTH:
         return [STREAM, LOGITS]
     return [name for name in outcome.slopes if name != STREAM]

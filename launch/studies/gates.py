@@ -1,4 +1,4 @@
-"""What coordcheck and transfer share: families of sizes, processes, being stopped, curves."""
+"""Functions shared by coordcheck and transfer: families of sizes, processes, Ctrl-C, curves."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from allometry.scaling.shapes import Axis, regime_unit, width_and_depth_unit, wi
 
 GROWTH = (1, 2, 4)
 INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C stopped, as shells have it."""
+"""Exit code of a command stopped by Ctrl-C, as in shells."""
 
 
 def numbers(text: str | None, flag: str) -> tuple[int, ...] | None:
-    """Read ``64,128,256``; None stays None. Raises UserError for less than two numbers."""
+    """Parse ``64,128,256``; None stays None. Raises UserError: fewer than two numbers."""
     if text is None:
         return None
     try:
@@ -43,7 +43,7 @@ def numbers(text: str | None, flag: str) -> tuple[int, ...] | None:
 def default_sizes(
     model: ModelConfig, axis: Axis, steps: int, sequences: int = 1
 ) -> tuple[int, ...]:
-    """Sizes of a small family: the narrowest models, 4 to 16 layers, 1 to 4 times the rest."""
+    """Return sizes of a small family: narrow models, 4 to 16 layers, or 1 to 4 times a unit."""
     match axis:
         case Axis.WIDTH:
             unit = width_unit(model)
@@ -63,14 +63,14 @@ def default_sizes(
 
 
 def has_depth_rule(parameterization: ParameterizationConfig) -> bool:
-    """Whether something in it follows the number of layers."""
+    """Return True if the parameterization depends on the number of layers."""
     if isinstance(parameterization, MSSP):
         return parameterization.base_layers is not None
     return isinstance(parameterization, CompleteP | MuPPlusPlus | HyperP)
 
 
 def depth_words(parameterization: ParameterizationConfig, axis: Axis) -> list[str]:
-    """Return a line for the verdict of a family that failed over depth and has no rule for it."""
+    """Return a line for a failure over depth of a parameterization without a depth rule."""
     if axis != Axis.DEPTH or has_depth_rule(parameterization):
         return []
     return [
@@ -82,13 +82,13 @@ def depth_words(parameterization: ParameterizationConfig, axis: Axis) -> list[st
 
 
 def processes_here(asked: int | None) -> int:
-    """The number asked for, else one for each core that this process may use."""
+    """Return the requested number, or one process for each core available to this process."""
     return asked or len(os.sched_getaffinity(0))
 
 
 @contextmanager
 def stoppable(kept: Callable[[], str]) -> Iterator[None]:
-    """While the context lasts Ctrl-C ends the command with a line that says what is kept."""
+    """Return a context in which Ctrl-C ends the command with a line about the kept results."""
     try:
         yield
     except KeyboardInterrupt:
@@ -103,7 +103,7 @@ def curve(
     y_Rn: Sequence[Sequence[float]] | Column,
     best: tuple[float, float] | None = None,
 ) -> list[Series]:
-    """Return the mean of y over R seeds as a curve, with their range and the ``best`` point."""
+    """Return the mean of y over R seeds as a curve, with its range and the ``best`` point."""
     x, ys = np.array(x_n, np.float64), np.array(y_Rn, np.float64)
     mean, low, high = ys.mean(axis=0), ys.min(axis=0), ys.max(axis=0)
     series = [Series(name, x, mean, "joined", colour)]

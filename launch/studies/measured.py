@@ -1,4 +1,4 @@
-"""What ``allometry suggest`` says of measured transfer: over what a rate holds, and how far."""
+"""Measured transfer of learning rates, as printed by ``allometry suggest``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RATE_ALONE = (
 
 
 def facts(config: RunConfig, scale: RunScale) -> dict[str, Any]:
-    """What is known of this run's hyperparameters, as JSON."""
+    """Return the measurements for this run's hyperparameters, as JSON."""
     found = measured(config.model, config.parameterization, config.optimizer)
     growth = _growth(config, scale)
     return {
@@ -34,7 +34,7 @@ def facts(config: RunConfig, scale: RunScale) -> dict[str, Any]:
 
 
 def lines(config: RunConfig, scale: RunScale) -> list[str]:
-    """The same in words: a table, and what it does not cover."""
+    """Return the measurements as text: a table, and hyperparameters without measurements."""
     found = measured(config.model, config.parameterization, config.optimizer)
     kind = "mixtures" if isinstance(config.model, MoEModel) else "dense models"
     rules = f"{config.parameterization.kind} with {config.optimizer.kind}, {kind}"
@@ -78,7 +78,7 @@ def _cells(one: Measured | None, axis: Axis, growth: float | None) -> list[str]:
 
 
 def _growth(config: RunConfig, scale: RunScale) -> dict[Axis, float]:
-    """How far this run lies from its base, where the parameterization says what the base is."""
+    """Return the run's size relative to its base, for each base in the parameterization."""
     bases: Mapping[str, Any] = config.parameterization.model_dump()
     sizes: Mapping[Axis, tuple[str, float]] = {
         Axis.WIDTH: ("base_width", config.model.width),

@@ -1,4 +1,4 @@
-"""What ``allometry memory`` prints: bytes by kind, predicted and, with ``--probe``, measured."""
+"""Bytes by kind, predicted and, with ``--probe``, measured: ``allometry memory``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def counted(asked: Memory) -> Report:
-    """Predict; with ``--probe`` measure too."""
+    """Predict memory; with ``--probe`` also measure it."""
     config = asked.load()
     world_size = asked.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     if asked.rank is not None and asked.rank >= world_size:
@@ -61,7 +61,7 @@ def _rows(moment: Moment) -> list[list[str]]:
 
 
 def _fullest(estimate: MemoryEstimate) -> dict[str, int]:
-    """Bytes of each moment, of those of one name the most."""
+    """Return the bytes of each moment, the maximum of moments with the same name."""
     found: dict[str, int] = {}
     for moment in estimate.moments:
         found[moment.name] = max(found.get(moment.name, 0), moment.total)

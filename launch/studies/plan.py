@@ -1,4 +1,4 @@
-"""``allometry plan``: does a run fit, in how many ways, and which layout is the best."""
+"""Layouts of a run that fit on a number of GPUs, and the best of them: ``allometry plan``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found: ``best`` first; without one, ``remedies`` for the most GPUs with a layout."""
+    """Result: ``best`` layouts first; if empty, ``remedies`` for the most GPUs with a layout."""
 
     searches: tuple[Search, ...]
     best: tuple[Proposal, ...]
@@ -46,7 +46,7 @@ class Answer:
     remedies: tuple[Remedy, ...]
 
     def describe(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return the result as JSON."""
         asked = self.searches[0].asked
         facts: dict[str, Any] = {
             "cluster": asked.name,
@@ -67,7 +67,7 @@ class Answer:
 
 
 _PREDICTED = ": predicted "
-"""In the first line of what ``--write`` writes."""
+"""Marker in the first line of a file written by ``--write``."""
 
 
 def _fits(search: Search) -> dict[str, int]:
@@ -75,7 +75,7 @@ def _fits(search: Search) -> dict[str, int]:
 
 
 def planned(asked: Plan) -> Report:
-    """Search every number of GPUs, and write the best layout where it is asked for."""
+    """Search layouts for each number of GPUs, and write the best layout if requested."""
     if (asked.fit is None) != (asked.loss is None):
         raise UserError("--fit and --loss belong together: a law, and the loss to reach by it")
     if asked.write is not None and (asked.scale or asked.fit is not None):
@@ -112,7 +112,7 @@ def planned(asked: Plan) -> Report:
 
 
 def _scaled(asked: Plan, belief: Calibration | None) -> Report:
-    """Best layouts from few GPUs to many, as a table and a picture."""
+    """Return the best layouts from few to many GPUs, as a table and a figure."""
     check_format(asked.out)
     config, tokens, wanted = (
         without_auto(asked.load()),
@@ -134,7 +134,7 @@ def _scaled(asked: Plan, belief: Calibration | None) -> Report:
 
 
 def _reached(asked: Plan, belief: Calibration | None, fit: Fit, loss: float) -> Report:
-    """Sizes, tokens and layouts that reach a loss by a law, the cheapest first."""
+    """Return sizes, tokens and layouts that reach a loss by a law, the cheapest first."""
     config, wanted = without_auto(asked.load()), _asked(asked, belief)
     found, notes = sizes(config, fit, loss, wanted, _counts(asked.gpus), asked.price)
     facts = {"cluster": asked.cluster, "loss": loss, "law": fit.form.name, "notes": notes}
@@ -148,7 +148,7 @@ def _rank(one: Proposal, objective: Objective) -> float:
 
 
 def _belief(asked: Plan, hardware: HardwareConfig) -> tuple[Calibration | None, list[Compared]]:
-    """What to believe of the cost model's constants, and the runs that taught it."""
+    """Return the calibration of the cost model, and the runs that were used for it."""
     if not asked.calibrate:
         return (None if asked.constants is None else load_belief(asked.constants)), []
     found = calibrate_runs(asked.calibrate, published(hardware))
@@ -212,7 +212,10 @@ def _no_layout(config: RunConfig, search: Search, asked: Asked) -> str:
 
 
 def _overrides(asked: Plan) -> Tree:
-    """The overrides as a tree, which ``_write`` keeps; what it could not is said at once."""
+    """Return the overrides as a tree for ``_write``.
+
+    Raises UserError: --write cannot write them.
+    """
     out, tree = asked.write, Tree({})
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--write={out} cannot be written: {out.parent} is no folder; make it")
@@ -233,7 +236,7 @@ def _overrides(asked: Plan) -> Tree:
 
 
 def _is_plan(out: Path, config: str) -> bool:
-    """Whether a file is an earlier ``--write``, and not the run that is to be planned."""
+    """Return True if the file was written by ``--write`` and is not CONFIG itself."""
     try:
         first = out.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     except OSError:
@@ -244,7 +247,7 @@ def _is_plan(out: Path, config: str) -> bool:
 
 
 def _write(asked: Plan, best: Proposal, tree: Tree) -> None:
-    """Write the run in this layout: CONFIG as its base, with the overrides that were given."""
+    """Write the run in this layout: CONFIG as its base, with the given overrides."""
     assert asked.write is not None
     out, base = asked.write, asked.config
     if not base.startswith(PRESET):

@@ -1,4 +1,4 @@
-"""``allometry plan --scale``: strong and weak scaling as a table and a picture."""
+"""Strong and weak scaling as a table and a figure: ``allometry plan --scale``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from allometry.scaling.search.curves import Point
 
 
 def scale_text(points: Sequence[Point]) -> str:
-    """Return the curves as a table, a line for each number of GPUs."""
+    """Return the curves as a table, with a line for each number of GPUs."""
     header = ["scaling", "GPUs", "sequences", "layout", "recompute", "micro", "s/step"]
     rows = [[*header, "tok/s", "tok/s/GPU", "efficiency", "MFU", "memory", "days"]]
     for point in points:
@@ -36,7 +36,7 @@ def scale_text(points: Sequence[Point]) -> str:
 
 
 def scale_figure(points: Sequence[Point], title: str, out: Path) -> None:
-    """Draw tokens a second of all GPUs, and the efficiency, with the ends of intervals."""
+    """Draw the tokens per second of all GPUs with intervals, and the efficiency."""
     rates, shares = [], []
     for kind, colour in (("strong", PALETTE[0]), ("weak", PALETTE[1])):
         mine = [p for p in points if p.kind == kind and p.best is not None]

@@ -1,4 +1,4 @@
-"""``allometry plan --fit FILE --loss L``: the cheapest size, tokens and layout for a loss."""
+"""Cheapest size, tokens and layout for a loss: ``allometry plan --fit FILE --loss L``."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from allometry.scaling.search.search import Asked
 from allometry.scaling.shapes import at_width, width_unit
 
 RATIOS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
-"""Widths that are tried, as multiples of the run's."""
+"""Candidate widths, as multiples of the run's width."""
 LEAST_D, MOST_D = 1e6, 1e16
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model of the family that reaches the loss after ``tokens``, and the cheapest layout of it.
+    """A model of the family that reaches the loss after ``tokens``, and its cheapest layout.
 
-    ``parameters``: as the law counts them.
+    ``parameters``: counted as in the law.
     """
 
     width: int
@@ -42,7 +42,7 @@ class Size:
     best: Proposal
 
     def describe(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return the size as JSON."""
         same = {name: getattr(self, name) for name in ("width", "parameters", "tokens", "flops")}
         return {**same, "best": self.best.describe()}
 
@@ -55,10 +55,10 @@ def sizes(
     counts: Sequence[int],
     price: float | None = None,
 ) -> tuple[list[Size], list[str]]:
-    """Return the sizes that reach the loss, the one of fewest GPU-hours first, and notes on them.
+    """Return the sizes that reach the loss, by increasing GPU-hours, and notes on them.
 
-    Widths vary, everything else in proportion (``scaling.shapes.at_width``); the batch stays.
-    Raises UserError where no size reaches the loss or the law has other inputs.
+    The width varies with everything else in proportion (``scaling.shapes.at_width``); the batch is
+    not changed. Raises UserError: no size reaches the loss, or the law has other inputs.
     """
     counted = _count(fit)
     others = [one.name for one in fit.form.inputs if one.name not in ("N", "D", "C", "M")]
@@ -92,7 +92,7 @@ def sizes(
 
 
 def count_of(model: ModelConfig, counted: CountName) -> int:
-    """Return the parameters of a model as a law of this count has them."""
+    """Return the number of parameters of a model by a law's convention."""
     count = count_parameters(model)
     if counted == "with_head":
         return count.non_embedding + model.vocab_size * model.width
@@ -100,14 +100,14 @@ def count_of(model: ModelConfig, counted: CountName) -> int:
 
 
 def widths(config: RunConfig) -> list[int]:
-    """Return widths around the run's that its family has, by rising size."""
+    """Return widths of the family around the run's width, in increasing order."""
     unit = width_unit(config.model)
     near = {max(1, round(ratio * config.model.width / unit)) * unit for ratio in RATIOS}
     return sorted(near)
 
 
 def tokens_for(fit: Fit, parameters: float, loss: float) -> float | None:
-    """Return the fewest tokens after which the law predicts this loss; None: it never does."""
+    """Return the fewest tokens with a predicted loss of at most ``loss``; None if never reached."""
 
     def above(log_d: float) -> bool:
         predicted = fit.predict(_rows([parameters], [np.exp(log_d)]))
@@ -128,7 +128,7 @@ def _rows(parameters: Sequence[float], tokens: Sequence[float]) -> Observations:
 
 
 def _count(fit: Fit) -> CountName:
-    """Name the count of parameters that the fit's N is; without a word of it, all of them."""
+    """Return the convention by which the fit counts N; ``total`` if the fit has none."""
     said = fit.observations.conventions.get("N", "")
     return next((name for name, meaning in COUNT_MEANING.items() if meaning == said), "total")
 

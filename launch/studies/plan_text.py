@@ -1,4 +1,4 @@
-"""What ``allometry plan`` prints."""
+"""Text output of ``allometry plan``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from allometry.scaling.search.sensitivity import Turn
 from allometry.scaling.search.space import Choice
 
 WORTH = 0.01
-"""Share of a step that another layout must save to be worth a word."""
+"""Smallest share of a step saved by another layout that is printed."""
 
 
 def described(
@@ -25,7 +25,7 @@ def described(
     saved: Sequence[Remedy],
     explain: int,
 ) -> str:
-    """Return the whole answer: what fits, the best layouts, what they hang on."""
+    """Return the complete result: fitting layouts, the best of them, and their sensitivity."""
     able = [search for search in searches if search.cores]
     lines = [_heading(able[-1]), *(_fits(search) for search in searches)]
     if not best:
@@ -39,7 +39,7 @@ def described(
 
 
 def learnt_text(learnt: Sequence[Compared]) -> str:
-    """Return the runs from which constants were learnt: measured and predicted steps."""
+    """Return a table of the runs used for calibration: measured and predicted steps."""
     rows = [
         [
             str(one.folder),
@@ -55,7 +55,7 @@ def learnt_text(learnt: Sequence[Compared]) -> str:
 
 
 def words(choice: Choice, gpus: int) -> str:
-    """Return a layout in a few words: the degrees that are not 1, ZeRO's stage, the schedule."""
+    """Return a layout as text: degrees above 1, the ZeRO stage, the schedule."""
     degrees = [("hdp", gpus // (choice.tp * choice.pp)), ("tp", choice.tp), ("pp", choice.pp)]
     said = [f"{name}={n}" for name, n in (*degrees, ("ep", choice.ep)) if n > 1]
     said.append(f"zero={choice.zero}")
@@ -122,7 +122,7 @@ def _notes(search: Search, best: Sequence[Proposal]) -> list[str]:
 
 
 def _batches(search: Search) -> list[str]:
-    """What another batch would allow: one that all GPUs can share as data ranks."""
+    """Return a line on batch sizes that divide evenly over all GPUs."""
     config, gpus = search.config, search.world_size
     sequences = config.batch.sequences
     if config.data.kind == "documents" or sequences % gpus == 0 or sequences < gpus:

@@ -1,4 +1,4 @@
-"""``allometry refine``: a schedule from a run's gradient norms."""
+"""Learning-rate schedule from a run's gradient norms: ``allometry refine``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from allometry.laws.refine import refined_schedule, write_schedule
 
 
 def refined(asked: Refine) -> Report:
-    """Make the schedule and write it."""
+    """Compute the schedule and write it."""
     if asked.optimizer not in ("adam", "sgd"):
         raise UserError(f"--optimizer={asked.optimizer} is not known; use adam or sgd")
     schedule = refined_schedule(asked.folder, asked.optimizer, asked.smoothing)

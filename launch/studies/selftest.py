@@ -1,4 +1,4 @@
-"""What ``allometry selftest`` prints."""
+"""Test of the machines: ``allometry selftest``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ HEAD = ["message", "axis", "ranks", "type", "bytes", "a step", "seconds", "slowe
 
 
 def tested(asked: Asked) -> Report:
-    """Test the ranks; passed where nothing is wrong. Only the main rank has something to say."""
+    """Test the ranks; passed if there is no fault. Only the main rank returns text."""
     mib = 2**20
-    # Whole gradients are gathered dimension by dimension here, which torch would warn of.
+    # torch warns that full gradients are gathered dimension by dimension, which is intended here.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     result = selftest(asked.load(), asked.out, asked.seconds, int(asked.disk_mib) * mib)
     if result is None:

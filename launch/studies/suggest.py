@@ -1,4 +1,4 @@
-"""``allometry suggest``: what published laws and measured transfer say of a run."""
+"""Suggestions of published laws and measured transfer for a run: ``allometry suggest``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLUMNS = 100
 
 @dataclass(frozen=True)
 class Base:
-    """A model to tune at: the same in everything but width, and tokens in its proportion."""
+    """Model to tune at: the same model at a smaller width, with tokens in proportion."""
 
     width: int
     parameters: int
@@ -33,7 +33,7 @@ class Base:
 
 
 def suggested(asked: SuggestCommand) -> Report:
-    """What the laws say of this run, or of one like it with other parameters and tokens."""
+    """Return suggestions for this run, or for other numbers of parameters and tokens."""
     config = asked.load()
     for name in ("params", "tokens", "loss"):
         value = getattr(asked, name)
@@ -83,7 +83,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _wrapped_text(text: str) -> list[str]:
-    """A table as it is, a sentence in lines of a terminal."""
+    """Return a table unchanged, or a sentence wrapped to COLUMNS."""
     return [text] if "\n" in text else _wrapped(text)
 
 

@@ -1,4 +1,4 @@
-"""``allometry transfer``: does the best learning rate stay where it is?"""
+"""Transfer of the best learning rate over sizes: ``allometry transfer``."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from allometry.studies.sweeps.trials import TrialLog
 HELD_OUT = 64
 LOSS = "held-out loss, nats per token"
 ANY_LENGTH = (ConstantSchedule, LinearSchedule, CosineSchedule, WSDSchedule)
-"""Schedules that say of a run of any length what its rates are."""
+"""Schedules that define the learning rates of a run of any length."""
 ENOUGH_SEEDS = 3
 MOST_OCTAVES = 32
 MOST_RATES = 200
 
 
 def swept(asked: TransferCommand) -> Report:
-    """Run the sweep; passed where no size's regret is above ``regret_bound``."""
+    """Run the sweep; passed if no size's regret is above ``regret_bound``."""
     config = asked.load()
     check_format(asked.out)
     axis = growth_axis(config.parameterization)
@@ -61,7 +61,7 @@ def swept(asked: TransferCommand) -> Report:
     engine = _engine(config, asked)
     sweep = _sweep(config, asked, axis, sizes)
     seeds = tuple(range(asked.seeds))
-    sweep.check(sizes, seeds)  # before the file of trials is begun
+    sweep.check(sizes, seeds)  # before the file of trials is created
     other = None if asked.against is None else read_other(asked.against, sweep.settings())
     log = None if asked.trials is None else TrialLog(asked.trials, sweep.settings())
     ended: dict[Trial, float] = {}
@@ -116,7 +116,7 @@ def _kept(log: TrialLog | None, ended: int) -> str:
 
 
 def _engine(config: RunConfig, asked: TransferCommand) -> Engine:
-    """What trains the runs, if it can."""
+    """Return the requested engine. Raises UserError: the engine cannot train these runs."""
     engine = next((name for name in get_args(Engine) if name == asked.engine), None)
     if engine is None:
         raise UserError(f"--engine={asked.engine} is not known; use processes or stacked")
@@ -143,7 +143,7 @@ def _engine(config: RunConfig, asked: TransferCommand) -> Engine:
 
 
 def _rates(lr: float, asked: TransferCommand) -> tuple[float, ...]:
-    """log2 of the first rates: around the run's own, to a multiple of the step."""
+    """Return log2 of the first rates: around the run's own, rounded to multiples of the step."""
     if not 0.0 < asked.step <= asked.octaves:
         raise UserError(
             f"--step={asked.step:g} must be above 0 and at most --octaves={asked.octaves:g}; "
@@ -169,7 +169,7 @@ def _sweep(
 ) -> TransferSweep:
     length = min(asked.length, config.data.sequence_length)
     longest = max(sizes) if axis == Axis.HORIZON else asked.steps
-    # Of a batch the tokens are those of --steps steps of --sequences, whatever its size.
+    # For the axis batch, every size has the tokens of --steps steps of --sequences.
     pool_PL, held_out_HL = read_pools(
         config.data, config.run.seed, length, [longest * asked.sequences, HELD_OUT]
     )
@@ -189,7 +189,7 @@ def _sweep(
 
 
 def _schedule(config: RunConfig, asked: TransferCommand) -> ScheduleConfig:
-    """What the rates of all runs follow; the warm-up is ``--warmup``."""
+    """Return the schedule of all runs, without its warm-up, which is ``--warmup``."""
     if asked.schedule == "linear":
         return SCHEDULE
     if asked.schedule != "run":
@@ -203,7 +203,7 @@ def _schedule(config: RunConfig, asked: TransferCommand) -> ScheduleConfig:
 
 
 def _check_bounds(asked: TransferCommand) -> None:
-    """Raise UserError for bounds that are no numbers."""
+    """Raise UserError for bounds that are not finite, non-negative numbers."""
     if not 0.0 <= asked.regret_bound < math.inf:
         raise UserError(
             f"--regret-bound={asked.regret_bound:g} is no percentage; use 0.5 or another"
@@ -275,7 +275,7 @@ def _regret(regret: Regret) -> list[str]:
 
 
 def _figure(transfer: Transfer) -> Figure:
-    """The loss at each size against the rate; rates that diverged are not drawn."""
+    """Return the loss at each size against the rate, without diverged rates."""
     optima, series = transfer.optima(), list[Series]()
     for (size, best), colour in zip(optima.items(), colours(range(len(optima))), strict=True):
         sweep = transfer.sweep(size)

@@ -1,4 +1,4 @@
-"""What ``allometry verify`` prints."""
+"""Equality of layouts with one process: ``allometry verify``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAD = [
 
 
 def verified(asked: Verify) -> Report:
-    """Make the certificate; passed where all layouts agree."""
+    """Create the certificate; passed if all layouts agree."""
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""Fitting law forms to observations."""
+"""Fits of law forms to observations."""

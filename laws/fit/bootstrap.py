@@ -1,4 +1,4 @@
-"""What a fit would have been on other runs like these: resampled groups, all samples at once."""
+"""Bootstrap of a fit: fits to resampled groups, all samples in one batch."""
 
 # B samples, n rows, P parameters, G groups, S searches
 
@@ -22,22 +22,22 @@ from allometry.laws.observations import Observations
 Array = NDArray[np.float64]
 
 PERTURBED = 2
-"""Perturbed starts of a sample, beside the fit's optimum."""
+"""Number of perturbed starts of a sample, in addition to the fit's optimum."""
 NOISES = 20
-"""Residuals drawn for each sample's prediction of one more run."""
+"""Number of residuals drawn for each sample's prediction of one more run."""
 EXACT = 1e-6
-"""Rows without noise leave intervals narrower than this share, whose edges are rounding."""
+"""Relative width below which an interval of noise-free rows is rounding error."""
 BLOCK = 2**23
-"""Weights held at once."""
+"""Maximum number of weights in memory at once."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """An interval (low_n, high_n) of predictions and half widths of what it is made of.
+    """Interval (low_n, high_n) of predictions, and the half widths of its parts.
 
-    ``parameters_n``: what the data leave open about the parameters. ``form_n``: what the law's form
-    may be wrong by beyond the data. ``noise_n``: the scatter of one run (0 where it was not asked
-    for). Half widths are those of logs where the law compares logs: shares of the prediction.
+    ``parameters_n``: uncertainty of the parameters. ``form_n``: error of the law's form outside of
+    the data. ``noise_n``: scatter of one run (0 if not requested). Half widths are those of logs if
+    the law's residuals are logs: shares of the prediction.
     """
 
     low_n: Array
@@ -49,12 +49,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """The parameters of fits to resampled groups: ``values_BP`` by sample and name.
+    """Parameters of fits to resampled groups: ``values_BP`` by sample and name.
 
-    Intervals of parameters are percentiles. Those of predictions also hold what the form was wrong
-    by on held-out rows beyond the data (``form_error``; None where too few rows could be held out);
-    ``noise`` adds the scatter of one more run. ``failed``: samples that no search could fit, left
-    out of ``values_BP``. ``drawn_BG``: which groups (sorted) each sample has; not stored.
+    Intervals of parameters are percentiles. Intervals of predictions also include the error of the
+    form on held-out rows outside of the data (``form_error``; None if too few rows could be held
+    out); ``noise`` adds the scatter of one more run. ``failed``: number of samples that no search
+    could fit, left out of ``values_BP``. ``drawn_BG``: mask of the groups (sorted) in each sample;
+    not stored.
     """
 
     fit: Fit
@@ -74,7 +75,7 @@ class Bootstrap:
         return float(low), float(high)
 
     def at_edge(self, name: str, level: float = 0.95) -> bool:
-        """Whether a fitted parameter's value is at an end of its interval, or outside of it."""
+        """Return True if a fitted parameter is at an end of its interval, or outside of it."""
         if name in self.fit.options.fixed:
             return False
         low, high = self.interval(name, level)
@@ -84,7 +85,7 @@ class Bootstrap:
         return not low + rounding < value < high - rounding
 
     def values(self) -> dict[str, Array]:
-        """Return each parameter's values [B, 1], as a form takes them."""
+        """Return each parameter's values [B, 1], as input of a form."""
         return {name: self.values_BP[:, index, None] for index, name in enumerate(self.names)}
 
     def predictions(self, observations: Observations) -> Array:
@@ -97,7 +98,7 @@ class Bootstrap:
     def predict_interval(
         self, observations: Observations, level: float = 0.95, *, noise: bool = False
     ) -> tuple[Array, Array]:
-        """Return (low [n], high [n]) of the target: those of ``spread``."""
+        """Return (low [n], high [n]) of the target, from ``spread``."""
         spread = self.spread(observations, level, noise=noise)
         return spread.low_n, spread.high_n
 
@@ -109,12 +110,13 @@ class Bootstrap:
         noise: bool = False,
         far_n: Array | None = None,
     ) -> Spread:
-        """Return the interval of the target and what it is made of.
+        """Return the interval of the target and its parts.
 
-        Percentiles of the samples' predictions, widened in quadrature beyond the data by the error
-        of the form. ``noise``: of a new measurement: each sample's prediction is moved by a
-        residual of the fit, drawn at random and widened by n/(n - P) for the freedom that the fit
-        used up. ``far_n``: how far beyond the data rows are, where not as ``distance`` says.
+        Percentiles of the samples' predictions, widened in quadrature outside of the data by the
+        error of the form. ``noise``: interval of a new measurement: each sample's prediction is
+        shifted by a random residual of the fit, scaled by sqrt(n/(n - P)) for the P fitted
+        parameters. ``far_n``: distance of the rows from the data, if not given by ``distance``. For
+        example, ``bootstrap(fit).spread(rows, 0.95, noise=True).high_n``.
         """
         form, log = self.fit.form, self.fit.form.residual == "log"
         predicted_Bn = self.predictions(observations)
@@ -123,7 +125,7 @@ class Bootstrap:
         if noise:
             residual_n = self.fit.residuals()
             freedom = max(len(residual_n) - len(self.names), 1)
-            residual_n = residual_n * np.sqrt(len(residual_n) / freedom)  # predicted less measured
+            residual_n = residual_n * np.sqrt(len(residual_n) / freedom)  # predicted minus measured
             scatter = float(np.ptp(np.quantile(residual_n, _tails(level)))) / 2
             draw = np.random.default_rng(self.seed + 1)
             predicted_Bn = np.repeat(predicted_Bn, NOISES, axis=0)
@@ -145,7 +147,7 @@ class Bootstrap:
     def form_width(
         self, observations: Observations, level: float = 0.95, far_n: Array | None = None
     ) -> Array:
-        """Return half widths [n] for the form's own error, on its scale; 0 within the data."""
+        """Return half widths [n] of the form's own error, on its scale; 0 within the data."""
         if self.form_error is None:
             return np.zeros(len(observations))
         if far_n is None:
@@ -153,7 +155,7 @@ class Bootstrap:
         return self.form_error.half_width(far_n, level)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, which ``from_json`` reads."""
+        """Return plain values, for ``from_json``."""
         return {
             "names": list(self.names),
             "values": [plain_numbers(row) for row in self.values_BP],
@@ -179,9 +181,10 @@ def _tails(level: float) -> tuple[float, float]:
 def bootstrap(fit: Fit, samples: int = 200, seed: int = 0) -> Bootstrap:
     """Return fits to ``samples`` draws of as many groups, with replacement.
 
-    A drawn group weighs its rows as often as it was drawn. Each sample is searched for from the
-    fit's optimum and from two perturbed ones, and the best is kept. Raises UserError if there are
-    fewer than two groups, or fewer than two samples are asked for.
+    The rows of a group are weighted by the number of its draws. Each sample is fitted from the
+    fit's optimum and from two perturbed starts, and the best optimum is kept. Raises UserError:
+    there are fewer than two groups, or fewer than two samples are requested. For example,
+    ``bootstrap(fit, 200).interval("alpha")``.
     """
     groups, index_n = np.unique(fit.observations.groups, return_inverse=True)
     if len(groups) < 2:

@@ -1,4 +1,4 @@
-"""What shows that a fit found its optimum, and that the data say what it is."""
+"""Certificate of a fit: agreement of starts, and identifiability of the parameters."""
 
 # S starts, n rows, P free parameters
 
@@ -19,30 +19,30 @@ from allometry.laws.forms.base import Parameter
 Array = NDArray[np.float64]
 
 AGREEMENT = 1e-6
-"""Starts agree whose objectives lie within this relative distance of the best one."""
+"""Relative distance from the best objective within which starts agree."""
 ROUNDING = 1e-24
-"""Objectives of a row below which a fit is exact, so that only rounding tells starts apart."""
+"""Objective per row below which a fit is exact, and starts differ only by rounding."""
 NULL = 1e-7
-"""Singular values below this share of the largest are directions that the data do not see."""
+"""Relative size of singular values whose directions the data do not determine."""
 NUMBERS = ("gradient_norm", "decrease", "spread", "condition")
 SHARE = 0.1
-"""Least part of a parameter in such a direction for its name to be given."""
+"""Minimum component of a parameter in such a direction for the parameter to be listed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """How sure an optimum is.
+    """Certainty of an optimum.
 
     ``gradient_norm``: of the summed objective, by search coordinates (logs of parameters of log
-    scale), 0 where a bound stops the descent. ``decrease``: what one more step would gain, relative
-    to the objective. ``starts``: how many there were, ``finished``: those that were searched from
-    to the end (not given up by successive halving), ``agreeing``: those of them that ended within
-    1e-6 of the best objective; ``spread``: the largest difference of a search coordinate among
-    these. ``at_bounds``: parameters on a bound. ``condition``: of the Gauss-Newton matrix JᵀJ with
-    its columns scaled to length 1 (infinite where it is singular). ``unidentified``: parameters
-    that can move, alone or together, without moving a prediction. ``standard_errors``: of search
-    coordinates, from JᵀJ and the residuals' median size, as if rows were independent. ``loose``:
-    parameters whose two standard errors on both sides span all that starts are drawn from.
+    scale), 0 where a bound stops the descent. ``decrease``: gain of one more step, relative to the
+    objective. ``starts``: number of starts; ``finished``: starts searched to the end (not dropped
+    by successive halving); ``agreeing``: finished starts within 1e-6 of the best objective;
+    ``spread``: largest difference of a search coordinate among these. ``at_bounds``: parameters on
+    a bound. ``condition``: condition number of the Gauss-Newton matrix JᵀJ with columns of length 1
+    (infinite if singular). ``unidentified``: parameters that can change, alone or together, without
+    changing a prediction. ``standard_errors``: of search coordinates, from JᵀJ and the residuals'
+    median size, for independent rows. ``loose``: parameters with an interval of two standard errors
+    to each side that is wider than the range of the starts.
     """
 
     gradient_norm: float
@@ -58,7 +58,7 @@ class Certificate:
     loose: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, which ``from_json`` reads."""
+        """Return plain values, for ``from_json``."""
         errors = {name: plain_number(value) for name, value in self.standard_errors.items()}
         numbers = {name: plain_number(getattr(self, name)) for name in NUMBERS}
         return {**asdict(self), **numbers, "standard_errors": errors}
@@ -73,7 +73,7 @@ class Certificate:
 
 
 def certify(problem: Problem, solved: Solved, counts_S: NDArray[np.int64]) -> Certificate:
-    """Return the certificate of the best of the searches; ``counts_S`` starts each stands for."""
+    """Return the certificate of the best search; ``counts_S``: number of starts of each search."""
     best = int(np.argmin(solved.objective_S))
     objective = float(solved.objective_S[best])
     x_P = solved.x_SP[best]
@@ -104,17 +104,17 @@ def certify(problem: Problem, solved: Solved, counts_S: NDArray[np.int64]) -> Ce
 
 
 def start_width(parameter: Parameter) -> float:
-    """Return how wide starts of this parameter are drawn, in its search coordinate."""
+    """Return the width of the range of starts of a parameter, in its search coordinate."""
     low, high = (search_coordinate(parameter, value) for value in parameter.start)
     return high - low if high > low else float("inf")
 
 
 def identifiability(problem: Problem, x_P: Array) -> tuple[float, tuple[str, ...], Array]:
-    """Return the condition number of scaled JᵀJ, what its null directions move, standard errors.
+    """Return the condition number of scaled JᵀJ, parameters in its null space, standard errors.
 
-    A column of J is null by itself where moving the coordinate by 1 (of a linear one: by its own
-    size) moves the residuals by less than 1e-7 of what the most telling coordinate does. Standard
-    errors [P] are infinite for what cannot be identified.
+    A column of J is null if a change of the coordinate by 1 (of a linear coordinate: by its own
+    size) changes the residuals by less than 1e-7 of the change by the most sensitive coordinate.
+    Standard errors [P] of unidentified parameters are infinite.
     """
     r_Sn, J_SPn = problem.slopes(x_P[None])
     J_nP = J_SPn[0].T
@@ -126,7 +126,7 @@ def identifiability(problem: Problem, x_P: Array) -> tuple[float, tuple[str, ...
     if not len(seen):
         return float("inf"), tuple(p.name for p in problem.free), errors_P
     length_P = np.linalg.norm(J_nP[:, seen], axis=0)
-    # The triangle of QR has J's singular values and directions, however many rows there are.
+    # R of the QR decomposition has J's singular values and directions, with P rows instead of n.
     triangle = np.linalg.qr(J_nP[:, seen] / length_P, mode="r")
     _, singular, directions = np.linalg.svd(triangle, full_matrices=True)
     singular = np.concatenate([singular, np.zeros(len(directions) - len(singular))])

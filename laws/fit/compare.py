@@ -1,4 +1,4 @@
-"""Forms against each other, by what they say of rows that they were not fitted to."""
+"""Comparison of forms by their predictions of held-out rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations
 
 GROUPS = "group"
-"""As ``by``: leave one group out, instead of the largest values of a column."""
+"""Value of ``by`` that leaves one group out, instead of the largest values of a column."""
 
 
 OTHER: dict[str, Literal["huber", "square"]] = {"huber": "square", "square": "huber"}
@@ -23,12 +23,12 @@ OTHER: dict[str, Literal["huber", "square"]] = {"huber": "square", "square": "hu
 
 @dataclass(frozen=True)
 class Comparison:
-    """One form's fit to all rows, and its error on held-out ones.
+    """One form's fit to all rows, and its error on held-out rows.
 
-    ``in_sample``: mean size of the relative errors on the rows it was fitted to. ``other``: what is
-    held out as the fit by the other objective (Huber's for square, square for Huber's) predicts it.
-    ``fragile``: why the optimum cannot be trusted, though there is one. ``problem``: why the form
-    could not be fitted or held out; the others are then None or infinite.
+    ``in_sample``: mean size of the relative errors on the fitted rows. ``other``: held-out rows
+    predicted by the fit with the other objective (Huber's for square, square for Huber's).
+    ``fragile``: reasons to distrust the optimum. ``problem``: the reason why the form could not be
+    fitted or held out; the other fields are then None or infinite.
     """
 
     form: Form
@@ -42,7 +42,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """The mean held-out error (infinite without one)."""
+        """Mean held-out error, infinite without held-out rows."""
         return self.held_out.mean if self.held_out is not None else float("inf")
 
 
@@ -52,10 +52,11 @@ def compare(
     options: FitOptions | None = None,
     by: str = GROUPS,
 ) -> list[Comparison]:
-    """Return the forms in order of their mean held-out error, then fragile ones, then failed ones.
+    """Return the forms by increasing mean held-out error, then fragile, then failed forms.
 
-    ``by``: ``"group"`` leaves out one group after the other, a column's name its largest value. A
-    form that refuses these observations stays in the list and says why.
+    ``by``: ``"group"`` leaves out each group in turn, a column's name its largest value. A form
+    that cannot be fitted to these observations is listed with the reason. For example,
+    ``compare([form_named("chinchilla"), form_named("kappa")], rows)[0].form.name``.
     """
     options = options or FitOptions()
     comparisons = []
@@ -98,7 +99,7 @@ def _hold_out(form: Form, observations: Observations, by: str, options: FitOptio
 
 
 def _faults(fitted: Fit, held_out: HeldOut) -> tuple[str, ...]:
-    """Why a fit, or that to the rows that are not held out, is fragile; one reason each."""
+    """Return reasons why a fit, or the fit without the held-out rows, is fragile."""
     reasons = []
     folds = [
         ("", fitted),

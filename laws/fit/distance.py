@@ -1,6 +1,6 @@
-"""How far rows lie beyond those that a law was fitted to."""
+"""Distance of rows from the fitted range of a law."""
 
-# n rows
+# n: rows
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = NDArray[np.float64]
 
 
 def extents(form: Form, observations: Observations) -> dict[str, Array]:
-    """Return what distances are measured along: the log of each positive input, and of 6 N D."""
+    """Return the axes of distances: the log of each positive input, and of 6 N D."""
     logs = {
         one.name: np.log(observations[one.name])
         for one in form.inputs
@@ -26,10 +26,10 @@ def extents(form: Form, observations: Observations) -> dict[str, Array]:
 
 
 def distance(form: Form, fitted: Observations, asked: Observations) -> Array:
-    """Return how far [n] rows lie outside of the fitted ones: the largest natural log of a ratio.
+    """Return the distance [n] of rows from the fitted range: the largest natural log of a ratio.
 
-    Of each positive input to its fitted range, and of 6 N D, which may leave its range while N and
-    D are within theirs.
+    The maximum over each positive input and over 6 N D, which may leave its range while N and D are
+    within theirs.
     """
     inside, outside_n = extents(form, fitted), np.zeros(len(asked))
     for name, at_n in extents(form, asked).items():
@@ -40,10 +40,10 @@ def distance(form: Form, fitted: Observations, asked: Observations) -> Array:
 
 
 def far_axis(form: Form, observations: Observations) -> Array | None:
-    """Return what grows towards predictions [n], by which folds are cut; None: the law has none.
+    """Return the quantity [n] along which folds are cut, increasing towards predictions, or None.
 
-    Compute (N D, or C), else one of N, D; of laws that read the loss, its fall. Laws of whole
-    curves have none: their forecasts carry an error of their own (``laws/forecast.py``).
+    Compute (N D, or C), else N or D; for laws that read the loss, its decrease. Laws of complete
+    curves have none: their forecasts have an error of their own (``laws/forecast.py``).
     """
     logs = extents(form, observations)
     if "step" in observations.columns and observations.curves:

@@ -1,4 +1,4 @@
-"""Fitting a law: all starts at once, the best optimum, and a certificate for it."""
+"""Fit of a law: all starts in one batch, the best optimum, and its certificate."""
 
 # S starts, n rows, P free parameters
 
@@ -25,20 +25,20 @@ Array = NDArray[np.float64]
 
 DATA_UNIT = "unit of the data"
 POLISHED = 1e-10
-"""A search whose next step would gain less of its objective has ended."""
+"""Relative gain of the next step below which a search has converged."""
 LONG = 3000
-"""Iterations of the best search where the usual number was too small."""
+"""Iterations of the best search if the default number was too small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitOptions:
-    """How to fit.
+    """Options of a fit.
 
     ``loss``: Huber's (½r² inside of ``delta``) or the plain square ½r², SUMMED over rows, of the
-    form's residuals. ``starts``: None for the form's grid (256 spread points where it has none).
-    ``seed`` of spread points. ``fixed``: values of parameters that are not to be fitted.
-    ``projection``: whether linear parameters of starts are solved for first. ``survivors``: of many
-    starts, how many are searched from to the end (None: all), by successive halving.
+    form's residuals. ``starts``: None for the form's grid (256 spread points if the form has none).
+    ``seed``: of spread points. ``fixed``: values of parameters that are not fitted. ``projection``:
+    True to solve for linear parameters of starts first. ``survivors``: number of starts that
+    successive halving keeps to the end (None: all).
     """
 
     loss: Literal["huber", "square"] = "huber"
@@ -62,13 +62,13 @@ class FitOptions:
             )
 
     def make_loss(self) -> Loss:
-        """Return the loss that these options name."""
+        """Return the loss of these options."""
         return Loss(self.delta if self.loss == "huber" else None)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A form with the values that a fit found (or was given), and what it was fitted to.
+    """A form with fitted (or given) values, and the fitted observations.
 
     ``objective``: the sum over rows of the loss.
     """
@@ -91,10 +91,10 @@ class Fit:
 
     @property
     def vanished(self) -> tuple[str, ...]:
-        """Constants and coefficients that went to 0, the least they may be.
+        """Constants and coefficients that went to 0, their lower bound.
 
-        Those that enter predictions linearly and move none of the fitted rows' by 1e-7 of it when
-        they are set to 0.
+        Linear parameters that change no fitted row's prediction by more than 1e-7 of it when set to
+        0.
         """
         rows, names = self.observations, []
         here_n = predict(self.form, self.values, rows)
@@ -107,7 +107,7 @@ class Fit:
 
     @property
     def unidentified(self) -> tuple[str, ...]:
-        """Parameters of which the data say nothing; a constant by itself at 0 is no such one."""
+        """Parameters that the data do not identify; empty if all of these have vanished."""
         unidentified = self.certificate.unidentified
         return () if set(unidentified) <= set(self.vanished) else unidentified
 
@@ -116,10 +116,10 @@ class Fit:
         return Problem(self.form, self.observations, self.options.fixed)
 
     def unit(self, unit: str) -> str:
-        """Return a unit of the form as it is in these rows.
+        """Return a unit of the form for these rows.
 
-        Where the form says nats per token, a fit to a table has whatever unit the table's losses
-        have, of which nothing is known.
+        Where the form has nats per token, the unit of a fit to a table is the unknown unit of the
+        table's losses.
         """
         about = self.observations.conventions
         losses = [v.name for v in (*self.form.inputs, self.form.target) if v.unit == LOSS_UNIT]
@@ -128,9 +128,10 @@ class Fit:
         return unit.replace(LOSS_UNIT, DATA_UNIT)
 
     def warnings_for(self, observations: Observations) -> list[str]:
-        """Return a sentence for each input of these rows that lies outside of the fitted range.
+        """Return a sentence for each input of these rows outside of the fitted range.
 
-        And one for rows whose N and D are within theirs while 6 N D, their compute, is not.
+        Rows whose N and D are within their ranges while 6 N D, their compute, is not also give a
+        sentence.
         """
         fitted, asked = self.observations, observations
         names = [v.name for v in self.form.inputs if v.name in fitted.columns]
@@ -151,7 +152,7 @@ class Fit:
         return [warning for some in warnings for warning in some]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, from which ``from_json`` makes a fit that predicts the same bits."""
+        """Return plain values; ``from_json`` of these gives bit-identical predictions."""
         return {
             "form": self.form.name,
             "values": {name: plain_number(value) for name, value in self.values.items()},
@@ -165,7 +166,7 @@ class Fit:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Return the fit of ``to_json``.
 
-        Raises UserError if no law has its name, or the law has other parameters now.
+        Raises UserError: the law does not exist, or has other parameters now.
         """
         form, names = form_named(data["form"]), list(data["values"])
         if names != [parameter.name for parameter in form.parameters]:
@@ -184,7 +185,7 @@ class Fit:
 
 
 def _outside(name: str, fitted: Array, asked: Array, more: str = "") -> list[str]:
-    """A sentence for each end of the fitted range that the least or the largest value is beyond."""
+    """Return a sentence for each end of the fitted range that the values exceed."""
     warnings = []
     if not len(asked):
         return []
@@ -201,16 +202,20 @@ def _outside(name: str, fitted: Array, asked: Array, more: str = "") -> list[str
 
 
 def predict(form: Form, values: Mapping[str, float], observations: Observations) -> Array:
-    """Return the target [n] of these rows by a form with these values (published ones, say)."""
+    """Return the target [n] of these rows by a form with these values, such as published ones.
+
+    For example, ``predict(form, form.published["besiroglu"], rows)``.
+    """
     predicted = form.target.clip(form.predict(values, form.prepare(observations)))
     return np.array(np.broadcast_to(predicted, (len(observations),)))
 
 
 def fit(form: Form, observations: Observations, options: FitOptions | None = None) -> Fit:
-    """Return the best of the local optima that all starts reach, with its certificate.
+    """Return the best of the local optima of all starts, with its certificate.
 
-    Raises UserError if too few rows differ in their inputs; a column is missing or unusable; no
-    start gives predictions that can be compared.
+    Raises UserError: there are fewer distinct rows than parameters; a column is missing or
+    unusable; no start gives finite predictions. For example, ``fit(form_named("chinchilla"),
+    rows).values["E"]``.
     """
     options = options or FitOptions()
     problem = Problem(form, observations, options.fixed)
@@ -230,7 +235,7 @@ def fit(form: Form, observations: Observations, options: FitOptions | None = Non
 
 
 def distinct_starts(problem: Problem, options: FitOptions) -> tuple[Array, NDArray[np.int64]]:
-    """Return the starts [S, P] that differ, projected, and how many each stands for [S]."""
+    """Return the distinct starts [S, P], projected, and the number of starts equal to each [S]."""
     starts_SP = starts_of(problem, options.starts, options.seed)
     if options.projection:
         starts_SP = project(problem, starts_SP)
@@ -239,7 +244,7 @@ def distinct_starts(problem: Problem, options: FitOptions) -> tuple[Array, NDArr
 
 
 def polish(problem: Problem, solved: Solved, loss: Loss, best: int) -> Solved:
-    """Return the searches with the best one taken to its end, if it ran out of iterations."""
+    """Return the searches with the best one continued to convergence, if needed."""
     if solved.decrease_S[best] <= POLISHED * solved.objective_S[best]:
         return solved
     again = minimize(problem, solved.x_SP[best][None], loss, max_iterations=LONG)
@@ -252,7 +257,7 @@ def polish(problem: Problem, solved: Solved, loss: Loss, best: int) -> Solved:
 
 
 def best_of(form: Form, solved: Solved) -> int:
-    """Return the search with the least objective. Raises UserError if none has a finite one."""
+    """Return the search with the least objective. Raises UserError: no objective is finite."""
     best = int(np.argmin(solved.objective_S))
     if not np.isfinite(solved.objective_S[best]):
         raise UserError(
@@ -264,7 +269,7 @@ def best_of(form: Form, solved: Solved) -> int:
 
 
 def check_enough(problem: Problem, observations: Observations) -> None:
-    """Raise a UserError unless at least as many rows differ in their inputs as are fitted."""
+    """Raise a UserError if fewer rows differ in their inputs than parameters are fitted."""
     form = problem.form
     columns = [observations[v.name] for v in form.inputs if v.name in observations.columns]
     if observations.curves:
@@ -281,11 +286,11 @@ def check_enough(problem: Problem, observations: Observations) -> None:
 
 
 def require_identified(fit: Fit, held: str = "--fix {name}=0") -> None:
-    """Raise unless the data say what every parameter is.
+    """Raise unless the data identify every parameter.
 
-    Raises UserError, which names the parameters that can move without moving a prediction, or whose
-    standard errors are as wide as all that starts were drawn from; and how to hold those at 0,
-    which is written as ``held``.
+    Raises UserError, with the names of parameters that can change without changing a prediction, or
+    whose standard errors are as wide as the range of the starts; and with the option, formatted by
+    ``held``, that fixes vanished parameters at 0.
     """
     zero = [held.format(name=name) for name in fit.vanished]
     hold = f", or hold what went to 0 there ({' '.join(zero)})" if zero else ""

@@ -1,4 +1,4 @@
-"""How wrong a law's form is beyond the data, by folds that are cut where data end."""
+"""Error of a law's form outside of the data, by folds that are cut along an axis."""
 
 # n rows, K folds, B samples, P free parameters
 
@@ -16,34 +16,37 @@ from allometry.laws.fit.refit import refit
 Array = NDArray[np.float64]
 
 FEW_FOLDS = 3
-"""Fewer folds than this cannot tell the form's error from what else moves their predictions."""
+"""Number of folds below which the form's error cannot be separated from other errors."""
 CUTS = (0.5, 0.6, 0.7, 0.8, 0.9)
-"""Shares of the distinct values of the fold's axis that a fold is fitted to."""
+"""Shares of the distinct values on the fold's axis to which a fold is fitted."""
 SAMPLES = 40
 """Bootstrap samples of a fold, for the part of its errors that its parameters explain."""
 PERTURBED = 2
 NEAR = float(np.log(2.0))
-"""A row nearer to a fold's data than a factor of 2 counts as that far away: it says what outliers
-there are, and not how errors grow."""
+"""Minimum distance of a row from a fold's data: a factor of 2.
+
+Errors of closer rows show outliers, not the growth of errors with the distance.
+"""
 
 
 @dataclass(frozen=True)
 class FormError:
-    """How much more a law is wrong beyond its data than its parameters and the scatter of runs say.
+    """Error of a law outside of its data, in excess of parameter uncertainty and scatter of runs.
 
-    ``scale``: a standard deviation, on the form's scale, for each factor of e beyond the data;
-    errors are taken to grow in proportion to the log of the distance, as those of a wrong exponent
-    do. ``folds``: how many said so.
+    ``scale``: a standard deviation, on the form's scale, per factor of e outside of the data;
+    errors are assumed to grow in proportion to the log of the distance, like errors of a wrong
+    exponent. ``folds``: number of folds.
 
     A fold is fitted to the rows up to a cut and predicts the others. Its excess is the mean square
-    of its errors, less what its parameters (by bootstrap) and the scatter of its rows explain, over
-    the mean square of the rows' distances: the estimate by moments of the variance between studies
-    (DerSimonian & Laird, Controlled Clinical Trials 7, 1986), with the discrepancy of a model as a
-    term of its own in quadrature (Kennedy & O'Hagan, J. R. Stat. Soc. B 63, 2001). The rows of one
-    fold lie off together, so a fold is one measurement, and the scale is that of the worst. It is
-    small where the law is the truth. One or two folds say little: nothing is then subtracted, and
-    what the parameters and the scatter explain counts as the form's error where it is the larger.
-    No coverage is guaranteed: what comes after the data need not be like what came within it.
+    of its errors, minus the part that its parameters (by bootstrap) and the scatter of its rows
+    explain, over the mean square of the rows' distances: the estimate by moments of the variance
+    between studies (DerSimonian & Laird, Controlled Clinical Trials 7, 1986), with the discrepancy
+    of a model as a separate term in quadrature (Kennedy & O'Hagan, J. R. Stat. Soc. B 63, 2001).
+    The errors of the rows of one fold are correlated, so a fold is one measurement, and the scale
+    is that of the worst fold. It is small if the law is correct. One or two folds are weak
+    evidence: the explained part is then not subtracted, and counts as the form's error if it is the
+    larger one. No coverage is guaranteed: errors outside of the data need not resemble errors
+    within the data.
     """
 
     scale: float
@@ -59,7 +62,7 @@ class FormError:
 def form_error(fit: Fit, seed: int = 0) -> FormError | None:
     """Return the error of the form by up to five folds, fitted to the rows up to a cut.
 
-    Cuts are along ``far_axis``. Folds are searched for from the optimum of all rows. None: the law
+    Cuts are along ``far_axis``. Searches of folds start from the optimum of all rows. None: the law
     has no such axis, or no fold has more distinct rows than parameters.
     """
     far_n = far_axis(fit.form, fit.observations)
@@ -77,9 +80,10 @@ def form_error(fit: Fit, seed: int = 0) -> FormError | None:
 
 
 def _squares(fit: Fit, kept_n: NDArray[np.bool_], seed: int) -> tuple[float, float] | None:
-    """A fold's mean square error on the rows that are not kept, and what of it is explained.
+    """Return a fold's mean square error on the rows not in ``kept_n``, and the explained part.
 
-    By its parameters and the scatter of its rows; both over the mean square of distances.
+    Its parameters and the scatter of its rows explain this part; both values are divided by the
+    mean square of distances.
     """
     rows, problem = fit.observations, fit.problem()
     inputs = [rows[one.name][kept_n] for one in fit.form.inputs if one.name in rows.columns]

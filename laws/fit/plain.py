@@ -1,4 +1,4 @@
-"""Numbers and observations as JSON holds them: exact, and strict where a number is not finite."""
+"""Numbers and observations as strict JSON: exact, with strings for numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def plain_numbers(values: Any) -> list[float | str]:
 
 
 def observations_to_json(observations: Observations) -> dict[str, Any]:
-    """Return plain values that ``observations_from_json`` turns into the same rows."""
+    """Return plain values, from which ``observations_from_json`` creates equal rows."""
     return {
         "columns": {name: plain_numbers(values) for name, values in observations.columns.items()},
         "groups": list(observations.groups),

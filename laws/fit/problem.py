@@ -1,4 +1,4 @@
-"""A form, its rows and its residuals, in the coordinates that a search moves in."""
+"""Residuals of a form on its rows, in the coordinates of a search."""
 
 # S parameter sets, n rows, P free parameters; x search coordinates, v values of parameters
 
@@ -20,16 +20,16 @@ LARGEST_LOG = 690.0
 """Logs of parameters are kept within +-690, where exp neither overflows nor underflows."""
 COMPLEX_STEP = 1e-30
 CHUNK = 2**13
-"""Residuals computed at once: few enough to stay in a core's cache."""
+"""Number of residuals computed at once: few enough to stay in a core's cache."""
 
 
 class Problem:
-    """The residuals of a form on observations as functions of its free parameters.
+    """Residuals of a form on observations as functions of its free parameters.
 
     Search coordinates: the natural log of a parameter of log scale, else its value. ``fixed``
-    parameters keep their values and are none of the P coordinates. Raises UserError if the target
-    is missing, not finite, or not positive where its log is compared; a fixed parameter is unknown,
-    or all are fixed.
+    parameters keep their values and are not among the P coordinates. Raises UserError: the target
+    is missing, not finite, or not positive for residuals of logs; a fixed parameter is unknown, or
+    all parameters are fixed.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Problem:
         self.high_P = np.array([search_coordinate(p, p.high) for p in self.free])
 
     def values(self, x_SP: Array) -> dict[str, Any]:
-        """Return each parameter's values [S, 1] (fixed ones as they are)."""
+        """Return each parameter's values [S, 1], and fixed ones as floats."""
         v_SP = self.values_array(x_SP)
         return {**self.fixed, **{p.name: v_SP[:, i, None] for i, p in enumerate(self.free)}}
 
@@ -74,7 +74,7 @@ class Problem:
         return np.array([search_coordinate(p, values[p.name]) for p in self.free])
 
     def residuals(self, x_SP: Array) -> Array:
-        """Return the residuals [S, n]: NaN where there is none (a log of nothing positive)."""
+        """Return the residuals [S, n]: NaN where undefined (log of a non-positive number)."""
         with np.errstate(all="ignore"):
             predicted = self._predictions(self.values(x_SP))
             return self.residual(np.broadcast_to(predicted, (len(x_SP), len(self.target_n))))
@@ -102,7 +102,7 @@ class Problem:
         return predicted_Sn, J_SPn, stretch_SP
 
     def residual(self, predicted_Sn: Array) -> Array:
-        """Return predicted less measured, or the same of logs: NaN where there is no log."""
+        """Return predicted minus measured, or the same of logs: NaN where a log is undefined."""
         if self.logs:
             return np.log(predicted_Sn) - self.target_n
         return predicted_Sn - self.target_n
@@ -124,7 +124,7 @@ class Problem:
 
 
 def checked_target(form: Form, observations: Observations) -> Array:
-    """Return the target column, fit to be compared."""
+    """Return the target column. Raises UserError: a value cannot be fitted."""
     target_n = observations[form.target.name]
     target, logs = form.target, form.residual == "log"
     bad = ~np.isfinite(target_n) | ((target_n <= 0.0) if logs else False)
@@ -141,7 +141,7 @@ def checked_target(form: Form, observations: Observations) -> Array:
 
 
 def search_coordinate(parameter: Parameter, value: float) -> float:
-    """Return where a search finds this value of a parameter."""
+    """Return the search coordinate of this value of a parameter."""
     if parameter.scale == "linear":
         return float(value)
     with np.errstate(divide="ignore"):

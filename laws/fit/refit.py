@@ -1,4 +1,4 @@
-"""One problem fitted again with other weights of its rows, from an optimum that is near."""
+"""Refits of one problem with other weights of its rows, from a nearby optimum."""
 
 # B sets of weights, n rows, P free parameters, S searches, K starts of one set
 
@@ -16,10 +16,10 @@ Array = NDArray[np.float64]
 def refit(
     problem: Problem, loss: Loss, center_P: Array, weights_Bn: Array, perturbed: int, seed: int
 ) -> Array:
-    """Return the optima [B, P], in search coordinates, for each row of weights; NaN for none.
+    """Return the optima [B, P], in search coordinates, for each row of weights; NaN if none found.
 
-    Searches start at ``center_P`` and at ``perturbed`` points around it, drawn from the normal
-    distribution that squared residuals would give the optimum (at most 1 in a coordinate).
+    Searches start at ``center_P`` and at ``perturbed`` points around it, from the normal
+    distribution of the optimum for squared residuals (limited to 1 per coordinate).
     """
     number = len(weights_Bn)
     draw = np.random.default_rng(seed)
@@ -34,7 +34,7 @@ def refit(
 
 
 def around(problem: Problem, x_P: Array, number: int, draw: np.random.Generator) -> Array:
-    """Return points [number, P] around an optimum, as far as its residuals leave it open."""
+    """Return points [number, P] around an optimum, spread by the uncertainty from its residuals."""
     r_Sn, J_SPn = problem.slopes(x_P[None])
     left, singular, _ = np.linalg.svd(J_SPn[0], full_matrices=False)
     freedom = max(r_Sn.shape[1] - len(x_P), 1)

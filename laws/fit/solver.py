@@ -1,4 +1,4 @@
-"""Many fits at once: Levenberg-Marquardt on Huber losses, batched over starts and weights."""
+"""Batched Levenberg-Marquardt on Huber losses, over many starts and weights."""
 
 # S searches, n rows, P free parameters
 
@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 EASE, TIGHTEN = 0.25, 10.0
 LEAST_DAMPING, MOST_DAMPING = 1e-9, 1e12
 HALVING = 10
-"""Iterations between two halvings of the searches that go on."""
+"""Iterations between two halvings of the remaining searches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,10 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """Where searches ended: x [S, P], objectives [S] (infinite: never had a finite one), slopes.
+    """Ends of searches: x [S, P], objectives [S] (infinite if never finite), slopes.
 
-    ``gradient_SP`` by search coordinate, 0 where a bound stops the descent. ``decrease_S``: what
-    one more step would still gain, by the quadratic model. ``finished_S``: not given up by halving.
+    ``gradient_SP`` by search coordinate, 0 where a bound stops the descent. ``decrease_S``: gain of
+    one more step, by the quadratic model. ``finished_S``: False if dropped by halving.
     """
 
     x_SP: Array
@@ -67,19 +67,20 @@ def minimize(
     """Return the local optima of Σ_n w_n loss(residual_n) that searches from these starts reach.
 
     Each search is a projected Levenberg-Marquardt. Its curvature is JᵀVJ with V = 1 on rows inside
-    of δ plus κ·min(1, δ/|r|) on all: for κ = 1 that majorises the loss of the linearised
-    residuals (so far from an optimum a step is one of reweighted least squares), for κ -> 0 it is
-    the curvature of the loss itself (so near one a step is Newton's). κ and the damping of the
-    diagonal shrink while steps succeed. A search ends when one more step would gain less than
-    ``tolerance`` of its objective or when no step gains anything; ended searches cost nothing.
+    of δ plus κ·min(1, δ/|r|) on all rows: for κ = 1 this majorizes the loss of the linearized
+    residuals (so that a step far from an optimum is a step of reweighted least squares), and for κ
+    -> 0 it is the curvature of the loss itself (so that a step near an optimum is a Newton step). κ
+    and the damping of the diagonal shrink while steps succeed. A search ends when one more step
+    would gain less than ``tolerance`` of its objective or when no step gains anything; ended
+    searches have no cost.
 
     ``survivors``: successive halving, for many starts of one problem. After each ten iterations the
-    half of the searches with the larger objectives is given up where it stands, as long as at least
-    so many remain. None: every search is run to its end.
+    half of the searches with the larger objectives is dropped, as long as ``survivors`` searches
+    remain. None: every search continues to its end.
     """
-    # glibc gives a freed block back to the system unless one as large was freed before. A search
-    # frees blocks of a few hundred KiB all the time, and getting their pages anew took two thirds
-    # of it. This block of 16 MiB is never touched. Other C libraries take no notice.
+    # glibc returns a freed block to the system unless a block of the same size was freed before. A
+    # search frees blocks of a few hundred KiB all the time, and page faults for new blocks took two
+    # thirds of its time. This block of 16 MiB is never used. Other C libraries ignore it.
     np.empty(2**21)
     number = len(starts_SP)
     x_SP = np.clip(starts_SP, problem.low_P, problem.high_P)
@@ -117,14 +118,14 @@ def minimize(
 
 
 def _blocked(problem: Problem, x_SP: Array, g_SP: Array) -> NDArray[np.bool_]:
-    """Return which parameters sit at a bound beyond which the objective falls."""
+    """Return a mask of parameters at a bound beyond which the objective falls."""
     return ((x_SP <= problem.low_P) & (g_SP > 0.0)) | ((x_SP >= problem.high_P) & (g_SP < 0.0))
 
 
 def _step(
     problem: Problem, x_SP: Array, g_SP: Array, H_SPP: Array, damping_S: Array
 ) -> tuple[Array, Array]:
-    """Return the damped steps [S, P] and what the quadratic model says they gain [S]."""
+    """Return the damped steps [S, P] and their gains [S] by the quadratic model."""
     free_SP = ~_blocked(problem, x_SP, g_SP)
     g_SP = np.where(free_SP, g_SP, 0.0)
     diagonal_SP = np.einsum("spp->sp", H_SPP)
@@ -162,10 +163,10 @@ def _evaluate(
 def _evaluate_chunk(
     problem: Problem, x_SP: Array, loss: Loss, weights_Sn: Array | None, kappa_S: Array
 ) -> tuple[Array, Array, Array]:
-    """Return objectives, gradients and curvatures: infinite and 0 where a residual has no value.
+    """Return objectives, gradients and curvatures: infinite and 0 where a residual is undefined.
 
-    Derivatives are by value and of predictions: what makes them those of residuals by search
-    coordinate is put into the rows' weights and into rows and columns of the small matrices.
+    Derivatives are computed by value and of predictions; the factors for residuals and search
+    coordinates are applied to the rows' weights and to rows and columns of the small matrices.
     """
     predicted_Sn, J_SPn, stretch_SP = problem.raw_slopes(x_SP)
     r_Sn = problem.residual(predicted_Sn)
@@ -197,7 +198,7 @@ def _evaluate_chunk(
 
 
 def _weigh(r_Sn: Array, loss: Loss, kappa_S: Array) -> tuple[Array, Array, Array]:
-    """Return each residual's loss, its derivative, and the curvature to step with [S, n]."""
+    """Return each residual's loss, its derivative, and the curvature of the step [S, n]."""
     if loss.delta is None:
         return 0.5 * r_Sn * r_Sn, r_Sn, np.ones_like(r_Sn) * (1.0 + kappa_S[:, None])
     size_Sn = np.abs(r_Sn)

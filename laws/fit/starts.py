@@ -1,6 +1,6 @@
-"""Where searches start: a grid, or points spread evenly; never near published values."""
+"""Starts of searches: a grid, or evenly spread points; never chosen near published values."""
 
-# S starts, n rows, P free parameters, K linear ones of them
+# S starts, n rows, P free parameters, K of them linear
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def starts_of(problem: Problem, number: int | None, seed: int) -> Array:
     """Return the starts [S, P] in search coordinates.
 
     ``number`` None: the grid of the form if all its free parameters have one, else 256 spread
-    points. A number asks for so many spread points.
+    points. A number requests this many spread points.
     """
     if number is None and all(p.grid is not None for p in problem.free):
         axes = [[search_coordinate(p, value) for value in p.grid or ()] for p in problem.free]
@@ -32,11 +32,11 @@ def starts_of(problem: Problem, number: int | None, seed: int) -> Array:
 
 
 def spread_points(number: int, dimensions: int, seed: int) -> Array:
-    """Return points [number, dimensions] of the unit cube, evenly spread.
+    """Return evenly spread points [number, dimensions] of the unit cube.
 
     Roberts' additive recurrence (R_d, "The unreasonable effectiveness of quasirandom sequences",
     2018): point k is the fraction of shift + k/φ^j, φ the root of φ^(d+1) = φ + 1. Any prefix is
-    even too; ``seed`` draws the shift.
+    evenly spread as well; ``seed`` draws the shift.
     """
     phi = 2.0
     for _ in range(60):
@@ -47,18 +47,18 @@ def spread_points(number: int, dimensions: int, seed: int) -> Array:
 
 
 def project(problem: Problem, x_SP: Array) -> Array:
-    """Return the starts with their linear parameters solved for (variable projection).
+    """Return the starts with optimal linear parameters (variable projection).
 
-    Given the others, the linear parameters minimise the squared residuals, relative ones where
-    logs are compared: Golub & Pereyra 1973; arXiv 2603.22339 for laws of this kind. The solution
-    is taken where it lies inside of the bounds and predicts what can be compared; elsewhere a
-    start keeps its own. From there the search moves all parameters together, so its optimum is
-    that of the joint problem.
+    Given the others, the linear parameters minimize the squared residuals, relative ones for
+    residuals of logs: Golub & Pereyra 1973; arXiv 2603.22339 for laws of this kind. The solution is
+    used if it is inside of the bounds and gives finite residuals; otherwise a start keeps its own
+    values. The search then moves all parameters together, so its optimum is that of the joint
+    problem.
     """
     linear = [index for index, parameter in enumerate(problem.free) if parameter.linear]
     if not linear:
         return x_SP
-    # Starts that differ in linear parameters only have the same solution: solve once.
+    # Starts that differ only in linear parameters have the same solution: solve once.
     others = [index for index in range(x_SP.shape[1]) if index not in linear]
     _, first, back = np.unique(x_SP[:, others], axis=0, return_index=True, return_inverse=True)
     rows = max(1, CHUNK // len(problem.target_n))

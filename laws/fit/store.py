@@ -1,4 +1,4 @@
-"""A fit as a file: everything that predicts, and everything that it was made of."""
+"""File of a fit: everything for predictions, and all inputs of the fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class StoredFit:
-    """What a file of a fit holds; ``extra`` is whatever its writer added."""
+    """Content of a fit's file; ``extra``: data added by the writer."""
 
     fit: Fit
     bootstrap: Bootstrap | None
@@ -31,8 +31,8 @@ def save_fit(
 ) -> None:
     """Write a fit, its observations and its bootstrap as one JSON file.
 
-    The file appears at once under its name: a reader sees the old one or the new one. Raises
-    UserError if the file cannot be written.
+    The file is replaced atomically: a reader sees the old or the new file. Raises UserError: the
+    file cannot be written. For example, ``save_fit(Path("fit.json"), fit, bootstrap(fit))``.
     """
     data = {
         "kind": KIND,
@@ -52,9 +52,9 @@ def save_fit(
 
 
 def load_fit(path: Path) -> StoredFit:
-    """Return the fit of ``save_fit``; it predicts the same bits.
+    """Return the fit of ``save_fit``, with bit-identical predictions.
 
-    Raises UserError if the file is missing, is not a fit, or is of another version.
+    Raises UserError: the file is missing, is not a fit, or has another version.
     """
     try:
         data = json_file.read(path)

@@ -1,4 +1,4 @@
-"""How well a law predicts what it was not fitted to."""
+"""Held-out errors of a law."""
 
 # n held-out rows, G groups, B fits
 
@@ -21,20 +21,20 @@ from allometry.laws.observations import Observations
 Array = NDArray[np.float64]
 
 FEWEST_SAMPLES = 20
-"""Samples without a group that its interval needs at least."""
+"""Minimum number of samples without a group for an interval of the group."""
 FOLD_STARTS = 8
-"""Perturbed starts of a fold, beside the optimum of all rows."""
+"""Number of perturbed starts of a fold, in addition to the optimum of all rows."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows that were predicted by a fit without them.
+    """Rows predicted by a fit without them.
 
-    ``errors``: predicted/measured - 1 (of a form whose residuals are linear: predicted less
-    measured). ``mean``, ``max``: of their sizes. ``interval``: (low [n], high [n]) of one run at
-    ``level``, by fits without the row; NaN where there is none. ``notes``: what was left out, and
-    why. ``at_bounds``: parameters that a fold, or more, has at a bound. ``fold``: the fit that
-    predicted all of them, where there is one.
+    ``errors``: predicted/measured - 1 (predicted minus measured if the form's residuals are
+    linear). ``mean``, ``max``: of their sizes. ``interval``: (low [n], high [n]) of one run at
+    ``level``, by fits without the row; NaN if unknown. ``notes``: groups left out, with reasons.
+    ``at_bounds``: parameters at a bound in at least one fold. ``fold``: the fit that predicted all
+    rows, if there is a single one.
     """
 
     groups: tuple[str, ...]
@@ -49,7 +49,7 @@ class HeldOut:
 
     @property
     def covered(self) -> tuple[int, int] | None:
-        """How many rows lie in their interval, and how many have one."""
+        """Number of rows within their interval, and number of rows with an interval."""
         if self.interval is None:
             return None
         low_n, high_n = self.interval
@@ -58,19 +58,19 @@ class HeldOut:
 
     @property
     def errors(self) -> Array:
-        """The error of each row."""
+        """Error of each row."""
         if self.relative:
             return np.asarray(self.predicted / self.measured - 1.0)
         return np.asarray(self.predicted - self.measured)
 
     @property
     def mean(self) -> float:
-        """The mean size of an error."""
+        """Mean size of an error."""
         return float(np.abs(self.errors).mean())
 
     @property
     def max(self) -> float:
-        """The largest size of an error."""
+        """Largest size of an error."""
         return float(np.abs(self.errors).max())
 
 
@@ -84,10 +84,10 @@ def leave_one_group_out(
 ) -> HeldOut:
     """Return every row, predicted by the fit to all other groups.
 
-    All folds are searched for at once, each from the optimum of all rows and eight points around.
-    A group without which the law cannot be fitted is left out, with a note. ``sampled``: a
-    bootstrap of the same rows, for intervals (``out_of_bag``). Raises UserError if there are fewer
-    than two groups, or no group can be held out; what ``fit`` raises.
+    All folds are fitted in one batch, each from the optimum of all rows and eight points around it.
+    A group without which the law cannot be fitted is left out with a note. ``sampled``: a bootstrap
+    of the same rows, for intervals (``out_of_bag``). Raises UserError: there are fewer than two
+    groups, or no group can be held out; or as ``fit``.
     """
     names, index_n = np.unique(np.array(observations.groups), return_inverse=True)
     if len(names) < 2:
@@ -136,7 +136,7 @@ def leave_one_group_out(
 def _too_small(
     problem: Problem, observations: Observations, index_n: NDArray[np.intp]
 ) -> dict[int, str]:
-    """Groups without which fewer rows remain than the law has parameters, and the sentence."""
+    """Return groups without which fewer rows than parameters remain, and the error message."""
     failed = {}
     for group in range(int(index_n.max()) + 1):
         try:
@@ -147,11 +147,11 @@ def _too_small(
 
 
 def out_of_bag(sampled: Bootstrap, level: float = 0.95) -> tuple[Array, Array] | None:
-    """Return intervals (low [n], high [n]) of one run for each fitted row, by fits without it.
+    """Return intervals (low [n], high [n]) of one run for each fitted row, by fits without the row.
 
-    By the samples that did not draw the row's group, as jackknife+-after-bootstrap does (Kim, Xu &
-    Barber, arXiv 2002.09025), widened by the form's error where the group lies beyond all others.
-    NaN where fewer than 20 samples lack the group; None for a bootstrap that was read from a file.
+    From the samples that did not draw the row's group, as in jackknife+-after-bootstrap (Kim, Xu &
+    Barber, arXiv 2002.09025), widened by the form's error if the group is outside of all others.
+    NaN if fewer than 20 samples lack the group; None for a bootstrap that was read from a file.
     """
     if sampled.drawn_BG is None:
         return None
@@ -182,9 +182,9 @@ def hold_out_largest(
 ) -> HeldOut:
     """Return the rows with the ``number`` largest values of column ``by``, predicted by the others.
 
-    ``samples``: of a bootstrap of the others, for intervals at ``level``; 0: none. There are none
-    where the others do not identify the law. Raises UserError if the column is missing or has too
-    few values; what ``fit`` raises.
+    ``samples``: of a bootstrap of the other rows, for intervals at ``level``; 0 for no intervals.
+    There are also no intervals if the other rows do not identify the law. Raises UserError: the
+    column is missing or has too few values; or as ``fit``.
     """
     values_n = observations[by]
     levels = np.unique(values_n)

@@ -1,1 +1,1 @@
-"""Law forms, one file for each family; each file lists its own in ``FORMS``."""
+"""Law forms, one file for each family; each file lists its forms in ``FORMS``."""

@@ -1,4 +1,4 @@
-"""What a law is: a form with named parameters, the units it consumes, its source and its range."""
+"""Base class of laws: a form with named parameters, units, source and valid range."""
 
 # S parameter sets, n rows, P parameters
 
@@ -16,21 +16,23 @@ from allometry.configs.errors import UserError
 from allometry.laws.observations import Observations
 
 Values = Mapping[str, Any]
-"""Value of each parameter: a float, or an array [S, 1] for S sets at once; complex too."""
+"""Value of each parameter: a float, or an array [S, 1] for S sets at once; may be complex."""
 Predictions = NDArray[Any]
 Slopes = tuple[Predictions, NDArray[np.float64]]
 """Predictions [S, n] and their derivatives [S, P, n] by parameter value."""
 
 LOSS_UNIT = "nats per token"
-"""Of losses of run folders and of published coefficients; no law depends on it (see ``Fit.unit``).
+"""Unit of losses of run folders and published coefficients; no law depends on it.
+
+See ``Fit.unit``.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """A column that a law reads or predicts: ``N``, its unit and what it counts.
+    """Input or target column of a law: name, unit and description, such as ``N``.
 
-    ``positive``: only positive numbers make sense; ``least``, ``most``: only those in this range.
+    ``positive``: True if values must be positive; ``least``, ``most``: range of valid values.
     """
 
     name: str
@@ -41,16 +43,16 @@ class Variable:
     most: float = np.inf
 
     def bad(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Return which values the law cannot take."""
+        """Return a mask of the values that the law cannot use."""
         outside = ~np.isfinite(values) | (values < self.least) | (values > self.most)
         return outside | (values <= 0.0) if self.positive else outside
 
     def clip(self, values: Any) -> NDArray[np.float64]:
-        """Return predictions kept within ``least`` and ``most``: an accuracy never passes 1."""
+        """Return predictions limited to ``least`` and ``most``: an accuracy never exceeds 1."""
         return np.clip(np.asarray(values, np.float64), self.least, self.most)
 
     def hint(self, values: NDArray[np.float64]) -> str:
-        """Return words that follow a complaint: that a share looks like one in percent, if so."""
+        """Return a hint to append to an error message, if a share appears to be in percent."""
         known = values[np.isfinite(values)]
         if self.most != 1.0 or not len(known) or not 1.0 < known.max() <= 100.0 or known.min() < 0:
             return ""
@@ -58,7 +60,7 @@ class Variable:
 
     @property
     def demand(self) -> str:
-        """What values must be, in words."""
+        """Requirement on values, as text."""
         if (self.least, self.most) == (0.0, 1.0):
             return "a share from 0 to 1"
         kind = "a positive number" if self.positive else "a number"
@@ -69,13 +71,13 @@ class Variable:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A number that a fit finds.
+    """A fitted number.
 
-    ``low``, ``high``: bounds of the value. ``scale``: whether a fit moves the value itself or its
-    natural log (then the value is positive). ``start``: where blind starts are drawn from, evenly
-    on the scale, and given as values; ``grid``: instead a grid of starts, as values. ``linear``:
-    the prediction is a linear function of this parameter and the other linear ones together, so
-    that a fit solves for them.
+    ``low``, ``high``: bounds of the value. ``scale``: "linear" or "log", the scale of the search
+    (the value is positive for "log"). ``start``: range of the starts, as values, evenly drawn on
+    the scale; ``grid``: a grid of starts instead, as values. ``linear``: True if the prediction is
+    a linear function of this and the other linear parameters together, so that a fit solves for
+    them.
     """
 
     name: str
@@ -93,14 +95,14 @@ class Parameter:
 
 
 class Form(ABC):
-    """One law. Forms hold no fitted state: a ``Fit`` is a form with values.
+    """Base class of all laws. A form has no fitted state: a ``Fit`` is a form with values.
 
     ``name``: as typed by users. ``equation``: one line. ``source``: paper and equation.
-    ``inputs``/``target``: columns it reads and predicts. ``parameters``: in the order of a fit's
-    vectors. ``valid``: the range of what it was shown on, in words. ``published``: named sets of
-    coefficients from papers, for predictions without a fit and for tests; fits never start there.
-    ``residual``: on which scale a fit compares, by default: of logs (for a positive target) or of
-    the values.
+    ``inputs``/``target``: input and predicted columns. ``parameters``: in the order of a fit's
+    vectors. ``valid``: the demonstrated range, as text. ``published``: named sets of coefficients
+    from papers, for predictions without a fit and for tests; fits never start from them.
+    ``residual``: default scale of a fit's residuals: of logs (for a positive target) or of the
+    values.
     """
 
     name: ClassVar[str]
@@ -114,10 +116,10 @@ class Form(ABC):
     residual: ClassVar[Literal["log", "linear"]] = "log"
 
     def prepare(self, observations: Observations) -> Any:
-        """Return what ``predict`` needs of the rows, computed once for many predictions.
+        """Return the prepared inputs of ``predict``, computed once for many predictions.
 
-        Here: the input columns, checked. Forms of curves also precompute sums. Raises UserError if
-        a column is missing, not finite, or outside of what the law can take.
+        Here: the checked input columns. Forms of curves also precompute sums. Raises UserError: a
+        column is missing, not finite, or outside of the range that the law can use.
         """
         columns = {}
         for variable in self.inputs:
@@ -137,22 +139,23 @@ class Form(ABC):
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the target [S, n] (or [n] for plain floats).
 
-        Written with numpy operations that broadcast [S, 1] against [n] and hold for complex
-        values, as derivatives are taken by complex steps where ``derivatives`` is not overridden.
+        Implemented with numpy operations that broadcast [S, 1] against [n] and are valid for
+        complex values, because derivatives are computed by complex steps unless ``derivatives`` is
+        overridden.
         """
 
     def cautions(self, values: Mapping[str, float], observations: Observations) -> list[str]:
-        """Return what to be warned of where the law is asked about these rows, a sentence each."""
+        """Return warnings about predictions for these rows, a sentence each."""
         return []
 
     def restated(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the paper's coefficients, where the parameters are other functions of them."""
+        """Return the paper's coefficients, if the parameters are functions of them."""
         return {}
 
     def for_columns(self, columns: Sequence[str]) -> Form:
-        """Return this law over columns of these names: for laws of any number of domains.
+        """Return this law over columns of these names, for laws of any number of domains.
 
-        Users write ``NAME:COLUMN,COLUMN``, which is then the name of the form. Raises UserError if
+        Users write ``NAME:COLUMN,COLUMN``, which becomes the name of the form. Raises UserError:
         this law reads fixed columns.
         """
         raise UserError(
@@ -161,15 +164,15 @@ class Form(ABC):
         )
 
     def derivatives(self, values: Values, prepared: Any) -> Slopes | None:
-        """Return predictions and derivatives, or None: the fit then takes complex steps.
+        """Return predictions and derivatives, or None: the fit then uses complex steps.
 
-        Override where speed matters.
+        Override for speed.
         """
         return None
 
 
 class LogForm(Form):
-    """A law of the logs of its inputs."""
+    """Base class of laws of the logs of their inputs."""
 
     def prepare(self, observations: Observations) -> Any:
         """Return the natural log [n] of each input, in their order."""

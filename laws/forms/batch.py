@@ -1,4 +1,4 @@
-"""Laws of the batch: the critical batch against loss, and steps against tokens."""
+"""Laws of the batch size: critical batch against loss, and steps against tokens."""
 
 # S parameter sets, n rows; B tokens of a step, S steps, L nats per token
 
@@ -15,9 +15,9 @@ from allometry.scaling.hyperlaws import minicpm_batch
 
 
 class CriticalBatch(Form):
-    """B_crit(L) = B_star / L^{1/α_B}: the batch up to which more of it saves steps.
+    """B_crit(L) = B_star / L^{1/α_B}: the batch up to which a larger batch saves steps.
 
-    The best batch of a loss follows the same form, with other coefficients.
+    The best batch at a loss follows the same form, with other coefficients.
     """
 
     name = "critical_batch"
@@ -31,7 +31,7 @@ class CriticalBatch(Form):
     )
     valid = "losses of 2.5 to 6 nats; data, tokeniser and optimizer change it"
     published: ClassVar[Mapping[str, Mapping[str, float]]] = {
-        # From memory: no test holds it true.
+        # From memory, and not verified by a test.
         "kaplan": {"B_star": 2e8, "alpha_B": 0.21},
         "minicpm": {
             "B_star": minicpm_batch(1.0),
@@ -40,15 +40,15 @@ class CriticalBatch(Form):
     }
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the batch [S, n]; holds for complex values."""
+        """Return the batch [S, n]; valid for complex values."""
         return np.asarray(values["B_star"] * np.exp(-np.log(prepared["loss"]) / values["alpha_B"]))
 
 
 class StepsToLoss(Form):
-    """S(B) = S_min + E_min / B: steps that one loss takes with batches of B tokens.
+    """S(B) = S_min + E_min / B: steps to one loss with batches of B tokens.
 
-    The same as (S/S_min − 1)(E/E_min − 1) = 1 with E = B S tokens. S_min is what no batch beats,
-    E_min tokens what no patience beats; B_crit = E_min / S_min costs twice each.
+    The same as (S/S_min − 1)(E/E_min − 1) = 1 with E = B S tokens. S_min is the minimum of steps
+    over all batches, E_min the minimum of tokens; B_crit = E_min / S_min takes twice both.
     """
 
     name = "steps_to_loss"
@@ -63,7 +63,7 @@ class StepsToLoss(Form):
     valid = "runs to one loss, each at the best rate of its batch"
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the steps [S, n]; holds for complex values."""
+        """Return the steps [S, n]; valid for complex values."""
         return np.asarray(values["S_min"] + values["E_min"] / prepared["B"])
 
 

@@ -13,7 +13,7 @@ from allometry.laws.forms.base import Form, Parameter, Predictions, Slopes, Valu
 from allometry.laws.observations import Observations
 
 LEAST_SHARE = 1e-300
-"""A share of zero under a power: r^eta is then 0 for any eta that matters."""
+"""Replacement of a zero share under a power: r^eta is then 0 for any relevant eta."""
 
 CMR_TOKENS = 0.2e9
 """Tokens in one unit of T in 2407.17467."""
@@ -38,7 +38,7 @@ def _power_law(unit: str) -> tuple[Parameter, ...]:
 class DomainContinual(Form):
     """The D-CPT law, 2406.01375: one fit for the domain's loss, another for the general loss.
 
-    ``r`` is the share of the corpus that the loss is measured on: of the domain for the domain's
+    ``r`` is the share of the corpus on which the loss is measured: of the domain for the domain's
     loss, one minus that for the general loss.
     """
 
@@ -61,7 +61,7 @@ class DomainContinual(Form):
     )
 
     def prepare(self, observations: Observations) -> Any:
-        """Return the columns and the logs of those under a power."""
+        """Return the columns and the logs of columns under a power."""
         columns = super().prepare(observations)
         logs = {name: np.log(columns[name]) for name in ("N", "D")}
         return {**columns, "log": {**logs, "r": np.log(np.maximum(columns["r"], LEAST_SHARE))}}
@@ -87,7 +87,7 @@ class DomainContinual(Form):
         return loss_Sn, np.stack(slopes, axis=-2)
 
     def _parts(self, values: Values, prepared: Any) -> tuple[Any, Any, Any]:
-        """Return what A, B and C multiply, each [S, n]."""
+        """Return the factors of A, B and C, each [S, n]."""
         log, r_n = prepared["log"], prepared["r"]
         size = np.exp(-values["alpha"] * log["N"])
         data = np.exp(values["eta"] * log["r"] - values["beta"] * log["D"])
@@ -95,12 +95,11 @@ class DomainContinual(Form):
 
 
 class CrossDomainContinual(DomainContinual):
-    """The cross-domain D-CPT law, 2406.01375: one fit for several domains, told apart by K.
+    """The cross-domain D-CPT law, 2406.01375: one fit for several domains, distinguished by K.
 
-    ``K = w1/k1 + w2 k2`` with k1 the domain's loss before the training and k2 the rate at which it
-    falls at first. F and the scale of K are one number, so here w1 is 1: ``w`` is w2/w1 and ``F``
-    is the paper's F/w1^mu. Fit it to three domains or more; with two, E, F and mu are not told
-    apart.
+    ``K = w1/k1 + w2 k2`` with k1 the domain's loss before the training and k2 the initial rate of
+    its fall. F and the scale of K are one number, so here w1 is 1: ``w`` is w2/w1 and ``F`` is the
+    paper's F/w1^mu. Fit it to three domains or more; with two, E, F and mu are not identified.
     """
 
     name: ClassVar[str] = "d_cpt_cross"
@@ -137,15 +136,15 @@ class CrossDomainContinual(DomainContinual):
         return total_Sn, np.concatenate([slopes_SPn, np.stack(more, axis=-2)], axis=-2)
 
     def _domain(self, values: Values, prepared: Any) -> tuple[Any, Any]:
-        """Return K and what F multiplies, each [S, n]."""
+        """Return K and the factor of F, each [S, n]."""
         coefficient_Sn = 1.0 / prepared["k1"] + values["w"] * prepared["k2"]
         return coefficient_Sn, np.exp(-values["mu"] * np.log(coefficient_Sn))
 
 
 class _Power(Form):
-    """``a x^s + b`` of one input x, of which ``prepare`` returns the log.
+    """Base class of ``a x^s + b`` with one input x, whose log ``prepare`` returns.
 
-    An s near zero makes a and b grow without changing the curve, which is then a logarithm.
+    As s approaches zero, a and b grow without changing the curve, which becomes a logarithm.
     """
 
     source: ClassVar[str] = "Gu et al. 2407.17467 (CMR scaling law)"
@@ -156,7 +155,7 @@ class _Power(Form):
 
 
 class _PowerOfTokens(_Power):
-    """``a T^s + b`` with T in the units of 2407.17467, which only scale a."""
+    """Law ``a T^s + b`` with T in the units of 2407.17467, which only scale a."""
 
     equation: ClassVar[str] = "a T^s + b, T = D/0.2e9"
     inputs: ClassVar[tuple[Variable, ...]] = (_D,)
@@ -170,10 +169,10 @@ class _PowerOfTokens(_Power):
 
 
 class CriticalShare(_PowerOfTokens):
-    """CMR scaling law, 2407.17467: the critical mixture ratio by the tokens to be trained on.
+    """CMR scaling law, 2407.17467: the critical mixture ratio by the number of training tokens.
 
-    Fit it to what ``allometry.laws.continual.critical_shares`` finds at several horizons.
-    Predictions are kept between 0 and 1; the power law by itself leaves that range far out.
+    Fit it to the result of ``allometry.laws.continual.critical_shares`` at several horizons.
+    Predictions are limited to [0, 1], which the power law leaves far outside of the data.
     """
 
     name: ClassVar[str] = "cmr_critical"
@@ -194,7 +193,7 @@ class CriticalShare(_PowerOfTokens):
 
 
 class DomainChange(_PowerOfTokens):
-    """2407.17467: how the domain's loss has changed after D tokens, at one size and share."""
+    """2407.17467: change of the domain's loss after D tokens, at one size and share."""
 
     name: ClassVar[str] = "cmr_domain"
     equation: ClassVar[str] = f"dloss = {_PowerOfTokens.equation}"
@@ -203,9 +202,9 @@ class DomainChange(_PowerOfTokens):
 
 
 class GeneralChange(_PowerOfTokens):
-    """2407.17467: how the general loss has changed after D tokens: it rises, then may fall.
+    """2407.17467: change of the general loss after D tokens, which rises and may then fall.
 
-    The paper's two exponents are s and s + gap here, so that neither can take the other's place.
+    The paper's two exponents are s and s + gap here, so that they cannot be exchanged.
     """
 
     name: ClassVar[str] = "cmr_general"

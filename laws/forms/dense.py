@@ -33,8 +33,8 @@ def _exps(low: float, high: float, step: float) -> tuple[float, ...]:
 class Chinchilla(LogForm):
     """L = E + A/N^α + B/D^β, the third approach of Hoffmann et al.
 
-    The grid of starts is the 4,500 points of Besiroglu et al.: ln A, ln B in {0, 5, ..., 25},
-    ln E in {-1, ..., 1}, α, β in {0, ..., 2}.
+    The grid of starts has the 4,500 points of Besiroglu et al.: ln A, ln B in {0, 5, ..., 25}, ln E
+    in {-1, ..., 1}, α, β in {0, ..., 2}.
     """
 
     name = "chinchilla"
@@ -87,10 +87,10 @@ class Chinchilla(LogForm):
 
 
 class Kappa(LogForm):
-    """L = E + (A/N^a + B/D^b)^κ: Chinchilla's law with one more freedom, κ = 1.
+    """L = E + (A/N^a + B/D^b)^κ: Chinchilla's law with one more parameter; κ = 1 is Chinchilla.
 
-    The competitor of Farseer's nine parameters: with κ < 1 tokens and parameters lack less where
-    both lack.
+    The alternative to Farseer's nine parameters: with κ < 1 the loss is smaller than the sum of two
+    separate terms if both N and D are small.
     """
 
     name = "kappa"

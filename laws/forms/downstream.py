@@ -1,4 +1,4 @@
-"""From loss to what a benchmark says: error and accuracy."""
+"""Laws from the loss to benchmark scores: error and accuracy."""
 
 # S parameter sets, n rows
 
@@ -12,11 +12,11 @@ from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Vari
 
 
 class DownstreamError(Form):
-    """Err(L) = ε − k exp(−γ L): the mean error over tasks falls as the loss does.
+    """Err(L) = ε − k exp(−γ L): the mean error over tasks falls with the loss.
 
-    Meant for a mean over many tasks that start above chance; single tasks are noisy and may not
-    move at all at small scales. ε, the error at high loss, is at most 1; where the tasks' chance is
-    known, ``fixed={"epsilon": 1 - chance}`` holds it there.
+    Intended for a mean over many tasks above chance; single tasks are noisy and may not change at
+    all at small scales. ε, the error at high loss, is at most 1; if the tasks' chance is known, fix
+    it with ``fixed={"epsilon": 1 - chance}``.
     """
 
     name = "downstream_error"
@@ -33,7 +33,7 @@ class DownstreamError(Form):
     residual = "linear"
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the error [S, n]; holds for complex values."""
+        """Return the error [S, n]; valid for complex values."""
         fallen = values["k"] * np.exp(-values["gamma"] * prepared["loss"])
         return np.asarray(values["epsilon"] - fallen)
 
@@ -42,11 +42,11 @@ class DownstreamSigmoid(Form):
     """Acc(L) = c + (1 − c) g / (1 + exp(k (L − L0))): chance at high loss, more at low loss.
 
     The second of two steps: the first predicts the task's own loss (of the right answers, in bits
-    for each byte) from N and D. The paper writes a/(1 + exp(−k (L − L0))) + b, where b = c + (1−c)g
-    is what a perfect model gets and a + b = c what chance gives. Here both lie between 0 and 1, and
-    the former is no less than the latter, whatever the data. Where chance is known, hold c there:
-    ``fixed={"chance": 0.25}``. Fit it to intermediate checkpoints, averaged as
-    ``laws.downstream.smooth_checkpoints`` does.
+    per byte) from N and D. The paper writes a/(1 + exp(−k (L − L0))) + b, where b = c + (1−c)g is
+    the accuracy of a perfect model and a + b = c the chance. Here both are between 0 and 1, and the
+    former is never less than the latter, for any data. If chance is known, fix it:
+    ``fixed={"chance": 0.25}``. Fit it to intermediate checkpoints, averaged by
+    ``laws.downstream.smooth_checkpoints``.
     """
 
     name = "downstream_sigmoid"
@@ -64,9 +64,9 @@ class DownstreamSigmoid(Form):
     residual = "linear"
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the accuracy [S, n]; holds for complex values and far into both tails."""
+        """Return the accuracy [S, n]; valid for complex values and far into both tails."""
         argument = values["k"] * (prepared["loss"] - values["L0"])
-        # 1/(1 + exp(x)) without the overflow.
+        # 1/(1 + exp(x)) without overflow
         reached = values["gain"] * 0.5 * (1.0 - np.tanh(0.5 * argument))
         return np.asarray(values["chance"] + (1.0 - values["chance"]) * reached)
 

@@ -1,4 +1,4 @@
-"""Farseer: a loss whose dependence on tokens changes with the number of parameters."""
+"""Farseer's law: the dependence of the loss on tokens changes with the number of parameters."""
 
 # S parameter sets, n rows
 
@@ -14,17 +14,17 @@ from allometry.laws.forms.dense import D
 from allometry.laws.observations import Observations
 
 REFERENCE = 1e9
-"""The N at which levels and slopes are stated."""
+"""The N at which levels and slopes are defined."""
 
 
 class Farseer(Form):
     """L = exp(a3·N^γ + b3) + exp(a2·N^β + b2) · D^(-exp(a1·N^α + b1)).
 
-    Three functions of N: the loss without end of data, the coefficient of the power of D and its
-    exponent. The paper's a and b cannot be told apart as an exponent nears 0, so a fit moves the
-    logs' values at N = 1e9 (``endless``, ``coefficient``, ``exponent``), their slopes there by
-    ln N, and how these grow with N: a·N^γ + b = level + slope·((N/1e9)^γ - 1)/γ.
-    ``restated`` gives the paper's. N counts non-embedding parameters.
+    Three functions of N: the loss for unlimited data, the coefficient of the power of D and its
+    exponent. The paper's a and b are not identified as an exponent approaches 0, so the parameters
+    of a fit are the logs' values at N = 1e9 (``endless``, ``coefficient``, ``exponent``), their
+    slopes by ln N at this N, and the growth of these with N: a·N^γ + b = level + slope·((N/1e9)^γ -
+    1)/γ. ``restated`` returns the paper's coefficients. N counts non-embedding parameters.
     """
 
     name = "farseer"
@@ -90,7 +90,7 @@ class Farseer(Form):
 
 
 def stretched(power: Any, log_n: Any) -> Any:
-    """Return (exp(power·log_n) - 1)/power, log_n where power is 0; complex values too."""
+    """Return (exp(power·log_n) - 1)/power, log_n where power is 0; valid for complex values."""
     z = power * log_n
     small = np.abs(z) < 1e-5
     ratio = np.expm1(z) / np.where(small, 1.0, z)
@@ -98,7 +98,7 @@ def stretched(power: Any, log_n: Any) -> Any:
 
 
 def stretched_slope(power: Any, log_n: Any, value: Any) -> Any:
-    """Return the derivative by power of ``stretched``, whose ``value`` is given."""
+    """Return the derivative by power of ``stretched``, given its ``value``."""
     z = power * log_n
     small = np.abs(z) < 1e-3
     series = log_n * log_n * (0.5 + z * (1.0 / 3.0 + z * (0.125 + z / 30.0)))

@@ -1,4 +1,4 @@
-"""Laws of learning rate and batch: the surface of one sweep, and its optimum against N and D."""
+"""Laws of learning rate and batch size: the surface of one sweep, and its optimum by N and D."""
 
 # S parameter sets, n rows; N parameters, D tokens of the run, B tokens of a step; an octave is a
 # factor of two
@@ -21,11 +21,11 @@ _TOKENS = Variable("D", "tokens", "tokens of the run")
 
 
 class HyperparameterSurface(Form):
-    """A bowl in octaves of rate and batch around its optimum, for runs of one N and D.
+    """Paraboloid in octaves of learning rate and batch around the optimum, for runs of one N and D.
 
     L = L_min + (p u² + 2 ρ √(pq) u v + q v²), u = log2(lr/lr_best), v = log2(B/B_best). |ρ| < 1
-    keeps it a bowl. Losses far from the optimum are no parabola: fit runs near the best one
-    (``laws.surfaces`` chooses them).
+    makes it convex. Losses far from the optimum are not parabolic: fit runs near the best one
+    (``laws.surfaces`` selects them).
     """
 
     name = "hyperparameter_surface"
@@ -48,7 +48,7 @@ class HyperparameterSurface(Form):
     residual = "linear"
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the loss [S, n]; holds for complex values."""
+        """Return the loss [S, n]; valid for complex values."""
         octave = math.log(2.0)
         u = (np.log(prepared["lr"]) - np.log(values["lr_best"])) / octave
         v = (np.log(prepared["B"]) - np.log(values["B_best"])) / octave
@@ -59,7 +59,7 @@ class HyperparameterSurface(Form):
 
 
 class LearningRateLaw(Form):
-    """lr_best = c N^a D^b: the best rates of sweeps over sizes and horizons."""
+    """lr_best = c N^a D^b: the best learning rates of sweeps over sizes and horizons."""
 
     name = "learning_rate_law"
     equation = "lr = c N^a D^b"
@@ -81,13 +81,13 @@ class LearningRateLaw(Form):
     }
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the rate [S, n]; holds for complex values."""
+        """Return the learning rate [S, n]; valid for complex values."""
         exponent = values["a"] * np.log(prepared["N"]) + values["b"] * np.log(prepared["D"])
         return np.asarray(values["c"] * np.exp(exponent))
 
 
 class BatchLaw(Form):
-    """B_best = c D^b: the best batch of sweeps, whatever the size."""
+    """B_best = c D^b: the best batch size of sweeps, for any model size."""
 
     name = "batch_law"
     equation = "B = c D^b"
@@ -107,7 +107,7 @@ class BatchLaw(Form):
     }
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the batch [S, n]; holds for complex values."""
+        """Return the batch size [S, n]; valid for complex values."""
         return np.asarray(values["c"] * np.exp(values["b"] * np.log(prepared["D"])))
 
 

@@ -25,7 +25,7 @@ def _powers() -> tuple[Parameter, ...]:
 
 
 def _mixture_parameters(domains: Sequence[str]) -> tuple[Parameter, ...]:
-    """C_j and γ_j of each domain."""
+    """Return C_j and γ_j of each domain."""
     coefficients = (
         Parameter(f"C_{d}", "1/(nats per token)", 1e-9, 1e9, (0.1, 30.0), "log") for d in domains
     )
@@ -34,11 +34,11 @@ def _mixture_parameters(domains: Sequence[str]) -> tuple[Parameter, ...]:
 
 
 class MixingAdditive(DomainForm):
-    """L = E + 1/Σ_j C_j r_j^γ_j + A/N^α + B/D^β: the mixture moves the loss alike at any scale.
+    """L = E + 1/Σ_j C_j r_j^γ_j + A/N^α + B/D^β: the term of the mixture is independent of scale.
 
-    So the best mixture is the same at every N and D, and small runs say which it is. Fit it to runs
-    of several mixtures at two sizes and two horizons at least. The authors predict losses of 3B and
-    7B models by fits up to 1.4B with it.
+    So the best mixture is the same at every N and D, and small runs determine it. Fit it to runs of
+    several mixtures at two or more sizes and horizons. The authors predict losses of 3B and 7B
+    models by fits up to 1.4B with it.
     """
 
     name: ClassVar[str] = "mixing_additive"
@@ -82,28 +82,29 @@ class MixingAdditive(DomainForm):
         }
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the loss [S, n]; holds for complex values."""
+        """Return the loss [S, n]; valid for complex values."""
         size = values["A"] * np.exp(-values["alpha"] * prepared["N"])
         data = values["B"] * np.exp(-values["beta"] * prepared["D"])
         return np.asarray(values["E"] + self._of_mixture(values, prepared) + size + data)
 
     def _of_mixture(self, values: Values, prepared: Any) -> Any:
-        """The term of the shares alone."""
+        """Return the term that depends on the shares only."""
         logs = prepared["logs"]
         parts = (values[f"C_{d}"] * np.exp(values[f"g_{d}"] * logs[d]) for d in self.domains)
         return 1.0 / sum(parts)
 
 
 SCALES = {"N": 1e8, "D": 2e9}
-"""N and D at which the joint law states what size and data lack."""
+"""N and D at which the joint law defines its terms of size and data."""
 
 
 class MixingJoint(MixingAdditive):
     """L = E + 1/Σ_j C_j r_j^γ_j + (Σ_j A_j r_j)^μ (N/1e8)^-α + (Σ_j B_j r_j)^ν (D/2e9)^-β.
 
-    What size and data bring depends on the mixture too, so that the best mixture changes with the
-    budget. 5 + 4 K parameters: runs of many mixtures at three sizes and horizons. The paper has
-    plain N and D: its A_j and B_j are ``restated``; here they do not follow α and β in a search.
+    The terms of size and data also depend on the mixture, so that the best mixture changes with the
+    budget. 5 + 4 K parameters: needs runs of many mixtures at three sizes and horizons. The paper
+    has plain N and D: its A_j and B_j are ``restated``; the scaled ones do not follow α and β in a
+    search.
     """
 
     name: ClassVar[str] = "mixing_joint"
@@ -126,7 +127,7 @@ class MixingJoint(MixingAdditive):
         return (*_powers(), *powers, *_mixture_parameters(domains), *sums)
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the loss [S, n]; holds for complex values."""
+        """Return the loss [S, n]; valid for complex values."""
         total = values["E"] + self._of_mixture(values, prepared)
         for name, power, exponent, log in (("A", "mu", "alpha", "N"), ("B", "nu", "beta", "D")):
             shares = prepared["shares"]

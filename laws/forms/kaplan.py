@@ -1,4 +1,4 @@
-"""Kaplan's laws: of finished models, and of a model on its way."""
+"""Kaplan's laws: of finished models, and of a model during training."""
 
 # S parameter sets, n rows
 
@@ -16,13 +16,13 @@ from allometry.laws.observations import Observations
 
 NON_EMBEDDING = Variable("N", "parameters", "non-embedding parameters")
 
-# Constants of the paper, from memory and never compared with it, so no published sets: N_c 8.8e13,
-# α_N .076, D_c 5.4e13, α_D .095; of the trajectory N_c 6.5e13, α_N .077, S_c 2.1e3, α_S .76;
-# B_crit = 2e8 tokens · L^(-1/.21).
+# Constants of the paper, from memory and never compared with it, so they are not published sets:
+# N_c 8.8e13, α_N .076, D_c 5.4e13, α_D .095; of the trajectory N_c 6.5e13, α_N .077, S_c 2.1e3, α_S
+# .76; B_crit = 2e8 tokens · L^(-1/.21).
 
 
 class Kaplan(LogForm):
-    """L = ((N_c/N)^(α_N/α_D) + D_c/D)^α_D: there is no irreducible loss."""
+    """L = ((N_c/N)^(α_N/α_D) + D_c/D)^α_D, without irreducible loss."""
 
     name = "kaplan"
     equation = "loss = ((N_c/N)^(alpha_N/alpha_D) + D_c/D)^alpha_D"
@@ -47,10 +47,10 @@ class Kaplan(LogForm):
 
 
 class KaplanTrajectory(LogForm):
-    """L = (N_c/N)^α_N + (S_c/S_min)^α_S, after S_min steps of a batch far above the critical one.
+    """L = (N_c/N)^α_N + (S_c/S_min)^α_S, after S_min steps of a batch far above the critical batch.
 
-    Rows give S_min, or S, B and B_crit (tokens of the batch and of the critical batch), from which
-    S_min = S/(1 + B_crit/B). The law ``critical_batch`` gives B_crit of a loss.
+    Rows have S_min, or S, B and B_crit (tokens of the batch and of the critical batch), from which
+    S_min = S/(1 + B_crit/B). The law ``critical_batch`` gives B_crit at a loss.
     """
 
     name = "kaplan_trajectory"
@@ -86,7 +86,7 @@ class KaplanTrajectory(LogForm):
 def with_minimum_steps(observations: Observations) -> Observations:
     """Return the rows with a column S_min = S/(1 + B_crit/B) (arXiv 2001.08361, equation 5.5).
 
-    Raises UserError if S, B or B_crit is missing.
+    Raises UserError: S, B or B_crit is missing.
     """
     missing = [name for name in ("S", "B", "B_crit") if name not in observations.columns]
     if missing:

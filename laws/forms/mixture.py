@@ -16,16 +16,16 @@ from allometry.laws.forms.base import Form, Parameter, Predictions, Slopes, Valu
 from allometry.laws.observations import Observations
 
 SUM_TOLERANCE = 0.02
-"""How far from one the shares of a row may sum; they are then divided by their sum."""
+"""Allowed deviation of a row's sum of shares from 1; shares are then divided by their sum."""
 
 
 def shares_of(
     form: Form, domains: Sequence[str], observations: Observations
 ) -> NDArray[np.float64]:
-    """Return the shares [n, K] of each row, summing to one.
+    """Return the shares [n, K] of each row, which sum to one.
 
-    Raises UserError if a column is missing, a share is negative or not finite, or a row's shares
-    sum to something further from one than rounding explains.
+    Raises UserError: a column is missing, a share is negative or not finite, or the sum of a row's
+    shares deviates from one by more than rounding.
     """
     missing = [domain for domain in domains if domain not in observations.columns]
     if missing:
@@ -60,7 +60,10 @@ def shares_of(
 
 
 class DomainForm(Form):
-    """A law over ``fewest`` or more columns, ``domains``; its inputs and parameters follow them."""
+    """Base class of laws over ``fewest`` or more columns, ``domains``.
+
+    Inputs and parameters depend on the domains.
+    """
 
     domains: ClassVar[tuple[str, ...]]
     fewest: ClassVar[int]
@@ -71,7 +74,7 @@ class DomainForm(Form):
     @classmethod
     @abstractmethod
     def inputs_of(cls, domains: Sequence[str]) -> tuple[Variable, ...]:
-        """Return the columns over these domains."""
+        """Return the input columns for these domains."""
 
     @classmethod
     @abstractmethod
@@ -79,7 +82,10 @@ class DomainForm(Form):
         """Return the parameters over these domains."""
 
     def for_columns(self, columns: Sequence[str]) -> Self:
-        """Return this law over columns, as ``NAME:a,b,c``; UserError if too few or not distinct."""
+        """Return this law over columns, as ``NAME:a,b,c``.
+
+        Raises UserError: too few or not distinct.
+        """
         name = self.name.partition(":")[0]
         if len(columns) < self.fewest or "" in columns or len(set(columns)) < len(columns):
             raise UserError(
@@ -99,10 +105,10 @@ class DomainForm(Form):
 class MixingExponential(DomainForm):
     """Data mixing laws 2403.16952: ``L = c + k exp(sum_j t_j r_j)``.
 
-    The shares sum to one, so k would only shift all t_j: here k is 1, and t_j says directly where
-    the loss is with domain j alone, ``c + exp(t_j)``. Coefficients with a k are the same law with
-    ``t_j + ln k``. A domain of which a trace is enough (formal languages, chat logs) has a t_j of
-    minus hundreds.
+    The shares sum to one, so k would only shift all t_j: here k is 1, and t_j directly determines
+    the loss with domain j alone, ``c + exp(t_j)``. Coefficients with a k are the same law with
+    ``t_j + ln k``. A domain of which a trace is sufficient (formal languages, chat logs) has a t_j
+    of minus hundreds.
     """
 
     name: ClassVar[str] = "mixing_exponential"
@@ -154,9 +160,9 @@ class MixingImplicit(MixingExponential):
     """Data mixing laws 2403.16952: the validation set is itself a mixture.
 
     A validation set of M unnamed domains with shares s_i has ``sum_i s_i L_i``; s_i, k_i and c_i
-    enter only through ``c = sum_i s_i c_i`` and ``s_i k_i``, so with the shares of training
-    summing to one the law is c and a sum of M exponentials. Here M is 2. The two are
-    interchangeable, so starts agree on the objective but not on which is which.
+    enter only through ``c = sum_i s_i c_i`` and ``s_i k_i``, so with the shares of training summing
+    to one the law is c and a sum of M exponentials. Here M is 2. The two exponentials are
+    interchangeable, so starts agree on the objective but not on the order.
     """
 
     name: ClassVar[str] = "mixing_implicit"

@@ -1,7 +1,7 @@
 """Laws of mixtures of experts: efficiency leverage, routed models, granularity."""
 
-# S parameter sets, n rows; N parameters, D tokens, C FLOPs, A share of active experts, G how many
-# times finer experts are cut
+# S parameter sets, n rows; N parameters, D tokens, C FLOPs, A share of active experts, G
+# granularity (dense width over expert width)
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Vari
 class EfficiencyLeverage(Form):
     """EL = Â^{a + d log10 C + γ (log2 G)² + β log2 G}, Â = A + A_start.
 
-    How many times the FLOPs a dense model needs for the same loss. The bases of the logarithms
-    are not in the paper's text: with log10 C and log2 G its own statements come out (above 7 at
-    A = 3.1 %, G = 12, C = 1e22; best G near 12), with natural ones they are off by thousands. The
-    paper's saturation of Â at A_max = 5.28e16 is beyond a double's digits and left out.
+    Ratio of a dense model's FLOPs to the mixture's at the same loss. The bases of the logarithms
+    are not in the paper's text: log10 C and log2 G reproduce its statements (above 7 at A = 3.1 %,
+    G = 12, C = 1e22; best G near 12), natural logarithms are off by thousands. The paper's
+    saturation of Â at A_max = 5.28e16 is beyond a double's digits and left out.
     """
 
     name = "efficiency_leverage"
@@ -47,7 +47,7 @@ class EfficiencyLeverage(Form):
     }
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the leverage [S, n]; holds for complex values."""
+        """Return the leverage [S, n]; valid for complex values."""
         log2_granularity = np.log2(prepared["granularity"])
         exponent = (
             values["a"]
@@ -88,7 +88,7 @@ class Clark(Form):
     valid = "15M to 1.3B parameters, 1 to 512 experts, one expert a token, 1.3e11 tokens"
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the loss [S, n]; holds for complex values."""
+        """Return the loss [S, n]; valid for complex values."""
         log_size = np.log10(prepared["N"])
         effective = effective_experts(prepared["experts"], values["E_start"], values["E_max"])
         log_experts = np.log10(effective)
@@ -106,9 +106,9 @@ def effective_experts(experts: Any, start: Any, most: Any) -> Any:
 class Granularity(Form):
     """L = c + (g / G^γ + a) / N^α + b / D^β for mixtures whose experts are cut G times finer.
 
-    Finer experts help without end in this law; what bounds G is the cost of routing, which is not
-    in it: 14 d E G FLOPs for each token and layer of width d beside 72 d² of the matrices, for all
-    experts of E times the dense block's parameters.
+    The loss of this law falls without limit in G; the limit is the cost of routing, which is not
+    part of the law: 14 d E G FLOPs per token and layer of width d, in addition to 72 d² of the
+    matrices, for experts with E times the dense block's parameters.
     """
 
     name = "granularity"
@@ -130,7 +130,7 @@ class Granularity(Form):
         Parameter("beta", "1", 0.01, 2.0, (0.05, 0.8)),
     )
     valid = "129M to 3.7B parameters, 16B to 130B tokens, granularity 1 to 16, 64x the experts"
-    # gamma was read in a secondary text; the other six are from memory and no test holds them true.
+    # gamma was read in a secondary text; the other six are from memory and not verified by a test.
     published: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "krajewski": {
             "c": 0.47, "g": 2.1, "gamma": 0.58, "a": 18.1, "alpha": 0.115, "b": 30.8, "beta": 0.147,
@@ -138,7 +138,7 @@ class Granularity(Form):
     }  # fmt: skip
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the loss [S, n]; holds for complex values."""
+        """Return the loss [S, n]; valid for complex values."""
         finer = values["g"] * np.exp(-values["gamma"] * np.log(prepared["granularity"]))
         size = (finer + values["a"]) * np.exp(-values["alpha"] * np.log(prepared["N"]))
         data = values["b"] * np.exp(-values["beta"] * np.log(prepared["D"]))

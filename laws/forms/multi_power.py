@@ -16,17 +16,22 @@ from allometry.laws.forms.tissue import CURVE_LOSS, POWER_OF_S1, STEP, check_cur
 from allometry.laws.observations import LearningRates, Observations
 
 GROWTH, CLIMBING = 1.2, 1.1
-"""Events further back lie in groups whose ages span at most this factor; the second where the climb
-of the warm-up counts, over which rates change by more."""
+"""Maximum ratio of ages within a group of older events.
 
-_FLOOR = 1e-9  # least rate over the peak: a rate of 0 has no power
+CLIMBING applies if the rise of the warm-up counts, during which rates change by more.
+"""
+
+_FLOOR = 1e-9  # least rate over the peak, as a rate of 0 has no power
 
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """Changes of the rate as each row sees them: ``fall_K`` in rate, ``area_K`` the sum of rates
-    since (its own step included), ``log_rate_K`` of the rate it fell to. Row i owns the events
-    ``first_n[i]`` up to ``first_n[i + 1]``; it has one at least, of no fall."""
+    """Changes of the learning rate before each row.
+
+    ``fall_K``: decrease of the rate, ``area_K``: sum of rates since the change (its own step
+    included), ``log_rate_K``: log of the rate after the change. Row i has the events ``first_n[i]``
+    up to ``first_n[i + 1]``; every row has at least one event, with zero fall.
+    """
 
     s1_n: NDArray[np.float64]
     fall_K: NDArray[np.float64]
@@ -44,14 +49,14 @@ def events_of(
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Return (row of each event [K], (fall, area, log rate) [3, K]) of one curve.
 
-    A row at step t sees the event of step k <= t with age t − k. Young events stand for
-    themselves; older ones are grouped so that ages in a group span a factor of 1.2.
-    A group has the sum of its falls and the mean, weighted by them, of area and log rate, so the
-    law's sum is in error by half its second derivative times their variance: below 5e-4 of the
-    decay's gain, some 2e-5 of a loss, for rates that fall steadily or in jumps; 2.5e-3 of B·peak
-    for the climb of a warm-up; 2 % of the gain where rates jump up and down at random in every step
-    (tests compare with the plain double loop). Rises and falls are grouped apart. ``warmup``:
-    whether the climb counts, as in the paper's code.
+    For a row at step t the event of step k <= t has age t − k. Young events are kept separately;
+    older events are grouped so that ages in a group span a factor of 1.2. A group has the sum of
+    its falls and the mean, weighted by them, of area and log rate, so the error of the law's sum is
+    half its second derivative times their variance: below 5e-4 of the decay's gain, some 2e-5 of a
+    loss, for rates that fall steadily or in jumps; 2.5e-3 of B·peak for the rise of a warm-up; 2 %
+    of the gain for rates that jump up and down at random in every step (tests compare with the
+    plain double loop). Rises and falls are in separate groups. ``warmup``: True to count the rise,
+    as in the paper's code.
     """
     rates, first = curve.rates, 0 if warmup else max(1, curve.warmup_steps)
     changes = np.zeros_like(rates)
@@ -88,9 +93,9 @@ def events_of(
 class MultiPower(Form):
     """L(t) = L0 + A·S1^−alpha − B Σ_k (η_{k−1} − η_k)·(1 − (1 + C·η_k^−gamma·S_k)^−beta).
 
-    S1 is the sum of the rates up to and with step t, warm-up included; S_k that of steps k to t.
-    The sum runs over the steps k after the warm-up: the climb to the peak is none of its terms.
-    Without a change of rate after the warm-up nothing identifies B, C, beta and gamma.
+    S1 is the sum of the rates up to and with step t, warm-up included; S_k the sum of steps k to t.
+    The sum is over the steps k after the warm-up, without the rise to the peak. B, C, beta and
+    gamma are not identified without a change of rate after the warm-up.
     """
 
     name = "multi_power"
@@ -110,12 +115,12 @@ class MultiPower(Form):
     warmup_counts = False
 
     def prepare(self, observations: Observations) -> Events:
-        """Return S1 and the events of each row; UserError as of ``check_curve``."""
+        """Return S1 and the events of each row. Raises UserError like ``check_curve``."""
         super().prepare(observations)
         steps_n = check_curve(self, observations)
         number = len(observations)
         s1_n = np.empty(number)
-        # One event without a fall for each row: sums by row need no row to be empty.
+        # One event without a fall for each row: np.add.reduceat needs at least one event per row.
         rows, parts = [np.arange(number)], [np.zeros((3, number))]
         for curve, its_rows in curves_of(observations):
             s1_n[its_rows] = np.cumsum(curve.rates)[steps_n[its_rows] - 1]
@@ -158,10 +163,10 @@ class MultiPower(Form):
 
 
 class MultiPowerWithWarmup(MultiPower):
-    """The same with the climb of the warm-up among the events, as in the paper's code.
+    """Multi-Power law with the rise of the warm-up among the events, as in the paper's code.
 
-    Its coefficients are the published ones. The climb adds about B·peak to the loss of late steps,
-    so that L0 is lower by as much than that of ``multi_power``.
+    Its coefficients are the published ones. The rise adds about B·peak to the loss of late steps,
+    so that L0 is lower by this amount than in ``multi_power``.
     """
 
     name = "multi_power_warmup"

@@ -1,4 +1,4 @@
-"""The law of over-training: loss from compute and from tokens for each parameter."""
+"""Law of over-training: loss from compute and tokens per parameter."""
 
 # S parameter sets, n rows; N parameters, D tokens, M = D/N, C = 6ND FLOPs
 
@@ -14,12 +14,12 @@ from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Vari
 class OverTraining(Form):
     """L(C, M) = E + (a M^η + b M^−η) C^−η with M = D/N and C = 6ND.
 
-    Runs of equal M lie on parallel lines of reducible loss against compute: that is what lets a
-    law of five small runs speak of a long one. It is Chinchilla's law with one exponent for both
-    terms: L = E + a (6N²)^−η + b (6D²)^−η, so α = β = 2η.
+    Runs of equal M are on parallel lines of reducible loss against compute, so a law of five small
+    runs can be extrapolated to a long one. It is Chinchilla's law with one exponent for both terms:
+    L = E + a (6N²)^−η + b (6D²)^−η, so α = β = 2η.
 
-    The paper fits plain least squares of the losses themselves, hence ``residual``; ask for
-    ``loss="square"`` to do as it did. Its code writes α = a 6^−η, β = b and an exponent −2η.
+    The paper fits plain least squares of the losses themselves, hence ``residual``; use
+    ``loss="square"`` to reproduce it. Its code writes α = a 6^−η, β = b and an exponent −2η.
     """
 
     name = "over_training"
@@ -43,7 +43,7 @@ class OverTraining(Form):
     residual = "linear"
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the loss [S, n]; holds for complex values."""
+        """Return the loss [S, n]; valid for complex values."""
         ln_6 = np.log(6.0)
         ln_parameters, ln_tokens = np.log(prepared["N"]), np.log(prepared["D"])
         size = values["a"] * np.exp(-values["eta"] * (ln_6 + 2.0 * ln_parameters))

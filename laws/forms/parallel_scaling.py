@@ -1,4 +1,4 @@
-"""The law of parallel streams: one set of weights, run P times on learned views of its input."""
+"""Law of parallel streams: one set of weights, run P times on learned views of its input."""
 
 # S parameter sets, n rows; N parameters, P streams
 
@@ -12,10 +12,10 @@ from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Vari
 
 
 class ParallelScaling(Form):
-    """L = E + (A / (N (k ln P + 1)))^α: P streams are worth k ln P + 1 times the parameters.
+    """L = E + (A / (N (k ln P + 1)))^α: P streams equal k ln P + 1 times the parameters.
 
-    A is in parameters here; the authors' code has it in billions. The tokens are the same in all
-    runs and have no term.
+    A is in parameters here; the authors' code has it in billions. The number of tokens is the same
+    in all runs and has no term.
     """
 
     name = "parallel_scaling"
@@ -35,13 +35,13 @@ class ParallelScaling(Form):
     valid = "0.5B to 4.4B parameters, 1 to 8 streams, 42B tokens"
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the loss [S, n]; holds for complex values."""
+        """Return the loss [S, n]; valid for complex values."""
         worth = np.log(prepared["N"]) + np.log(stream_factor(values["k"], prepared["streams"]))
         return np.asarray(values["E"] + np.exp(values["alpha"] * (np.log(values["A"]) - worth)))
 
 
 def stream_factor(k: Any, streams: Any) -> Any:
-    """Return how many times the parameters P streams are worth: k ln P + 1."""
+    """Return the factor of parameters to which P streams are equivalent: k ln P + 1."""
     return k * np.log(streams) + 1.0
 
 

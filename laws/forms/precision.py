@@ -1,4 +1,4 @@
-"""Laws of numerical precision: floating-point training, quantised training, effective size."""
+"""Laws of numerical precision: floating-point training, quantized training, effective size."""
 
 # S parameter sets, n rows; N parameters, D tokens
 
@@ -21,7 +21,8 @@ class FloatTraining(Form):
     """L = n/N^α + d/D^β + ε + (D^β/N^α) log2(block) / (γ (E+½)^δ (M+½)^ν).
 
     Training with products in floats of E exponent and M mantissa bits, scaled in blocks of
-    ``block`` numbers. The last term grows with D: past some D (``cautions``) more data harm.
+    ``block`` numbers. The last term grows with D: above some D (``cautions``) more data increase
+    the loss.
     """
 
     name = "float_training"
@@ -57,7 +58,7 @@ class FloatTraining(Form):
     }  # fmt: skip
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the loss [S, n]; holds for complex values."""
+        """Return the loss [S, n]; valid for complex values."""
         size = np.exp(-values["alpha"] * np.log(prepared["N"]))
         data = np.exp(values["beta"] * np.log(prepared["D"]))
         fineness = _fineness(values, prepared["exponent_bits"], prepared["mantissa_bits"])
@@ -65,7 +66,7 @@ class FloatTraining(Form):
         return np.asarray(values["n"] * size + values["d"] / data + values["epsilon"] + rounding)
 
     def cautions(self, values: Mapping[str, float], observations: Observations) -> list[str]:
-        """Return a sentence for each row with more tokens than help it.
+        """Return a sentence for each row with more tokens than the optimum.
 
         ∂L/∂D = 0 at D^{2β} = d γ (E+½)^δ (M+½)^ν N^α / log2(block); never for blocks of one.
         """
@@ -83,17 +84,17 @@ class FloatTraining(Form):
 
 
 def _fineness(values: Values, exponent_bits: Any, mantissa_bits: Any) -> Any:
-    """γ (E+½)^δ (M+½)^ν."""
+    """Return γ (E+½)^δ (M+½)^ν."""
     return values["gamma"] * np.exp(
         values["delta"] * np.log(exponent_bits + 0.5) + values["nu"] * np.log(mantissa_bits + 0.5)
     )
 
 
 class QuantisedTraining(Form):
-    """δ(N, D, G) = k D^{γD} (log2 G)^{γG} / N^{γN}: what quantisation-aware training costs.
+    """δ(N, D, G) = k D^{γD} (log2 G)^{γG} / N^{γN}: loss increase of quantization-aware training.
 
-    The rise of the loss over the same run in bf16; G numbers share a scale (at least 2). It adds
-    to a law of the bf16 loss.
+    The difference from the loss of the same run in bf16; G numbers share a scale (at least 2). It
+    is added to a law of the bf16 loss.
     """
 
     name = "qat"
@@ -108,13 +109,13 @@ class QuantisedTraining(Form):
         Parameter("gamma_G", "1", -2.0, 5.0, (0.0, 2.0)),
     )
     valid = "74M to 595M parameters, 10B to 100B tokens, 4-bit weights and activations"
-    # From memory: no test holds it true.
+    # From memory, and not verified by a test.
     published: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "w4a4": {"k": 0.1582, "gamma_N": 0.2186, "gamma_D": 0.0745, "gamma_G": 0.7779}
     }
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the rise [S, n]; holds for complex values."""
+        """Return the rise [S, n]; valid for complex values."""
         exponent = (
             values["gamma_D"] * np.log(prepared["D"])
             - values["gamma_N"] * np.log(prepared["N"])
@@ -126,7 +127,7 @@ class QuantisedTraining(Form):
 class PrecisionEffective(Form):
     """L = E + A/N_eff^α + B/D^β with N_eff = N Π_i (1 − exp(−P_i/γ_i)).
 
-    P_i bits of weights, activations and key/value cache: fewer bits make a smaller model. The
+    P_i bits of weights, activations and key/value cache: fewer bits reduce the effective size. The
     form is from memory, without a check against the paper, and no coefficients are given.
     """
 
@@ -157,7 +158,7 @@ class PrecisionEffective(Form):
     valid = "30M to 220M parameters, up to 26B tokens, 3 to 12 bits"
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the loss [S, n]; holds for complex values."""
+        """Return the loss [S, n]; valid for complex values."""
         ln_effective = np.log(prepared["N"])
         scales = {"weight_bits": "gamma_w", "activation_bits": "gamma_a", "cache_bits": "gamma_kv"}
         for bits, scale in scales.items():

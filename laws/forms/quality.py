@@ -1,4 +1,4 @@
-"""Laws of data quality: pools of different use, and what epochs leave of it (2404.07177)."""
+"""Laws of data quality: pools of different quality, whose value decays over epochs (2404.07177)."""
 
 # S parameter sets, n rows, J epochs after the first, K pools
 
@@ -15,20 +15,20 @@ from allometry.laws.forms.mixture import DomainForm
 from allometry.laws.observations import Observations
 
 MAX_EPOCHS = 1000
-"""More epochs than this in one row are refused: each is computed."""
+"""Maximum number of epochs in one row, because each epoch is computed."""
 
 
 class QualityPools(DomainForm):
-    """Quality-quantity law, 2404.07177: a pool's use halves every tau epochs.
+    """Quality-quantity law, 2404.07177: the value of a pool halves every tau epochs.
 
     ``loss = d + (D_1/D0)^-b prod_j (D_j/D_{j-1})^{-b_j}`` with D_j the samples after j epochs and
-    ``b_j = b 0.5^{(j - 1)/tau}``. Of several pools in one mixture, b_j is the mean over samples of
-    what the pools have, and a pool that is a fraction f of the mixture has tau/f in place of tau
-    (the paper's pools are of one size, where that is tau times their number). Columns: samples
-    seen, D, and for each pool its unique samples, zero where it was not used.
+    ``b_j = b 0.5^{(j - 1)/tau}``. For several pools in one mixture, b_j is the mean of the pools'
+    b_j over samples, and a pool that is a fraction f of the mixture has tau/f in place of tau (the
+    paper's pools are of one size, where that is tau times their number). Columns: samples seen, D,
+    and for each pool its unique samples, zero if not used.
 
-    Here b is what the paper has as -b, so that it is positive. The paper's code multiplies d, too,
-    by the product over later epochs; its equation, and this, do not.
+    Here b is the paper's -b, so that it is positive. The paper's code also multiplies d by the
+    product over later epochs; its equation, and this law, do not.
     """
 
     name: ClassVar[str] = "quality_pools"
@@ -61,8 +61,10 @@ class QualityPools(DomainForm):
         )
 
     def prepare(self, observations: Observations) -> Any:
-        """Return log of the samples of the first epoch [n], logs of the later ratios [J, n] and
-        each pool's fraction [K, n]."""
+        """Return logs of the first epoch's samples [n] and later ratios [J, n], fractions [K, n].
+
+        The fractions are the pools' shares of a row's unique samples.
+        """
         missing = [pool for pool in self.domains if pool not in observations.columns]
         if missing:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Laws of repeated data: what tokens seen again are worth (2305.16264)."""
+"""Laws of repeated data: value of tokens that are read again (2305.16264)."""
 
 # S parameter sets, n rows
 
@@ -18,10 +18,11 @@ _EXPONENT = Parameter("alpha", "1", 0.01, 2.0, (0.05, 1.0))
 
 
 def effective(unique: Any, repeats: Any, half_life: Any) -> Any:
-    """Return what ``repeats`` repetitions of ``unique`` are worth in unique ones.
+    """Return the value of ``repeats`` repetitions of ``unique`` in unique samples.
 
-    ``unique (1 + h (1 - exp(-repeats / h)))``: a first repetition is worth nearly as much as new
-    data, and all of them together never more than ``h`` times it.
+    ``unique (1 + h (1 - exp(-repeats / h)))``: a first repetition has nearly the value of new data,
+    and all repetitions together never more than ``h`` times the value. For example,
+    ``effective(1e9, 3.0, 15.4)`` for four epochs.
     """
     return unique * (1.0 - half_life * np.expm1(-repeats / half_life))
 
@@ -39,8 +40,8 @@ def optimal_parameters(values: Values, tokens: Any) -> Any:
 class DataConstrained(Form):
     """Data-constrained law, 2305.16264: repetitions and surplus parameters decay exponentially.
 
-    ``U_N``, the parameters that U tokens can use, is the compute-optimal number for D = U, so A
-    and B enter twice and are not linear. alpha and beta are free; the paper ties them
+    ``U_N``, the parameters that U tokens can use, is the compute-optimal number for D = U, so A and
+    B enter twice and are not linear. alpha and beta are free; the paper ties them
     (``data_constrained_tied``).
     """
 
@@ -89,7 +90,7 @@ class DataConstrained(Form):
         return np.asarray(values["E"] + size + values["B"] * np.exp(-beta * np.log(data_Sn)))
 
     def effective_sizes(self, values: Values, prepared: Any) -> tuple[Any, Any]:
-        """Return N' and D' [S, n]: the parameters and unique tokens that would do as well."""
+        """Return N' and D' [S, n]: equivalent parameters and unique tokens."""
         size_n, seen_n = prepared["N"], prepared["D"]
         unique_n = np.minimum(prepared["U"], seen_n)
         data_Sn = effective(unique_n, seen_n / unique_n - 1.0, values["R_D"])
@@ -99,7 +100,7 @@ class DataConstrained(Form):
 
 
 class DataConstrainedTied(DataConstrained):
-    """2305.16264 as fitted there: alpha = beta."""
+    """2305.16264 as fitted in the paper: alpha = beta."""
 
     name: ClassVar[str] = "data_constrained_tied"
     equation: ClassVar[str] = f"{DataConstrained.equation}, beta = alpha"
@@ -112,7 +113,7 @@ class DataConstrainedTied(DataConstrained):
 
 
 class TiedPower(LogForm):
-    """Stage 1 of 2305.16264: runs that repeat nothing, alpha = beta, so that N and D grow alike."""
+    """Stage 1 of 2305.16264: runs without repetition, alpha = beta, so N and D grow equally."""
 
     name: ClassVar[str] = "unique_data_tied"
     equation: ClassVar[str] = "loss = E + A/N^alpha + B/D^alpha"

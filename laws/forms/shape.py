@@ -1,4 +1,4 @@
-"""Laws of the loss by the shape of a model: width and depth beside parameters and tokens."""
+"""Laws of the loss by the shape of a model: width and depth, with parameters and tokens."""
 
 # S parameter sets, n rows
 
@@ -17,11 +17,11 @@ LAYERS = Variable("layers", "1", "number of blocks, model.num_layers")
 
 
 class AspectRatio(LogForm):
-    """L = (E + A/N^α + B/D^β) (1 + ε (width/layers)^γ): Chinchilla's law for models of any shape.
+    """L = (E + A/N^α + B/D^β) (1 + ε (width/layers)^γ): Chinchilla's law with the model's shape.
 
-    A positive γ says that wider and shallower models are worse at equal N and D, a negative one
-    that they are better; there is no best ratio in between. Runs must vary in their shape at equal
-    N: where the ratio follows N, ε is not told from A.
+    With a positive γ wider and shallower models are worse at equal N and D, with a negative γ
+    better; there is no best ratio in between. Runs must vary in their shape at equal N: if the
+    ratio is a function of N, ε is not identified separately from A.
     """
 
     name = "aspect_ratio"
@@ -41,7 +41,7 @@ class AspectRatio(LogForm):
     valid: ClassVar[str] = "the paper: 63 models of 80M to 1B parameters, 1.6B to 30B tokens"
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the loss [S, n]; holds for complex values."""
+        """Return the loss [S, n]; valid for complex values."""
         log_n, log_d, log_width, log_layers = prepared
         dense = values["E"] + values["A"] * np.exp(-values["alpha"] * log_n)
         dense = dense + values["B"] * np.exp(-values["beta"] * log_d)
@@ -50,10 +50,10 @@ class AspectRatio(LogForm):
 
 
 class WidthDepth(LogForm):
-    """L = E + A/width^α + G/layers^γ + B/D^β: width and depth each with a term of their own.
+    """L = E + A/width^α + G/layers^γ + B/D^β: width and depth have separate terms.
 
     The paper finds γ near 1. With N = 12 width² layers the law has a best ratio of width to depth
-    at each N (``best_width``). Runs must vary in width and depth apart.
+    at each N (``restated``). Runs must vary in width and depth independently.
     """
 
     name = "width_depth"
@@ -73,7 +73,7 @@ class WidthDepth(LogForm):
     valid: ClassVar[str] = "dense models; the paper finds gamma near 1"
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the loss [S, n]; holds for complex values."""
+        """Return the loss [S, n]; valid for complex values."""
         log_width, log_layers, log_d = prepared
         width = values["A"] * np.exp(-values["alpha"] * log_width)
         depth = values["G"] * np.exp(-values["gamma"] * log_layers)
@@ -85,7 +85,7 @@ class WidthDepth(LogForm):
         """Return the width at the best shape of N = 12 width² layers, c N^p: its c and p.
 
         With layers = N/(12 width²) the loss is least where α A width^-α = 2 γ G (N/12)^-γ
-        width^(2γ); none where a term has no slope.
+        width^(2γ); {} if a term has no slope.
         """
         alpha, gamma = values["alpha"], values["gamma"]
         if min(alpha * values["A"], gamma * values["G"]) <= 0.0:

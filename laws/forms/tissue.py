@@ -21,13 +21,13 @@ POWER_OF_S1 = (
     Parameter("L0", "nats per token", 0.0, 1e3, (0.5, 4.0), linear=True),
     Parameter("A", "nats per token x lr^alpha", 0.0, 1e6, (0.05, 2.0), linear=True),
 )
-_STENCIL = 6  # points of the table that an interpolation uses
+_STENCIL = 6  # points of the table for one interpolation
 _SPACING = 0.2  # between memories of the table, in natural logs
 
 
 @dataclass(frozen=True, slots=True)
 class Areas:
-    """What the law reads of a curve: ``s1_n`` and S2 / memory at ``log_memories_M`` [M, n]."""
+    """Inputs of the law from a curve: ``s1_n`` and S2 / memory at ``log_memories_M`` [M, n]."""
 
     s1_n: NDArray[np.float64]
     log_memories_M: NDArray[np.float64]
@@ -36,8 +36,9 @@ class Areas:
     def s2(self, memory: Any) -> tuple[Any, Any]:
         """Return S2 [..., n] and dS2/dmemory at these memories in steps ([S, 1], or a float).
 
-        Between the memories of the table S2/memory is a polynomial of the 6 nearest ones in log
-        memory; its error is below 5e-6 of the largest S2 of a curve (2e-5 for memories below 5).
+        Between the memories of the table S2/memory is a polynomial through the 6 nearest ones in
+        log memory; its error is below 5e-6 of the largest S2 of a curve (2e-5 for memories below
+        5).
         """
         place, grid = np.log(memory), self.log_memories_M
         first = np.searchsorted(grid, np.real(place)) - _STENCIL // 2
@@ -60,9 +61,9 @@ def _lagrange(x: Any, j: int) -> tuple[Any, Any]:
 
 
 def check_curve(form: Form, observations: Observations) -> NDArray[np.int64]:
-    """Return the step of each row, after checking that its group's rates reach so far.
+    """Return the step of each row, after checking that its group has a rate for this step.
 
-    Raises UserError if a group has no curve, or a row's step is none of its steps.
+    Raises UserError: a group has no curve, or a row's step is not one of its steps.
     """
     steps = observations["step"]
     for row, (group, step) in enumerate(zip(observations.groups, steps, strict=True)):
@@ -81,7 +82,7 @@ def check_curve(form: Form, observations: Observations) -> NDArray[np.int64]:
 
 
 def curves_of(observations: Observations) -> list[tuple[LearningRates, NDArray[np.intp]]]:
-    """Return each curve with its rows; groups that share one curve are taken together."""
+    """Return each curve with its rows; groups that share one curve are combined."""
     curves = [observations.curves[group] for group in observations.groups]
     rows: dict[int, list[int]] = {}
     for row, curve in enumerate(curves):
@@ -125,12 +126,12 @@ def areas(observations: Observations, steps_n: NDArray[np.int64]) -> Areas:
 
 
 class Tissue(Form):
-    """L(s) = L0 + A·S1^−alpha − C·S2, a law of whole curves.
+    """L(s) = L0 + A·S1^−alpha − C·S2, a law of complete curves.
 
     S1 is the sum of the rates up to and with step s, warm-up included. S2 is the annealing since
-    the end of the warm-up, remembered for ``memory`` = 1/(1−λ) steps: m_i = λ m_{i−1} +
-    (η_{i−1} − η_i), S2 = Σ m_i. The paper sets λ = 0.999, a memory of 1000 steps. Without a change
-    of rate after the warm-up nothing identifies C and memory.
+    the end of the warm-up, with a memory of ``memory`` = 1/(1−λ) steps: m_i = λ m_{i−1} + (η_{i−1}
+    − η_i), S2 = Σ m_i. The paper sets λ = 0.999, a memory of 1000 steps. C and memory are not
+    identified without a change of rate after the warm-up.
     """
 
     name = "tissue"
@@ -147,7 +148,7 @@ class Tissue(Form):
     valid = "after the warm-up; shown for 25M to 2B parameters, any schedule, up to 3 times longer"
 
     def prepare(self, observations: Observations) -> Areas:
-        """Return S1 and the table of S2; UserError as of ``check_curve``."""
+        """Return S1 and the table of S2. Raises UserError like ``check_curve``."""
         super().prepare(observations)
         return areas(observations, check_curve(self, observations))
 

@@ -1,1 +1,1 @@
-"""Optimizer states in the host's memory and in files: who lives where, and how they travel."""
+"""Optimizer states in host memory and files: placement and transfers."""

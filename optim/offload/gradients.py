@@ -1,4 +1,4 @@
-"""Gradients that wait in the host's memory, each from its reduction to its part of the update."""
+"""Gradients in host memory, from their reduction to the update of their parameters."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from allometry.parallel.mesh import local
 
 
 class HostGradients:
-    """Takes gradients of ``parameters`` off ``device`` as FSDP2 reduces them.
+    """Host copies of the gradients of ``parameters``, taken from ``device`` after FSDP2's
+    reduction.
 
-    FSDP2 calls a parameter's hook where the reduced gradient is, on the stream that reduced it:
-    there the sum of earlier micro-batches is added, which is what FSDP2 would do, the norm is
-    taken, and the copy to the host is queued, after which the memory is free. So all arithmetic is
-    that of gradients on the device, in the same order. The factor of clipping is multiplied to
-    what is fetched for the update.
+    FSDP2 calls a parameter's hook with the reduced gradient, on the stream of the reduction. The
+    hook adds the sum of earlier micro-batches, as FSDP2 would, computes the norm and enqueues the
+    copy to the host, after which the memory is free. All arithmetic is thus the same as on the
+    device, in the same order. The clipping factor is multiplied when a gradient is fetched for the
+    update.
     """
 
     def __init__(self, parameters: Iterable[Tensor], device: torch.device) -> None:
@@ -38,15 +39,15 @@ class HostGradients:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the host's memory."""
+        """Bytes of host memory."""
         return sum(home.nbytes for home in self._homes.values())
 
     def __contains__(self, parameter: Tensor) -> bool:
-        """Return whether there is a gradient of this parameter."""
+        """Return True if there is a gradient of this parameter."""
         return parameter in self._norms
 
     def clear(self) -> None:
-        """Forget all gradients, as ``zero_grad`` does."""
+        """Drop all gradients, as ``zero_grad`` does."""
         self._norms.clear()
         self._factor = None
 
@@ -56,15 +57,15 @@ class HostGradients:
         return self._norms[parameter]
 
     def scale(self, factor: Tensor) -> None:
-        """Let ``fetch`` return gradients times ``factor``, 0-dim on the device."""
+        """Make ``fetch`` return gradients times ``factor``, 0-dim on the device."""
         self._factor = factor
 
     def fetch(self, parameter: Tensor, piece: Piece | None = None) -> Tensor:
-        """Return a copy on the device of this rank's part of a gradient, or of a piece of it."""
+        """Return a device copy of this rank's part of a gradient, or of a piece of it."""
         self._await(parameter)
         home = self._homes[parameter]
         there = home if piece is None else piece.of(home)
-        # A copy on a CPU as well: the host's is asked for again, unscaled.
+        # A copy even on a CPU: the unscaled host tensor is read again.
         gradient = there.to(self._device, non_blocking=True, copy=True)
         if self._factor is not None:
             gradient.mul_(self._factor.to(gradient.dtype))

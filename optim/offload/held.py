@@ -1,4 +1,4 @@
-"""Tensors that live in homes: how rules, checkpoints and working copies see them."""
+"""Offloaded tensors as used by rules, checkpoints and working copies."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from allometry.parallel.mesh import local
 
 
 class Stored(NamedTuple):
-    """A state between steps: ``like`` has its shape, type and layout, and no memory of its own.
+    """Access to a state between steps; ``like`` has its shape, type and layout, without memory.
 
-    ``read`` returns this rank's part on the host, and ``write`` replaces it; of a ``Stretch`` in
-    one dimension.
+    ``read`` returns this rank's part on the host, and ``write`` replaces it; for a ``Stretch`` the
+    part is 1-dim.
     """
 
     like: Tensor | Stretch
@@ -28,44 +28,44 @@ class Stored(NamedTuple):
 
 
 class WorkingCopy(Protocol):
-    """What is computed with of a parameter whose fp32 values travel (``parallel/working.py``)."""
+    """Compute copy of a parameter whose fp32 values are offloaded (``parallel/working.py``)."""
 
     @property
     def part(self) -> Tensor:
-        """This rank's part, in the compute type, to be written to."""
+        """Writable view of this rank's part, in the compute type."""
 
     @property
     def held(self) -> bool:
-        """Whether there is one."""
+        """True if the copy exists."""
 
     def hold(self) -> None:
-        """Make it, of the values that the parameter has now."""
+        """Create the copy from the parameter's current values."""
 
     def leave(self) -> None:
-        """Give up the memory of the parameter's values."""
+        """Release the memory of the parameter's values."""
 
     def show(self, part: Tensor) -> None:
-        """Let the parameter have its values in ``part``."""
+        """Use ``part`` as memory of the parameter's values."""
 
 
 MASTER = "master"
-"""The key of a parameter's own values in fp32 where they travel with its states."""
+"""Key of a parameter's fp32 values if they are offloaded with its states."""
 
 
 class Held(NamedTuple):
-    """A tensor that lives in a home: the layout of what the rule made, or a parameter's values."""
+    """Offloaded tensor: layout of a rule's state or of a parameter's values."""
 
     piece: Piece
     key: str
     like: Tensor
 
     def view(self, data: Tensor) -> Tensor:
-        """Return bytes, uint8 in one dimension, as this rank's part of the tensor."""
+        """Return bytes, uint8 1-dim, viewed as this rank's part of the tensor."""
         part = local(self.like)
         return data.view(part.dtype).view(part.shape)
 
     def wrapped(self, part: Tensor) -> Tensor:
-        """Return this rank's part as the rule's tensor: a DTensor again if it was one."""
+        """Return this rank's part with the rule's layout: a DTensor if the state was one."""
         return laid_out(part, self.like)
 
     @property
@@ -75,23 +75,23 @@ class Held(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a tensor, or what a piece has of it, lives."""
+    """Location of a tensor, or of a piece of one."""
 
     held: Held
     home: Home
     at: int
 
     def read(self) -> Tensor:
-        """Return it on the host."""
+        """Return the tensor on the host."""
         return self.held.view(self.home.get(self.at))
 
     def write(self, part: Tensor) -> None:
-        """Replace it."""
+        """Replace the tensor."""
         self.home.put(self.at, part.contiguous().flatten().view(torch.uint8))
 
 
 def joined(places: Sequence[Place], copy: WorkingCopy | None) -> Stored:
-    """Return a tensor whose pieces are in these places; ``copy``: what must follow it."""
+    """Return access to a tensor with pieces in ``places``; ``copy`` is updated with it."""
     first = places[0].held
     whole = first.piece.rows is None
     like = first.like if whole else without_memory(first.piece.item.parameter, first.like.dtype)
@@ -114,16 +114,16 @@ def joined(places: Sequence[Place], copy: WorkingCopy | None) -> Stored:
 
 
 def without_memory(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a tensor of this shape and layout whose part here is one number on the host.
+    """Return a tensor with this shape and layout whose local part is one expanded host number.
 
-    ``dtype`` None: of its type too.
+    ``dtype`` None: the type of ``tensor``.
     """
     part = local(tensor.detach())
     return laid_out(torch.zeros((), dtype=dtype or part.dtype).expand(part.shape), tensor)
 
 
 def laid_out(part: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's part as a tensor laid out as ``like``, without a copy."""
+    """Return this rank's part as a tensor with the layout of ``like``, without a copy."""
     if not isinstance(like, DTensor):
         return part
     made: Tensor = DTensor(part, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Parameters, or some rows of one, as what a rule updates at a time."""
+"""Unit of an update: a parameter, or some of its rows."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from allometry.parallel.mesh import local
 from allometry.scaling.update_rules import UpdateRule
 
 ALIGNED = 64
-"""Elements: pieces begin at multiples of so many. Kernels for a CPU round the last few elements of
-a tensor, which fill no register of theirs, otherwise."""
+"""Alignment of pieces in elements. Kernels for a CPU round the last elements of a tensor, which do
+not fill a register, differently.
+"""
 
 
 @dataclass(eq=False)
 class Piece:
-    """All that this rank has of a parameter (``rows`` None) or rows of it.
+    """This rank's part of a parameter (``rows`` None), or some rows of it.
 
-    ``tensor`` is what the rule sees: the parameter, or a plain tensor that stands for the rows.
-    ``last``: of the pieces of a parameter, which are updated in their order.
+    ``tensor`` is the rule's parameter: the parameter itself, or a plain tensor for the rows.
+    ``last``: the last piece of a parameter; pieces are updated in order.
     """
 
     item: Item
@@ -36,15 +37,15 @@ class Piece:
         self.tensor = part if self.rows is None else torch.empty_like(local(part.detach())[:0])
 
     def of(self, part: Tensor) -> Tensor:
-        """Return what the piece has of this rank's part of a tensor like the parameter."""
+        """Return the piece of ``part``, this rank's part of a tensor shaped like the parameter."""
         if self.rows is None:
             return part
         return part.reshape(-1, part.shape[-1] if part.dim() > 1 else 1)[self.rows]
 
     def seen(self, gradient: Tensor | None, part: Tensor | None = None) -> Item:
-        """Return what the rule updates; ``part``: its values, None: where the parameter has them.
+        """Return the item that the rule updates, with ``gradient`` of the piece.
 
-        ``gradient`` is that of the piece.
+        ``part``: values of the piece; None: use the memory of the parameter.
         """
         if self.rows is None:
             return self.item
@@ -54,7 +55,7 @@ class Piece:
         return Item(self.item.name, self.tensor, self.item.group)
 
     def unseen(self) -> None:
-        """Keep no memory for the rule, which is done."""
+        """Release the memory of a piece after its update."""
         if self.rows is not None:
             self.tensor.grad = None
             self.tensor.data = self.tensor.new_empty(0)
@@ -63,9 +64,9 @@ class Piece:
 def pieces_of(
     rule: UpdateRule, items: Sequence[Item], sizes: Mapping[str, int], most: int
 ) -> list[Piece]:
-    """Cut what is larger than ``most`` bytes and may be cut; ``sizes``: bytes of each parameter.
+    """Split parameters larger than ``most`` bytes if allowed; ``sizes``: bytes of each parameter.
 
-    Rules that update elements by themselves see no difference; of states in FP8 a rule wants all.
+    Elementwise rules give the same result. Parameters with FP8 states are not split.
     """
     return [piece for item in items for piece in _cut(rule, item, sizes[item.name], most)]
 
@@ -86,7 +87,7 @@ def _cut(rule: UpdateRule, item: Item, size: int, most: int) -> Iterator[Piece]:
 
 
 def packed(pieces: Sequence[Piece], sizes: Mapping[str, int], most: int) -> Iterator[list[Piece]]:
-    """Yield pieces in order, in buckets of at most ``most`` bytes or of one larger piece."""
+    """Yield pieces in order, in buckets of at most ``most`` bytes, or of one larger piece."""
     bucket: list[Piece] = []
     held = 0.0
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Which states live where."""
+"""Assignment of optimizer states to tiers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Tier(StrEnum):
-    """Where states live between steps, from near to far."""
+    """Location of states between steps, from near to far."""
 
     DEVICE = "device"
     CPU = "cpu"
@@ -15,10 +15,11 @@ class Tier(StrEnum):
 
 
 def assign(sizes: Sequence[int], limits: Mapping[Tier, int]) -> list[Tier]:
-    """Return the tier of each of ``sizes`` bytes; none holds more than its limit.
+    """Return the tier of each of ``sizes`` bytes; the total of a tier does not exceed its limit.
 
-    Every tier gets its part of each stretch of the order, so that what stays and what travels
-    alternate. The last of ``limits`` takes what has no room elsewhere, whatever its limit.
+    Each tier gets its share in every part of the order, so that resident and offloaded states
+    alternate. The last tier of ``limits`` takes the remaining states, regardless of its limit. For
+    example, four equal sizes with half of the room on the device alternate between the tiers.
     """
     total = sum(sizes)
     *near, last = limits
@@ -37,7 +38,7 @@ def assign(sizes: Sequence[int], limits: Mapping[Tier, int]) -> list[Tier]:
             tiers.append(near[-place])
         else:
             tiers.append(last)
-    # What was left over by rounding goes where there is room after all, the nearest place first.
+    # Remaining room is filled in order, nearest tier first.
     for number, size in enumerate(sizes):
         for place, tier in enumerate(near):
             if tiers[number] is last and held[place] + size <= limits[tier]:

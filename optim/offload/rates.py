@@ -1,4 +1,4 @@
-"""What this machine's disk and processor give to optimizer states: short measurements."""
+"""Short measurements of this machine's disk and processor for offloaded optimizer states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from allometry.parallel.buffers import host_buffer
 
 
 class DiskRates(NamedTuple):
-    """Bytes a second of a folder's disk, past the page cache, checksums included."""
+    """Bytes per second of a folder's disk, bypassing the page cache, including checksums."""
 
     write: float
     read: float
@@ -25,21 +25,21 @@ def disk_rates(folder: Path, nbytes: int = 128 << 20, rounds: int = 3) -> DiskRa
     """Return the median rates of writing and reading ``nbytes`` in a scratch file of ``folder``.
 
     Raises:
-        UserError: the folder cannot be used, or lacks the room.
-        StatesLost: what was written cannot be read.
+        UserError: the folder cannot be used or is too small.
+        StatesLost: the written data cannot be read back.
     """
     swap = SwapFile(folder, nbytes)
     regions = swap.allocate([nbytes])
     buffer = host_buffer(nbytes, torch.device("cpu"))
     buffer.view(torch.int64).copy_(torch.arange(nbytes // 8))  # not zeros, which a disk may skip
-    swap.write(regions, buffer)  # blocks that were only reserved cost more the first time
+    swap.write(regions, buffer)  # the first write of reserved blocks is slower
     write = sorted(_seconds(lambda: swap.write(regions, buffer)) for _ in range(rounds))
     read = sorted(_seconds(lambda: swap.read(regions, buffer)) for _ in range(rounds))
     return DiskRates(nbytes / write[rounds // 2], nbytes / read[rounds // 2])
 
 
 def adam_update(elements: int) -> Callable[[], None]:
-    """Return a step of torch's fused AdamW on so many parameters, to be timed."""
+    """Return a step of torch's fused AdamW on ``elements`` parameters, to be timed."""
     parameter, gradient, mean, square = (torch.full((elements,), 0.01) for _ in range(4))
     step = torch.tensor(0.0)
 
@@ -61,7 +61,9 @@ def adam_update(elements: int) -> Callable[[], None]:
 
 
 def adam_rate(elements: int = 16 << 20, rounds: int = 3) -> float:
-    """Return parameters a second of torch's fused AdamW on this process's threads, the median."""
+    """Return the median rate of torch's fused AdamW on this process's threads, parameters per
+    second.
+    """
     update = adam_update(elements)
     update()
     return elements / sorted(_seconds(update) for _ in range(rounds))[rounds // 2]

@@ -1,4 +1,4 @@
-"""Bringing buckets of states to the device in turn, and back, while others are being updated."""
+"""Transfers of state buckets to the device and back, overlapped with updates of other buckets."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing_extensions import override
 from allometry.optim.offload.swap import Region, StatesLost, SwapFile
 from allometry.parallel.buffers import host_buffer, padded
 
-SLOTS = 3  # one is filled and one emptied while the states in another are updated
+SLOTS = 3  # one is filled and one emptied during an update of a third
 
 
 class Slot:
-    """Room for one bucket at a time: bytes on the device, and on the host where a file is read."""
+    """Buffers for one bucket at a time: on the device, and on the host if files are read."""
 
     def __init__(self, nbytes: int, device: torch.device, *, files: bool) -> None:
         on_host = device.type == "cpu"
@@ -33,7 +33,7 @@ class Slot:
 
 
 class Home(ABC):
-    """Where the states of one bucket live; ``starts`` and ``sizes`` are those of its tensors."""
+    """Storage of the states of one bucket; ``starts`` and ``sizes`` describe its tensors."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = list(sizes)
@@ -45,23 +45,23 @@ class Home(ABC):
 
     @abstractmethod
     def fill(self, slot: Slot) -> None:
-        """Bring the states to the slot."""
+        """Copy the states to the slot."""
 
     @abstractmethod
     def empty(self, slot: Slot) -> None:
-        """Take the states from the slot."""
+        """Copy the states from the slot."""
 
     @abstractmethod
     def get(self, index: int) -> Tensor:
-        """Return one tensor's bytes on the host: of its home, or a copy of what a file holds."""
+        """Return one tensor's bytes on the host: the stored memory, or a copy read from a file."""
 
     @abstractmethod
     def put(self, index: int, data: Tensor) -> None:
-        """Replace one tensor's bytes, of any device."""
+        """Replace one tensor's bytes with data on any device."""
 
 
 class HostHome(Home):
-    """In the host's memory."""
+    """Storage in host memory."""
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
         super().__init__(sizes)
@@ -86,7 +86,7 @@ class HostHome(Home):
 
 
 class FileHome(Home):
-    """In a file."""
+    """Storage in a file."""
 
     def __init__(self, sizes: Sequence[int], swap: SwapFile) -> None:
         super().__init__(sizes)
@@ -101,7 +101,7 @@ class FileHome(Home):
     @override
     def empty(self, slot: Slot) -> None:
         if slot.device is not slot.host:
-            slot.host[: self.nbytes].copy_(slot.device[: self.nbytes])  # done when it returns
+            slot.host[: self.nbytes].copy_(slot.device[: self.nbytes])  # synchronous
         self._swap.write(self._regions, slot.host)
 
     @override
@@ -120,12 +120,12 @@ class FileHome(Home):
 
 
 class Stream:
-    """Fills slots ahead of ``take``, in the order of ``homes`` again and again.
+    """Prefetcher of ``homes`` into slots ahead of ``take``, cyclically in their order.
 
-    The states of one home at a time are taken and given back. Threads of the stream move the
-    bytes; each waits for what must be done before, so no slot and no home is used twice at once.
-    What fails in one is raised by the next call that waits for it. Raises StatesLost too if
-    something takes longer than ``timeout_s``. ``waited_s``: seconds that callers have waited.
+    The caller takes and gives back one home at a time. Threads of the stream copy the bytes; each
+    thread waits for earlier operations on its slot and home, so neither is used twice at once. An
+    error in a thread is raised by the next call that waits for its result. Raises StatesLost also
+    if an operation takes longer than ``timeout_s``. ``waited_s``: seconds that callers have waited.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Stream:
         self._slots = [Slot(most, device, files=files) for _ in range(min(SLOTS, 1 + len(homes)))]
         self._threads = ThreadPoolExecutor(2, "optimizer-states")
         self._ahead: deque[tuple[Home, Slot, Future[None]]] = deque()
-        self._filled = 0  # how many fills were begun since the last drain
+        self._filled = 0  # fills started since the last drain
         self._taken: tuple[Home, Slot] | None = None
         self.waited_s = 0.0
 
@@ -147,12 +147,12 @@ class Stream:
         home, slot, filled = self._ahead.popleft()
         self._wait(filled, "reading")
         self._taken = home, slot
-        # One slot is being emptied, and this home's own bytes are not to be read yet.
+        # One slot is being emptied, and this home must not be read again yet.
         self._fill_ahead(min(len(self._slots) - 2, len(self._homes) - 1))
         return slot.device[: home.nbytes]
 
     def give_back(self) -> None:
-        """Send what was taken home, and begin to fetch what comes next."""
+        """Start to copy the taken bytes to their home, and prefetch the next homes."""
         assert self._taken is not None
         home, slot = self._taken
         self._taken = None
@@ -166,9 +166,9 @@ class Stream:
         self._fill_ahead(min(len(self._slots) - 1, len(self._homes)))
 
     def drain(self) -> None:
-        """Wait until all homes hold their states, and forget what was fetched ahead.
+        """Wait until all homes contain their states, and drop prefetched data.
 
-        The next ``take`` begins with the first home. Raises what failed.
+        The next ``take`` starts with the first home. Raises pending errors.
         """
         assert self._taken is None
         ahead, self._ahead, self._filled = self._ahead, deque(), 0
@@ -177,7 +177,7 @@ class Stream:
         self.settle()
 
     def settle(self) -> None:
-        """Wait until all homes hold their states; what was fetched ahead stays."""
+        """Wait until all homes contain their states; keep prefetched data."""
         for home in self._homes:
             if home.written is not None:
                 self._wait(home.written, "writing")
@@ -192,7 +192,7 @@ class Stream:
             self._ahead.append((home, slot, slot.busy))
 
     def _fill(self, home: Home, slot: Slot, before: list[Future[None]]) -> None:
-        for each in before:  # begun earlier by one of these threads, so it does end
+        for each in before:  # started earlier by one of these threads, so it ends
             each.result()
         with _own_stream(self._device):
             home.fill(slot)
@@ -217,7 +217,7 @@ class Stream:
 
 @contextmanager
 def _own_stream(device: torch.device) -> Iterator[None]:
-    """Run a thread's copies beside the computation, and end once they have."""
+    """Run a thread's copies on a separate stream, and wait for them at the end."""
     if device.type != "cuda":
         yield
         return

@@ -1,12 +1,13 @@
-"""A scratch file of optimizer states: checked, private, and gone when its process is.
+"""Scratch file of optimizer states: checksums, private access, and removal with the process.
 
-The file has no name (``O_TMPFILE``, else it is unlinked as soon as it is made), so a process that
-is killed leaves nothing behind and nobody else can open it. Its room is reserved before it is used:
-a disk that is too full is found then, not in the middle of a run.
+The file has no name (``O_TMPFILE``; otherwise it is unlinked right after its creation), so a killed
+process leaves no file, and no other process can open it. Space is reserved in advance: a full disk
+is detected then, not during the run.
 
-Plain reads and writes with ``O_DIRECT``, which go past the page cache. Where they were compared,
-libaio through deepspeed's operator was no faster (one thread: 1.9 GB/s each way against 2.2-2.5
-written and 1.6-1.8 read), took a full disk for a success and ended the process on a short file.
+Reads and writes are plain system calls with ``O_DIRECT``, which bypasses the page cache. In a
+comparison, libaio through DeepSpeed's operator was no faster (one thread: 1.9 GB/s each way against
+2.2-2.5 written and 1.6-1.8 read), reported success on a full disk and ended the process on a short
+file.
 """
 
 from __future__ import annotations
@@ -30,32 +31,33 @@ from allometry.configs.errors import UserError
 from allometry.parallel.buffers import BLOCK, padded
 from allometry.parallel.folder import KEY, ready
 
-CHUNK = 16 << 20  # bytes in one system call
+CHUNK = 16 << 20  # bytes per system call
 
 
 class StatesLost(UserError):
-    """States in a file cannot be written, or read as they were written; the run cannot go on."""
+    """Raised if states cannot be written to or read back from a file; the run cannot continue."""
 
 
 class Region(NamedTuple):
-    """A part of the file that has a checksum of its own; both numbers are whole blocks."""
+    """Part of the file with its own checksum; both numbers are multiples of the block size."""
 
     start: int
     nbytes: int
 
 
 class Moved(NamedTuple):
-    """What a file has read and written: bytes, and seconds of all threads together."""
+    """Data read and written by a file: bytes, and seconds summed over threads."""
 
     nbytes: int = 0
     seconds: float = 0.0
 
 
 class SwapFile:
-    """A file in ``folder`` with room for ``nbytes``, which grows if need be.
+    """File in ``folder`` with room for ``nbytes``, extended if necessary.
 
-    Threads may read and write different regions at once. Raises UserError: the folder cannot be
-    used, or lacks the room (see also ``folder.ready``). ``moved`` has no checksums in it.
+    Threads may read and write different regions at the same time. Raises UserError if the folder
+    cannot be used or is too small (see also ``folder.ready``). ``moved`` does not include the time
+    of checksums.
     """
 
     def __init__(self, folder: str | Path, nbytes: int) -> None:
@@ -79,7 +81,7 @@ class SwapFile:
             raise UserError(f"{KEY}={folder}: {error.strerror or error}; {remedy}") from None
 
     def allocate(self, sizes: Sequence[int]) -> list[Region]:
-        """Return regions that follow each other, for so many bytes each."""
+        """Return consecutive regions for ``sizes`` bytes."""
         begin, regions = self._end, []
         for nbytes in sizes:
             regions.append(Region(self._end, padded(nbytes)))
@@ -92,7 +94,7 @@ class SwapFile:
         return regions
 
     def write(self, regions: Sequence[Region], buffer: Tensor) -> None:
-        """Write regions that follow each other; ``buffer``: their bytes, from a ``host_buffer``."""
+        """Write consecutive regions; ``buffer``: their bytes, a ``host_buffer``."""
         data, start = self._part(regions, buffer)
         for region in regions:
             at = region.start - start
@@ -109,7 +111,7 @@ class SwapFile:
                 done += count
 
     def read(self, regions: Sequence[Region], buffer: Tensor) -> None:
-        """Fill ``buffer`` with regions that follow each other, exactly as they were written."""
+        """Fill ``buffer`` with consecutive regions; raise StatesLost if a checksum differs."""
         data, start = self._part(regions, buffer)
         done = 0
         with self._timed(len(data)):
@@ -152,9 +154,9 @@ class SwapFile:
 
 
 def checksum(data: NDArray[np.uint8]) -> int:
-    """Return a sum over the words of whole blocks that notices changed, lost and moved blocks.
+    """Return a checksum over blocks that detects changed, lost and moved blocks.
 
-    Sums of blocks, times odd numbers that rise with the place, modulo 2^64: as fast as memory.
+    Sums of blocks, multiplied by increasing odd numbers, modulo 2^64: as fast as memory.
     """
     sums = data.view(np.uint64).reshape(-1, BLOCK // 8).sum(axis=1, dtype=np.uint64)
     weights = np.arange(len(sums), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -162,7 +164,7 @@ def checksum(data: NDArray[np.uint8]) -> int:
 
 
 def _open_nameless(folder: Path) -> int:
-    """Return a descriptor of a new file of mode 0600 without a name, past the page cache if so."""
+    """Return a descriptor of a new nameless file of mode 0600, with ``O_DIRECT`` if supported."""
     ready(folder)
     try:
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE | os.O_EXCL
@@ -174,6 +176,6 @@ def _open_nameless(folder: Path) -> int:
         os.unlink(path)
     import fcntl
 
-    with suppress(OSError):  # not every file system can
+    with suppress(OSError):  # not supported by every file system
         fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
     return file

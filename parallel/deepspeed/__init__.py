@@ -1,4 +1,4 @@
-"""DeepSpeed as an engine: the one place that calls it, its private names included.
+"""DeepSpeed as ZeRO engine; only this package calls DeepSpeed, including its private names.
 
-The package is optional and pinned (``package.VERSION``), as what is called here is not all public.
+DeepSpeed is optional and pinned to ``package.VERSION``, since some of the names are not public.
 """

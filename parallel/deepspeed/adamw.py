@@ -1,4 +1,4 @@
-"""The AdamW that DeepSpeed is given for its flat parts."""
+"""AdamW for the flat partitions of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FlatAdamW(torch.optim.Optimizer):
-    """torch's fused AdamW, on every device: the update of any other run of ours.
+    """torch's fused AdamW, on every device, with the same update as runs without DeepSpeed.
 
-    DeepSpeed's own multiplies powers of beta up as it goes, so that a run which resumes would
-    differ from one that does not. States are made when they are asked for, not by a step.
+    DeepSpeed's own AdamW accumulates powers of beta by multiplication, so a resumed run would
+    differ from an uninterrupted one. States are allocated on first access rather than by a step.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         super().__init__([dict(group) for group in groups], {})
 
     def made(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return the states of a flat part, zeros before the first step."""
+        """Return the states of a flat partition, which are zeros before the first step."""
         state: dict[str, Tensor] = self.state[flat]
         if not state:
             state |= {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
@@ -32,7 +32,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update the parts that DeepSpeed has put into the groups."""
+        """Update the partitions that DeepSpeed has placed in the parameter groups."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for flat in group["params"]:

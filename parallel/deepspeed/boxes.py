@@ -1,4 +1,4 @@
-"""A stretch of a tensor's elements in the order of memory, as boxes that checkpoint files hold."""
+"""Split a contiguous range of a tensor's elements into boxes, the unit of checkpoint files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 
 class Box(NamedTuple):
-    """A box of a tensor; its elements follow each other in memory, from ``start`` on."""
+    """Box of a tensor whose elements are contiguous in memory, beginning at element ``start``."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -26,15 +26,18 @@ class Box(NamedTuple):
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Yield the boxes of the elements [start, stop), in order: at most 2 * dims - 1."""
+    """Yield the boxes of the elements [start, stop), in order: at most 2 * dims - 1 boxes.
+
+    For example, elements [1, 6) of shape (3, 3) are the boxes (0, 1:3) and (1, 0:3).
+    """
     if start >= stop:
         return
     if len(shape) <= 1:
         yield Box((start,) * len(shape), (stop - start,) * len(shape), start)
         return
     inner = math.prod(shape[1:])
-    first, last = -(-start // inner), stop // inner  # whole slices of the first dimension
-    if first > last:  # within one slice
+    first, last = -(-start // inner), stop // inner  # full slices of the first dimension
+    if first > last:  # inside one slice
         yield from _within(shape, first - 1, start, stop)
         return
     yield from _within(shape, first - 1, start, first * inner)
@@ -52,9 +55,10 @@ def _within(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator
 
 @dataclass(frozen=True)
 class Stretch:
-    """What torch's checkpoints ask of a tensor of which this rank holds [start, stop).
+    """Save and load protocol of torch's checkpoints for a tensor of which this rank has [start,
+    stop).
 
-    It stands for the tensor where one is saved or loaded and has no memory of its own.
+    A stretch takes the place of the tensor in a state dict and has no memory of its own.
     """
 
     shape: tuple[int, ...]
@@ -62,11 +66,11 @@ class Stretch:
     stop: int
 
     def size(self) -> torch.Size:
-        """Return the shape of the whole tensor."""
+        """Return the shape of the unsharded tensor."""
         return torch.Size(self.shape)
 
     def within(self, flat: Tensor, offsets: Sequence[int] | None) -> Tensor:
-        """Return the box at ``offsets`` of this rank's part ``flat``, as a view of it."""
+        """Return a view of this rank's part ``flat``: the box at ``offsets``."""
         for box in boxes(self.shape, self.start, self.stop):
             if tuple(offsets or ()) == box.offsets:
                 begin = box.start - self.start

@@ -1,12 +1,13 @@
-"""DeepSpeed's engine around our model: who reduces, clips and updates.
+"""Gradient reduction, clipping and updates by DeepSpeed's engine.
 
-Stages 1 to 3 as in ``parallel/zero.py``, with whole parameters on each rank at stages 1 and 2.
-Gradients are SUMS over the ranks: at stages 1 and 2 DeepSpeed is told so, at stage 3, which can
-only average, it is told of a loss scale of 1/W, by which it divides what it has averaged. A loss
-that is multiplied by W instead would miss gradients that routers add in backward themselves.
+Stages 1 to 3 are those of ``parallel/zero.py``, except that stages 1 and 2 keep replicated
+parameters on each rank. Gradients are SUMS over the ranks. Stages 1 and 2 have an option for sums.
+Stage 3 can only average, so it is given a loss scale of 1/W, by which DeepSpeed divides the
+averaged gradient. Multiplying the loss by W instead would miss the gradients that routers add
+themselves in the backward pass.
 
-Parameters, gradients, masters and states are fp32, whatever the compute type: modules cast weights
-where they use them, as without ZeRO.
+Parameters, gradients, master weights and optimizer states are fp32 for every compute type: modules
+cast weights when they use them, as they do without ZeRO.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from allometry.scaling.deepspeed import nvme_bytes, settings
 
 
 def check_available(config: RunConfig) -> None:
-    """Raise UserError where a run asks for DeepSpeed and this machine lacks what it needs."""
+    """Raise UserError if the run uses DeepSpeed and this machine lacks it or its operator."""
     zero = config.parallel.zero
     if zero.engine == "deepspeed":
         check_installed()
@@ -42,7 +43,7 @@ def check_available(config: RunConfig) -> None:
 
 
 class DeepSpeedSync(GradientSync):
-    """What DeepSpeed does for one model; ``start`` gives it the groups of the optimizer.
+    """Gradient synchronization of one model by DeepSpeed; ``start`` passes the optimizer's groups.
 
     Raises UserError: see ``check_available`` and ``SwapFolder``.
     """
@@ -62,7 +63,7 @@ class DeepSpeedSync(GradientSync):
         self._init: Any = None
         self._engine: Any = None
         self._adamw: FlatAdamW | None = None
-        self._pending = ExitStack()  # a step whose reduction comes after its micro-batches
+        self._pending = ExitStack()  # delays the reduction of an uneven step
         self._group_norms: list[Tensor] = []
         if self._stage == 3:
             self._prepare_gathers()
@@ -91,7 +92,7 @@ class DeepSpeedSync(GradientSync):
         whole.partition()
 
     def start(self, groups: Sequence[Mapping[str, Any]]) -> Parts:
-        """Begin with these parameter groups; return where parameters and states lie."""
+        """Start the engine with these parameter groups; return access to parameters and states."""
         self._adamw = FlatAdamW(groups)
         with self._io():
             self._engine, zero, _, _ = self._deepspeed.initialize(
@@ -107,7 +108,7 @@ class DeepSpeedSync(GradientSync):
 
     @property
     def folder(self) -> Path | None:
-        """Where files on NVMe are."""
+        """Folder of the NVMe files; None if states are in memory."""
         return None if self._folder is None else self._folder.path
 
     def _io(self) -> AbstractContextManager[None]:
@@ -121,8 +122,8 @@ class DeepSpeedSync(GradientSync):
     @override
     def backward(self, loss: Tensor) -> None:
         if self._stage == 3:
-            loss = loss * float(self._mesh.hdp.size)  # what the loss scale takes away again
-        # The engine's own forward would have hooked this on to what the model returned.
+            loss = loss * float(self._mesh.hdp.size)  # the loss scale divides by W again
+        # The engine's own forward would register this prologue on the model's output.
         self._engine._backward_prologue()
         self._engine.backward(loss)
 
@@ -148,7 +149,8 @@ class DeepSpeedSync(GradientSync):
     @override
     def finish(self) -> None:
         if self._engine.inside_no_sync_ctxt:
-            # What has no gradient here may have one on another rank: all must reduce the same.
+            # Another rank may have the gradients that are missing here: all ranks must reduce the
+            # same tensors.
             for parameter in self._model.parameters():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -162,9 +164,11 @@ class DeepSpeedSync(GradientSync):
             self._folder.close()
 
     def update(self, groups: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Clip and update at the rates of ``groups``; return the norm before clipping, 0-dim.
+        """Clip and update with the learning rates of ``groups``; return the gradient norm, fp64,
+        0-dim.
 
-        If it is not finite nothing is updated, and it is infinite.
+        The norm is measured before clipping. If the norm is not finite, no parameter is updated and
+        the returned norm is infinite.
         """
         assert self._adamw is not None
         for flat, group in zip(self._adamw.param_groups, groups, strict=True):
@@ -176,7 +180,7 @@ class DeepSpeedSync(GradientSync):
         return torch.as_tensor(norm, dtype=torch.float64, device=self._mesh.device)
 
     def groups_not_finite(self) -> list[int]:
-        """Return the numbers of the groups whose gradients of the last update were not finite."""
+        """Return the indices of the groups whose gradients were not finite in the last update."""
         zero = self._engine.optimizer
         of = zero.sub_group_to_group_id if self._stage == 3 else range(len(self._group_norms))
         norms = map(float, self._group_norms)
@@ -184,7 +188,9 @@ class DeepSpeedSync(GradientSync):
         return sorted(set(found))
 
     def _note_norms(self, zero: Any) -> None:
-        """Keep the norm of each group, which DeepSpeed takes one after the other in a step."""
+        """Record the norm of each group; DeepSpeed computes the norms in the order of groups in a
+        step.
+        """
         for name in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
             measure = getattr(zero, name)
 
@@ -196,11 +202,13 @@ class DeepSpeedSync(GradientSync):
             setattr(zero, name, noted)
 
     def _prepare_gathers(self) -> None:
-        """Let parameters be gathered block by block, and cut each as soon as it has its values."""
+        """Configure the engine to gather parameters by block and to shard each parameter at its
+        creation.
+        """
         from deepspeed.runtime.zero.partition_parameters import Init
         from deepspeed.utils import set_z3_leaf_module
 
-        # A block multiplies with weights of modules that it does not call.
+        # A block multiplies with weights of submodules whose forward it does not call.
         for block in self._model.blocks.values():
             set_z3_leaf_module(block, True)
         with self._io():

@@ -1,8 +1,8 @@
-"""DeepSpeed's files on NVMe: private, checked, and gone when nobody uses them.
+"""DeepSpeed's files on NVMe: a private folder, checked transfers, and removal after use.
 
-Its asynchronous I/O takes a full disk for a success and ends the process where a file is too short,
-so what goes through it is watched here: after a write the file must have its size, and what is read
-must have the checksum of what was written.
+DeepSpeed's asynchronous I/O reports success on a full disk and ends the process if a file is too
+short. Transfers are therefore checked here: after a write the file must have its full size, and the
+data that is read must have the checksum of the data that was written.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _OWNED = "in-use"
 
 
 class FilesLost(UserError):
-    """What is in files cannot be written, or read as it was written."""
+    """Raised if a file of optimizer states cannot be written, or differs from the written data."""
 
 
 class SwapFolder:
-    """A folder of this process in ``parent``, which goes with it or with this object.
+    """Temporary folder of this process in ``parent``, removed with the object or at exit.
 
-    A process that is killed leaves its folder behind; whoever opens the next one in the same place
-    removes those whose lock nobody holds. Raises UserError: ``parent`` cannot be used, or has less
-    than ``nbytes`` free.
+    A killed process leaves its folder behind. The next process that opens a folder in the same
+    parent removes all folders whose lock is free. Raises UserError if ``parent`` cannot be used or
+    has less than ``nbytes`` free.
     """
 
     def __init__(self, parent: str | Path, nbytes: int) -> None:
@@ -60,7 +60,7 @@ class SwapFolder:
         self.close = weakref.finalize(self, _remove, self.path, lock)
 
     def held_bytes(self) -> int:
-        """Return the bytes of all files."""
+        """Return the total size of all files in bytes."""
         return sum(path.stat().st_size for path in self.path.rglob("*.swp"))
 
 
@@ -89,13 +89,14 @@ class _Written(NamedTuple):
 
 
 _KNOWN: dict[str, _Written] = {}
-"""What the files of this process hold, by path; several handles use the same files."""
+"""Size and checksum of each file of this process, by path; several handles use the same files."""
 
 
 class CheckedHandle:
-    """An I/O handle of DeepSpeed's whose transfers are checked when they are waited for.
+    """DeepSpeed I/O handle that checks transfers in ``wait``.
 
-    Raises FilesLost there, and at once where a file lacks what is to be read.
+    ``wait`` raises FilesLost if a transfer failed. A read of a file that is too short raises
+    FilesLost immediately.
     """
 
     def __init__(self, handle: Any) -> None:
@@ -107,21 +108,21 @@ class CheckedHandle:
         return getattr(self._handle, name)
 
     def async_pwrite(self, buffer: Tensor, path: Any, offset: int) -> int:
-        """Begin to write all of ``buffer``, which may not change until ``wait``."""
+        """Start to write all of ``buffer``, which must not change until ``wait``."""
         path = str(path)
         _KNOWN[path] = _Written(buffer.nbytes, _checksum(buffer))
         self._writes.append(path)
         return self._begun(self._handle.async_pwrite(buffer, path, offset), "writing", path)
 
     def async_pread(self, buffer: Tensor, path: Any, offset: int) -> int:
-        """Begin to fill all of ``buffer``."""
+        """Start to fill all of ``buffer`` from the file."""
         path = str(path)
         self._check_size(path, buffer.nbytes, "reading")
         self._reads.append((buffer, path))
         return self._begun(self._handle.async_pread(buffer, path, offset), "reading", path)
 
     def wait(self) -> int:
-        """Wait for all that was begun; return how many transfers that was."""
+        """Wait for all started transfers; return the number of transfers."""
         count = int(self._handle.wait())
         writes, self._writes = self._writes, []
         reads, self._reads = self._reads, []
@@ -150,7 +151,7 @@ class CheckedHandle:
 
 
 def _checksum(buffer: Tensor) -> int:
-    """Return a sum over words that notices changed, lost and moved blocks of 4 KiB."""
+    """Return a 64-bit checksum that detects changed, lost and moved blocks of 4 KiB."""
     data = buffer.detach().contiguous().flatten().view(torch.uint8)
     whole = data.numel() // 4096 * 4096
     rows = data[:whole].view(torch.int64).view(-1, 512).sum(1)

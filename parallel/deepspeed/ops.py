@@ -1,4 +1,4 @@
-"""DeepSpeed's asynchronous I/O, which is compiled once on a machine before any run needs it."""
+"""DeepSpeed's asynchronous I/O operator, compiled once per machine before the first run."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ _NAME = "async_io"
 
 
 def folder() -> Path:
-    """Return where compiled operators are: a folder of ours in torch's, for this version."""
+    """Return the folder of compiled operators: ours in torch's extensions folder, for this torch
+    version.
+    """
     base = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     return Path(base) / "allometry" / f"torch-{torch.__version__}"
 
 
 def is_built() -> bool:
-    """Return whether the operator is there."""
+    """Return True if the operator is compiled."""
     return any((folder() / _NAME).glob("*.so"))
 
 
 def build() -> Path:
-    """Compile the operator, unless it is there, and load it; return its folder. Takes minutes.
+    """Compile the operator if needed (this takes minutes) and load the operator; return its folder.
 
-    Processes that come meanwhile wait. What one left that died is cleared: the system releases its
-    lock. Raises UserError: a compiler or the headers of libaio are missing, or the build fails.
+    Concurrent processes wait. The file locks that a dead process left are removed, since the system
+    has released its ``flock``. Raises UserError if a compiler or the headers of libaio are missing
+    or the build fails.
     """
     check_installed()
     if shutil.which("c++") is None and shutil.which("g++") is None:
@@ -47,7 +50,7 @@ def build() -> Path:
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "build.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in place.glob("*/lock"):  # torch's own marks, which nobody holds now
+        for left in place.glob("*/lock"):  # torch's lock files; their owners have ended
             left.unlink()
         try:
             _load()
@@ -61,7 +64,7 @@ def build() -> Path:
 
 
 def probe(place: Path, nbytes: int = 4 << 20) -> None:
-    """Write a file in ``place`` and read it back, checked. Raises UserError where that fails."""
+    """Write a file in ``place``, read the file back and compare; raise UserError on failure."""
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -80,7 +83,7 @@ def probe(place: Path, nbytes: int = 4 << 20) -> None:
 
 
 def check_built() -> None:
-    """Raise UserError unless the operator has been built here."""
+    """Raise UserError if the operator has not been compiled on this machine."""
     if not is_built():
         raise UserError(
             "parallel.zero.optimizer_states.nvme with parallel.zero.engine=deepspeed needs the "
@@ -90,7 +93,7 @@ def check_built() -> None:
 
 @contextmanager
 def checked_io() -> Iterator[None]:
-    """Let every I/O handle that DeepSpeed makes inside be a ``CheckedHandle``."""
+    """Replace every I/O handle that DeepSpeed creates in this context by a ``CheckedHandle``."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     original = AsyncIOBuilder.load
@@ -107,7 +110,7 @@ def checked_io() -> Iterator[None]:
 
 
 def _load() -> Any:
-    """Return DeepSpeed's extension module, compiled if it is not yet."""
+    """Return DeepSpeed's extension module; compile the module if needed."""
     if "deepspeed" not in sys.modules:
         quieten("cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.ops.op_builder import AsyncIOBuilder

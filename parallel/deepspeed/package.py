@@ -1,4 +1,4 @@
-"""The package itself: which version, quiet, and with the groups of this mesh."""
+"""Import of DeepSpeed: version check, quiet logging, and the process groups of the mesh."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ def check_installed() -> None:
 
 
 def quieten(device: str) -> None:
-    """Prepare for the first import: on which kind of device it works, and that it is quiet."""
+    """Prepare the first import: select the accelerator ``device`` and silence the log."""
     os.environ["DS_ACCELERATOR"] = device
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # It calls functions of torch that are to be renamed, in every step.
+    # DeepSpeed calls deprecated functions of torch in every step.
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, "torch.distributed"
     )
 
 
 def opened(mesh: Mesh) -> ModuleType:
-    """Return the package, with the hdp group of ``mesh`` as the group it shards over."""
+    """Return the DeepSpeed module, set up to shard over the hdp group of ``mesh``."""
     quieten(mesh.device.type)
-    os.environ["LOCAL_RANK"] = str(mesh.device.index or 0)  # how it knows which device is ours
+    os.environ["LOCAL_RANK"] = str(mesh.device.index or 0)  # DeepSpeed reads its device from here
     import deepspeed
     from deepspeed.comm import comm
     from deepspeed.runtime.zero import parameter_offload, partition_parameters
     from deepspeed.utils import groups
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Else a first run compiles a kernel for inference when it is opened.
+    # Otherwise the import compiles an inference kernel on its first run.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if comm.cdb is None:
         deepspeed.init_distributed(verbose=False)
-    # Its own copy of the group of all ranks would have another timeout, and outlive the mesh.
+    # DeepSpeed's copy of the world group would have another timeout and outlive the mesh.
     groups._WORLD_GROUP = mesh.hdp.group
     _forget(parameter_offload, partition_parameters)
     return deepspeed
 
 
 def _forget(parameter_offload: ModuleType, partition_parameters: ModuleType) -> None:
-    """Begin to count modules and parameters anew: ranks compare their numbers.
+    """Reset the counters of modules and parameters, which ranks compare with each other.
 
-    Processes that have had other models before, not all the same, would differ.
+    Without a reset the counters differ between processes that have had different models before.
     """
     parameter_offload.FWD_MODULE_STACK.clear()
     register = parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps parameters and states: this rank's stretch of each, to read and write."""
+"""Read and write access to the parameters and states that DeepSpeed keeps on this rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from allometry.parallel.deepspeed.files import SwapFolder
 
 
 class _Place(NamedTuple):
-    """Where a parameter's part is: a flat part's number, and from where on there."""
+    """Location of a parameter's elements: index of a flat partition, and the offset in the
+    partition.
+    """
 
     group: int
     offset: int
@@ -24,10 +26,10 @@ class _Place(NamedTuple):
 
 
 class Parts:
-    """Flat fp32 parts of a started engine, by parameter.
+    """Flat fp32 partitions of a started engine, addressed by parameter.
 
-    A part that lies in files stays in memory until another one is asked for or ``close`` is called,
-    since the next tensor is mostly of the same part.
+    A partition that is stored in files stays in memory until another partition is read or ``close``
+    is called, since consecutive tensors are usually in the same partition.
     """
 
     def __init__(
@@ -35,12 +37,12 @@ class Parts:
     ) -> None:
         self._zero, self._adamw, self._stage, self._folder = zero, adamw, stage, folder
         self._in_memory: int | None = None
-        self._changed = False  # whether that is to be written back
+        self._changed = False  # True if the partition in memory must be written back
 
     def check_files(self) -> None:
-        """Raise UserError where files were asked for and none was written on this rank.
+        """Raise UserError if NVMe is configured and DeepSpeed wrote no file on this rank.
 
-        Of less than 1 MiB on a rank DeepSpeed keeps states in memory, without a word.
+        DeepSpeed silently keeps the states in memory if they take less than 1 MiB on a rank.
         """
         if self._folder is not None and not self._folder.held_bytes():
             raise UserError(
@@ -50,7 +52,7 @@ class Parts:
             )
 
     def held_bytes(self) -> dict[str, int]:
-        """Return this rank's bytes of masters and moments in each place, those of states made."""
+        """Return bytes of master weights and allocated moments on this rank, by location."""
         held = {"device": 0, "cpu": 0, "nvme": 0}
         if self._folder is not None:
             held["nvme"] = self._folder.held_bytes()
@@ -61,27 +63,28 @@ class Parts:
         return held
 
     def stretch(self, parameter: Tensor) -> Stretch:
-        """Return which elements of a parameter this rank keeps."""
+        """Return the range of a parameter's elements that this rank has."""
         return self._place(parameter).stretch
 
     def read(self, parameter: Tensor, key: str) -> Tensor:
-        """Return this rank's elements of a parameter ("param") or of a state, in one dimension.
+        """Return this rank's elements of a parameter (key "param") or of a state, 1-dim, on the
+        CPU.
 
-        Of "step" the number of steps, 0-dim.
+        The key "step" returns the number of steps, 0-dim.
         """
         place = self._place(parameter)
         with self._open(place.group) as flat:
             return self._part(flat, place, key).detach().to("cpu", copy=True)
 
     def write(self, parameter: Tensor, key: str, value: Tensor) -> None:
-        """Replace what ``read`` returns; ``settle`` must follow before the model runs."""
+        """Replace the values that ``read`` returns; call ``settle`` before the model runs."""
         place = self._place(parameter)
         with self._open(place.group, changed=True) as flat, torch.no_grad():
             self._part(flat, place, key).copy_(value)
 
     @torch.no_grad()
     def init_states(self) -> None:
-        """Make the states of a fresh optimizer: zeros."""
+        """Allocate the states of a new optimizer, all zeros."""
         for group in range(self._count()):
             with self._open(group, changed=True) as flat:
                 self._adamw.made(flat)
@@ -89,7 +92,9 @@ class Parts:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Let the model compute with what was written; every rank calls this."""
+        """Copy written values to the parameters that the model computes with; every rank calls this
+        method.
+        """
         zero = self._zero
         if self._stage < 3:
             zero.update_lp_params()
@@ -151,7 +156,7 @@ class Parts:
         yield self._flats()[group]
 
     def close(self) -> None:
-        """Put back what is in memory of files; a step must find the room for its own."""
+        """Release the partition in memory, written back if changed; a step needs the buffers."""
         group, self._in_memory = self._in_memory, None
         if group is None:
             return

@@ -1,4 +1,4 @@
-"""Micro-batches that count nothing, for ranks that must take part in what others run."""
+"""Micro-batches without targets, for ranks that must join the collectives of other ranks."""
 
 # B sequences of a micro-batch, L tokens in a sequence
 
@@ -13,12 +13,12 @@ from allometry.models.documents import Documents
 from allometry.models.loss import IGNORE
 
 TOKENS = 8
-"""As few as any tensor group can share, and not one, which compilers treat as a case of its own."""
+"""Length of a filling micro-batch: small, but not one, which compilers specialize."""
 
 
 @dataclass(frozen=True)
 class Filling:
-    """Tokens without targets, which no router sees."""
+    """Tokens without targets, which routers do not count."""
 
     tokens_BL: Tensor
     targets_BL: Tensor
@@ -26,7 +26,7 @@ class Filling:
 
     @classmethod
     def of(cls, device: torch.device, multiple: int = 1) -> Filling:
-        """Make one whose length is a ``multiple`` (of tp)."""
+        """Build a filling micro-batch whose length is a multiple of ``multiple`` (tp)."""
         length = TOKENS * multiple
         tokens_BL = torch.zeros(1, length, dtype=torch.int64, device=device)
         documents = Documents(

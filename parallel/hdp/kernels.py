@@ -1,13 +1,12 @@
-"""Attention of some queries on some keys, with what it takes to merge such blocks.
+"""Attention of some queries on some keys, with the log-sum-exp that merges such blocks.
 
-A block returns its output and the log-sum-exp of its scores; outputs over different keys merge by
-these. A block's backward takes the *merged* output and log-sum-exp, and so gives this block's share
-of the whole gradient (arXiv 2205.14135, App. B.2; arXiv 2310.01889).
-
-Every kernel takes several runs at once: queries of run i see keys of run i only.
+A block returns its output and the log-sum-exp of its scores; outputs over different keys are merged
+by their log-sum-exp. The backward pass of a block takes the *merged* output and log-sum-exp, and so
+returns the block's share of the total gradient (arXiv 2205.14135, App. B.2; arXiv 2310.01889).
+Every kernel accepts several runs at once: queries of run i see only keys of run i.
 """
 
-# Q queries, S keys, N query heads, K key/value heads, G = N/K, H head width; filled up: P and R
+# Q queries, S keys, N query heads, K key/value heads, G = N/K, H head width; padded: P and R
 
 from __future__ import annotations
 
@@ -25,9 +24,11 @@ from allometry.parallel.hdp.kernels_cuda import Runs
 
 
 class Kernel(NamedTuple):
-    """One way to compute a block; ``suits(device, dtype, head width)``: whether it can.
+    """Implementation of a block; ``suits(device, dtype, head width)`` is True if it supports the
+    input.
 
-    ``forward`` and ``backward`` take what ``attention_block`` and ``attention_block_backward`` do.
+    ``forward`` and ``backward`` have the arguments of ``attention_block`` and
+    ``attention_block_backward``.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Kernel(NamedTuple):
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> Kernel:
-    """Return the first of ``KERNELS`` that can do it."""
+    """Return the first of ``KERNELS`` that supports the input."""
     return next(kernel for kernel in KERNELS if kernel.suits(device, dtype, head_width))
 
 
@@ -49,9 +50,10 @@ def attention_block(
     scale: float,
     kernel: Kernel | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output [Q, N, H] in q's type and the log-sum-exp [N, Q], fp32 (fp64 for fp64).
+    """Return the output [Q, N, H] in q's type and the log-sum-exp [N, Q] in fp32 (fp64 for fp64).
 
-    Query head n uses key/value head n // (N/K). Without ``kernel``, ``choose_kernel`` decides.
+    Query head n uses key/value head n // (N/K); for example, with N = 8 and K = 2 query heads 0 to
+    3 use key/value head 0. ``kernel`` None: ``choose_kernel``.
     """
     _check(q_QNH, k_SKH, runs)
     kernel = kernel or choose_kernel(q_QNH.device, q_QNH.dtype, q_QNH.shape[-1])
@@ -71,7 +73,7 @@ def attention_block_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return this block's share of the gradients of q, k and v, in their shapes and q's type.
 
-    ``o_QNH`` and ``lse_NQ`` are those of all keys that the queries see, in all blocks.
+    ``o_QNH`` and ``lse_NQ`` are merged over all keys that the queries see, in all blocks.
     """
     _check(q_QNH, k_SKH, runs)
     kernel = kernel or choose_kernel(q_QNH.device, q_QNH.dtype, q_QNH.shape[-1])
@@ -88,9 +90,9 @@ def merge_block(
     *,
     first: bool,
 ) -> None:
-    """Add a block to the rows of its queries, in place; ``first``: nothing is there yet.
+    """Merge a block into the rows of its queries, in place; ``first``: the rows are uninitialized.
 
-    ``o_TNH`` and ``lse_NT`` are fp32 (fp64 for fp64): rounding does not add up with the blocks.
+    ``o_TNH`` and ``lse_NT`` are fp32 (fp64 for fp64), so rounding does not accumulate over blocks.
     """
     if first:
         o_TNH[rows], lse_NT[:, rows] = part_QNH.to(o_TNH.dtype), part_lse_NQ
@@ -160,7 +162,7 @@ def _each_backward(
 def _weights(
     q_QNH: Tensor, k_SKH: Tensor, causal: bool, scale: float, lse_NQ: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return exp(scores - lse) [K, G, Q, S] and the lse [N, Q], this block's own if not given."""
+    """Return exp(scores - lse) [K, G, Q, S] and the lse [N, Q], computed here if None is given."""
     (Q, N, H), (S, K, _) = q_QNH.shape, k_SKH.shape
     scores_KGQS = scale * torch.einsum("qkgh,skh->kgqs", q_QNH.view(Q, K, N // K, H), k_SKH)
     if causal:
@@ -227,7 +229,7 @@ def _cpu_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (P, R), sizes = _cpu_lengths(q_QNH, k_SKH), (len(q_QNH), len(k_SKH), len(k_SKH))
-    # A row of filling has no gradient and so adds nothing to those of the keys.
+    # Padding rows have zero gradients and so do not change the gradients of the keys.
     grad, q, o = (_fill(x, P) for x in (grad_QNH, q_QNH, o_QNH))
     k, v = (_fill(x, R) for x in (k_SKH, v_SKH))
     lse_1NP = F.pad(lse_NQ, (0, P - sizes[0]))[None].contiguous()
@@ -239,10 +241,10 @@ def _cpu_backward(
 
 
 def _cpu_lengths(q_QNH: Tensor, k_SKH: Tensor) -> tuple[int, int]:
-    """Return how long to make queries and keys.
+    """Return the padded lengths of queries and keys.
 
-    For each shape that the kernel's products of half types meet, code is made and kept: with a
-    shape for each document and source, a process grows by gigabytes.
+    The kernel compiles and caches its half-precision products for each new shape: with one shape
+    for each document and source, a process would grow by gigabytes.
     """
     lengths = torch.tensor([len(q_QNH), len(k_SKH)])
     if q_QNH.dtype in (torch.bfloat16, torch.float16):
@@ -252,14 +254,14 @@ def _cpu_lengths(q_QNH: Tensor, k_SKH: Tensor) -> tuple[int, int]:
 
 
 def _fill(x_QNH: Tensor, size: int) -> Tensor:
-    """Return [1, N, size, H], zeros after what there is."""
+    """Return [1, N, size, H], padded with zeros at the end."""
     if size > len(x_QNH):
         x_QNH = F.pad(x_QNH, (0, 0, 0, 0, 0, size - len(x_QNH)))
     return x_QNH.transpose(0, 1)[None]
 
 
 def _hide_filling(k_SKH: Tensor, size: int, causal: bool) -> Tensor | None:
-    """Return what to add to scores [1, size]; causality hides what comes after a run by itself."""
+    """Return the additive mask of padding keys [1, size]; a causal mask hides padding by itself."""
     if causal or size == len(k_SKH):
         return None
     shown_1S = k_SKH.new_zeros(1, len(k_SKH))
@@ -289,10 +291,10 @@ CUDA = Kernel(
     kernels_cuda.torch_backward,
 )
 WRITTEN_OUT = Kernel(
-    "written out",  # keeps the scores of one run
+    "written out",  # stores the scores of one run
     lambda *_: True,
     partial(_each_forward, _written_out),
     partial(_each_backward, _written_out_backward),
 )
 KERNELS = (CPU, FLASH_ATTN, CUDA, WRITTEN_OUT)
-"""In order of preference."""
+"""All kernels in order of preference."""

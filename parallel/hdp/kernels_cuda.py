@@ -1,7 +1,8 @@
-"""Attention blocks on CUDA: variable-length flash kernels, torch's own or flash-attn's.
+"""Attention blocks on CUDA by variable-length flash kernels of torch or flash-attn.
 
-Both take all runs in one call, half types only, and heads of 8 to 256 in steps of 8. They are
-called below the functions that differentiate, as a block's backward needs what merging made.
+Both kernels process all runs in one call and support only half types and head widths of 8 to 256 in
+steps of 8. They are called below their autograd functions, because the backward pass of a block
+takes the merged output and log-sum-exp.
 """
 
 # Q queries, S keys, N query heads, K key/value heads, H head width
@@ -18,16 +19,16 @@ from torch import Tensor
 
 
 class Runs(NamedTuple):
-    """Lengths of the runs, none of them empty; ``causal``: key i up to query i, equal lengths."""
+    """Positive lengths of the runs; ``causal``: keys up to the query's index, equal lengths."""
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
     causal: bool
 
 
-@functools.cache  # the file system is not to be asked in every layer
+@functools.cache  # avoids file system access in every layer
 def has_flash_attn() -> bool:
-    """Whether flash-attn is there and spells its inner functions as below (since 2.7)."""
+    """Return True if flash-attn is installed with the function names used below (since 2.7)."""
     try:
         version = importlib.metadata.version("flash_attn")
     except importlib.metadata.PackageNotFoundError:
@@ -36,20 +37,20 @@ def has_flash_attn() -> bool:
 
 
 def takes(dtype: torch.dtype, head_width: int) -> bool:
-    """Whether the kernels can do it."""
+    """Return True if the kernels support the type and head width."""
     half = dtype in (torch.bfloat16, torch.float16)
     return half and head_width % 8 == 0 and head_width <= 256
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a small tensor from the CPU without making the CPU wait for the device."""
+    """Copy a small tensor from the CPU to ``device`` without synchronizing with the device."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 
 
 def _bounds(runs: Runs, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-    """Return where runs of queries and of keys begin and end, int32, and the longest of each."""
+    """Return cumulative lengths of queries and of keys, int32, and the longest run of each."""
     both = [list(accumulate(lengths, initial=0)) for lengths in (runs.queries, runs.keys)]
     cu_q, cu_k = to_device(torch.tensor(both, dtype=torch.int32), device).unbind()
     return cu_q, cu_k, max(runs.queries), max(runs.keys)
@@ -58,7 +59,7 @@ def _bounds(runs: Runs, device: torch.device) -> tuple[Tensor, Tensor, int, int]
 def torch_forward(
     q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, runs: Runs, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute what ``kernels.attention_block`` returns by torch's kernel."""
+    """Compute ``kernels.attention_block`` by torch's kernel."""
     bounds = _bounds(runs, q_QNH.device)
     kernel = torch.ops.aten._flash_attention_forward
     o_QNH, lse_NQ, *_ = kernel(
@@ -77,9 +78,9 @@ def torch_backward(
     runs: Runs,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute what ``kernels.attention_block_backward`` returns by torch's kernel."""
+    """Compute ``kernels.attention_block_backward`` by torch's kernel."""
     bounds = _bounds(runs, q_QNH.device)
-    # The state of a generator and what was once its offset: read only where there is dropout.
+    # RNG state and an obsolete offset, which the kernel reads only for dropout.
     state = torch.zeros(2, dtype=torch.uint64, device=q_QNH.device)
     unused = torch.empty(0, device=q_QNH.device)
     given = (grad_QNH.contiguous(), q_QNH, k_SKH, v_SKH, o_QNH, lse_NQ)
@@ -91,7 +92,7 @@ def torch_backward(
 def package_forward(
     q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, runs: Runs, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute what ``kernels.attention_block`` returns by flash-attn's kernel."""
+    """Compute ``kernels.attention_block`` by flash-attn's kernel."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
     bounds = _bounds(runs, q_QNH.device)
@@ -111,7 +112,7 @@ def package_backward(
     runs: Runs,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute what ``kernels.attention_block_backward`` returns by flash-attn's kernel."""
+    """Compute ``kernels.attention_block_backward`` by flash-attn's kernel."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
     grads = tuple(x.new_empty(x.shape) for x in (q_QNH, k_SKH, v_SKH))

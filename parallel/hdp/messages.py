@@ -1,12 +1,12 @@
-"""What ranks send one another while a plan runs, matched as NCCL matches it: by order alone.
+"""Messages between ranks while a plan runs, matched by order alone as in NCCL.
 
-A communicator of NCCL has no tags: of what one rank sends another, the first message is taken by
-the first receive, whatever either is meant for. And it does one thing after the other: what a rank
-posts there begins when all that it posted before is done, and ends when its peers have come to
-their side of it. (Messages posted together are one thing.) So messages that may be under way at
-once go through different communicators, as those of rings and of pipelines do, or in one order on
-both sides. ``match`` plays lists of messages through under these rules; ``programs_of`` makes them
-of a plan.
+NCCL communicators have no tags: between two ranks, the first message is received by the first
+receive, whatever both are meant for. A communicator also runs one operation at a time: an operation
+of a rank starts after the rank's earlier operations on the communicator have completed, and
+completes when its peers have reached the matching operation. (Messages posted together are one
+operation.) Messages that may be in flight at the same time therefore use different communicators,
+such as those of rings and of pipelines, or are posted in one order on both sides. ``match``
+simulates lists of messages under these rules; ``programs_of`` builds the lists from a plan.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from allometry.scaling.hdp.check import PlanError
 from allometry.scaling.hdp.plan import Plan
 
 Rank = tuple[int, int]
-"""hdp rank, pipeline rank."""
+"""Pair (hdp rank, pipeline rank)."""
 
 
 class Message(NamedTuple):
-    """One side of a message. Both sides must name it alike; ``name`` does not travel."""
+    """One side of a message. Both sides must use the same ``name``, which is not transmitted."""
 
     way: Literal["send", "receive"]
     peer: Rank
@@ -42,7 +42,7 @@ class Post:
 
 @dataclass(frozen=True)
 class Wait:
-    """The rank goes on when what it posted is done."""
+    """Wait of the rank until ``post`` has completed."""
 
     post: Post
 
@@ -52,13 +52,13 @@ Programs = Mapping[Rank, Sequence[Step]]
 
 
 def match(programs: Programs, blocking: Collection[str] = ()) -> int:
-    """Play messages through; return how many were received.
+    """Simulate the messages; return the number of received messages.
 
-    On communicators in ``blocking`` a rank waits for what it posts where it posts it, as NCCL does
-    where two ranks talk for the first time.
+    On communicators in ``blocking`` a rank waits for each post immediately, as NCCL does when two
+    ranks communicate for the first time.
 
     Raises:
-        PlanError: a message would be taken for another, or ranks wait for one another for good.
+        PlanError: a message would be received in place of another, or ranks deadlock.
     """
     played = {
         rank: [s for step in steps for s in _played(step, blocking)]
@@ -74,7 +74,7 @@ def _played(step: Step, blocking: Collection[str]) -> tuple[Step, ...]:
 
 @dataclass(eq=False)
 class _Open:
-    """A post that is under way: by peer, the names of what has not been matched yet."""
+    """A post in progress: unmatched message names by peer."""
 
     post: Post
     left: int
@@ -101,7 +101,7 @@ class _Match:
         return self.received
 
     def _go_on(self, rank: Rank) -> None:
-        """Run a rank's program up to a wait for what is not done."""
+        """Run the program of a rank up to a wait for an incomplete post."""
         steps = self.programs[rank]
         while self.at[rank] < len(steps):
             step = steps[self.at[rank]]
@@ -123,7 +123,7 @@ class _Match:
             self._begin(rank, post.communicator)
 
     def _begin(self, rank: Rank, communicator: str) -> None:
-        """Match what is first in a queue with what is first in its peers' queues."""
+        """Match the first post of a queue with the first posts of its peers' queues."""
         queue = self.queues[communicator, rank]
         while queue:
             first = queue[0]
@@ -138,7 +138,7 @@ class _Match:
                 if first.left == 0:
                     break
             if not queue or queue[0] is not first:
-                return  # it was ended by a peer that went on
+                return  # a peer that advanced has completed it
             if first.left:
                 return
             self._end(rank, queue)
@@ -177,10 +177,10 @@ def programs_of(
     layers: int = 1,
     communicators: Mapping[str, str] | None = None,
 ) -> dict[Rank, list[Step]]:
-    """Return what every rank posts and waits for in one step of a plan.
+    """Return the posts and waits of every rank in one step of a plan.
 
-    ``orders`` as in ``replay``; ``layers`` is how many attention layers a stage has.
-    ``communicators`` are the names of those of "ring" and "pipeline".
+    ``orders`` as in ``replay``; ``layers`` is the number of attention layers of a stage.
+    ``communicators`` maps "ring" and "pipeline" to communicator names; None: "hdp" and "pp".
     """
     names = communicators or {"ring": "hdp", "pipeline": "pp"}
     programs: dict[Rank, list[Step]] = {}
@@ -213,10 +213,10 @@ def programs_of(
 
 
 class _Handed(NamedTuple):
-    """What one stage hands another: an activation (F) or a gradient (G) of a micro-batch."""
+    """Tensor sent between stages: an activation (F) or a gradient (G) of a micro-batch."""
 
     kind: Literal["F", "G"]
-    stage: int  # that made it
+    stage: int  # the stage that computed it
     micro_batch: int
 
 
@@ -234,10 +234,10 @@ def _inputs(action: Action) -> Iterator[_Handed]:
 
 
 def _with_messages(orders: Orders) -> list[list[Action | _Sent]]:
-    """Put messages between the passes of a pipeline as torch's schedules do.
+    """Insert messages between the passes of a pipeline as torch's schedules do.
 
-    A receive stands where its rank has come to when the other one sends: so all messages are in
-    one order, of which each rank has its part.
+    A receive is inserted at the receiver's current position when the peer sends. All messages thus
+    have one global order, and each rank posts its messages in this order.
     """
     of_stage = {action.stage: rank for rank, actions in enumerate(orders) for action in actions}
     last = max(of_stage)
@@ -279,7 +279,7 @@ def _ring_steps(
     layers: int,
     names: Mapping[str, str],
 ) -> list[Step]:
-    """Return the messages of the rings in one pass of a unit: ``ring.py``, hop by hop."""
+    """Return the ring messages of one pass of a unit, hop by hop as in ``ring.py``."""
     ring = () if number is None else plan.units[number].ring
     passed = ring_pass(action)
     if number is None or len(ring) == 1 or passed is None:
@@ -288,7 +288,7 @@ def _ring_steps(
     after, before = (ring[(member + way) % size] for way in (1, -1))
 
     def hop(layer: int, kind: str, step: int) -> Post:
-        # What is handed on at a step set out at the member so many places before.
+        # A tensor sent at step s was first sent by the member s places before.
         source = (member - step) % size
         common = (number, action.stage, passed, layer, kind)
         return Post(

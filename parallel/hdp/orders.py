@@ -1,6 +1,6 @@
-"""What each rank of a pipeline does in turn, for any number of micro-batches: lists, not code.
+"""Pipeline schedules as lists of actions for each rank, for any number of micro-batches.
 
-A plan is replayed with these before it runs (``replay.py``).
+A plan is replayed with these lists before it runs (``replay.py``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["F", "B", "I", "W"]
-"""Forward; backward; its two halves, gradients of activations (I) and of weights (W)."""
+"""Forward pass; backward pass; its halves: gradients of activations (I) and of weights (W)."""
 
 
 class Action(NamedTuple):
@@ -22,14 +22,15 @@ class Action(NamedTuple):
 
 
 Orders = tuple[tuple[Action, ...], ...]
-"""By pipeline rank: its actions in turn."""
+"""Actions of each pipeline rank in order."""
 
 
 def ring_pass(action: Action) -> str | None:
-    """Return in which pass of a ring its members meet here: forward (F), backward (G) or none.
+    """Return the ring pass that ``action`` takes part in: forward (F), backward (G) or None.
 
-    A whole backward meets the first half of one: pipelines of other lengths split it elsewhere. In
-    the first stage, which hands no gradient on, torch leaves all of it to the second half.
+    A full backward on one rank matches the first half of a split backward on another rank, since
+    pipelines with other numbers of micro-batches split different backwards. In the first stage,
+    which sends no gradient, torch leaves the complete backward to the second half.
     """
     if action.kind == "F":
         return "F"
@@ -38,10 +39,11 @@ def ring_pass(action: Action) -> str | None:
 
 
 def schedule_orders(schedule: str, pp: int, stages_per_rank: int, count: int) -> Orders:
-    """Return what torch's ``schedule`` makes of ``count`` micro-batches on ``pp`` ranks.
+    """Return the actions of torch's ``schedule`` for ``count`` micro-batches on ``pp`` ranks.
 
-    ``schedule`` is spelled as in ``parallel.pipeline``. Numbers of micro-batches that it cannot
-    take raise ValueError or AssertionError, as they do in torch.
+    ``schedule`` is a value of ``parallel.pipeline``. Unsupported numbers of micro-batches raise
+    ValueError or AssertionError, as in torch. For example, ``schedule_orders("1f1b", 2, 1, 2)``
+    starts rank 0 with two forward passes and rank 1 with one.
     """
     assert pp >= 1, pp
     assert count >= 1, count
@@ -57,12 +59,12 @@ def schedule_orders(schedule: str, pp: int, stages_per_rank: int, count: int) ->
 
 
 def _gpipe(stage: int, count: int) -> tuple[Action, ...]:
-    """All forward passes, then all backward passes (arXiv 1811.06965)."""
+    """Order all forward passes, then all backward passes (arXiv 1811.06965)."""
     return tuple(Action(kind, stage, index) for kind in ("F", "B") for index in range(count))
 
 
 def _one_forward_one_backward(stage: int, pp: int, count: int) -> tuple[Action, ...]:
-    """As many forward passes as stages come after this one, then one of each in turn."""
+    """Order one forward pass for each later stage, then alternate forward and backward passes."""
     ahead = min(pp - 1 - stage, count)
     actions = [Action("F", stage, index) for index in range(ahead)]
     for index in range(count):
@@ -73,7 +75,7 @@ def _one_forward_one_backward(stage: int, pp: int, count: int) -> tuple[Action, 
 
 
 def _breadth_first(stages: Sequence[int], count: int) -> tuple[Action, ...]:
-    """All micro-batches through a stage before the next one (arXiv 2211.05953)."""
+    """Order all micro-batches through a stage before the next stage (arXiv 2211.05953)."""
     forward = [Action("F", stage, index) for stage in stages for index in range(count)]
     return (
         *forward,
@@ -82,9 +84,9 @@ def _breadth_first(stages: Sequence[int], count: int) -> tuple[Action, ...]:
 
 
 def _torch_orders(schedule: str, pp: int, stages_per_rank: int, count: int) -> Orders:
-    """Read ``pipeline_order`` off one of torch's schedules, made with stages that compute nothing.
+    """Read ``pipeline_order`` of one of torch's schedules, built with stages that compute nothing.
 
-    It is private to torch: 2.11 to 2.13 fill it in the constructor, for all ranks at once.
+    The attribute is private: torch 2.11 to 2.13 fill it in the constructor, for all ranks.
     """
     from torch.distributed import pipelining
 
@@ -113,7 +115,7 @@ def _torch_orders(schedule: str, pp: int, stages_per_rank: int, count: int) -> O
 
 
 def _actions(entry: Any) -> list[Action]:
-    """Return the passes in one of torch's entries, which may be none or an overlapped pair."""
+    """Return the passes of one of torch's entries, which may be empty or an overlapped pair."""
     if entry is None:
         return []
     if entry.sub_actions is not None:

@@ -1,8 +1,8 @@
-"""A plan played through before it runs: does it hold together, does it end, and when.
+"""Simulate a plan before it runs: check its rules, detect deadlocks, compute its times.
 
-Ranks of a ring wait for one another, and in a pipeline passes of different micro-batches alternate:
-two rings that two ranks meet in different orders never end, or, where messages happen to have the
-same size, end with wrong gradients. So every plan is checked and replayed.
+Members of a ring wait for each other, and a pipeline alternates passes of different micro-batches.
+If two ranks enter two rings in different orders, the step deadlocks or, if messages happen to have
+the same size, computes wrong gradients. Every plan is therefore checked and replayed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from allometry.scaling.hdp.cost import CostModel
 from allometry.scaling.hdp.plan import Plan
 
 SHARES: Mapping[str, float] = {"F": 1 / 3, "B": 2 / 3, "I": 1 / 3, "W": 1 / 3}
-"""Of a unit's cost in one stage: backward takes twice as long as forward, each half as long."""
+"""Share of a unit's cost by pass: backward costs twice as much as forward, each half as much as
+forward.
+"""
 
 
 class Span(NamedTuple):
-    """What a rank did from ``start`` to ``end`` (seconds); ``unit`` None: a dummy."""
+    """Pass of a rank from ``start`` to ``end`` in seconds; ``unit`` None: a dummy micro-batch."""
 
     start: float
     end: float
@@ -33,19 +35,19 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Replay:
-    """``spans[hdp rank][pp rank]``: what each did, in turn."""
+    """Result of a simulation: ``spans[hdp rank][pp rank]`` are the passes of each rank in order."""
 
     spans: tuple[tuple[tuple[Span, ...], ...], ...]
 
     @cached_property
     def makespan(self) -> float:
-        """Seconds until the last rank is done."""
+        """Seconds until the last rank has finished."""
         lanes = (lane for pipeline in self.spans for lane in pipeline)
         return max((lane[-1].end for lane in lanes if lane), default=0.0)
 
     @cached_property
     def busy(self) -> tuple[tuple[float, ...], ...]:
-        """Seconds that each rank was not waiting for others, by hdp rank and pp rank."""
+        """Seconds of computation of each rank, by hdp rank and pp rank."""
         return tuple(
             tuple(sum(span.end - span.start for span in lane) for lane in pipeline)
             for pipeline in self.spans
@@ -53,22 +55,24 @@ class Replay:
 
     @property
     def balance(self) -> float:
-        """The makespan over the mean of the ranks' busy seconds; 1 is perfect."""
+        """Ratio of the makespan to the mean busy seconds of the ranks; 1 is perfect balance."""
         busy = [seconds for pipeline in self.busy for seconds in pipeline]
         mean = sum(busy) / len(busy)
         return self.makespan / mean if mean > 0 else 1.0
 
 
 def replay(plan: Plan, orders: Callable[[int], Orders] | None = None) -> Replay:
-    """Check a plan and play it through.
+    """Check and simulate a plan.
 
     ``orders(count)`` are the actions of a pipeline's ranks for a number of micro-batches
-    (``schedule_orders``); None: no pipeline, each unit forward and then backward. A unit's cost is
-    that of all stages, which are taken to be equal. All members of a ring start a pass together;
-    of a backward in halves only the first has a ring in it. Linear in the number of passes.
+    (``schedule_orders``); None: no pipeline, forward and then backward of each unit. The cost of a
+    unit is the sum over all stages, which are assumed equal. All members of a ring start a pass
+    together; only the first half of a split backward contains a ring. Time is linear in the number
+    of passes.
 
     Raises:
-        PlanError: the plan breaks a rule (``check_plan``) or never ends; it says who waits where.
+        PlanError: the plan violates a rule (``check_plan``) or deadlocks; the message names the
+            waiting ranks.
     """
     check_plan(plan)
     play = _Play(plan, orders or _in_turn)
@@ -82,10 +86,10 @@ def replay(plan: Plan, orders: Callable[[int], Orders] | None = None) -> Replay:
 
 
 def summary(plan: Plan, cost: CostModel, played: Replay | None = None) -> dict[str, Any]:
-    """Return ``Plan.describe`` and what the plan costs, as JSON.
+    """Return ``Plan.describe`` with the costs of the plan, as JSON.
 
-    ``balance``: see ``Replay``. ``bytes_sent``: by all rings, over the layers that ``cost`` counts,
-    on one of the tp ranks.
+    ``balance``: see ``Replay``. ``bytes_sent``: bytes sent in all rings, over the layers that
+    ``cost`` counts, by one tp rank.
     """
     played = played or replay(plan)
     sent = [0.0, 0.0]
@@ -104,7 +108,7 @@ def summary(plan: Plan, cost: CostModel, played: Replay | None = None) -> dict[s
 
 
 class _Lane:
-    """One rank of one pipeline, and how far it has come."""
+    """One rank of one pipeline, and its progress."""
 
     __slots__ = ("actions", "clock", "rank", "spans", "units")
 
@@ -121,7 +125,7 @@ class _Lane:
 
     @property
     def place(self) -> str:
-        """Where this rank stands, in words."""
+        """Current position of this rank as text for error messages."""
         kind, stage, index = self.next
         unit = self.units[index]
         what = "a dummy" if unit is None else f"unit {unit}"
@@ -132,7 +136,7 @@ class _Lane:
 
 
 class _Play:
-    """The state of a replay: which lanes can go on, what has been done, who waits for what."""
+    """State of a simulation: lanes that can advance, completed passes, and waiting lanes."""
 
     def __init__(self, plan: Plan, orders: Callable[[int], Orders]) -> None:
         made = {count: orders(count) for count in {len(order) for order in plan.orders}}
@@ -166,7 +170,9 @@ class _Play:
             raise PlanError(self._why(stuck))
 
     def _advance(self, lane: _Lane) -> bool:
-        """Do the lane's next action if all it needs is there; otherwise note what it waits for."""
+        """Run the next action of a lane if its inputs are complete; otherwise record the missing
+        input.
+        """
         kind, stage, index = action = lane.next
         need: tuple[tuple[int, str, int, int], ...] = ()
         if kind == "F":
@@ -214,7 +220,9 @@ class _Play:
                 self.ready.append(waiting)
 
     def _why(self, stuck: list[_Lane]) -> str:
-        """Say which ring waits for whom; without one the orders themselves are at fault."""
+        """Describe the ring that waits and the absent rank; without a ring the orders are
+        inconsistent.
+        """
         for lane in stuck:
             _, stage, index = lane.next
             number, passed = lane.units[index], ring_pass(lane.next)
@@ -239,5 +247,5 @@ class _Play:
 
 
 def _in_turn(count: int) -> Orders:
-    """No pipeline: each micro-batch forward and then backward."""
+    """Return the order without a pipeline: forward and then backward of each micro-batch."""
     return (tuple(Action(kind, 0, index) for index in range(count) for kind in ("F", "B")),)

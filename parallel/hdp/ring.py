@@ -1,20 +1,22 @@
-"""Ring attention: documents whose tokens lie on several ranks, keys and values passing around.
+"""Ring attention for documents that are sharded over several ranks.
 
-Member j of n computes its queries against the keys that are here, hands these to the member after
-it and takes those of the one before, n - 1 times; blocks merge by their log-sum-exp (arXiv
-2310.01889; the zig-zag of ``shard.py`` halves the work). In the backward keys and values go round
-again, and their gradients follow a step behind: they set out at the member after their own, gather
-what each adds and arrive at home after n - 1 hops too. A hop is posted before the block that it
-can overlap with is computed. All documents of a unit travel in one message, keys and values
-together; sizes come from the table, so nothing is negotiated.
+Member j of n computes attention of its queries on the current keys, sends these keys and values to
+the next member and receives those of the previous member, n - 1 times. Blocks are merged by their
+log-sum-exp (arXiv 2310.01889; the zig-zag sharding of ``shard.py`` halves the work). In the
+backward pass keys and values circulate again, and their gradients follow one step behind: the sum
+of a member's gradients starts at the next member, accumulates the share of each member, and arrives
+at the owner after n - 1 hops. Each hop is posted before the block that overlaps with it is
+computed. All documents of a unit travel in one message, keys and values together; sizes are read
+from the table, so ranks do not exchange sizes.
 
-Only the group of all hdp ranks is used: rings of any ranks cost no communicators of their own. On
-NCCL all ranks must have met in that group before a part of them sends (``groups.warm_up`` sees to
-it), and its messages have no tags: all members post the same ones in one order (``messages.py``).
+All rings use the group of all hdp ranks, so rings of arbitrary ranks need no further communicators.
+With NCCL all ranks must have communicated in this group before some of them send messages
+(``groups.warm_up``). NCCL messages have no tags: all members post the same messages in the same
+order (``messages.py``).
 """
 
-# T rows of this rank, S rows of the member whose keys are here, N query heads, K key/value heads,
-# H head width
+# T rows of this rank, S rows of the current source member, N query heads, K key/value heads, H head
+# width
 
 from __future__ import annotations
 
@@ -29,9 +31,9 @@ from allometry.parallel.hdp.kernels_cuda import Runs, to_device
 from allometry.parallel.hdp.shard import Pairing, Ring, Rows
 
 RING_OPERATOR = "allometry::ring_attention"
-"""The forward as torch's dispatcher names it; what it computes blocks with runs inside of it."""
+"""Operator name of the forward pass; the block kernels run inside this operator."""
 
-# What a message carries, as part of its tag.
+# Kind of a message, part of its tag.
 _KEYS, _KEYS_AGAIN, _GRADIENTS = range(3)
 _CHANNELS = 3
 
@@ -42,9 +44,9 @@ def ring_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return causal attention within each document [T, N, H] and its log-sum-exp [N, T].
 
-    The rows are the member's chunks (``shard.chunks``) of each document, then filling, which gives
-    zeros. ``table`` (``shard.ring_table``) says who takes part: all members call this at once, each
-    with its own table, in the group of this name, whose ranks are the hdp ranks.
+    Rows are the member's chunks (``shard.chunks``) of each document, then padding, whose output is
+    zero. ``table`` (``shard.ring_table``) lists the members: all members call this function at the
+    same time, each with its own table, in the group ``group_name``, whose ranks are the hdp ranks.
     """
     ring, group = Ring.of(table), _group(group_name)
     tokens = ring.tokens(ring.member)
@@ -79,7 +81,7 @@ def ring_attention_backward(
     group_name: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v; those of filling are zero."""
+    """Return the gradients of q, k and v; the gradients of padding are zero."""
     ring, group = Ring.of(table), _group(group_name)
     tokens = ring.tokens(ring.member)
     dq_TNH = q_TNH.new_zeros(q_TNH.shape, dtype=_wide(q_TNH.dtype))
@@ -97,7 +99,8 @@ def ring_attention_backward(
             k_SKH, v_SKH = kv_2SKH[:, keys]
             given = (grad_TNH[rows], q_TNH[rows], k_SKH, v_SKH, o_TNH[rows], lse_NT[:, rows])
             parts = attention_block_backward(*given, _runs(pairing), scale)
-        # The member after a source begins the sum of its gradients; later ones go on with it.
+        # The member after a source starts the sum of the source's gradients; later members add to
+        # it.
         if step == 1:
             dkv_2SKH = torch.zeros_like(kv_2SKH, dtype=dq_TNH.dtype)
         elif homeward is not None:
@@ -119,16 +122,18 @@ def ring_attention_backward(
 
 
 class _Hop:
-    """One message to the next member and one from the previous, both under way."""
+    """One message to the next member and one from the previous member, both in flight."""
 
     def __init__(
         self, ring: Ring, group: dist.ProcessGroup, sent_2SKH: Tensor, rows: int, channel: int
     ) -> None:
-        """Post both; ``rows`` are to come. ``sent_2SKH`` must stay as it is until ``wait``."""
+        """Post both messages and receive ``rows`` rows; ``sent_2SKH`` must not change until
+        ``wait``.
+        """
         _, _, K, H = sent_2SKH.shape
         self._sent, self._received = sent_2SKH, sent_2SKH.new_empty(2, rows, K, H)
         tag = ring.tag * _CHANNELS + channel
-        # The other side knows from its table too when there is nothing to send.
+        # Empty messages are skipped; the peer's table has the same sizes.
         messages = [
             dist.P2POp(operation, tensor, group=group, tag=tag, group_peer=peer)
             for operation, tensor, peer in (
@@ -140,7 +145,7 @@ class _Hop:
         self._works = dist.batch_isend_irecv(messages) if messages else []
 
     def wait(self) -> Tensor:
-        """Return what came."""
+        """Return the received tensor."""
         for work in self._works:
             work.wait()
         return self._received

@@ -1,9 +1,10 @@
-"""How documents lie on the members of a ring: zig-zag, so that all have the same work.
+"""Zig-zag sharding of documents over the members of a ring, which balances causal attention.
 
-A document of L tokens is cut into 2n chunks that differ by a token at most, and member j of n
-holds chunks j and 2n-1-j: with causal attention an early chunk is cheap and a late one costly
-(arXiv 2502.21231, Fig. 14). Nothing is filled up: lengths need not be divisible, chunks may be
-empty. A member's rows are, document after document, its first chunk and then its second.
+A document of L tokens is split into 2n chunks whose lengths differ by at most one token. Member j
+of n has chunks j and 2n-1-j: with causal attention an early chunk is cheap and a late chunk is
+expensive (arXiv 2502.21231, Fig. 14). Documents are not padded: lengths need not be divisible, and
+chunks may be empty. The rows of a member are, for each document, its first chunk and then its
+second chunk.
 """
 
 # n members of a ring, j this member, d documents
@@ -22,25 +23,31 @@ Ints = npt.NDArray[np.int64]
 
 
 def chunks(length: int, n: int, member: int) -> tuple[range, range]:
-    """Return the places in a document of ``length`` tokens that ``member`` of ``n`` holds."""
+    """Return the two ranges of positions that ``member`` of ``n`` has in a document of ``length``
+    tokens.
+
+    For example, ``chunks(8, 2, 0)`` is ``range(0, 2), range(6, 8)``.
+    """
     assert 0 <= member < n, (member, n)
     return _chunk(length, n, member), _chunk(length, n, 2 * n - 1 - member)
 
 
 def _chunk(length: int, n: int, i: int) -> range:
-    """Chunk i of 2n, cut as ``torch.tensor_split`` cuts: the first ones are a token longer."""
+    """Return chunk i of 2n, split as in ``torch.tensor_split``: the first chunks are one token
+    longer.
+    """
     short, longer = divmod(length, 2 * n)
     start = i * short + min(i, longer)
     return range(start, start + short + (i < longer))
 
 
 def ring_table(ring: Sequence[int], member: int, lengths: Sequence[int], tag: int) -> Tensor:
-    """Return all that ``ring_attention`` must know of a unit, int64 on the CPU.
+    """Return the arguments of ``ring_attention`` for a unit as one tensor, int64 on the CPU.
 
-    ``ring``: the hdp ranks in their order; ``member``: this rank's place in it; ``lengths``: of
-    the whole documents; ``tag``: a number of this unit that no other unit of the step has. Members
-    that run different units at once then wait for each other on gloo, rather than take one's keys
-    for the other's.
+    ``ring``: the hdp ranks in ring order; ``member``: this rank's index in the ring; ``lengths``:
+    the lengths of the unsharded documents; ``tag``: a number that is unique among the units of the
+    step. With gloo, members that run different units at the same time then wait for each other
+    instead of receiving keys of the wrong unit.
     """
     assert 0 <= member < len(ring), (ring, member)
     assert len(set(ring)) == len(ring), ring
@@ -51,18 +58,18 @@ def ring_table(ring: Sequence[int], member: int, lengths: Sequence[int], tag: in
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Runs of rows, ascending and none empty: run i is ``starts[i]`` to ``stops[i]``."""
+    """Runs of rows in ascending order, all non-empty: run i is ``starts[i]`` to ``stops[i]``."""
 
     starts: tuple[int, ...]
     stops: tuple[int, ...]
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """How long each run is."""
+        """Length of each run."""
         return tuple(b - a for a, b in zip(self.starts, self.stops, strict=True))
 
     def index(self) -> slice | Ints:
-        """Return what selects these rows: a slice where they follow upon one another."""
+        """Return an index of these rows: a slice if the runs are adjacent, else an array."""
         if self.starts[1:] == self.stops[:-1]:
             return slice(self.starts[0], self.stops[-1])
         runs = zip(self.starts, self.stops, strict=True)
@@ -71,9 +78,9 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """Which of a member's queries see which of a source's keys: run i sees run i, and wholly.
+    """Visible queries and keys of a pair of members: run i of queries sees all of run i of keys.
 
-    ``causal``: row by row only up to itself; then the runs are equal.
+    ``causal``: a query sees keys only up to its own row; the runs then have equal lengths.
     """
 
     queries: Rows
@@ -83,7 +90,7 @@ class Pairing:
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """What a table says: the hdp ranks of a ring, this member's place, the documents' lengths."""
+    """Decoded ``ring_table``: hdp ranks of the ring, this member's index, tag, document lengths."""
 
     ranks: tuple[int, ...]
     member: int
@@ -92,31 +99,31 @@ class Ring:
 
     @classmethod
     def of(cls, table: Tensor) -> Ring:
-        """Read a ``ring_table``."""
+        """Decode a ``ring_table``."""
         n, member, tag, *rest = table.tolist()
         return cls(tuple(rest[:n]), member, tag, tuple(rest[n:]))
 
     @property
     def size(self) -> int:
-        """How many members there are."""
+        """Number of members."""
         return len(self.ranks)
 
     @property
     def next_rank(self) -> int:
-        """The hdp rank of the member after this one."""
+        """hdp rank of the next member."""
         return self.ranks[(self.member + 1) % self.size]
 
     @property
     def previous_rank(self) -> int:
-        """The hdp rank of the member before this one."""
+        """hdp rank of the previous member."""
         return self.ranks[self.member - 1]
 
     def source(self, step: int) -> int:
-        """Return the member whose keys are here after so many hops."""
+        """Return the member whose keys this member has after ``step`` hops."""
         return (self.member - step) % self.size
 
     def tokens(self, member: int) -> int:
-        """Return how many rows ``member`` holds, filling not counted."""
+        """Return the number of rows of ``member``, without padding."""
         return int(sum(part.sum() for part in self._chunk_lengths(member)))
 
     def _chunk_lengths(self, member: int) -> tuple[Ints, Ints]:
@@ -124,11 +131,12 @@ class Ring:
         return short_d + (member < longer_d), short_d + (2 * self.size - 1 - member < longer_d)
 
     def pairing(self, source: int) -> Pairing | None:
-        """Return which rows of this member see which of ``source``, None if none does.
+        """Return the rows of this member that see rows of ``source``; None if the pair has no such
+        rows.
 
-        Of the four pairs of chunks the causal mask leaves whole ones: keys of an earlier member
-        come with a first chunk before both of ours and a second after both; those of a later
-        member lie between our two.
+        The causal mask keeps or drops complete pairs of chunks. For an earlier member, its first
+        chunk is visible to both of our chunks and its second chunk to neither. For a later member,
+        both of its chunks are visible to our second chunk only.
         """
         first_d, second_d = self._chunk_lengths(self.member)
         start_d = np.cumsum(first_d + second_d) - first_d - second_d
@@ -146,7 +154,7 @@ class Ring:
 def _pairing(
     start_d: Ints, stop_d: Ints, key_start_d: Ints, key_stop_d: Ints, *, causal: bool
 ) -> Pairing | None:
-    """Leave out documents of which one side has nothing: kernels do not survive them."""
+    """Drop documents with an empty side: kernels do not support empty runs."""
     kept_d = (start_d < stop_d) & (key_start_d < key_stop_d)
     if not kept_d.any():
         return None

@@ -1,1 +1,1 @@
-"""Activations that wait for the backward in the host's memory."""
+"""Offloading of activations to host memory until the backward pass."""

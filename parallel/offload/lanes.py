@@ -1,8 +1,8 @@
-"""Copies between a device and the host beside the computation, and who waits for them.
+"""Copies between a device and the host that overlap with computation, and their synchronization.
 
-A lane is a queue of copies in one direction. On CUDA it is a stream: the host asks for a copy and
-goes on, and what computes waits for its event on the device. On a CPU a copy is done when it was
-asked for. Tests have a third kind, whose copies happen as late as a GPU's might.
+A lane is a queue of copies in one direction. On CUDA a lane is a stream: the host enqueues a copy
+and continues, and the computation waits for the copy's event on the device. On a CPU a copy
+completes immediately. Tests use a third kind of lane, whose copies run as late as a GPU's may.
 """
 
 from __future__ import annotations
@@ -15,33 +15,35 @@ from typing_extensions import override
 
 
 class Ticket(Protocol):
-    """A copy that may still be on its way."""
+    """Handle of a copy that may be in progress."""
 
     def wait(self) -> None:
-        """Let all computation asked for from now on wait for the copy; the host does not."""
+        """Make all later computation wait for the copy, without blocking the host."""
 
 
 class Lane(Protocol):
-    """Copies that run in their order, each after all computation asked for before it."""
+    """Queue of copies that run in order, each after all computation enqueued before it."""
 
     def __call__(self, source: Tensor, target: Tensor) -> Ticket | None:
-        """Begin to copy; None: it is done. Both must stay until somebody has waited for it."""
+        """Start a copy; None: complete. Both tensors must be kept alive until the ticket is
+        awaited.
+        """
 
 
 def lanes_of(device: torch.device) -> tuple[Lane, Lane]:
-    """Return a lane to the host and one back."""
+    """Return a lane to the host and a lane to the device."""
     if device.type != "cuda":
         return copy_at_once, copy_at_once
     return CudaLane(device), CudaLane(device)
 
 
 def copy_at_once(source: Tensor, target: Tensor) -> None:
-    """Copy now: a lane where there is nothing to overlap with."""
+    """Copy immediately: the lane of devices without asynchronous copies."""
     target.copy_(source)
 
 
 class CudaLane(Lane):
-    """A CUDA stream of its own; memory of the host must be pinned."""
+    """CUDA stream for copies; host memory must be pinned."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -61,7 +63,7 @@ class _CudaTicket(Ticket):
 
     @override
     def wait(self) -> None:
-        # The stream whose memory it is, and the one that reads it: usually the same.
+        # The stream that allocated the memory, and the stream that reads it: usually the same.
         self._computing.wait_event(self._done)
         current = torch.cuda.current_stream(self._computing.device)
         if current != self._computing:
@@ -69,11 +71,11 @@ class _CudaTicket(Ticket):
 
 
 class Transfer:
-    """A copy, and the device's memory that it reads or fills.
+    """A copy and the device memory that it reads or fills.
 
-    That memory must not return to the allocator while a lane uses it: what computes waits for the
-    copy before it is let go. (``record_stream`` would keep it until the copy has really run, long
-    after a host that runs ahead wants it for the next block.)
+    The memory must not return to the allocator while a lane uses it, so the computation waits for
+    the copy before the memory is released. (``record_stream`` would keep the memory until the copy
+    has actually run, long after a host that runs ahead needs it for the next block.)
     """
 
     def __init__(self, memory: Tensor, ticket: Ticket | None = None) -> None:
@@ -81,16 +83,16 @@ class Transfer:
 
     @property
     def on_its_way(self) -> bool:
-        """Whether nothing has waited for the copy yet."""
+        """True if the computation has not waited for the copy yet."""
         return self._ticket is not None
 
     def wait(self) -> Tensor:
-        """Let what computes wait for the copy; return the device's memory."""
+        """Make the computation wait for the copy; return the device memory."""
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
             ticket.wait()
         return self._memory
 
     def __del__(self) -> None:
-        # A graph may be dropped before its backward, with copies on their way.
+        # A graph may be released before its backward pass, with copies in progress.
         self.wait()

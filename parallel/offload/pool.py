@@ -1,4 +1,4 @@
-"""Memory of the host for activations: asked for while the first step runs, and used again."""
+"""Host memory for activations, allocated during the first step and then reused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ _ALIGNMENT = 512
 
 
 class Region(NamedTuple):
-    """Bytes of a slab: ``memory`` is uint8, ``size`` what is taken, filled up to the alignment."""
+    """Part of a slab: ``memory`` is uint8; ``size`` is the reserved size, a multiple of the
+    alignment.
+    """
 
     memory: Tensor
     slab: int
@@ -24,39 +26,42 @@ class Region(NamedTuple):
 
 
 class HostPool:
-    """Hands out regions of large slabs, locked for a GPU's ``device``, and takes them back.
+    """Allocator of regions in large slabs, page-locked if ``device`` is a GPU.
 
-    The first slab with room gives it at its lowest address, and neighbours that are free become
-    one: equal steps find their memory where the first one had it, and nothing is allocated after
-    it. What is larger than a slab has one to itself. Slabs stay as long as the pool, and are as
-    large as all before, up to ``slab_bytes``, so that a small model holds little.
+    A region is taken from the first slab with room, at its lowest address, and adjacent free
+    regions are merged. Equal steps thus reuse the addresses of the first step without new
+    allocations. A request larger than a slab gets a slab of its own. Slabs live as long as the
+    pool. A new slab is as large as all slabs before, up to ``slab_bytes``, so a small model
+    reserves little memory.
     """
 
     def __init__(self, device: torch.device, slab_bytes: int = SLAB_BYTES) -> None:
         self._device, self._slab_bytes = device, slab_bytes
         self._slabs: list[Tensor] = []
-        self._free: list[list[tuple[int, int]]] = []  # of each slab: (start, stop), ascending
-        # Graphs are freed by any thread at any time, in the midst of ``take`` too.
+        self._free: list[list[tuple[int, int]]] = []  # by slab: (start, stop), ascending
+        # Any thread may release a graph at any time, even during ``take``.
         self._returned: deque[Region] = deque()
 
     @property
     def allocations(self) -> int:
-        """How often memory was asked for."""
+        """Number of allocated slabs."""
         return len(self._slabs)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all slabs."""
+        """Total size of all slabs in bytes."""
         return sum(slab.numel() for slab in self._slabs)
 
     @property
     def used_bytes(self) -> int:
-        """Bytes that are handed out."""
+        """Reserved bytes in all slabs."""
         self._collect()
         return self.held_bytes - sum(stop - start for free in self._free for start, stop in free)
 
     def take(self, nbytes: int) -> Region:
-        """Return room for ``nbytes``; what is in it is anything."""
+        """Return an uninitialized region of ``nbytes``; for example, ``pool.take(1000)`` reserves
+        1024.
+        """
         self._collect()
         size = -(-max(nbytes, 1) // _ALIGNMENT) * _ALIGNMENT
         for slab, free in enumerate(self._free):
@@ -70,7 +75,7 @@ class HostPool:
         return self.take(nbytes)
 
     def give_back(self, region: Region) -> None:
-        """Take a region back; whoever had it must not touch it any more."""
+        """Return a region to the pool; the caller must not use the region afterwards."""
         self._returned.append(region)
 
     def _collect(self) -> None:

@@ -1,4 +1,4 @@
-"""What selective checkpointing keeps, passed through the saved-tensor hooks that are set."""
+"""Saved-tensor hooks for the results that selective checkpointing saves."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_map_only
 
 
 def with_saved_tensor_hooks(make_contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Pass what selective checkpointing keeps through the saved-tensor hooks that are set.
+    """Apply the active saved-tensor hooks to the results that selective checkpointing saves.
 
-    ``make_contexts`` is what ``torch.utils.checkpoint`` takes as ``context_fn`` and made by
-    ``create_selective_checkpoint_contexts``, whose results autograd does not save. Without hooks,
-    and for the compiler, which keeps all results alike, the contexts stay what they are.
+    ``make_contexts`` is a ``context_fn`` of ``torch.utils.checkpoint`` built by
+    ``create_selective_checkpoint_contexts``, whose results bypass autograd's saved tensors. Without
+    active hooks, and for the compiler, which saves all results itself, the contexts are unchanged.
     """
     caching, cached = make_contexts()
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -30,7 +30,7 @@ def _through_hooks(
     with caching:
         yield
     for results in caching.storage.values():
-        # By number; before torch 2.13 in a list.
+        # Keyed by number; a list before torch 2.13.
         for number in list(results) if isinstance(results, dict) else range(len(results)):
             results[number] = tree_map_only(
                 _is_kept, lambda kept: _Result(kept, pack, unpack), results[number]
@@ -42,7 +42,7 @@ def _is_kept(entry: Any) -> bool:
 
 
 class _Result:
-    """What selective checkpointing kept of one operator, as it will ask for it."""
+    """Saved result of one operator, with the interface of torch's own entry."""
 
     def __init__(
         self, kept: Any, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]
@@ -50,5 +50,5 @@ class _Result:
         self._saved, self._unpack = pack(kept.val), unpack
 
     def get_val(self, _: bool) -> Tensor:
-        """Return the result; the name is torch's."""
+        """Return the result; the method name is torch's."""
         return self._unpack(self._saved)

@@ -1,26 +1,28 @@
-"""Activations of some layers wait for the backward in the host's memory.
+"""Offload activations of some layers to host memory until the backward pass.
 
-Of the l layers of a part all but two can be offloaded, and of these the earliest ones go, whose
-backward comes last: a share of them, the run's (``training.activation_offload``) or what a
-micro-batch's ``documents.offload`` says (ByteScale, arXiv 2502.21231, section 5.3 and Eq. 3)::
+Of the l layers of a part all but two can be offloaded. The earliest layers are offloaded first,
+since their backward comes last: a share of the layers given by the run
+(``training.activation_offload``) or by ``documents.offload`` of a micro-batch (ByteScale, arXiv
+2502.21231, section 5.3 and Eq. 3)::
 
     forward    block 0 | block 1 | block 2         backward   block 2 | block 1 | block 0
     to host            | of 0    | of 1            to device  of 1    | of 0    |
 
-While one block runs what another kept is on its way, so that what k of l layers keep is offloaded
-means that the device holds what l - k layers keep, at any time: hence the two.
+While one block runs, the activations of its neighbour are in transfer. With k of l layers
+offloaded, the device thus stores the activations of l - k layers at any time; this is why two
+layers cannot be offloaded.
 
-What goes is what autograd keeps for a block's backward and grows with the tokens: neither
-parameters, nor what is made of one of them alone (a cast, a view), nor what all blocks share
-(rotary tables, document bounds), nor what is small. On CUDA the copies run on streams of their
-own (``lanes.py``): the block's memory is given back when the block after it has run, and what a
-block kept comes back while the block after it runs backward. The host's memory is a pool's
+Offloaded tensors are the tensors that autograd saves for a block's backward and that grow with the
+number of tokens. Parameters, casts and views of a single parameter, tensors shared by all blocks
+(rotary tables, document bounds) and small tensors stay on the device. On CUDA the copies run on
+separate streams (``lanes.py``): the memory of a block is released after the next block has run, and
+its activations return while the next block runs its backward. Host memory is allocated from a pool
 (``pool.py``).
 
-The calls of blocks are replaced, not the blocks, so that all happens outside of compiled code, of
-checkpointed functions and of ZeRO's hooks. What a compiled block keeps passes here when the block
-returns; of a checkpointed block its input does, and what selective checkpointing keeps
-(``results.py``).
+The calls of blocks are replaced rather than the blocks, so offloading happens outside compiled
+code, checkpointed functions and ZeRO's hooks. The tensors that a compiled block saves are packed
+when the block returns. Of a checkpointed block its input is packed, and the results that selective
+checkpointing saves (``results.py``).
 """
 
 # B sequences, L tokens in a sequence, D width
@@ -47,14 +49,15 @@ from allometry.parallel.offload.pool import HostPool, Region
 from allometry.scaling.offload import offloaded_layers
 
 SMALLEST_BYTES = 64 * 1024
-"""Less is not worth a transfer of its own."""
+"""Minimum size of an offloaded tensor; smaller tensors are not worth a transfer."""
 
 
 def apply_offload(part: Transformer, device: torch.device, share: float = 0.0) -> ActivationStore:
-    """Let ``part`` keep activations on the host: of a ``share`` of its layers, or as documents ask.
+    """Offload activations of ``part``: of a ``share`` of its layers, or as documents request.
 
-    Before or after compilation, checkpointing and ZeRO: it changes none of them. Gradients do not
-    change by a bit. Returns what counts the bytes that moved.
+    The function can be applied before or after compilation, checkpointing and ZeRO. Gradients are
+    bit-identical. Returns the store, which counts the transferred bytes. For example, a ``share``
+    of 0.5 offloads half of the layers that can be offloaded.
     """
     store = ActivationStore(part, device, share)
     part.call_block = store.call_block
@@ -62,15 +65,15 @@ def apply_offload(part: Transformer, device: torch.device, share: float = 0.0) -
 
 
 class ActivationStore:
-    """What one part of a model keeps on the host.
+    """Offloaded activations of one part of a model.
 
-    Any number of micro-batches may be in flight; a graph's memory on the host goes back to
-    ``pool`` when the graph is freed, whether backward has run or not. ``bytes_out``,
-    ``bytes_in``: what has been copied to the host and back so far; what several operators keep is
-    moved once. A backward that is run in two halves (zero-bubble schedules) brings back twice what
-    both of them read, and the second half waits for each tensor in turn.
+    Any number of micro-batches may be in flight. Host memory returns to ``pool`` when the autograd
+    graph is released, with or without a backward pass. ``bytes_out``, ``bytes_in``: bytes copied to
+    the host and back so far; a tensor saved by several operators is copied once. A backward pass in
+    two halves (zero-bubble schedules) copies tensors that both halves read back twice, and the
+    second half waits for each tensor in turn.
 
-    ``lanes``: what copies to the host and back; None: as the device does.
+    ``lanes``: copies to the host and back; None: the lanes of the device.
     """
 
     def __init__(
@@ -87,13 +90,13 @@ class ActivationStore:
         self.pool = HostPool(device) if pool is None else pool
         self.bytes_out = self.bytes_in = 0
         self._places = {id(block): place for place, block in enumerate(part.blocks.values())}
-        self._before: _Moved | None = None  # what the block before this one moved, this forward
+        self._before: _Moved | None = None  # moved by the previous block of this forward
         self._outward, self._inward = lanes_of(device) if lanes is None else lanes
 
     def call_block(
         self, block: nn.Module, x_BLD: Tensor, geometry: Geometry
     ) -> tuple[Tensor, RouterStatistics | None]:
-        """Run a block: ``Transformer.call_block``."""
+        """Run a block; implements ``Transformer.call_block``."""
         place = self._places[id(block)]
         before, self._before = self._before if place else None, None
         asked = geometry.documents.offload if geometry.documents is not None else 0.0
@@ -114,23 +117,23 @@ class ActivationStore:
         return y_BLD, statistics
 
     def send(self, source: Tensor) -> tuple[Region, Transfer]:
-        """Copy bytes of the device to the host."""
+        """Start to copy bytes from the device to the host."""
         region = self.pool.take(source.numel())
         self.bytes_out += source.numel()
         return region, Transfer(source, self._outward(source, region.memory))
 
     def fetch(self, host: Tensor) -> Transfer:
-        """Copy bytes of the host to new memory of the device."""
+        """Start to copy bytes from the host to new device memory."""
         target = torch.empty(host.numel(), dtype=torch.uint8, device=self.device)
         self.bytes_in += host.numel()
         return Transfer(target, self._inward(host, target))
 
 
 class _Kept:
-    """One storage away from the device. ``handles`` saved tensors lie in it.
+    """One offloaded storage, shared by ``handles`` saved tensors.
 
-    Its memory on the device is let go when each of them has been read once, that on the host when
-    no graph needs it any more.
+    Its device memory is released after each saved tensor has been read once, its host memory when
+    the last graph is released.
     """
 
     def __init__(self, store: ActivationStore, source: Tensor) -> None:
@@ -141,13 +144,13 @@ class _Kept:
         self.handles = self._unread = 0
 
     def free_device_memory(self) -> None:
-        """Give the memory on the device back, in the order of the stream that computes."""
+        """Release the device memory, in the order of the computing stream."""
         if self._leaving is not None:
             self._leaving.wait()
             self._leaving = None
 
     def bring_back(self) -> None:
-        """Start the way back unless it is done."""
+        """Start the copy to the device unless it was started."""
         self.free_device_memory()
         if self._arriving is None:
             self._arriving, self._unread = self._store.fetch(self._region.memory), self.handles
@@ -163,7 +166,7 @@ class _Kept:
         return memory.untyped_storage()
 
     def __del__(self) -> None:
-        # Before another graph's copy may fill the host's memory, this one's are waited for.
+        # Wait for pending copies before another graph can reuse the host memory.
         self.free_device_memory()
         if self._arriving is not None:
             self._arriving.wait()
@@ -171,7 +174,7 @@ class _Kept:
 
 
 class _Handle(NamedTuple):
-    """A saved tensor that is away."""
+    """An offloaded saved tensor."""
 
     kept: _Kept
     device: torch.device
@@ -189,7 +192,9 @@ def _unpack(saved: Tensor | _Handle) -> Tensor:
 
 
 class _Moved:
-    """What one block moved in one micro-batch. It keeps none of it: graphs outlive backwards."""
+    """Storages that one block offloaded in one micro-batch, as weak references: graphs outlive
+    backward.
+    """
 
     def __init__(self) -> None:
         self._kept: list[weakref.ref[_Kept]] = []
@@ -198,12 +203,12 @@ class _Moved:
         self._kept.append(weakref.ref(kept))
 
     def free_device_memory(self) -> None:
-        """Give the memory on the device back."""
+        """Release the device memory of all storages."""
         for kept in self._alive():
             kept.free_device_memory()
 
     def bring_back(self, _: Tensor) -> None:
-        """Start the way back of all, the last kept first: a hook on a gradient."""
+        """Start to copy all storages to the device, the last saved first; a gradient hook."""
         for kept in self._alive():
             kept.bring_back()
 
@@ -215,7 +220,7 @@ class _Moved:
 
 
 class _Packing:
-    """Decides, while a block runs forward, what becomes of each tensor that is saved."""
+    """Pack hook of one forward call of a block: decides which saved tensors are offloaded."""
 
     def __init__(self, store: ActivationStore, block: nn.Module, geometry: Geometry) -> None:
         self._moved = _Moved()
@@ -223,17 +228,17 @@ class _Packing:
         copies = (stacked.copy for stacked in stacks(block))
         shared = [*_tensors(geometry), *(copy for copy in copies if copy is not None)]
         self._shared = {tensor.untyped_storage()._cdata for tensor in shared}
-        # By storage and version. The reference keeps the number of a storage that has gone from
-        # being given to another.
+        # Keyed by storage and version. The weak reference prevents reuse of the number of a freed
+        # storage.
         self._seen: dict[tuple[int, int], tuple[StorageWeakRef, _Kept]] = {}
 
     def pack(self, tensor: Tensor) -> Tensor | _Handle:
-        """Return what is saved instead of ``tensor``."""
+        """Return the object to save in place of ``tensor``."""
         plain = tensor
         if isinstance(tensor, AsyncCollectiveTensor):
             plain = tensor.trigger_wait()
         if not self._moves(plain):
-            # Not the tensor itself: an output that its own operator saves would own itself.
+            # Detached: an output that its own operator saves would otherwise reference itself.
             return tensor.detach()
         storage = plain.untyped_storage()
         key = (storage._cdata, plain._version)
@@ -250,7 +255,7 @@ class _Packing:
         )
 
     def close(self) -> _Moved:
-        """Forget all but what moved: torch may hold ``pack`` for as long as the graph."""
+        """Release all but the moved storages: torch may keep ``pack`` as long as the graph."""
         self._seen.clear()
         self._shared.clear()
         return self._moved
@@ -262,7 +267,7 @@ class _Packing:
         storage = tensor.untyped_storage()
         if storage.nbytes() < self._store.smallest_bytes or storage._cdata in self._shared:
             return False
-        # Listed each time: ZeRO swaps parameters while the block runs.
+        # Computed each time: ZeRO replaces parameters while the block runs.
         parameters = list(self._block.parameters())
         return storage._cdata not in set(map(_storage, parameters)) and not _made_of_one(
             tensor, parameters
@@ -286,7 +291,7 @@ def _storage(parameter: Tensor) -> int:
 
 
 def _made_of_one(tensor: Tensor, parameters: list[nn.Parameter]) -> bool:
-    """Whether ``tensor`` is one of ``parameters`` or was made of one of them and nothing else."""
+    """Return True if ``tensor`` is one of ``parameters`` or computed from one of them alone."""
     if tensor.grad_fn is None:
         return any(tensor is parameter for parameter in parameters)
     node = tensor.grad_fn

@@ -1,1 +1,1 @@
-"""``allometry verify``: the same step and run on several layouts, compared."""
+"""Comparison of the same step and run in several layouts: ``allometry verify``."""

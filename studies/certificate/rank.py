@@ -1,4 +1,4 @@
-"""What one process does for a certificate: all jobs in turn, those it has a rank in."""
+"""Work of one process for a certificate: the jobs in which it has a rank, in turn."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ TOLERANCE = {
     },
     "fp32": {"sums": 1e-5, "gradients": 1e-5, "grad_norm": 1e-5, "routing": 1e-5},
 }
-"""How far two computations of each kind (see ``StepsResult``) may be apart, by type.
+"""Largest differences of two computations of each kind (see ``StepsResult``), by type.
 
-Two steps in fp64, one in fp32. Updates divide by roots of squared gradients, which enlarges the
-rounding of the smallest: parameters have a bound of their own, and none in fp32.
+Two steps in fp64, one in fp32. Updates divide by roots of squared gradients, which amplifies the
+rounding of the smallest gradients: parameters have a separate bound, and none in fp32.
 """
 
 
@@ -76,7 +76,7 @@ class Job:
 
 
 def main(rank: int, jobs: Sequence[Job], scratch: Path) -> None:
-    """Run every job that has this rank; the first one is that of one process."""
+    """Run every job with this rank; the first job is the reference on one process."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -90,7 +90,7 @@ def main(rank: int, jobs: Sequence[Job], scratch: Path) -> None:
             init_method=f"file://{scratch}/meeting-{number}",
             rank=rank,
             world_size=job.world_size,
-            # The first to be here waits for those that still run a job without it.
+            # The first process here waits for processes that are still in a job without it.
             timeout=timedelta(hours=2),
         )
         try:
@@ -110,7 +110,7 @@ def main(rank: int, jobs: Sequence[Job], scratch: Path) -> None:
 
 
 def _alone(job: Job) -> None:
-    """The references: some steps, a straight run, and one that stopped half-way."""
+    """Run the references: some steps, an uninterrupted run, and a run stopped half-way."""
     for dtype, tolerance in TOLERANCE.items():
         config = _in(job.config, dtype)
         result = certificate.reference_steps(config, batches(config, _count(tolerance)))
@@ -145,7 +145,7 @@ def _layout(job: Job, rank: int, scratch: Path) -> None:
 
 
 def batches(config: RunConfig, count: int) -> list[list[DeviceBatch]]:
-    """The run's first steps in micro-batches of one sequence, or one whole document, each."""
+    """Return the run's first steps in micro-batches of one sequence, or one document, each."""
     stream = open_stream(config.data, config.run.seed)
     sequences = config.batch.sequences
     steps = []
@@ -161,7 +161,7 @@ def batches(config: RunConfig, count: int) -> list[list[DeviceBatch]]:
 
 
 def batches_of_rank(config: RunConfig, mesh: Mesh, count: int) -> list[list[DeviceBatch]]:
-    """This rank's micro-batches of the same steps, as the trainer feeds them."""
+    """Return this rank's micro-batches of the same steps, from the trainer's feeds."""
     stream = open_stream(config.data, config.run.seed)
     plan = RunPlan.of(config, mesh.world_size)
     if isinstance(stream, DocumentStream):
@@ -173,13 +173,13 @@ def batches_of_rank(config: RunConfig, mesh: Mesh, count: int) -> list[list[Devi
 
 
 def losses(folder: Path) -> list[float]:
-    """The recorded losses of a run, step by step."""
+    """Return the recorded losses of a run, step by step."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
 def _count(tolerance: Mapping[str, float]) -> int:
-    """Steps that are compared: the second one depends on what the first one left."""
+    """Return the number of compared steps: a second step depends on the state after the first."""
     return 2 if "parameters" in tolerance else 1
 
 
@@ -187,7 +187,7 @@ def _in(config: RunConfig, dtype: str) -> RunConfig:
     training = config.training.model_copy(update={"compute_dtype": dtype})
     optimizer = config.optimizer
     if hasattr(optimizer, "states"):
-        # A gradient's last place may decide to which FP8 number a state is rounded.
+        # Rounding of a gradient's last bit may change the FP8 value of a state.
         optimizer = optimizer.model_copy(update={"states": Fp32States()})
     return config.model_copy(update={"training": training, "optimizer": optimizer})
 

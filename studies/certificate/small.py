@@ -1,4 +1,4 @@
-"""The smallest run that has a configuration's layout: random data, few steps, few tokens."""
+"""Smallest run with a configuration's layout: random data, few steps, few tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 4
 
 
 def small_run(config: RunConfig, scratch: Path) -> RunConfig:
-    """The configuration with random data, a few steps and nothing on the side."""
+    """Return the configuration with random data, few steps, and without optional features."""
     sources = []
     for index, source in enumerate(config.data.sources):
         prefix = scratch / f"source-{index}"
@@ -36,7 +36,7 @@ def small_run(config: RunConfig, scratch: Path) -> RunConfig:
             "tokenizer": None,
             "continue_sources": False,
             "allow_epochs": 1e9,  # random tokens, for a few steps
-            # Later ratios are those of a longer run.
+            # Later ratios apply to a longer run.
             "replay": replay and replay.model_copy(update={"changes": ()}),
         }
     )
@@ -55,16 +55,16 @@ def small_run(config: RunConfig, scratch: Path) -> RunConfig:
 
 
 def longest(config: RunConfig) -> int:
-    """Tokens of the longest sequence or document."""
+    """Return the tokens of the longest sequence or document."""
     data = config.data
     return data.max_document_tokens if data.kind == "documents" else data.sequence_length
 
 
 def least_sequences(config: RunConfig) -> int:
-    """The smallest batch that a configuration may have.
+    """Return the smallest batch of a configuration.
 
-    A document of any length fits in, and in each step one begins: the heaviest source has more
-    windows of each than a document can cover (``feed.check_steps``).
+    A document of any length fits in, and in each step at least one document begins: the heaviest
+    source has more windows per step than a document can cover (``feed.check_steps``).
     """
     data = config.data
     if data.kind != "documents":
@@ -75,7 +75,7 @@ def least_sequences(config: RunConfig) -> int:
 
 
 def smallest_batch(configs: Sequence[RunConfig], *world_sizes: int) -> int:
-    """The fewest sequences of a step that every layout can run, each rank more than one of them."""
+    """Return the fewest sequences of a step that every layout can run, at least two per rank."""
     failure: UserError | None = None
     least = max(least_sequences(config) for config in configs)
     ranks = max(int(config.parallel.hdp) for config in configs)
@@ -94,11 +94,11 @@ def smallest_batch(configs: Sequence[RunConfig], *world_sizes: int) -> int:
 
 
 def shrunk(config: RunConfig, world_size: int) -> RunConfig:
-    """Return a configuration with the same layout and kinds of modules, and as small a model.
+    """Return a configuration with the same layout and kinds of modules, and a minimal model.
 
-    Widths, heads, vocabulary and sequences become as small as ``tp`` and ``ep`` allow, and there
-    are only as many layers as the pipeline needs. A parameterization may refuse a width, so
-    several are tried. Raises UserError where the configuration's own layout cannot be.
+    Widths, heads, vocabulary and sequences become as small as ``tp`` and ``ep`` allow, with only as
+    many layers as the pipeline needs. A parameterization may refuse a width, so several are tried.
+    Raises UserError: the configuration's own layout is not possible.
     """
     degrees = Layout.of(config, world_size).degrees
     failure: Exception | None = None
@@ -129,7 +129,7 @@ def _doubled(most: int) -> Iterator[int]:
 
 
 def _sizes(model: ModelConfig, tp: int, layers: int, head_dim: int) -> dict[str, Any]:
-    """Keys of a model section: the fewest heads that tp can share, and widths to match."""
+    """Return keys of a model section: the fewest heads that tp can share, and matching widths."""
     kv_heads = model.num_kv_heads or model.num_heads
     kv_shared = math.lcm(tp, 2) if kv_heads % 2 == 0 else tp
     groups = model.num_heads // kv_heads
@@ -168,7 +168,7 @@ def _latent_sizes(latent: LatentAttention, head_dim: int) -> dict[str, Any]:
 
 
 def _narrowed(config: RunConfig, short: dict[str, Any], layers: int) -> dict[str, Any]:
-    """A window that is to short sequences or documents what it was, and both kinds of layers."""
+    """Return a window in proportion to short sequences or documents, with both layer kinds."""
     window, documents = config.model.window, short["kind"] == "documents"
     assert window is not None
     length = short["max_document_tokens" if documents else "sequence_length"]
@@ -180,7 +180,7 @@ def _narrowed(config: RunConfig, short: dict[str, Any], layers: int) -> dict[str
 
 
 def _shorten(tree: dict[str, Any], tp: int) -> None:
-    """Make sequences, or documents and what ranks hold of them, short, in the same proportion."""
+    """Shorten sequences, or documents and the tokens per rank, in the same proportion."""
     data = tree["data"]
     short = 32 * tp
     if data["kind"] == "documents":

@@ -1,9 +1,9 @@
-"""Some optimizer steps: as the trainer takes them on any layout, and by a plain twin of it.
+"""Optimizer steps for comparison: by the trainer in any layout, and by a plain twin.
 
-``layout_steps`` drives the trainer's own ``TrainStep`` and ``Balancer``; ``reference_steps`` has
-loops and sums of its own on one process, with no part of ``parallel/``. ``differences`` says how
-far the two are apart. Gradients are compared as well as parameters: Adam's first step does not
-depend on their scale.
+``layout_steps`` calls the trainer's own ``TrainStep`` and ``Balancer``; ``reference_steps`` has its
+own loops and sums on one process, without any part of ``parallel/``. ``differences`` returns the
+largest differences. Gradients are compared in addition to parameters, because Adam's first step
+does not depend on their scale.
 """
 
 # S sources, N layers, E experts
@@ -42,13 +42,13 @@ from allometry.trainer.step import seed_dropout
 
 @dataclass(frozen=True)
 class StepsResult:
-    """What some optimizer steps computed, the same numbers on one process and on any layout.
+    """Results of some optimizer steps, equal on one process and in any layout.
 
     By step: ``sums`` [2, S] (sums of losses and target tokens by source), ``grad_norm`` (0-dim,
     before clipping) and ``routing`` [N, 2E + 3] (see ``Balancer.observed``; empty without experts).
-    ``gradients`` are those that the first update was given, so after clipping; ``parameters`` and
-    ``routers`` (loads and biases) are what the last step left. These three are whole tensors by
-    name, on a layout of the pipeline stages of the rank. All are on the CPU.
+    ``gradients``: of the first update, after clipping; ``parameters`` and ``routers`` (loads and
+    biases): after the last step. These three are full tensors by name, in a layout of the rank's
+    pipeline stages. All tensors are on the CPU.
     """
 
     sums: list[Tensor]
@@ -65,7 +65,7 @@ class StepsResult:
 
 
 def reference_steps(config: RunConfig, steps: Sequence[Sequence[DeviceBatch]]) -> StepsResult:
-    """Take steps on this process alone; ``steps`` are the whole global batches."""
+    """Take steps on this process alone; ``steps`` are the full global batches."""
     parameterization = Parameterization.of_run(config)
     model = build(config).to_empty(device="cpu")
     initialize(model, parameterization, config.run.seed)
@@ -89,7 +89,7 @@ def reference_steps(config: RunConfig, steps: Sequence[Sequence[DeviceBatch]]) -
         before = {layer: router.load.clone() for layer, router in routers(model).items()}
         if loads is not None and loads.loads == "this_batch":
             set_loads(model, _counted_visits(config, model, batches))
-        _differentiate(frozen, True)  # in the plain twin the optimizer alone leaves them out
+        _differentiate(frozen, True)  # here only the optimizer leaves frozen ones out
         result.sums.append(_accumulate(config, model, batches))
         _differentiate(frozen, False)
         result.grad_norm.append(_clip(list(trained.values()), config.training.clip_grad_norm))
@@ -113,7 +113,7 @@ def _differentiate(parameters: Sequence[Tensor], wanted: bool) -> None:
 def _counted_visits(
     config: RunConfig, model: Transformer, batches: Sequence[DeviceBatch]
 ) -> dict[int, Tensor]:
-    """Visits [E] to each layer's experts in the step's batch, from whole forward passes."""
+    """Return the visits [E] to each layer's experts in the step's batch, from forward passes."""
     for batch in batches:
         if config.model.dropout:
             seed_dropout(config.run.seed, batch)
@@ -122,7 +122,7 @@ def _counted_visits(
 
 
 def _accumulate(config: RunConfig, model: Transformer, batches: Sequence[DeviceBatch]) -> Tensor:
-    """Gradients of the mean loss of a step, added to the parameters'; the sums by source."""
+    """Add the gradients of a step's mean loss to the parameters'; return the sums by source."""
     sums_2S = torch.zeros(2, len(config.data.sources), dtype=torch.float64)
     targets = sum(int((batch.targets_BL != IGNORE).sum()) for batch in batches)
     for batch in batches:
@@ -149,9 +149,9 @@ def _clip(parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
 
 
 def _end_step(config: MoEModel, model: Transformer, before: Mapping[int, Tensor]) -> Tensor:
-    """Tell the routers what they saw, and return it as ``Balancer.observed`` is summed.
+    """Update the routers by their statistics; return these in the form of ``Balancer.observed``.
 
-    ``before``: the loads [E] of the step before, by layer.
+    ``before``: the loads [E] of the previous step, by layer.
     """
     observed = model.take_statistics()
     end_step(model, {layer: seen.counts_E for layer, seen in observed.items()})
@@ -166,7 +166,7 @@ def _end_step(config: MoEModel, model: Transformer, before: Mapping[int, Tensor]
 def layout_steps(
     config: RunConfig, mesh: Mesh, steps: Sequence[Sequence[DeviceBatch]]
 ) -> StepsResult:
-    """Take the same steps with the trainer's own code; ``steps`` are this rank's micro-batches."""
+    """Take the same steps with the trainer's code; ``steps`` are this rank's micro-batches."""
     plan = RunPlan.of(config, mesh.world_size)
     parallel = make_parallel(config, mesh)
     _unbalance(list(parallel.parts.values()))
@@ -194,7 +194,7 @@ def layout_steps(
 
 
 def build(config: RunConfig, part: Part | None = None) -> Transformer:
-    """The model or a part of it on the meta device, in fp64 where the run computes in fp64."""
+    """Return the model or a part of it on the meta device, in fp64 if the run computes in fp64."""
     with torch.device("meta"):
         parameterization = Parameterization.of_run(config)
         dtype = config.training.compute_dtype
@@ -204,7 +204,7 @@ def build(config: RunConfig, part: Part | None = None) -> Transformer:
 
 
 def make_parallel(config: RunConfig, mesh: Mesh) -> Parallel:
-    """This rank's part of the model, with its initial values."""
+    """Return this rank's part of the model, with its initial values."""
     layout = Layout.of(config, mesh.world_size)
     parallel = parallelize(lambda part: build(config, part), config, layout, mesh)
     parallel.materialize(mesh.device)
@@ -213,17 +213,17 @@ def make_parallel(config: RunConfig, mesh: Mesh) -> Parallel:
 
 
 def differences(got: StepsResult, wanted: StepsResult) -> dict[str, tuple[str, float]]:
-    """Return (where, how far apart) of the worst number of each kind, in the names of the fields.
+    """Return (location, error) of the largest error of each kind, by the names of the fields.
 
     Tensors by name: max |got - wanted| / max |wanted|. Numbers by step: the largest
-    |got - wanted| / |wanted| of any of them. Not finite: inf.
+    got - wanted| / |wanted|. inf if not finite.
     """
     worst = {}
     for kind in ("sums", "grad_norm", "routing"):
         ours, theirs = getattr(got, kind), getattr(wanted, kind)
         assert len(ours) == len(theirs), (kind, len(ours), len(theirs))
         errors = [
-            # The largest relative error of any number; zeros must be zeros.
+            # Zeros must be exactly zero.
             (f"step {step}", _finite(float(((a - b).abs() / b.abs().clamp(min=1e-300)).max())))
             for step, (a, b) in enumerate(zip(ours, theirs, strict=True), 1)
         ]
@@ -237,7 +237,7 @@ def differences(got: StepsResult, wanted: StepsResult) -> dict[str, tuple[str, f
 def relative_errors(
     got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, float]]:
-    """Yield (name, max |got - wanted| / max |wanted|) for all in ``got``; not finite: inf."""
+    """Yield (name, max |got - wanted| / max |wanted|) for all in ``got``; inf if not finite."""
     for name, tensor in got.items():
         exact = wanted[name].double()
         error = float((tensor.double() - exact).abs().max())
@@ -245,12 +245,12 @@ def relative_errors(
 
 
 def _finite(error: float) -> float:
-    # A NaN compares as nothing, so the largest of some errors would hide it.
+    # Comparisons with NaN are false, so max() could hide a NaN.
     return error if math.isfinite(error) else math.inf
 
 
 def _unbalance(parts: Sequence[Transformer]) -> None:
-    """Bring the routers into the state of a step with uneven loads, where every term counts."""
+    """Set the routers to the state after a step with uneven loads, where every term matters."""
     for part in parts:
         for layer, router in routers(part).items():
             uneven = torch.arange(1.0, router.num_experts + 1).roll(layer)

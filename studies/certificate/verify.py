@@ -1,8 +1,8 @@
-"""A certificate that a configuration computes the same run in several layouts.
+"""Certificate that a configuration computes the same run in several layouts.
 
-Each layout is run on processes of this machine and compared with one process: what the trainer's
-steps compute in fp64 and fp32, two resumes, a checkpoint carried over from one process, and what
-is exported from a checkpoint that the layout has read and written again.
+Each layout runs on processes of this machine and is compared with one process: the trainer's steps
+in fp64 and fp32, two resumes, a checkpoint moved from one process to the layout, and the export of
+a checkpoint that the layout has read and written again.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ _EXPERT_DEFAULTS = ("ep=2", "ep=4", "ep=2,tp=2", "ep=2,pp=2")
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """How far one layout is from one process; ``refused`` says why the model cannot take it.
+    """Differences of one layout from one process; ``refused``: reason for an impossible layout.
 
-    ``steps``: the worst relative error by type and by kind (see ``StepsResult``), and where it is:
-    {"fp64": {"gradients": {"worst": 1e-15, "where": "head.weight"}, ...}, ...}. ``loss``:
-    relative error of the losses of a run that was carried over. ``resume_bit_exact``: two resumes
-    against a straight run of the same layout. ``export_equal``: None where no Hugging Face family
-    can hold the model, for the reason in ``export_refused``.
+    ``steps``: the largest relative error by type and by kind (see ``StepsResult``), and its
+    location: {"fp64": {"gradients": {"worst": 1e-15, "where": "head.weight"}, ...}, ...}. ``loss``:
+    relative error of the losses of a run that was moved. ``resume_bit_exact``: True if the losses
+    of a run with two resumes equal those of an uninterrupted run of the same layout.
+    ``export_equal``: None if no Hugging Face family fits the model, for the reason in
+    ``export_refused``.
     """
 
     layout: str
@@ -70,7 +71,7 @@ class LayoutResult:
 
     @property
     def passed(self) -> bool:
-        """Whether everything that could be compared agrees; False for what was refused."""
+        """True if all comparisons agree; False for a refused layout."""
         return (
             self.refused is None
             and all(
@@ -87,7 +88,7 @@ class LayoutResult:
 
 @dataclass(frozen=True)
 class Certificate:
-    """All results; ``passed`` only where every layout that was tried did."""
+    """Results of all layouts."""
 
     config_sha256: str
     results: tuple[LayoutResult, ...]
@@ -95,7 +96,7 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether every layout that the model can take agrees, and there was one."""
+        """True if every possible layout agrees, and there is at least one."""
         tried = [result for result in self.results if result.refused is None]
         return bool(tried) and all(result.passed for result in tried)
 
@@ -118,9 +119,9 @@ def verify(
 ) -> Certificate:
     """Compare ``layouts`` ("tp=2", "pp=2,hdp=2,zero.stage=1") with one process; write ``out``.
 
-    None: those of a default list that the model can take on up to 4 ranks. The model is the
-    configuration's own, on random tokens, with a batch as small as the layouts allow, in fp64 and
-    fp32 and not compiled. Raises UserError for a layout that was asked for and cannot be.
+    None: the possible layouts of a default list, on up to 4 ranks. The model is the configuration's
+    own, on random tokens, with a batch as small as the layouts allow, in fp64 and fp32 and not
+    compiled. Raises UserError: a requested layout is not possible.
     """
     asked = layouts is not None
     names = list(layouts) if layouts is not None else list(_DEFAULTS)
@@ -151,7 +152,7 @@ def verify(
 def _jobs(
     config: RunConfig, names: Sequence[str], scratch: Path, *, asked: bool
 ) -> tuple[list[Job], list[LayoutResult]]:
-    """One job for each layout, all with one batch that every one of them can divide."""
+    """Return a job for each layout, all with one batch that each layout can divide."""
     jobs: list[Job] = []
     refused: list[LayoutResult] = []
     for name in names:
@@ -182,10 +183,10 @@ def _jobs(
 
 
 def _run(jobs: Sequence[Job], scratch: Path, config: RunConfig) -> None:
-    """Run all jobs on as many processes as the largest needs; their results are files."""
+    """Run all jobs on as many processes as the largest needs; results are written to files."""
     one: dict[str, Any] = dict.fromkeys(("pp", "tp", "ep", "hdp"), 1)
     one["zero"] = type(config.parallel.zero)()
-    if config.data.kind == "documents":  # one process holds every document whole
+    if config.data.kind == "documents":  # one process runs each document in full
         one["context"] = ContextConfig(capacity_tokens=longest(config))
     alone = config.model_copy(
         update={"batch": jobs[0].config.batch, "parallel": config.parallel.model_copy(update=one)}
@@ -227,7 +228,7 @@ def _judge(job: Job, scratch: Path) -> LayoutResult:
 
 
 def _exports_equal(ours: Path, theirs: Path) -> tuple[bool | None, str | None]:
-    """Whether two checkpoints export to the same bytes; None and why, where there is no family."""
+    """Return True if two checkpoints export to the same bytes; (None, reason) without a family."""
     contents = []
     for folder in (ours, theirs):
         out = folder.with_name(f"{folder.name}-exported")

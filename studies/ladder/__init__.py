@@ -1,1 +1,1 @@
-"""``allometry ladder``: planning, training and following the rungs of a ladder."""
+"""Ladders of runs: plan, training and state of the rungs: ``allometry ladder``."""

@@ -1,4 +1,4 @@
-"""Which runs a ladder consists of, and which of them share their first steps. Without torch."""
+"""Runs of a ladder, and steps shared between runs. Without torch."""
 
 # N parameters, D tokens and C FLOPs of a run
 
@@ -40,7 +40,7 @@ from allometry.trainer.state.unchanged import rates_part
 
 @dataclass(frozen=True)
 class LadderPlan:
-    """The rungs, each after the run it branches from, the target, and remarks for people."""
+    """The rungs, each after the run from which it branches, the target, and notes."""
 
     ladder: LadderConfig
     rungs: tuple[PlannedRun, ...]
@@ -49,27 +49,27 @@ class LadderPlan:
 
     @property
     def folder(self) -> Path:
-        """The ladder's folder."""
+        """Folder of the ladder."""
         return Path(self.ladder.folder)
 
     @property
     def launch(self) -> LocalLaunch | SbatchLaunch:
-        """Where runs run."""
+        """Launch section of the runs."""
         return self.ladder.launch
 
     @property
     def processes(self) -> int:
-        """Ranks of a run."""
+        """Ranks per run."""
         return self.launch.processes
 
     @property
     def runs(self) -> tuple[PlannedRun, ...]:
-        """All of them, the target last."""
+        """All runs, the target last."""
         return (*self.rungs, *([self.target] if self.target else []))
 
 
 class _Cell(NamedTuple):
-    """What a run is made from."""
+    """Attributes of a run."""
 
     size: Size
     horizon: _Horizon
@@ -80,7 +80,7 @@ class _Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class _Horizon:
-    """How long a run is: one of the three, and what it is called."""
+    """Length of a run: one of three units, and its label."""
 
     label: str
     ratio: float | None = None
@@ -91,10 +91,10 @@ class _Horizon:
 def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
     """Return the runs that the ladder describes.
 
-    Runs of one model, schedule and seed that differ in length alone are trained in the order of
-    their lengths, each branching from the one before it where their learning rates part: of WSD
-    that is where the shorter one's decay begins, so that all of them share one stable trunk. Raises
-    UserError: a run cannot be described so, two have one name, or the target is a rung.
+    Runs that differ only in length are trained in the order of their lengths, each branching from
+    the previous one where their learning rates diverge: for WSD at the start of the shorter run's
+    decay, so that all these runs share one stable trunk. Raises UserError: a run's configuration is
+    not valid, two runs have one name, or the target is a rung.
     """
     form = form_named(ladder.law)
     if form.target.name != "loss" or any(one.name == "step" for one in form.inputs):
@@ -131,7 +131,7 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
 
 
 def _check_loss(loss: str, run: PlannedRun) -> None:
-    """Refuse a loss that the runs will not record."""
+    """Raise UserError if the runs will not record this loss."""
     try:
         choice = LossChoice.parse(loss)
     except UserError as error:
@@ -181,7 +181,7 @@ def _target(maker: _Maker, ladder: LadderConfig, rungs: list[PlannedRun]) -> Pla
 
 
 class _Maker:
-    """Makes the descriptions of runs from the base's."""
+    """Factory of run configurations from the base configuration."""
 
     def __init__(self, ladder: LadderConfig, tree: Tree) -> None:
         self._ladder, self._tree = ladder, tree
@@ -197,14 +197,14 @@ class _Maker:
             put(self._base, key, value, tree.where(("set", key)))
 
     def make(self, cell: _Cell) -> PlannedRun:
-        """Return one run, which shares nothing yet."""
+        """Return one run, without shared steps."""
         schedule = cell.schedule.name if cell.schedule else ""
         parts = [cell.size.label, cell.horizon.label, schedule, f"s{cell.seed}"]
         name = "-".join(["target"] * cell.is_target + [part for part in parts if part])
         try:
             return self._make(name, *cell)
         except ConfigError:
-            raise  # it names file and line
+            raise  # the message names file and line
         except UserError as error:
             raise UserError(f"run {name} of the ladder: {error}") from None
 
@@ -221,7 +221,7 @@ class _Maker:
         place = self._place(size, is_target)
         put(tree, "run.folder", str(Path(self._ladder.folder) / "runs" / name), place)
         put(tree, "run.seed", seed, place)
-        # Any length will do until the model is known.
+        # Placeholder until the model is known.
         put(tree, "training.total_tokens", horizon.tokens or 1, place)
         put(tree, "training.total_steps", None, place)
         if schedule is not None:
@@ -241,8 +241,8 @@ class _Maker:
         put(tree, "training.total_tokens", tokens, place)
         put(tree, "batch.sequences", self._sequences(config, tokens), place)
         config = validate(tree)
-        plan = RunPlan.of(config, self._ladder.launch.processes)  # says what ranks cannot share
-        resolve_schedule(config, plan.batch)  # and what cannot be a schedule
+        plan = RunPlan.of(config, self._ladder.launch.processes)  # raises for bad layouts
+        resolve_schedule(config, plan.batch)  # raises if the schedule is invalid
         if kept := branching_point(config, plan.total_steps):
             put(tree, "checkpoint.keep_steps", [*config.checkpoint.keep_steps, kept], place)
             config = validate(tree)
@@ -274,10 +274,10 @@ class _Maker:
         return max(1, round(horizon.flops / self._flops_per_token(config)))
 
     def _flops_per_token(self, config: RunConfig) -> float:
-        """Model FLOPs of a token as the run will record them, expected over an epoch.
+        """Return the model FLOPs per token as the run will record them, averaged over an epoch.
 
-        Without the token files it is the upper bound of windows that are one document each, and a
-        note says so where lengths follow from it.
+        Without the token files it is the upper bound for windows of one document each, with a note
+        if lengths depend on it.
         """
         key = config.data.model_dump_json()
         if key not in self._squares:
@@ -296,7 +296,7 @@ class _Maker:
         return DocumentFlops.of(config.model).expected(squares)
 
     def _sequences(self, config: RunConfig, tokens: int) -> int:
-        """The batch of a run of so many tokens, a multiple of what its ranks share."""
+        """Return the batch of a run of ``tokens``, a multiple of its ranks' micro-batches."""
         rule, base = self._ladder.batch, config.batch.sequences
         match rule:
             case ConstantBatch():
@@ -313,7 +313,7 @@ class _Maker:
 
 
 def _check_fixed(ladder: LadderConfig, form: Form) -> None:
-    """Refuse to fix what is no parameter of the law, or a value that it cannot have."""
+    """Raise UserError for fixed names that are not parameters, or for invalid values."""
     known = {one.name: one for one in form.parameters}
     for name, value in ladder.fix.items():
         if name not in known:
@@ -341,7 +341,7 @@ def _law_batch(rule: LawBatch, config: RunConfig, tokens: int) -> float:
 
 
 def count(config: RunConfig, convention: str) -> int:
-    """Return N by one of the ladder's conventions, as run.json will count it."""
+    """Return N by one of the ladder's conventions, as in run.json."""
     counted = count_parameters(config.model)
     if convention == "with_head":
         return counted.non_embedding + config.model.vocab_size * config.model.width
@@ -349,7 +349,7 @@ def count(config: RunConfig, convention: str) -> int:
 
 
 def _same(one: PlannedRun, other: PlannedRun) -> bool:
-    """Whether two runs compute the same."""
+    """Return True if two runs compute the same."""
     return (
         one.steps == other.steps
         and next(iter(differences(one.config, other.config)), None) is None
@@ -358,7 +358,7 @@ def _same(one: PlannedRun, other: PlannedRun) -> bool:
 
 
 def _round(number: int) -> str:
-    """A whole number, shortened where nothing is lost: 5000000 is 5M."""
+    """Return a whole number with a suffix if exact: 5000000 is 5M."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if number % size == 0:
             return f"{number // size}{unit}"

@@ -1,4 +1,4 @@
-"""Training the runs of a ladder on this machine, one after the other or several at a time."""
+"""Training of a ladder's runs on this machine, one or several at a time."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from allometry.trainer.stop import StopSignals
 
 Say = Callable[[str], None]
 PROGRESS_S = 20.0
-"""Seconds between lines about what is running."""
+"""Seconds between progress lines."""
 
 
 @dataclass
 class Ended:
-    """How the runs ended: sentences about those that failed, by name; the signal that stopped."""
+    """Result of the runs: messages of failed runs, by name; the signal that stopped training."""
 
     failed: dict[str, str] = field(default_factory=dict)
     stopped: str | None = None
 
 
 def train_runs(plan: Plan, wanted: Sequence[PlannedRun], parallel: int, say: Say) -> Ended:
-    """Train what is missing of ``wanted``, each after the run it branches from.
+    """Train the remaining runs of ``wanted``, each after the run from which it branches.
 
-    A run that fails leaves the others their turn, but not those that branch from it. A signal stops
-    what is running with a checkpoint, and nothing more is begun. Raises UserError: a folder holds
-    another run than the planned one.
+    A failed run does not stop the others, except runs that branch from it. A signal stops running
+    runs with a checkpoint, and no further run is started. Raises UserError: a folder has another
+    run than the planned one.
     """
     missing = [run for run in wanted if state_of(run).stage != "done"]
     names = {run.name for run in missing}
-    for run in wanted:  # all that is wrong is said before any step
+    for run in wanted:  # all errors are raised before any step
         as_stored(run, plan, names)
     todo = []
     for run, remark in [as_stored(run, plan, names) for run in missing]:
@@ -59,7 +59,7 @@ def train_runs(plan: Plan, wanted: Sequence[PlannedRun], parallel: int, say: Say
         say(f"{done} of {len(wanted)} runs are done")
     if not todo:
         return Ended()
-    parallel = min(parallel, len(todo))  # a run alone has all cores
+    parallel = min(parallel, len(todo))  # a single run uses all cores
     board = _Board(plan, todo, len(wanted), say, parallel)
     with StopSignals(board.stop, board.kill):
         threads = [
@@ -76,7 +76,7 @@ def train_runs(plan: Plan, wanted: Sequence[PlannedRun], parallel: int, say: Say
 
 
 class _Board:
-    """What is to be done, what is being done, and how far all of it is; shared by the slots."""
+    """Pending and running runs with their progress; shared by the slots."""
 
     def __init__(
         self, plan: Plan, todo: list[PlannedRun], total: int, say: Say, parallel: int
@@ -93,7 +93,7 @@ class _Board:
         self._begun = self._said = time.monotonic()
 
     def take(self) -> PlannedRun | None:
-        """The next run for a slot, waiting for one that it branches from; None at the end."""
+        """Return the next run for a slot, after waiting for its parent; None at the end."""
         with self._changed:
             while True:
                 if self.ended.stopped or not self._todo:
@@ -102,7 +102,8 @@ class _Board:
                 waiting = {*names, *self._running, *self.ended.failed}
                 ready = [run for run in self._todo if run.parent not in waiting]
                 if ready:
-                    # Several at a time: the longest chains first, so that none is left at the end.
+                    # With several slots the longest chains are first, so that no chain is left at
+                    # the end.
                     run = max(ready, key=self._ahead) if self.parallel > 1 else ready[0]
                     self._todo.remove(run)
                     self._running[run.name] = run
@@ -112,14 +113,14 @@ class _Board:
                     self._changed.wait()
 
     def ready(self, run: PlannedRun) -> PlannedRun:
-        """The run as its folder, and that of its parent, can go on with now."""
+        """Return the run with the parent that its folder and the parent's folder allow now."""
         run, remark = as_stored(run, self.plan, ())
         if remark:
             self._say(remark)
         return run
 
     def give(self, run: PlannedRun, error: str | None, seconds: float) -> None:
-        """Say how a run ended."""
+        """Report the end of a run."""
         with self._changed:
             del self._running[run.name]
             state = state_of(run)
@@ -136,13 +137,13 @@ class _Board:
                 )
             else:
                 text = f"stopped at step {state.step} of {run.steps}"
-                if not self.ended.stopped:  # by somebody else
+                if not self.ended.stopped:  # stopped by another process
                     self.ended.failed[run.name] = text
                 self._say(f"{run.name}: {text}")
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Until something changed, or a second passed; says now and then what is running."""
+        """Wait for a change, for one second at most; print progress at intervals."""
         with self._changed:
             self._changed.wait(1.0)
             if time.monotonic() - self._said < PROGRESS_S or not self._running:
@@ -157,9 +158,9 @@ class _Board:
 
     @contextmanager
     def child(self, process: _Child) -> Iterator[None]:
-        """Have signals passed on to a child meanwhile."""
+        """Return a context in which signals are passed on to a child."""
         self._children.add(process)
-        if self.ended.stopped:  # it came while the child was being started
+        if self.ended.stopped:  # the signal came while the child was being started
             _stop(process)
         try:
             yield
@@ -167,13 +168,13 @@ class _Board:
             self._children.discard(process)
 
     def stop(self, received: signal.Signals) -> None:
-        """Begin nothing more and have the children save and stop. For a handler."""
+        """Stop starting runs, and stop the children with a checkpoint. For a signal handler."""
         self.ended.stopped = received.name
         for process in list(self._children):
             _stop(process)
 
     def kill(self) -> None:
-        """End the children at once, and theirs. For a handler."""
+        """Kill the children and their children. For a signal handler."""
         for process in list(self._children):
             with suppress(psutil.NoSuchProcess):
                 for one in psutil.Process(process.pid).children(recursive=True):
@@ -219,7 +220,7 @@ def _serve(board: _Board) -> None:
                 error = slot.train(write_config(board.plan, run), log)
             except UserError as problem:
                 error = str(problem)
-            except Exception as problem:  # said with the others; the slots may wait for this run
+            except Exception as problem:  # reported with others; slots may wait for this run
                 error = f"it could not be started: {type(problem).__name__}: {problem}"
             board.give(run, error, time.monotonic() - begun)
     finally:
@@ -227,7 +228,7 @@ def _serve(board: _Board) -> None:
 
 
 def write_config(plan: Plan, run: PlannedRun) -> Path:
-    """Write a run's whole description beside the ladder's; ``allometry train`` takes it, too."""
+    """Write a run's full configuration into the plan's folder; ``allometry train`` accepts it."""
     path = plan.folder / "configs" / f"{run.name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dump(run.config), encoding="utf-8")
@@ -235,14 +236,14 @@ def write_config(plan: Plan, run: PlannedRun) -> Path:
 
 
 class _Worker:
-    """A child that trains runs in its own process, one at a time."""
+    """A child process that trains runs in its own process, one at a time."""
 
     def __init__(self, board: _Board) -> None:
         self._board = board
         self._process: _Child | None = None
 
     def train(self, config: Path, log: Path) -> str | None:
-        """Train it; what went wrong in a sentence."""
+        """Train a run; return an error message or None."""
         process = self._process or self._start()
         with self._board.child(process):
             try:
@@ -269,12 +270,12 @@ class _Worker:
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | threads | ended_with_this(),
-            start_new_session=True,  # a terminal's Ctrl-C comes here, and is passed on
+            start_new_session=True,  # Ctrl-C of the terminal goes to this process only
         )
         return self._process
 
     def close(self) -> None:
-        """Let the child end."""
+        """End the child."""
         if self._process is not None:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
@@ -286,13 +287,13 @@ class _Worker:
 
 
 class _Torchrun:
-    """A torchrun for each run."""
+    """Starts a torchrun for each run."""
 
     def __init__(self, board: _Board) -> None:
         self._board = board
 
     def train(self, config: Path, log: Path) -> str | None:
-        """Train it; what went wrong in a sentence."""
+        """Train a run; return an error message or None."""
         threads = os.environ.get("OMP_NUM_THREADS", "1")
         with open(log, "a", encoding="utf-8") as out:
             process = subprocess.Popen(
@@ -313,11 +314,11 @@ class _Torchrun:
         return f"torchrun ended with code {code}: {error}"
 
     def close(self) -> None:
-        """Nothing is left running."""
+        """Do nothing: no process is left running."""
 
 
 def torchrun(processes: int, config: Path) -> list[str]:
-    """Arguments for Python that train a run on so many processes of this machine."""
+    """Return arguments for Python that train a run on ``processes`` processes of this machine."""
     start = ["-m", "allometry.launch.torchrun", "--nproc-per-node", str(processes), "--standalone"]
     return [*start, "--local-addr", "127.0.0.1", "-m", "allometry.launch.train", str(config)]
 

@@ -1,4 +1,4 @@
-"""Runs as scripts for Slurm: one for each that is missing, and one that submits them in order."""
+"""Scripts for Slurm: one for each remaining run, and one that submits them in order."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from allometry.studies.ladder.state import COMMANDS, as_stored, state_of
 
 SUBMIT = "submit.sh"
 REQUEUES = 20
-"""Times that a job goes back into the queue after a crash, which Slurm counts with all others."""
+"""Maximum number of requeues of a job after crashes; Slurm's count includes other requeues."""
 RESTARTS = 3
-"""Times that ranks are started again within a job."""
+"""Maximum number of restarts of the ranks within a job."""
 
 
 def write_scripts(plan: Plan, wanted: Sequence[PlannedRun]) -> list[Path]:
-    """Write ``scripts/NAME.sbatch`` for each run that is not done, and ``submit.sh`` beside them.
+    """Write ``scripts/NAME.sbatch`` for each run that is not done, and ``scripts/submit.sh``.
 
-    A run that branches waits until its parent has ended well. Scripts of runs that are done since
-    are removed. Returns the submit script first; nothing if nothing is missing. Raises UserError: a
-    folder holds another run than the planned one.
+    A branch waits until its parent has finished. Scripts of runs that are done are removed. Returns
+    the submit script first, [] if no run remains. Raises UserError: a folder has another run than
+    the planned one.
     """
     launch = plan.launch
     assert isinstance(launch, SbatchLaunch), launch
@@ -53,9 +53,9 @@ def write_scripts(plan: Plan, wanted: Sequence[PlannedRun]) -> list[Path]:
 def offer_scripts(
     plan: Plan, wanted: Sequence[PlannedRun], parallel: int | None, say: Say
 ) -> list[Path]:
-    """Write the scripts and say how to submit them; their paths, that of the submission first.
+    """Write the scripts and print how to submit them; return their paths, submit.sh first.
 
-    Raises UserError: see ``write_scripts``; ``parallel`` asks for what is Slurm's to decide.
+    Raises UserError: see ``write_scripts``; or ``parallel`` is given, which Slurm decides.
     """
     if parallel is not None:
         raise UserError(
@@ -70,10 +70,10 @@ def offer_scripts(
 def script(launch: SbatchLaunch, plan: Plan, run: PlannedRun, config: Path) -> str:
     """Return the script of one run.
 
-    Slurm's SIGUSR1, two minutes before the end of the job's time, saves and stops the run, as any
-    signal does that asks to stop (docs/resume.md). The job then goes back into the queue, so that
-    what depends on it waits until the run has finished. So it does after a crash that restarts
-    within the job did not mend, but not after a refusal.
+    Slurm's SIGUSR1, two minutes before the end of the job's time, saves and stops the run, like any
+    stop signal (docs/resume.md). The job is then requeued, so that dependent jobs wait until the
+    run has finished. The job is also requeued after a crash that restarts within the job did not
+    fix, but not after a UserError.
     """
     log = plan.folder.resolve() / "logs" / f"{run.name}.log"
     lines = [
@@ -106,11 +106,11 @@ ENDING = (
     "fi",
     'exit "$code"',
 )
-"""How a script ends that has trained: ``code`` is the launcher's, ``events`` the run's file."""
+"""Last lines of a script: ``code`` is the launcher's exit code, ``events`` the run's file."""
 
 
 def _training(launch: SbatchLaunch, config: Path) -> list[str]:
-    """Lines that train: one process, or torchrun on each node, which finds the first one."""
+    """Return the training commands: one process, or torchrun on each node, on one endpoint."""
     python, train = (
         shlex.quote(sys.executable),
         f"-m allometry.launch.train {shlex.quote(str(config))}",
@@ -129,7 +129,7 @@ def _training(launch: SbatchLaunch, config: Path) -> list[str]:
 
 
 def submission(folder: Path, runs: Sequence[PlannedRun]) -> str:
-    """Return the script that submits ``runs``, those that branch after those they branch from."""
+    """Return the script that submits ``runs``, branches after their parents."""
     numbers = {run.name: number for number, run in enumerate(runs)}
     of = runs[0].of
     lines = [

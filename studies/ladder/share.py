@@ -1,4 +1,4 @@
-"""A run of a ladder, and how runs of different lengths share their first steps. Without torch."""
+"""Runs of a ladder, and sharing of first steps between different lengths. Without torch."""
 
 # N parameters, D tokens and C FLOPs of a run
 
@@ -20,11 +20,11 @@ from allometry.trainer.state.unchanged import rates_part
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of the ladder: ``config`` is its whole description, ``parent`` in it where it branches.
+    """A run of a ladder: ``config`` is its full configuration, with ``run.parent`` if it branches.
 
-    ``parameters`` N by the ladder's count; ``tokens`` D and ``flops`` C of the whole run, in whole
-    steps; ``own_flops``: without the steps that it takes over from its parent. ``of``: what it is a
-    run of; one of a ladder may be trained from scratch where its parent has not kept the step.
+    ``parameters``: N by the ladder's count; ``tokens``: D, ``flops``: C of the complete run, in
+    full steps; ``own_flops``: without the steps of its parent. ``of``: "ladder" or "tree"; a run of
+    a ladder may be trained from scratch if its parent has not kept the step.
     """
 
     name: str
@@ -42,18 +42,18 @@ class PlannedRun:
 
     @property
     def own_flops(self) -> int:
-        """FLOPs that it costs."""
+        """FLOPs of the run's own steps."""
         plan = BatchPlan(self.config.batch, self.config.data.sequence_length)
         return self.flops - self.flops * plan.tokens_after(self.parent_step) // self.tokens
 
     @property
     def folder(self) -> Path:
-        """Its run folder."""
+        """Run folder."""
         return Path(self.config.run.folder)
 
 
 class Plan(Protocol):
-    """Runs that are trained together, each by ``processes`` ranks, in a folder of their own."""
+    """Runs that are trained together, each on ``processes`` ranks, in one folder."""
 
     @property
     def folder(self) -> Path: ...  # noqa: D102
@@ -66,7 +66,7 @@ class Plan(Protocol):
 
 
 def share(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:
-    """Let longer runs branch from shorter ones; the runs and why some cannot."""
+    """Make longer runs branch from shorter ones; return the runs, and notes on other runs."""
     chains: dict[tuple[str, str, int], list[PlannedRun]] = {}
     for run in runs:
         key = (_family(run, runs), run.schedule, run.config.run.seed)
@@ -90,7 +90,7 @@ def share(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:
 
 
 def _family(run: PlannedRun, runs: list[PlannedRun]) -> str:
-    """The size whose runs may share steps: the run's own, or for the target that of a rung."""
+    """Return the size whose runs may share steps: the run's own, or for the target a rung's."""
     same = (
         other.size
         for other in runs
@@ -103,7 +103,7 @@ def _family(run: PlannedRun, runs: list[PlannedRun]) -> str:
 
 
 def _shared_steps(shorter: PlannedRun, longer: PlannedRun) -> tuple[int, str | None]:
-    """How many first steps two runs of one chain share, or why it is no use."""
+    """Return the number of steps that two runs of one chain share, or a reason for none."""
     other = next(iter(differences(shorter.config, longer.config)), None)
     if other is not None:
         return 0, f"{other[0]} differs from that of the next shorter horizon"
@@ -126,7 +126,7 @@ def _shared_steps(shorter: PlannedRun, longer: PlannedRun) -> tuple[int, str | N
 
 
 def branching_point(config: RunConfig, steps: int) -> int | None:
-    """The last step that a longer run would share, kept also where the ladder has none yet."""
+    """Return the last step that a longer run would share, kept even without a longer run."""
     tokens = config.training.total_tokens
     assert tokens is not None
     longer = _with(config, "training", {"total_tokens": 10 * tokens})

@@ -1,4 +1,4 @@
-"""How far the runs of a ladder are: nothing but what their folders say."""
+"""Progress of a ladder's runs, read only from their folders."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Stage = Literal["planned", "running", "partial", "diverged", "done", "changed"]
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run is.
+    """Progress of a run.
 
-    ``step`` and ``flops``: the last recorded, with what it took over from its parent; ``loss``: of
-    that step, ``validation``: by source, where a finished run has it. ``changed``: the folder holds
-    another run than the ladder now describes, of which nothing else is said.
+    ``step`` and ``flops``: the last recorded, including the parent's steps; ``loss``: at that step,
+    ``validation``: by source, if the row has it. ``changed``: the folder has another run than the
+    ladder now describes; the other fields are then unset.
     """
 
     stage: Stage
@@ -46,7 +46,7 @@ class RunState:
 
 
 def state_of(run: PlannedRun) -> RunState:
-    """Return how far a run is, whoever trained it; ``check_stored`` says whether it is this one."""
+    """Return a run's progress; only ``check_stored`` compares its configuration."""
     folder = run.folder
     if not (folder / "config.yaml").is_file():
         return RunState("planned")
@@ -75,7 +75,7 @@ def _stage(run: PlannedRun, row: dict[str, Any]) -> Stage:
 
 
 def spent(run: PlannedRun, state: RunState) -> int:
-    """Return the FLOPs that a run has cost, without those that it took over."""
+    """Return the FLOPs that a run has cost, without its parent's."""
     if state.stage == "done":
         return run.own_flops
     return min(max(0, state.flops - (run.flops - run.own_flops)), run.own_flops)
@@ -84,11 +84,11 @@ def spent(run: PlannedRun, state: RunState) -> int:
 def as_stored(
     run: PlannedRun, plan: Plan, coming: Collection[str]
 ) -> tuple[PlannedRun, str | None]:
-    """Return the run as its folder can go on with, and a remark where that is not as planned.
+    """Return the run as its folder can continue it, and a remark if this differs from the plan.
 
-    A run that has begun keeps the parent that it has. One whose parent has not kept the step, and
-    is not among the runs to be trained before it (``coming``), is trained from scratch. Raises
-    UserError: its folder holds a run that computes something else, or it is of a tree and cannot
+    A run that has started keeps its parent. A run is trained from scratch if its parent has not
+    kept the step and is not among the runs to be trained before it (``coming``). Raises UserError:
+    the folder has a run that computes something else, or the run belongs to a tree and cannot
     branch.
     """
     stored = check_stored(run)
@@ -120,7 +120,7 @@ def _with_parent(run: PlannedRun, parent: dict[str, Any] | None) -> PlannedRun:
 
 
 def stated(run: PlannedRun) -> tuple[RunState, str | None]:
-    """Return how far a run is, and the sentence of ``check_stored`` where it is ``changed``."""
+    """Return a run's progress, and the message of ``check_stored`` if ``changed``."""
     try:
         check_stored(run)
     except UserError as error:
@@ -129,9 +129,9 @@ def stated(run: PlannedRun) -> tuple[RunState, str | None]:
 
 
 def check_stored(run: PlannedRun) -> RunConfig | None:
-    """Return the description that the run's folder has; None where it has not begun.
+    """Return the configuration in the run's folder; None if the run has not started.
 
-    Raises UserError: it is of a run that computes something else than is planned now.
+    Raises UserError: the configuration computes something else than the planned one.
     """
     path = run.folder / "config.yaml"
     if not path.is_file():
@@ -162,9 +162,9 @@ def check_stored(run: PlannedRun) -> RunConfig | None:
 
 @contextmanager
 def only_one(folder: Path, of: str = "ladder") -> Iterator[None]:
-    """Keep a second process from training the ladder, or tree, meanwhile.
+    """Return a context that keeps other processes from training the ladder, or tree.
 
-    Raises UserError: one does, or the folder cannot be written.
+    Raises UserError: another process trains it, or the folder cannot be written.
     """
     path = folder / f"{of}.lock"
     try:

@@ -1,9 +1,9 @@
-"""``python -m allometry.studies.ladder.worker``: a process that trains one run after the other.
+"""Worker process of ``allometry.launch.ladder_worker``, which trains runs one after the other.
 
-Python and torch take seconds to start, which many small runs need not pay each. Requests come as
-lines of JSON on standard input, {"config": path, "log": path}; answers go as lines to the standard
-output that the process was started with, {"error": sentence or null, "stopped": signal or null}.
-What a run prints goes to its log. A signal stops the run as it would stop ``allometry train``.
+Python and torch take seconds to start, which many small runs should not repeat. Requests are lines
+of JSON on standard input, {"config": path, "log": path}; replies are lines on the initial standard
+output of the process, {"error": sentence or null, "stopped": signal or null}. The output of a run
+goes to its log. A signal stops the run like ``allometry train``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from allometry.trainer.stop import STOP_SIGNALS
 
 
 def serve(allocator: str, cuda_allocator: str | None = None) -> None:
-    """Train what standard input asks for, until it ends; ``allocator`` is for the record."""
+    """Train the runs requested on standard input, until it ends; ``allocator`` is recorded."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")

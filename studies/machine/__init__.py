@@ -1,1 +1,1 @@
-"""Measuring this machine for the planner: rates of its processes, alone and together."""
+"""Measurement of this machine for the planner: rates of its processes, alone and together."""

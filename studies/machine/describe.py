@@ -1,7 +1,7 @@
-"""From what was timed to a description of this machine that the planner reads.
+"""Description of this machine for the planner, fitted to timed pieces of a step.
 
-Rates and constants are those with which the cost model's own formulas come nearest to the pieces
-that were timed, so that a step's prediction is in the units of its pieces.
+Rates and constants minimize the errors of the cost model's own formulas on the timed pieces, so
+that the prediction of a step is consistent with these pieces.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from allometry.scaling.planner.constants import Constants, Floats
 from allometry.studies.machine.pieces import EXPERTS, TOP_K
 
 NAME = "this machine"
-BACKWARD = 3.5  # of attention's forward, both together, as the cost model has it
-NOTHING = 1e-6  # a share that stands for none: constants are positive
+BACKWARD = 3.5  # forward and backward over forward of attention, as in the cost model
+NOTHING = 1e-6  # a share close to 0, as constants are positive
 ASSUMED_POWER_W = 250.0
 
 
@@ -29,7 +29,7 @@ def describe(found: Mapping[str, Any], machine: Mapping[str, Any]) -> HardwareCo
     """Return the description. ``found``: ``pieces`` and, under "together", ``measure_ranks``.
 
     ``machine``: name, memory_bytes, ranks (that fit on it), host_memory_bytes, disk_bandwidth,
-    adam_rate, asynchronous and, of a known GPU, its datasheet's peak_flops and power_w.
+    adam_rate, asynchronous and, for a known GPU, its datasheet's peak_flops and power_w.
     """
     rates, halves = fit_products(found["products"])
     sheet = machine.get("peak_flops") or {}
@@ -82,12 +82,12 @@ def describe(found: Mapping[str, Any], machine: Mapping[str, Any]) -> HardwareCo
 
 
 def best(products: Sequence[Mapping[str, Any]], name: str) -> float:
-    """FLOP/s of the fastest product of a type."""
+    """Return the FLOP/s of the fastest product of a type."""
     return max(float(flops(p) / p["seconds"]) for p in products if p["dtype"] == name)
 
 
 def flops(product: Mapping[str, Any]) -> float:
-    """FLOPs of the three products of a linear layer."""
+    """Return the FLOPs of the three products of a linear layer."""
     return 6.0 * product["rows"] * product["k"] * product["n"]
 
 
@@ -113,7 +113,7 @@ def fit_products(
 
 
 def fit_attention(timed: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Return FLOP/s of causal attention on long sequences, and tokens at which it is half that."""
+    """Return FLOP/s of causal attention on long sequences, and the length of half this rate."""
     tokens, length, inner, seconds = (
         np.array([t[key] for t in timed], dtype=float)
         for key in ("tokens", "length", "inner", "seconds")
@@ -130,9 +130,9 @@ def fit_attention(timed: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 def fit_messages(
     together: Mapping[str, Any] | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return a link's bandwidth and latency, and constants of what is sent over it.
+    """Return a link's bandwidth and latency, and constants of its messages.
 
-    Without other ranks there is nothing to send: bandwidths that no prediction will use.
+    Without other ranks there are no messages: returns a bandwidth that no prediction uses.
     """
     if together is None:
         return {"bandwidth": 1e10, "latency_s": 1e-4}, {}
@@ -163,7 +163,7 @@ def fit_messages(
 def fit_layers(
     found: Mapping[str, Any], hardware: HardwareConfig, constants: Constants, asynchronous: bool
 ) -> dict[str, float]:
-    """Return constants of what a layer does besides products and attention, and of the loss."""
+    """Return constants of the loss, and of a layer apart from products and attention."""
     dtype = found["dtypes"][0]
     kept: dict[str, float] = {}
     for experts, names in (
@@ -203,7 +203,7 @@ def _layer_errors(
 
 
 def layer_seconds(cases: Cases, constants: Constants, asynchronous: bool) -> Floats:
-    """Seconds of a layer, forward and backward, as the cost model adds them up."""
+    """Return the seconds of a layer, forward and backward, summed as in the cost model."""
     device = 3 * (
         operators.attention_products(cases, constants)
         + operators.ffn_products(cases, constants)
@@ -240,8 +240,8 @@ def _row(width: int, heads: int, dtype: str) -> dict[str, Any]:
 
 
 def fitted(errors: Any, start: Sequence[float]) -> Floats:
-    """Positive numbers that make errors of logarithms small; one that is far off pulls little."""
-    from scipy.optimize import least_squares  # half a second that most commands need not pay
+    """Return positive numbers that minimize errors of logarithms, robust to outliers."""
+    from scipy.optimize import least_squares  # import takes half a second
 
     first = np.log(np.array(start, dtype=float))
     found = least_squares(

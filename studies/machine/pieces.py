@@ -1,7 +1,7 @@
-"""What one process of this machine takes for the pieces of a step: products, attention, layers."""
+"""Times of the pieces of a step on one process of this machine: products, attention, layers."""
 
-# M rows, K inner and N outer side of a product, B sequences, L tokens in a sequence, T = B*L,
-# D width, V vocabulary
+# M rows, K inner and N outer side of a product, B sequences, L tokens in a sequence, T = B*L, D
+# width, V vocabulary
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ GPU_PRODUCTS = (
 LENGTHS, GPU_LENGTHS = (128, 256, 512, 1024), (512, 1024, 2048, 4096, 8192)
 DENSE = {"kind": "dense", "num_layers": 1}
 LAYERS = ((32, 1, 1, 16), (128, 2, 4, 128), (256, 4, 4, 256), (512, 8, 2, 512), (256, 4, 1, 128))
-"""(width, heads, sequences, length) of the layers that are timed; the first is all launches."""
+"""(width, heads, sequences, length) of timed layers; the first one is dominated by launches."""
 GPU_LAYERS = ((64, 1, 1, 16), (1024, 16, 8, 2048), (2048, 16, 4, 4096), (2048, 16, 1, 2048))
 EXPERTS, TOP_K = 8, 2
 VOCABULARIES = ((128, 4096, 512), (256, 8192, 1024))
-"""(width, vocabulary, tokens) of the heads that are timed."""
+"""(width, vocabulary, tokens) of timed heads."""
 GPU_VOCABULARIES = ((1024, 32768, 8192), (2048, 32768, 16384))
 COPY_BYTES, ADAM_ELEMENTS = 1 << 26, 1 << 23
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds of work on a device: the best of many calls, as a ceiling is meant.
+    """Timer for work on a device: the best of many calls, as an upper bound of the rate.
 
-    On a CPU with one thread it is the time that the thread ran: on a busy machine the time on the
-    wall says how often it waited.
+    On a CPU with one thread it measures the thread's CPU time: on a busy machine the wall time
+    includes waiting for other processes.
     """
 
     device: torch.device
     seconds: float = 0.25
 
     def best(self, work: Callable[[], object]) -> float:
-        """Return the seconds of the fastest call, after two that do not count."""
+        """Return the seconds of the fastest call, after two untimed calls."""
         for _ in range(2):
             work()
         best, number, begun = float("inf"), 0, time.perf_counter()
@@ -77,15 +77,15 @@ class Clock:
 
 
 def measured_at() -> str:
-    """The time, for people, as a number is measured."""
+    """Return the current time as text, for a measured number."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
 
 
 def pieces(clock: Clock, dtypes: tuple[str, ...]) -> dict[str, Any]:
-    """Time everything on this process's device: JSON, seconds by what was timed.
+    """Time all pieces on this process's device; return seconds by piece (JSON).
 
-    ``at``: when each kind was measured. Layers and heads are those of our model, not compiled, in
-    the first of ``dtypes``.
+    ``at``: time of each measurement. Layers and heads are those of this package's model, not
+    compiled, in the first of ``dtypes``.
     """
     found: dict[str, Any] = {"at": {}, "threads": torch.get_num_threads(), "dtypes": list(dtypes)}
     kinds: Mapping[str, Callable[[], object]] = {
@@ -106,7 +106,7 @@ def pieces(clock: Clock, dtypes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def products(clock: Clock, name: str) -> Iterator[dict[str, Any]]:
-    """A linear layer's three products: forward, its input's and its weight's gradient."""
+    """Time a linear layer's three products: forward, gradient of its input and of its weight."""
     on_gpu = clock.device.type == "cuda"
     for rows, k, n in GPU_PRODUCTS if on_gpu else PRODUCTS:
         x_MK, w_NK, g_MN = (
@@ -124,7 +124,7 @@ def products(clock: Clock, name: str) -> Iterator[dict[str, Any]]:
 
 
 def attention(clock: Clock, name: str) -> Iterator[dict[str, Any]]:
-    """Causal attention, forward and backward, by the back end that our table prefers."""
+    """Time causal attention, forward and backward, with the back end that ``attend`` chooses."""
     on_gpu = clock.device.type == "cuda"
     heads, width, tokens = (16, 128, 16384) if on_gpu else (4, 64, 1024)
     for length in GPU_LENGTHS if on_gpu else LENGTHS:
@@ -143,7 +143,7 @@ def attention(clock: Clock, name: str) -> Iterator[dict[str, Any]]:
 
 
 def copies(clock: Clock) -> float:
-    """Bytes a second that a copy in the device's memory reads and writes."""
+    """Return the bytes per second that a copy in the device's memory reads and writes."""
     nbytes = COPY_BYTES * (16 if clock.device.type == "cuda" else 1)
     source = torch.ones(nbytes // 4, device=clock.device)
     target = torch.empty_like(source)
@@ -151,13 +151,13 @@ def copies(clock: Clock) -> float:
 
 
 def host_adam(clock: Clock) -> float:
-    """Parameters a second of AdamW on this process's threads of the CPU."""
+    """Return the parameters per second of AdamW on this process's CPU threads."""
     host = Clock(torch.device("cpu"), clock.seconds)
     return ADAM_ELEMENTS / host.best(adam_update(ADAM_ELEMENTS))
 
 
 def host_copies(clock: Clock) -> float:
-    """Bytes a second from pinned host memory to the device."""
+    """Return the bytes per second from pinned host memory to the device."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=clock.device)
     return COPY_BYTES / clock.best(lambda: target.copy_(source, non_blocking=True))
@@ -166,7 +166,7 @@ def host_copies(clock: Clock) -> float:
 def model_of(
     width: int, heads: int, *, expert_ffn: int = 0, vocabulary: int = 256
 ) -> dict[str, Any]:
-    """A small model's section of a configuration; with experts where they have a width."""
+    """Return a small model's configuration section; with experts if ``expert_ffn`` is not 0."""
     shape = {"width": width, "num_heads": heads, "num_kv_heads": heads, "vocab_size": vocabulary}
     if not expert_ffn:
         return {**DENSE, **shape, "ffn_width": 3 * width}
@@ -181,11 +181,11 @@ def model_of(
 
 
 def layers(clock: Clock, name: str) -> Iterator[dict[str, Any]]:
-    """Whole layers, dense and with experts, forward and backward."""
+    """Time full layers, dense and with experts, forward and backward."""
     shapes = GPU_LAYERS if clock.device.type == "cuda" else LAYERS
     for experts in (False, True):
         for index, (width, heads, sequences, length) in enumerate(shapes):
-            # Narrow and wide ones: what a visit costs and what products cost are told apart.
+            # Narrow and wide experts separate the cost of visits from the cost of products.
             expert_ffn = width * (1 + index % 2) if experts else 0
             model = model_of(width, heads, expert_ffn=expert_ffn)
             part = Part(range(1), first=False, last=False)
@@ -195,7 +195,7 @@ def layers(clock: Clock, name: str) -> Iterator[dict[str, Any]]:
 
 
 def heads(clock: Clock, name: str) -> Iterator[dict[str, Any]]:
-    """Final norm, head and loss, forward and backward."""
+    """Time final norm, head and loss, forward and backward."""
     shapes = GPU_VOCABULARIES if clock.device.type == "cuda" else VOCABULARIES
     for width, vocabulary, tokens in shapes:
         model = model_of(width, width // 64, vocabulary=vocabulary)
@@ -207,7 +207,7 @@ def heads(clock: Clock, name: str) -> Iterator[dict[str, Any]]:
 def part_seconds(
     clock: Clock, model: Mapping[str, Any], part: Part, name: str, shape: tuple[int, int]
 ) -> float:
-    """Seconds of forward and backward of a part of a model on a micro-batch, (B, L)."""
+    """Return the seconds of forward and backward of a part of a model on a micro-batch, (B, L)."""
     config = RunConfig.model_validate(
         {
             "run": {"folder": "none"},

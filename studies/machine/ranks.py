@@ -1,4 +1,4 @@
-"""Processes of this machine at once: what they leave each other, and what their messages take."""
+"""Concurrent processes of this machine: remaining rates, and times of messages."""
 
 from __future__ import annotations
 
@@ -27,23 +27,22 @@ SMALL, LARGE = 2**10, 2**23
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send forward")
 ROUNDS, SLICE_S = 5, 0.2
 TIMES = 3
-"""Each message's seconds are the best of so many medians."""
+"""Number of medians whose minimum is the time of a message."""
 
 
 def measure_alone(environment: Mapping[str, str], dtypes: tuple[str, ...]) -> dict[str, Any]:
-    """Return ``pieces`` of a new process with this in its environment, as a memory allocator."""
+    """Return ``pieces`` of a new process with ``environment``, such as a memory allocator's."""
     return _answer(_alone, (torch.get_num_threads(), dtypes), 1, environment)
 
 
 def measure_ranks(
     ranks: int, threads: int, alone: int, seconds: float, environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return what ``ranks`` processes of so many threads measure together: JSON.
+    """Return measurements of ``ranks`` concurrent processes with ``threads`` threads each (JSON).
 
-    ``crowd`` (on a CPU): shares of the rates of products and copies that are left when all compute
-    at once, medians over rounds in which one rank with ``alone`` threads and all take turns.
-    ``messages``: seconds of a small and a large message of each kind. ``seconds``: about how long
-    messages may take.
+    ``crowd`` (on a CPU): rates of products and copies when all ranks compute, relative to one rank
+    with ``alone`` threads; medians over rounds that alternate both. ``messages``: seconds of a
+    small and a large message of each kind. ``seconds``: approximate time for messages.
     """
     asked = (ranks, threads, alone, seconds, free_port())
     return _answer(_rank, asked, ranks, environment)
@@ -52,7 +51,7 @@ def measure_ranks(
 def _answer(
     work: Callable[..., None], asked: tuple[Any, ...], ranks: int, environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What processes that run ``work(rank, *asked, out)`` write to the file ``out``."""
+    """Return the JSON in the file ``out`` that processes of ``work(rank, *asked, out)`` write."""
     with tempfile.TemporaryDirectory(prefix="allometry-machine-") as scratch:
         out = Path(scratch) / "found.json"
         with added(environment):
@@ -65,7 +64,7 @@ def _answer(
 
 @contextmanager
 def added(environment: Mapping[str, str]) -> Iterator[None]:
-    """Have these variables in the environment of processes that are started meanwhile."""
+    """Return a context in which started processes have these environment variables."""
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
@@ -85,7 +84,7 @@ def _alone(_: int, threads: int, dtypes: tuple[str, ...], out: Path) -> None:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens at now."""
+    """Return an unused TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -109,7 +108,7 @@ def _rank(
 
 
 def become_rank(rank: int, ranks: int, port: int) -> None:
-    """Make this process one of ``ranks`` of this machine, as a launcher does."""
+    """Set the environment of rank ``rank`` of ``ranks`` on this machine, like a launcher."""
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ |= {
@@ -138,7 +137,7 @@ def messages(mesh: Mesh, seconds: float) -> list[dict[str, Any]]:
 
 
 def crowd(mesh: Mesh, threads: int, alone: int) -> dict[str, float]:
-    """Shares of one rank's rates that all ranks at once leave each: products, memory."""
+    """Return each rank's rates when all ranks compute, relative to one rank alone."""
     size = 1024
     left, right = (torch.randn(size, size).bfloat16() for _ in range(2))
     source = torch.ones(1 << 24)
@@ -160,7 +159,7 @@ def crowd(mesh: Mesh, threads: int, alone: int) -> dict[str, float]:
 
 
 def _median_seconds(work: Callable[[], object]) -> float:
-    """Median seconds for ``SLICE_S``: of the thread where there is one, which others may delay."""
+    """Return median seconds over ``SLICE_S``: CPU time with one thread, else wall time."""
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     taken: list[float] = []
     begun = time.perf_counter()

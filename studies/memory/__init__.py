@@ -1,1 +1,1 @@
-"""``allometry memory --probe``: every tensor of a step counted, beside what is predicted."""
+"""Memory of every tensor of a step, measured and predicted: ``allometry memory --probe``."""

@@ -1,4 +1,4 @@
-"""The allocator's own account of a step: on CUDA its peak counter, on a CPU its events."""
+"""Peak memory of a step by the allocator: from its counter on CUDA, from its events on a CPU."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.autograd.profiler import profile
 
 
 class AllocatorLog:
-    """A context that knows the most bytes the allocator had given out since ``begin``.
+    """Context that measures the peak of allocated bytes since ``begin``.
 
-    Enter it before the first tensor that counts. torch's CPU allocator has no counter; it tells the
-    profiler of each block that it gives out and takes back.
+    Enter it before the first relevant tensor is created. torch's CPU allocator has no counter; it
+    reports each allocated and freed block to the profiler.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,27 +24,27 @@ class AllocatorLog:
         self._peak: int | None = None
 
     def __enter__(self) -> AllocatorLog:
-        """Begin to listen."""
+        """Start the profiler, on a CPU."""
         if not self._on_gpu:
             self._profile = profile(use_cpu=True, profile_memory=True)
             self._profile.__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        """Listen no more."""
+        """Stop the profiler."""
         if self._profile is not None:
             profiler, self._profile = self._profile, None
             profiler.__exit__(*raised)
 
     def begin(self) -> None:
-        """Forget the peak so far."""
+        """Reset the peak."""
         self._begun_ns = time.time_ns()
         if self._on_gpu:
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak(self) -> int:
-        """Return the most bytes since ``begin``; on a CPU this ends the listening."""
+        """Return the peak in bytes since ``begin``; on a CPU this stops the profiler."""
         if self._on_gpu:
             return torch.cuda.max_memory_allocated(self._device)
         profiler, self._profile = self._profile, None

@@ -1,4 +1,4 @@
-"""What each storage that was alive in a step is called: the names that a prediction has."""
+"""Names of the storages of a step, equal to the names in a memory estimate."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _PRODUCTS = ("mm", "linear", "_to_copy", "cat", "clone")
 
 
 def kind_of(model: ModelConfig) -> Callable[[Stored], str]:
-    """Return what names a storage of a step of this model."""
+    """Return a function that names a storage of a step of this model."""
 
     def kind(stored: Stored) -> str:
         if stored.kind is not None:
             return stored.kind
-        # Memory that is asked for before the first forward and stays is that of cast weights.
+        # Memory allocated before the first forward, and kept, is that of cast weights.
         kept = stored.born == BETWEEN and stored.operator == "aten::empty" and stored.half
         if stored.of_weight or stored.resized or kept:
             return COPIES
@@ -74,7 +74,7 @@ def _operation(stored: Stored, model: ModelConfig) -> str:
 
 
 def _input(leaf: str, last_dim: int, model: ModelConfig) -> str:
-    """What a tensor in FP8 is: the input of the module that keeps it."""
+    """Return the kind of an FP8 tensor: the input of the module that keeps it."""
     if leaf == "experts" and isinstance(model, MoEModel):
         inside = {2 * model.experts.width: GATE_UP, model.experts.width: SWIGLU}
         return inside.get(last_dim, ROWS)

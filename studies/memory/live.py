@@ -1,9 +1,9 @@
-"""Every tensor's storage from birth to death: what is alive at each moment of a step, and why.
+"""Storages of all tensors from creation to release, with moment and module.
 
 A ``TorchDispatchMode`` sees each operator's results in forward, backward and optimizer, on any
-device; a weak reference to a storage tells its death, and resizing (how FSDP2 frees what it
-gathered) is watched as well. What a kernel allocates inside of one operator is not seen: on a CPU
-``allocated_peak`` counts that too, from the allocator's own events.
+device; a weak reference to a storage reports its release, and resizing (by which FSDP2 frees
+gathered parameters) is recorded as well. Memory that a kernel allocates inside of one operator is
+not seen; ``AllocatorLog`` includes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FORWARD, HEAD, BACKWARD, UPDATE, BETWEEN = (
 
 @dataclass(slots=True)
 class Stored:
-    """One storage: where it was born, and when it died (None: it is alive)."""
+    """One storage: the moments of its creation and release (None: not released)."""
 
     born: str
     scope: str
@@ -47,7 +47,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Bytes that came or went (negative) with a storage, at a moment of a step."""
+    """Allocated or freed (negative) bytes of a storage, at a moment of a step."""
 
     storage: int
     bytes: int
@@ -56,10 +56,10 @@ class Event:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Notes births and deaths of storages while it is active.
+    """Dispatch mode that records creation and release of storages while active.
 
-    Enter it before the model is made: what was there before is not counted. ``mark`` names what a
-    tensor is for; ``watch`` makes a module's forward passes known by name.
+    Enter it before the model is created: earlier storages are not counted. ``mark`` sets the kind
+    of a tensor's storage; ``watch`` records the names of modules during their forward passes.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class LiveBytes(TorchDispatchMode):
         self._updating = False
 
     def __enter__(self) -> LiveBytes:
-        """Begin to note."""
+        """Start recording."""
         storage_class: Any = torch.UntypedStorage
         self._resize = resize = storage_class.resize_
 
@@ -87,7 +87,7 @@ class LiveBytes(TorchDispatchMode):
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        """Note no more."""
+        """Stop recording."""
         super().__exit__(*raised)
         storage_class: Any = torch.UntypedStorage
         storage_class.resize_ = self._resize
@@ -99,9 +99,9 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call ``func`` and note the storages of its results that are new."""
+        """Call ``func`` and record new storages of its results."""
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # a DTensor calls operators on its parts, which come here
+            return NotImplemented  # a DTensor calls operators on its local tensors
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self._see(tensor, func, args)
@@ -109,7 +109,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def moment(self) -> str:
-        """Where in a step this is."""
+        """Current moment of the step."""
         if self._updating:
             return UPDATE
         if torch._C._current_graph_task_id() != -1:
@@ -119,7 +119,7 @@ class LiveBytes(TorchDispatchMode):
         return HEAD if any(scope.endswith("head") for scope in self._scopes) else FORWARD
 
     def mark(self, tensors: Iterable[Tensor | None], kind: str) -> None:
-        """Say what these tensors are, of whatever storages they have now."""
+        """Set the kind of the current storages of these tensors."""
         for tensor in tensors:
             if tensor is not None:
                 part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -131,7 +131,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def watch(self, modules: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
-        """Know the forward passes of these modules by their names, while the context lasts."""
+        """Return a context in which forward passes of these modules are recorded by name."""
         hooks = []
 
         def before(name: str) -> Callable[..., None]:
@@ -151,7 +151,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def updating(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Know the steps of this optimizer, while the context lasts."""
+        """Return a context in which steps of this optimizer are recorded."""
         hooks = [
             optimizer.register_step_pre_hook(lambda *_: setattr(self, "_updating", True)),
             optimizer.register_step_post_hook(lambda *_: setattr(self, "_updating", False)),
@@ -163,7 +163,7 @@ class LiveBytes(TorchDispatchMode):
                 hook.remove()
 
     def _see(self, tensor: Tensor, func: Any, args: tuple[Any, ...]) -> None:
-        # A wrapper's storage is said to have a size, but has none: what it wraps has been seen.
+        # A wrapper's storage reports a size but has no memory: the wrapped tensors have been seen.
         if is_traceable_wrapper_subclass(tensor) or tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
@@ -187,7 +187,7 @@ class LiveBytes(TorchDispatchMode):
         )
 
     def _note(self, storage: Any, born: Callable[[], Stored] | None) -> None:
-        """Note a storage's size if it is new or has changed."""
+        """Record a storage's size if it is new or has changed."""
         address, size = storage._cdata, storage.nbytes()
         found = self._alive.get(address)
         if found is None:
@@ -224,7 +224,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes alive at once: when, where, and the storages of each kind."""
+    """Peak of allocated bytes: moment, module, and bytes of each kind."""
 
     bytes: int
     moment: str
@@ -237,7 +237,7 @@ def peak_of(
 ) -> Peak:
     """Return the peak among the events from number ``begin`` on; ``kind_of`` names each storage.
 
-    ``at``: among those of this moment alone.
+    ``at``: consider only events of this moment.
     """
     total = best = place = 0
     for index, event in enumerate(live.events):

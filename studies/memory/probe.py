@@ -1,4 +1,4 @@
-"""Two real steps of a run on random tokens, with every byte counted: what a rank really holds."""
+"""Memory probe: two real steps of a run on random tokens, with every storage counted."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """What one rank held at the peak of its second step.
+    """Memory of one rank at the peak of its second step.
 
     ``peak``: of all tensors, with their kinds. ``allocated``: the allocator's own peak in the same
-    step, which kernels' workspaces are in as well (CPU: from its events, CUDA: its counter). None
-    on a CPU with several ranks: what gloo's threads give back is not among the events. ``saved``:
-    what was kept for backward while the loss was computed, by operation (empty without a head).
+    step, which includes workspaces of kernels (CPU: from its events, CUDA: its counter). None on a
+    CPU with several ranks, because events do not include memory freed by gloo's threads. ``saved``:
+    tensors saved for backward while the loss was computed, by operation (empty without a head).
     """
 
     rank: int
@@ -47,14 +47,14 @@ class Measured:
 
     @property
     def bytes(self) -> int:
-        """The peak: the allocator's where it has a counter, else that of all tensors."""
+        """Peak in bytes: the larger of the tensors' and the allocator's peak, if known."""
         return self.peak.bytes if self.allocated is None else max(self.peak.bytes, self.allocated)
 
 
 def as_probed(config: RunConfig, folder: Path) -> RunConfig:
     """Return the run of two full steps on random tokens in ``folder``, not compiled.
 
-    Compiled code keeps what its compiler chose, inside of operators that nothing can look into.
+    Tensors inside of compiled code cannot be observed.
     """
     sources = [
         source.model_copy(
@@ -83,10 +83,10 @@ def write_tokens(config: RunConfig, folder: Path) -> None:
 
 
 def probe(config: RunConfig, mesh: Mesh) -> Measured:
-    """Take two steps of ``config`` on this rank of ``mesh`` and return what the second one held.
+    """Take two steps of ``config`` on this rank of ``mesh`` and return the memory of the second.
 
-    Every rank calls it. The model starts from its initial values; nothing is written but token
-    files in a temporary folder, which must be one that all ranks see.
+    Every rank calls it. The model starts from its initial values; only token files are written, to
+    a temporary folder that all ranks must see. For example, ``probe(config, mesh).peak.kinds``.
     """
     with ExitStack() as stack:
         scratch = stack.enter_context(_shared_folder(mesh))
@@ -126,9 +126,10 @@ def probe(config: RunConfig, mesh: Mesh) -> Measured:
 
 
 def predicted(config: RunConfig, world_size: int, device: str, rank: int | None) -> MemoryEstimate:
-    """Return the estimate for what ``probe`` measures: the same run, not compiled.
+    """Return the estimate for the measurement of ``probe``: the same run, not compiled.
 
-    Of this rank, which is that of the fullest rank of its pipeline stage; None: of the fullest.
+    Of this rank, which is that of the fullest rank of its pipeline stage; None: of the fullest
+    rank.
     """
     config = as_probed(config, Path("nowhere"))
     layout = Layout.of(config, world_size)
@@ -158,7 +159,7 @@ def _inputs(config: RunConfig, plan: RunPlan, mesh: Mesh) -> Iterator[StepInput]
 
 @contextmanager
 def _shared_folder(mesh: Mesh) -> Iterator[Path]:
-    """A temporary folder of the main rank, known to all; it goes when all are done."""
+    """Yield a temporary folder of the main rank, on all ranks; deleted after all finish."""
     with ExitStack() as stack:
         made = stack.enter_context(tempfile.TemporaryDirectory()) if mesh.is_main else None
         yield Path(mesh.broadcast_object(made))

@@ -1,4 +1,4 @@
-"""The probe on as many processes of this machine as a layout has ranks, or as launched."""
+"""Memory probe on one process per rank of a layout on this machine, or on launched ranks."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Job = tuple[RunConfig, int]
 
 
 def measure(config: RunConfig, world_size: int) -> list[Measured] | None:
-    """Return what each rank of the run measured; None on all ranks of a launch but the main one.
+    """Return each rank's measurement; None on all ranks of a launch except the main rank.
 
-    One rank runs here, on this process's device. Of several ranks that a launcher has started each
-    calls this; else they are processes of this machine's CPU.
+    One rank runs in this process, on its device. With several ranks, each launched rank calls this
+    function; without a launcher they are processes on this machine's CPU.
 
     Raises:
-        UserError: the run has another number of ranks than were launched, or more memory is
-            expected than this machine has.
+        UserError: the number of ranks differs from the number of launched ranks, or the run needs
+            more memory than this machine has.
     """
     launched = launched_world_size()
     if launched not in (1, world_size):
@@ -52,7 +52,7 @@ def measure(config: RunConfig, world_size: int) -> list[Measured] | None:
 
 
 def measure_all(jobs: Sequence[Job]) -> list[list[Measured]]:
-    """Return what each rank of each run measured, on processes of this machine's CPU."""
+    """Return the measurements of each rank of each run, on processes of this machine's CPU."""
     most = max(world_size for _, world_size in jobs)
     with tempfile.TemporaryDirectory(prefix="allometry-memory-") as scratch:
         try:
@@ -68,7 +68,7 @@ def measure_all(jobs: Sequence[Job]) -> list[list[Measured]]:
 
 
 def _rank(rank: int, jobs: Sequence[Job], scratch: str) -> None:
-    """What one process does: every run that has this rank."""
+    """Run, in one process, every job with this rank."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -80,7 +80,7 @@ def _rank(rank: int, jobs: Sequence[Job], scratch: str) -> None:
             init_method=f"file://{scratch}/meeting-{number}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(hours=2),  # the first may wait for those that still run another
+            timeout=timedelta(hours=2),  # this process may wait for others in another job
         )
         try:
             with open_mesh(config.parallel, torch.device("cpu")) as mesh:

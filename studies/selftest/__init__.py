@@ -1,1 +1,1 @@
-"""``allometry.launch.selftest``: whether these machines can run a configuration, and how fast."""
+"""Test of machines for a configuration, with their speed: ``allometry.launch.selftest``."""

@@ -1,4 +1,4 @@
-"""What each rank's device, memory and disk do, without the other ranks."""
+"""Measurement of each rank's device, memory and disk, without other ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Machine:
-    """A rank's place: host, device, and the versions that must be the same everywhere."""
+    """Machine of a rank: host, device, and the versions that must be equal on all ranks."""
 
     rank: int
     host: str
@@ -33,7 +33,7 @@ class Machine:
 
     @classmethod
     def of(cls, mesh: Mesh) -> Machine:
-        """Return that of this rank."""
+        """Return the machine of this rank."""
         found = {name: str(version) for name, version in versions().items()}
         name = platform.processor() or platform.machine()
         if mesh.device.type == "cuda":
@@ -45,7 +45,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a rank's device does alone, all ranks at the same time; None without a GPU.
+    """Rates of a rank's device, with all ranks measuring at the same time; None without a GPU.
 
     ``flops_per_s`` of a square product in the run's type, ``copy_bytes_per_s`` of a copy in the
     device's memory (bytes read and written), ``to_device_...`` and ``to_host_...`` of pinned
@@ -81,7 +81,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 @dataclass(frozen=True)
 class DiskRates:
-    """Bytes per second of all ranks together, as the slowest rank ends."""
+    """Bytes per second of all ranks together, until the slowest rank ends."""
 
     folder: str
     bytes_per_rank: int
@@ -94,11 +94,11 @@ class DiskRates:
 
 
 def measure_disk(mesh: Mesh, folder: Path, size: int) -> DiskRates:
-    """Write ``size`` bytes on each rank where checkpoints will go, to the disk, and read them.
+    """Write ``size`` bytes per rank to the disk of the checkpoints, and read them.
 
-    Files are removed again. What was written is dropped from this machine's page cache before it is
-    read; a file server may still have it in its own. Raises UserError for a folder that cannot be
-    written, on all ranks.
+    Files are removed again. Written data is dropped from this machine's page cache before it is
+    read; a file server may still have it in its cache. Raises UserError, on all ranks: the folder
+    cannot be written.
     """
     place = _existing(folder)
     problem, wrote, read = None, 0.0, 0.0
@@ -132,7 +132,7 @@ def measure_disk(mesh: Mesh, folder: Path, size: int) -> DiskRates:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Return the folder, or its nearest existing parent."""
     place = folder.absolute()
     while not place.is_dir():
         place = place.parent
@@ -140,7 +140,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of some calls, after two that do not count."""
+    """Return median seconds of some calls, after two untimed calls."""
 
     def timed() -> float:
         begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the ranks of a configuration send each other, found without sending it."""
+"""Messages between the ranks of a configuration, found without sending them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SHIFTS = {
     "send tied gradient": 1,
     "ring hop": 1,
 }
-"""Point-to-point kinds, and how many places along the axis a message goes (around its end)."""
+"""Point-to-point kinds, and the distance of a message along the (cyclic) axis."""
 
 SMALL, LARGE = 2**10, 2**25
-"""Bytes of the messages by which latency and bandwidth of an axis are told."""
+"""Bytes of the messages that determine latency and bandwidth of an axis."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
     """A message between the ranks of one axis.
 
-    ``kind``, ``axis``, ``ranks``, ``bytes`` and ``dtype`` as ``parallel.simulate.Collective`` has
-    them. ``per_step``: how often the busiest rank takes part in it in a step; 0 for what is only
-    a probe of the axis, None for what depends on the documents of a step.
+    ``kind``, ``axis``, ``ranks``, ``bytes`` and ``dtype`` as in ``parallel.simulate.Collective``.
+    ``per_step``: number of messages of the busiest rank in a step; 0 for a probe of the axis, None
+    if the number depends on the documents of a step.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Message:
 
     @property
     def bus_bytes(self) -> float:
-        """Bytes that cross the slowest link, as nccl-tests count them for the bus bandwidth.
+        """Bytes that cross the slowest link, as counted by nccl-tests for the bus bandwidth.
 
         For n ranks an all-reduce moves 2 (n - 1) / n of its bytes over each link, an all-gather, a
         reduce-scatter and an all-to-all (n - 1) / n, a broadcast and a send all of them.
@@ -57,8 +57,8 @@ class Message:
 def messages_of(config: RunConfig, world_size: int) -> tuple[Message, ...]:
     """Return the messages of a step, then a small and a large probe of each kind on each axis.
 
-    The messages of a step are those that ``rehearse`` finds in the code that trains; of rings,
-    which every step plans anew, the largest hop. No process group may be there yet.
+    ``rehearse`` finds the messages of a step in the training code; of rings, which every step
+    plans, the largest hop is added. Call this function before a process group exists.
     """
     counts: dict[tuple[str, str, int, int, str], int] = {}
     for report in rehearse(config, world_size):
@@ -77,7 +77,7 @@ def messages_of(config: RunConfig, world_size: int) -> tuple[Message, ...]:
 
 
 def _ring_hops(config: RunConfig, world_size: int) -> Iterator[Message]:
-    """Keys and values of a full rank: what a ring hands on."""
+    """Yield the largest hop of a ring: keys and values of a full rank."""
     degrees = Layout.of(config, world_size).degrees
     if config.data.kind != "documents" or degrees.hdp == 1:
         return

@@ -1,4 +1,4 @@
-"""Messages between ranks: what arrives, and how long it takes."""
+"""Test of messages between ranks: received values and times."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from allometry.parallel.simulate import axis_names
 from allometry.studies.selftest.messages import SHIFTS, Message
 
 MOST_BYTES = 2**28
-"""Larger messages are timed at this size; their seconds are scaled."""
+"""Larger messages are timed at this size, and their times are scaled."""
 MOST_REPEATS, LEAST_REPEATS = 20, 3
-_MODULUS = 113  # a prime below what every type counts exactly
+_MODULUS = 113  # a prime below the largest integer that is exact in every type
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One message as all ranks saw it.
+    """Result of one message on all ranks.
 
-    ``seconds`` is the median over ranks of each rank's median; ``slowest_seconds`` that of
-    ``slowest_rank``. ``wrong_ranks`` received something else than was sent. ``timed_bytes`` is
-    less than the message where that was too large to try.
+    ``seconds``: median over ranks of each rank's median; ``slowest_seconds``: of ``slowest_rank``.
+    ``wrong_ranks``: ranks that received wrong values. ``timed_bytes``: less than the message if it
+    was too large.
     """
 
     message: Message
@@ -41,7 +41,7 @@ class Timing:
 
     @property
     def bus_bytes_per_s(self) -> float:
-        """Bus bandwidth as nccl-tests define it."""
+        """Bus bandwidth as defined by nccl-tests."""
         return self.message.bus_bytes / self.seconds
 
     def describe(self) -> dict[str, Any]:
@@ -58,9 +58,9 @@ class Timing:
 
 
 def time_messages(mesh: Mesh, messages: Sequence[Message], seconds: float) -> list[Timing]:
-    """Send each message, check what arrives, and time it; all ranks call this alike.
+    """Send each message, check the received values, and time it; all ranks make the same call.
 
-    ``seconds``: about how long all of it may take.
+    ``seconds``: approximate total time.
     """
     groups = _groups(mesh)
     each = seconds / max(1, len(messages))
@@ -68,7 +68,7 @@ def time_messages(mesh: Mesh, messages: Sequence[Message], seconds: float) -> li
 
 
 def _groups(mesh: Mesh) -> dict[str, dist.ProcessGroup]:
-    """The group of each axis by its name in messages."""
+    """Return the group of each axis by its name in messages."""
     found: dict[str, dist.ProcessGroup] = {}
     by_group = axis_names(mesh)
     for whole in (mesh.expert_mesh, mesh.device_mesh):
@@ -87,13 +87,13 @@ def _groups(mesh: Mesh) -> dict[str, dist.ProcessGroup]:
 def _time(mesh: Mesh, message: Message, group: dist.ProcessGroup, seconds: float) -> Timing:
     exchange = Exchange.of(message, group, mesh.device)
     right = exchange.check()
-    exchange.received.zero_()  # sums of sums would overflow
+    exchange.received.zero_()  # repeated sums would overflow
     _synchronize(mesh.device)
     mesh.barrier("timing a message")
     begun = time.perf_counter()
     exchange.send()
     _synchronize(mesh.device)
-    # All ranks must repeat it equally often: as the slowest one can.
+    # All ranks must use the same number of repeats, determined by the slowest one.
     once = _largest(mesh, time.perf_counter() - begun)
     repeats = max(LEAST_REPEATS, min(MOST_REPEATS, int(seconds / max(once, 1e-9))))
     taken = []
@@ -120,9 +120,9 @@ def _time(mesh: Mesh, message: Message, group: dist.ProcessGroup, seconds: float
 
 @dataclass
 class Exchange:
-    """A message ready to be sent again and again: ``send`` is what takes time.
+    """A message that can be sent repeatedly: only ``send`` is timed.
 
-    ``sent`` is this rank's part; ``received`` what comes of it. ``bytes`` are those of the whole.
+    ``sent``: this rank's input; ``received``: its output. ``bytes``: of the complete message.
     """
 
     message: Message
@@ -133,7 +133,7 @@ class Exchange:
 
     @classmethod
     def of(cls, message: Message, group: dist.ProcessGroup, device: torch.device) -> Exchange:
-        """Make the tensors of a message, at most ``MOST_BYTES``, divisible by its ranks."""
+        """Create the tensors of a message, at most ``MOST_BYTES``, divisible by its ranks."""
         dtype: torch.dtype = getattr(torch, message.dtype)
         ranks = group.size()
         part = max(1, min(message.bytes, MOST_BYTES) // dtype.itemsize // ranks)
@@ -145,7 +145,7 @@ class Exchange:
         return cls(message, group, sent, received, whole * dtype.itemsize)
 
     def send(self) -> None:
-        """Take part in the message once."""
+        """Send and receive the message once."""
         kind, group = self.message.kind, self.group
         if kind in SHIFTS:
             for work in dist.batch_isend_irecv(list(self._transfers(SHIFTS[kind]))):
@@ -156,7 +156,7 @@ class Exchange:
             _COLLECTIVES[kind](self.received, self.sent, group)
 
     def check(self) -> bool:
-        """Send known numbers; whether the right ones arrive."""
+        """Send known numbers; return True if the expected ones are received."""
         rank, ranks = self.group.rank(), self.group.size()
         part = self.received.numel() // (1 if self.message.kind == "reduce-scatter" else ranks)
         wanted = self._fill(rank, ranks, part)
@@ -164,7 +164,7 @@ class Exchange:
         return bool((self.received == wanted.to(self.received.dtype)).all())
 
     def _fill(self, rank: int, ranks: int, part: int) -> Tensor:
-        """Write what this rank sends; return what it must receive."""
+        """Fill this rank's input; return the expected output."""
         kind, device = self.message.kind, self.sent.device
         places = torch.arange(self.sent.numel(), device=device)
         if kind == "all-gather":

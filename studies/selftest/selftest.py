@@ -1,8 +1,8 @@
-"""Whether these ranks can run a configuration together, and how fast they do what it needs.
+"""Self-test of the ranks for a configuration: correctness and speed of its operations.
 
-Every message that a step of the configuration sends, with numbers that are checked; latency and
-bandwidth of every axis; one step's gradients of a small model in the same layout against one rank;
-what each device does alone; the disk that checkpoints go to.
+Sends every message of the configuration's step with known numbers; measures latency and bandwidth
+of every axis; compares one step's gradients of a small model in the same layout with one rank's;
+measures each device alone, and the disk of the checkpoints.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from allometry.trainer.state.folder import write_atomically
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
 """Largest relative error of a gradient in fp32, by the device of the ranks."""
 SLOW = 0.8
-"""A device below this share of the median rate is named."""
+"""Share of the median rate below which a device is reported as slow."""
 
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """The worst gradient of one step in the layout against one rank, over all ranks."""
+    """Largest error of the gradients of one step in the layout from one rank's, over all ranks."""
 
     worst: float
     where: str
@@ -54,15 +54,15 @@ class GradientCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether it is near enough."""
+        """True if the error is within the tolerance."""
         return self.worst <= self.tolerance
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """All that was found; the same on every rank.
+    """Complete result; equal on every rank.
 
-    ``faults`` say what must be mended before a run is started, ``warnings`` what will make it slow.
+    ``faults`` must be fixed before a run is started, ``warnings`` make a run slow.
     """
 
     machines: tuple[Machine, ...]
@@ -75,7 +75,7 @@ class SelfTest:
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong, a sentence each."""
+        """Faults, a sentence each."""
         found = list(_differing(self.machines))
         for timing in self.timings:
             if timing.wrong_ranks:
@@ -94,7 +94,7 @@ class SelfTest:
 
     @property
     def warnings(self) -> list[str]:
-        """Which devices are slower than the others."""
+        """Devices that are slower than the others, a sentence each."""
         middle = statistics.median(rates.flops_per_s for rates in self.rates)
         return [
             f"rank {machine.rank} on {machine.host} multiplies at {rates.flops_per_s / 1e12:.3g} "
@@ -105,12 +105,12 @@ class SelfTest:
 
     @property
     def passed(self) -> bool:
-        """Whether a run may be started."""
+        """True if a run may be started."""
         return not self.faults
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of all messages of a step one after another, none of them overlapped."""
+        """Seconds of all messages of a step, one after another and without overlap."""
         return sum(t.seconds * (t.message.per_step or 0) for t in self.timings)
 
     def describe(self) -> dict[str, Any]:
@@ -141,16 +141,16 @@ class SelfTest:
 
 
 def selftest(config: RunConfig, out: Path, seconds: float, disk_bytes: int) -> SelfTest | None:
-    """Test the ranks that the launcher started; the main rank writes ``out`` and returns it.
+    """Test the launched ranks; the main rank writes ``out`` and returns the result.
 
-    ``seconds``: about how long messages may take; ``disk_bytes`` are written and read by each rank.
-    Raises UserError where the configuration has no layout on so many ranks.
+    ``seconds``: approximate time for messages; ``disk_bytes``: written and read by each rank.
+    Raises UserError: the configuration has no layout on this number of ranks.
     """
     begun = time.perf_counter()
     world_size = launched_world_size()
     Layout.of(config, world_size)
     small = shrunk(config, world_size)
-    # Before the ranks meet, as it simulates a process group of its own.
+    # Before the process group is created, because this simulates a process group of its own.
     first = read_launch(os.environ).rank == 0
     messages = messages_of(config, world_size) if first else ()
     with open_mesh(config.parallel) as mesh:
@@ -181,9 +181,9 @@ def _rates(config: RunConfig, mesh: Mesh) -> tuple[Rates, ...]:
 
 
 def check_gradients(config: RunConfig, mesh: Mesh) -> GradientCheck:
-    """Compare the gradients of one step in fp32 with those of one rank, on every rank.
+    """Compare the gradients of one step in fp32 with one rank's, on every rank.
 
-    ``config`` is a small one with the layout of ``mesh`` (``certificate.small.shrunk``).
+    ``config``: a small configuration with the layout of ``mesh`` (``certificate.small.shrunk``).
     """
     with tempfile.TemporaryDirectory(prefix="allometry-selftest-") as scratch:
         config = small_run(config, Path(scratch))
@@ -204,7 +204,7 @@ def check_gradients(config: RunConfig, mesh: Mesh) -> GradientCheck:
 
 
 def _differing(machines: Sequence[Machine]) -> list[str]:
-    """A sentence for each version or device that is not the same on all ranks."""
+    """Return a sentence for each version or device that differs between ranks."""
     found: list[str] = []
     for name in sorted({name for machine in machines for name in machine.versions}):
         found += _other(machines, name, [m.versions.get(name, "none") for m in machines])

@@ -1,4 +1,4 @@
-"""The coordinate check: how far activations move in a few steps must not depend on the size."""
+"""Coordinate check: the change of activations in a few steps must not depend on the size."""
 
 # B sequences, L tokens, G batches; h_t a block's output after t steps
 
@@ -19,8 +19,10 @@ from allometry.studies.sweeps.workers import Workers
 
 @dataclass(frozen=True, slots=True)
 class Movement:
-    """rms(h_t - h_0) of one run: ``rms["blocks.0"]`` ..., "stream" (the last block's) and
-    "logits"; ``losses`` in nats per token, before each step and after the last."""
+    """rms(h_t - h_0) of one run: "blocks.0" ..., "stream" (the last block's) and "logits".
+
+    ``losses``: in nats per token, before each step and after the last.
+    """
 
     size: int
     seed: int
@@ -30,27 +32,26 @@ class Movement:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a slope may be: of the blocks (and their stream) and of the logits, both inclusive."""
+    """Bounds of the slopes of blocks (and their stream) and of the logits, both inclusive."""
 
     blocks: tuple[float, float]
     logits: tuple[float, float]
 
     @classmethod
     def within(cls, blocks: float, logits: float) -> Bounds:
-        """Slopes of either sign."""
+        """Return symmetric bounds."""
         return cls((-blocks, blocks), (-logits, logits))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinateCheck:
-    """Trains a model at several sizes on one batch and measures what moves
-    (arXiv 2203.03466, appendix D.1).
+    """Coordinate check of a model at several sizes (arXiv 2203.03466, appendix D.1).
 
-    ``tokens_GBL`` holds G batches [B, L+1]; the seed s trains and is measured on batch s mod G, in
-    each of ``steps`` steps at the constant learning rate of ``optimizer``, in fp32. Zeros in the
-    head and in the queries (``zero_head``, ``zero_queries``) take away the part of the initial
-    function that legitimately shrinks as 1/√width, so that a few steps show the asymptotic slope;
-    matrices on a sphere cannot be zero and keep their values.
+    ``tokens_GBL``: G batches [B, L+1]; seed s trains and is measured on batch s mod G, in each of
+    ``steps`` steps at the constant learning rate of ``optimizer``, in fp32. Zeros in the head and
+    in the queries (``zero_head``, ``zero_queries``) remove the part of the initial function that
+    legitimately shrinks as 1/√width, so that a few steps show the asymptotic slope; matrices on a
+    sphere cannot be zero and keep their values.
     """
 
     model: ModelConfig
@@ -62,7 +63,7 @@ class CoordinateCheck:
     zero_queries: bool = True
 
     def movement(self, size: int, seed: int, axis: Axis = Axis.WIDTH) -> Movement:
-        """Train one model and return how far its block outputs and logits have moved."""
+        """Train one model and return the changes of its block outputs and logits."""
         assert axis != Axis.HORIZON, "a few steps have no horizon"
         zero = ("head",) * self.zero_head + ("queries",) * self.zero_queries
         model = resize(self.model, axis, size)
@@ -83,7 +84,7 @@ class CoordinateCheck:
         axis: Axis = Axis.WIDTH,
         processes: int = 1,
     ) -> list[Movement]:
-        """Return the movement at each size with each seed, however many processes share the work.
+        """Return the movement at each size with each seed, for any number of processes.
 
         Raises UserError: the model does not exist at a size.
         """
@@ -102,7 +103,7 @@ def _movement(check: CoordinateCheck, axis: Axis, task: tuple[int, int]) -> Move
 def slopes(movements: Iterable[Movement]) -> dict[str, float]:
     """Return the exponent of size in each movement: d log2(rms) / d log2(size), all seeds.
 
-    Of the blocks, those that are there at every size; NaN where a movement is not finite.
+    Only for blocks that exist at every size; NaN if a movement is not finite.
     """
     movements = list(movements)
     sizes = np.log2([movement.size for movement in movements])
@@ -117,10 +118,10 @@ def slopes(movements: Iterable[Movement]) -> dict[str, float]:
 
 
 def failures(measured: Mapping[str, float], bounds: Bounds, axis: Axis = Axis.WIDTH) -> list[str]:
-    """Return a sentence for each slope outside its bounds; none: the check is passed.
+    """Return a sentence for each slope outside its bounds; [] if the check is passed.
 
-    Over depth the stream is judged instead of blocks: the n-th of 4 and of 32 are not the same
-    place.
+    Over depth the stream is checked instead of blocks: the n-th blocks of 4 and of 32 are not at
+    the same relative depth.
     """
     outside = []
     for name, slope in measured.items():
@@ -135,11 +136,11 @@ def failures(measured: Mapping[str, float], bounds: Bounds, axis: Axis = Axis.WI
 
 
 def default_bounds(kind: str, axis: Axis) -> Bounds:
-    """Return what a parameterization of this kind is held to.
+    """Return the bounds for a parameterization of this kind.
 
-    Those of muP over widths; wider for spheres, whose head cannot start at zero. Over depth wider
-    again, as models of a few layers are still on their way to the limit of many, and for HyperP
-    towards what shrinks, as its angle per step does. docs/transfer.md has what was measured.
+    Bounds of muP over widths; wider for spheres, whose head cannot start at zero. Over depth wider
+    again, because models of a few layers have not reached the limit of many, and for HyperP towards
+    negative slopes, like its angle per step. docs/transfer.md has the measurements.
     """
     if axis == Axis.DEPTH:
         towards = (-0.5, 0.1)

@@ -1,4 +1,4 @@
-"""What a sweep over sizes and learning rates found, and whether a rate may be carried over."""
+"""Result of a sweep over sizes and learning rates, and whether the rate transfers."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What a sweep found: losses by trial, at the rates of each size that all ``seeds`` have.
+    """Result of a sweep: losses by trial, at the rates of each size that all ``seeds`` have.
 
-    The rate that is carried over is the best one of the smallest size, and what it costs at each
-    other size is a regret (``laws.regret``). A size has no best rate where no mean over seeds is
-    below ``guessing`` by 0.01: runs of models that diverged to finite weights, or learned nothing
-    yet, have optima that mean nothing.
+    The transferred rate is the best one of the smallest size, and its cost at each other size is a
+    regret (``laws.regret``). A size has no best rate if no mean over seeds is below ``guessing`` by
+    0.01: optima of models that diverged to finite weights, or have not learned yet, are
+    meaningless.
     """
 
     axis: Axis
@@ -72,19 +72,19 @@ class Transfer:
         return Optimum(sweep.log2_lrs[best], float(means[best]), problem)
 
     def drift(self) -> float:
-        """Return how many octaves the best rates are apart (NaN: a size has none)."""
+        """Return the range of the best rates in octaves (NaN: a size has none)."""
         if not all(optimum.interior for optimum in self.optima().values()):
             return math.nan
         return drift({size: self.sweep(size) for size in self.sizes})
 
     def drift_interval(self) -> tuple[float, float]:
-        """Return its 95 % interval over seeds, see ``laws.optimum`` (NaN where it has none)."""
+        """Return the drift's 95 % interval over seeds, see ``laws.optimum`` (NaN if unknown)."""
         if math.isnan(self.drift()):
             return math.nan, math.nan
         return drift_interval({size: self.sweep(size) for size in self.sizes})
 
     def regrets(self) -> dict[int, Regret]:
-        """Return what the best rate of the smallest size costs at each other one."""
+        """Return the regret of the smallest size's best rate at each other size."""
         optima = self.optima()
         found = regrets({size: self.sweep(size) for size in self.sizes})
         base = optima[self.sizes[0]]
@@ -95,11 +95,11 @@ class Transfer:
         return found
 
     def failures(self, percent: float = PERCENT, octaves: float | None = None) -> list[str]:
-        """Return a sentence for each thing that forbids to carry the rate over; none: passed.
+        """Return a sentence for each reason against transferring the rate; [] if passed.
 
-        A regret above ``percent`` of the loss by its whole interval, an optimum at an edge and,
-        over widths, a loss that rises by more than 0.01 with the size. With ``octaves`` also best
-        rates that are further apart, by the whole interval of the drift.
+        Reasons are a regret above ``percent`` of the loss by its full interval, an optimum at an
+        edge and, over widths, a loss that rises by more than 0.01 with the size. With ``octaves``
+        also a larger drift of the best rates, by its full interval.
         """
         optima = self.optima()
         reasons = [
@@ -131,9 +131,9 @@ class Transfer:
         return reasons
 
     def undecided(self, percent: float = PERCENT, octaves: float | None = None) -> list[str]:
-        """Return a sentence for each thing asked that the seeds do not tell; none: they do.
+        """Return a sentence for each bound that the seeds do not decide; [] if all are decided.
 
-        Sizes without a best rate are not among them: they are failures.
+        Sizes without a best rate are not included: they are failures.
         """
         if not all(optimum.interior for optimum in self.optima().values()):
             return []
@@ -163,7 +163,7 @@ class Transfer:
         return reasons
 
     def describe(self) -> dict[str, Any]:
-        """JSON; what is not finite is null."""
+        """Return JSON, with null for numbers that are not finite."""
         sweeps = {size: self.sweep(size) for size in self.sizes}
         regrets_of = self.regrets()
         return {

@@ -1,4 +1,4 @@
-"""A small model that trains in one process, for gates that compare many of them."""
+"""Small model trained in one process, for checks that compare many models."""
 
 # B sequences, L tokens in a sequence, V vocabulary, D width
 
@@ -28,14 +28,15 @@ from allometry.scaling.parameterizations.base import RunScale
 LOGITS = "logits"
 STREAM = "stream"
 Sequences = NDArray[np.int64]
-"""Token ids [..., L+1]: L inputs and, one further, L targets."""
+"""Token ids [..., L+1]: L inputs and, shifted by one, L targets."""
 
 
 class Probe:
-    """One model with its optimizer, on the CPU, from (description, seed) alone.
+    """A model with its optimizer, on the CPU, determined by (configuration, seed).
 
-    ``zero`` names parts that start at zero ("head", "queries"); a matrix that keeps its norm
-    (a sphere) stays as it is, as zero has no direction and would never move.
+    ``zero``: parts that start at zero ("head", "queries"); a matrix that keeps its norm (a sphere)
+    is not changed, because zero has no direction and would never move. For example, ``Probe(model,
+    parameterization, optimizer, seed=0).step(tokens_BL)``.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Probe:
         zero: tuple[str, ...] = (),
         compute_dtype: ComputeDtype = "fp32",
     ) -> None:
-        torch.manual_seed(seed)  # dropout
+        torch.manual_seed(seed)  # for dropout
         self.rules = Parameterization(parameterization, model, optimizer, scale)
         self.model = probe_model(model, self.rules, compute_dtype)
         initialize(self.model, self.rules, seed)
@@ -130,15 +131,15 @@ class Probe:
 def probe_model(
     model: ModelConfig, rules: Parameterization, compute_dtype: ComputeDtype
 ) -> Transformer:
-    """Return a model that is not initialised, all of it in ``compute_dtype``: fp32 or fp64."""
+    """Return an uninitialized model, completely in ``compute_dtype``: fp32 or fp64."""
     built = build_model(model, rules, compute_dtype)
     return built.double() if compute_dtype == "fp64" else built
 
 
 def counts_first(model: ModelConfig) -> bool:
-    """Return whether the auxiliary loss is of this batch's loads, which are counted before it."""
+    """Return True if the auxiliary loss uses this batch's loads, which are counted before it."""
     balance = model.router.balance if isinstance(model, MoEModel) else None
-    # A sweep compares small models on random batches: auto is the cheap choice there.
+    # A sweep compares small models on random batches, for which auto is the cheaper choice.
     return isinstance(balance, AuxiliaryBalance) and balance.loads == "this_batch"
 
 
@@ -149,16 +150,16 @@ def split(sequences_BL: Sequences) -> tuple[Tensor, Tensor]:
 
 
 def sample(pool_PL: Sequences, count: int, seed: int) -> Sequences:
-    """Return ``count`` sequences of the pool in an order of the seed's own, none twice.
+    """Return ``count`` different sequences of the pool, in an order that the seed determines.
 
-    Raises UserError: the pool holds fewer.
+    Raises UserError: the pool has fewer sequences.
     """
     chosen: Sequences = pool_PL[order(pool_PL, count, seed)]
     return chosen
 
 
 def order(pool_PL: Sequences, count: int, seed: int) -> NDArray[np.int64]:
-    """Return the places in the pool of the sequences that ``sample`` returns."""
+    """Return the indices in the pool of the sequences that ``sample`` returns."""
     if count > len(pool_PL):
         raise UserError(
             f"{count} sequences are needed and {len(pool_PL)} are there; prepare more data or "
@@ -170,11 +171,10 @@ def order(pool_PL: Sequences, count: int, seed: int) -> NDArray[np.int64]:
 def read_pools(
     data: SequenceData | DocumentData, seed: int, length: int, counts: Sequence[int]
 ) -> list[Sequences]:
-    """Return sequences of ``length`` + 1 tokens of a run's corpora, mixed as it mixes them.
+    """Return sequences of ``length`` + 1 tokens of a run's sources, in the run's mixture.
 
-    One array for each count; no sequence is in two of them. Documents follow each other without
-    masks, whatever the run does. Raises UserError: the files cannot be used, or a corpus is too
-    short for so many.
+    One array for each count, without common sequences. Documents are concatenated without masks,
+    independent of the run. Raises UserError: the files cannot be used, or a source is too short.
     """
     plain = SequenceData(
         sequence_length=length,

@@ -1,4 +1,4 @@
-"""Running the trials of a sweep: which are needed, by which engine, from where a file left it."""
+"""Runner of a sweep's trials: choice of trials, engines, and resumption from a file."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ EXTENSIONS = 12
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Runs a sweep, over processes, from where ``known`` left it.
+    """Runs a sweep, over processes, continuing from ``known``.
 
     Rates start at ``log2_lrs`` for every size; while a size's best rate, with all seeds or without
-    one of them, has no neighbour, one more is tried beyond it, ``step`` away, up to 12 times; below
-    the least where no rate does better than guessing. Each size but the smallest also gets the
-    rates around the one that is carried over. ``done`` hears of each new loss at once.
+    one of them, has no neighbour, one more rate is tried beyond it, ``step`` away, up to 12 times;
+    below the least rate if no rate does better than guessing. Each size except the smallest also
+    gets the rates around the transferred one. ``done`` is called with each new loss immediately.
 
-    ``place_first``: the first seed alone looks for the best rates, at the smallest size from
-    ``log2_lrs`` and at the others from the best one there on; further seeds are trained only at
-    the best rates, their neighbours, and those around the rate that is carried over.
+    ``place_first``: only the first seed searches for the best rates, at the smallest size from
+    ``log2_lrs`` and at the others from the best one of the smallest; further seeds are trained only
+    at the best rates, their neighbours, and the rates around the transferred rate.
 
-    ``engine`` stacked: a task is all missing runs of one size, as one model on ``device`` (at most
-    ``runs_at_once`` of them), else one run.
+    ``engine``: "stacked": a task is all missing runs of one size, as one model on ``device`` (at
+    most ``runs_at_once`` of them); "processes": a task is one run.
     """
 
     sweep: TransferSweep
@@ -73,7 +73,7 @@ class Runner:
         sizes: Sequence[int],
         seeds: Sequence[int],
     ) -> Transfer:
-        """Train one seed: the smallest size at all rates, the others from its best one on."""
+        """Train one seed: the smallest size at all rates, the others around its best one."""
         base = min(sizes)
         rates = {base: set(self.log2_lrs)}
         best = self._complete(workers, known, rates, seeds).optima()[base].log2_lr
@@ -89,10 +89,10 @@ class Runner:
         rates: Mapping[int, set[float]],
         seeds: Sequence[int],
     ) -> Transfer:
-        """Train what is missing, and further rates as long as they are needed."""
+        """Train the missing trials, and further rates as long as they are needed."""
         for _ in range(EXTENSIONS + 1):
             wanted = {Trial(s, r, seed) for s in rates for r in rates[s] for seed in seeds}
-            # The largest first, so that no process is left with a long one at the end.
+            # Largest first, so that no process is left with a long trial at the end.
             missing = sorted(wanted - set(known), reverse=True)
             ended = self._train(workers, missing)
             known.update(zip(missing, ended, strict=True))
@@ -123,8 +123,7 @@ class Runner:
         return [loss for losses in workers.run(train, stacks, done) for loss in losses]
 
     def _further(self, transfer: Transfer, size: int) -> set[float]:
-        """Return rates that a size needs: neighbours of its best ones, and those around the base's
-        best ones."""
+        """Return the rates that a size needs: neighbours of its own and the base's best rates."""
         sweep = transfer.sweep(size)
         wanted = set().union(*(self._beyond(sweep, some) for some in _leaving_out(sweep)))
         if size == transfer.sizes[0]:
@@ -143,14 +142,16 @@ class Runner:
         reach = self._gap()
         if best == len(means) - 1 or rates[best + 1] - rates[best] > reach:
             return {rates[best] + self.step}
-        # A best rate inside of what all diverged (to finite weights) is none.
+        # If all runs diverged (to finite weights), an interior minimum is not a best rate.
         if best == 0 or means[best] > self.sweep.guessing - LOSS_TOLERANCE:
             return {rates[0] - self.step}
         return {rates[best] - self.step} if rates[best] - rates[best - 1] > reach else set()
 
     def _around(self, place: float, sweep: Sweep) -> set[float]:
-        """Return the rates on both sides of a place, and the next towards the best one, unless the
-        place is between neighbours already."""
+        """Return the rates on both sides of ``place``, and the next one towards the best rate.
+
+        Empty if ``place`` is already between neighbours.
+        """
         rates = np.array(sweep.log2_lrs)
         right = int(np.searchsorted(rates, place))
         if right < len(rates) and rates[right] == place:
@@ -163,7 +164,7 @@ class Runner:
         return {self.log2_lrs[0] + n * self.step for n in (below, below + 1, inner)}
 
     def _around_best(self, placed: Transfer, size: int) -> set[float]:
-        """Return the best rate of one seed with its neighbours, and those around the base's."""
+        """Return the best rate of one seed with its neighbours, and the rates around the base's."""
         sweep = placed.sweep(size)
         best = int(np.argmin(sweep.losses_RS.mean(axis=1)))
         chosen = set(sweep.log2_lrs[max(0, best - 1) : best + 2])
@@ -173,18 +174,18 @@ class Runner:
         return chosen | self._around(carried.log2_lr, Sweep(*_some(sweep, chosen)))
 
     def _gap(self) -> float:
-        """How far apart neighbours are, at most."""
+        """Return the largest distance between neighbours."""
         rates = sorted(set(self.log2_lrs))
         return max(self.step, *(b - a for a, b in pairwise(rates))) * (1.0 + 1e-9)
 
 
 def _new(wanted: set[float], tried: set[float]) -> set[float]:
-    """Return the rates that were not tried, but for rounding."""
+    """Return the rates that were not tried, up to rounding."""
     return {rate for rate in wanted if all(abs(rate - other) > 1e-9 for other in tried)}
 
 
 def _leaving_out(sweep: Sweep) -> list[list[int]]:
-    """Return all seeds, and all but each of several."""
+    """Return the list of all seeds, and lists that leave out one of several seeds."""
     seeds = [*range(sweep.losses_RS.shape[1])]
     without = [[seed for seed in seeds if seed != left] for left in seeds]
     return [seeds, *without] if len(seeds) > 1 else [seeds]

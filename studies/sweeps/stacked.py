@@ -1,4 +1,4 @@
-"""The trials of a sweep that have one shape, trained as one model with a leading run axis."""
+"""Trials of a sweep with one shape, trained as one model with a leading run axis."""
 
 # R runs, B sequences, L tokens in a sequence, P sequences of a pool
 
@@ -26,7 +26,7 @@ from allometry.scaling.parameterizations.base import RunScale
 from allometry.studies.sweeps.probe import Sequences, counts_first, probe_model
 
 LOOK = 16
-"""Steps between looks at whether any run is left; a look waits for the device."""
+"""Steps between checks for remaining runs; a check waits for the device."""
 
 
 def check_stackable(model: ModelConfig, optimizer: OptimizerConfig) -> None:
@@ -40,12 +40,13 @@ def check_stackable(model: ModelConfig, optimizer: OptimizerConfig) -> None:
 
 
 class StackedProbe:
-    """R runs of one shape in one model: what ``Probe`` is for one of them.
+    """R runs of one shape in one model, as ``Probe`` for one run.
 
-    Run r has the rate of ``optimizers[r]``, which differ in nothing else, and the initial values of
-    ``seeds[r]``. Each is trained as it would be alone, but for rounding. A run whose loss is not
-    finite has diverged: ``alive_R`` becomes False, and from then on its parameters keep their bits.
-    Nothing waits for the device. Raises UserError: see ``check_stackable``.
+    Run r has the rate of ``optimizers[r]``, which are otherwise equal, and the initial values of
+    ``seeds[r]``. Each run computes the same as alone, up to rounding. A run whose loss is not
+    finite has diverged: ``alive_R`` becomes False, and its parameters do not change any more. No
+    method waits for the device, except the checks of ``train``. Raises UserError: see
+    ``check_stackable``.
     """
 
     def __init__(
@@ -82,9 +83,10 @@ class StackedProbe:
     def step(
         self, sequences_RBL: Tensor, *, fraction: float = 1.0, clip: float | None = None
     ) -> Tensor:
-        """Take a step of each run that is alive at this fraction of its peak rate.
+        """Take a step of each run that has not diverged, at this fraction of its peak rate.
 
-        ``sequences_RBL``: token ids [R, B, L+1] on the device. Returns the losses before it [R].
+        ``sequences_RBL``: token ids [R, B, L+1] on the device. Returns the losses [R] before the
+        step.
         """
         self.optimizer.zero_grad(set_to_none=True)
         self.model.model.train()
@@ -113,8 +115,8 @@ class StackedProbe:
     ) -> None:
         """Take a step at each of these fractions of the peak rates, unless all runs have diverged.
 
-        ``places_RN``: where in the pool each run's sequences are, in the order of its steps, of
-        which each takes an equal share.
+        ``places_RN``: indices of each run's sequences in the pool, in order, with equal numbers for
+        all steps.
         """
         device = self.alive_R.device
         pool, places = torch.from_numpy(pool_PL).to(device), torch.from_numpy(places_RN).to(device)
@@ -125,7 +127,7 @@ class StackedProbe:
             self.step(pool[places_RB], fraction=fraction, clip=clip)
 
     def final_losses(self, held_out_HL: Sequences, at_once: int) -> list[float]:
-        """Return each run's loss on the same sequences, infinite where it diverged."""
+        """Return each run's loss on the same sequences, infinite if the run diverged."""
         losses_R = self.losses(torch.from_numpy(held_out_HL).to(self.alive_R.device), at_once)
         good_R = self.alive_R & losses_R.isfinite()
         return losses_R.where(good_R, math.inf).tolist()
@@ -134,7 +136,7 @@ class StackedProbe:
     def losses(self, sequences_PL: Tensor, at_once: int) -> Tensor:
         """Return each run's loss on the same sequences, nats per token, fp64 [R], without a step.
 
-        ``at_once``: sequences of a forward pass.
+        ``at_once``: sequences per forward pass.
         """
         self.model.model.eval()
         sums_R = torch.zeros(self.model.runs, dtype=torch.float64, device=self.alive_R.device)

@@ -1,4 +1,4 @@
-"""Whether the best learning rate stays where it is as a model or its run grows: what is trained."""
+"""Training for transfer of the best learning rate over sizes of a model or a run."""
 
 # L tokens in a sequence, P sequences of a pool, H held-out sequences
 
@@ -24,13 +24,13 @@ from allometry.studies.sweeps.probe import Probe, Sequences, order, sample
 from allometry.studies.sweeps.stacked import StackedProbe
 
 AFTER_WARMUP = 2
-"""Steps of a run after its warm-up, at least: with a single one no rate near the peak is used."""
+"""Minimum number of steps after the warm-up: with a single step no rate near the peak is used."""
 SCHEDULE = LinearSchedule(final_fraction=0.1)
 
 
 @dataclass(frozen=True, slots=True)
 class RunShape:
-    """How long a run of a sweep is: steps, sequences of each, and steps of warm-up among them."""
+    """Length of a run of a sweep: steps, sequences per step, and number of warm-up steps."""
 
     steps: int
     sequences: int
@@ -39,17 +39,17 @@ class RunShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferSweep:
-    """Trains a model at several sizes and learning rates and finds the best rate at each.
+    """Trains a model at several sizes and learning rates, for the best rate at each size.
 
-    A seed decides the initial values and the order of the sequences of ``pool_PL`` [P, L+1], of
+    A seed determines the initial values and the order of the sequences of ``pool_PL`` [P, L+1], of
     which a run reads ``steps`` x ``sequences``, each once. The rate follows ``schedule``, whose
     warm-up takes ``warmup_steps``; gradients are clipped to norm ``clip``. The loss of a run is
-    that on ``held_out_HL`` after its last step, infinite where it is not finite. All in fp32.
+    measured on ``held_out_HL`` after its last step, infinite if not finite. All in fp32.
 
-    On the axis ``horizon`` a size is the number of steps. On ``batch`` it is the sequences of a
-    step, of which ``steps`` and ``warmup_steps`` count those of ``sequences`` each: every size
-    reads the same tokens. On both the parameterization is told the run's tokens and batch;
-    elsewhere it scales from the base by the model alone.
+    On the axis ``horizon`` a size is the number of steps. On ``batch`` it is the sequences per
+    step; ``steps`` and ``warmup_steps`` then refer to steps of ``sequences`` each: every size reads
+    the same tokens. On both axes the parameterization receives the run's tokens and batch; on other
+    axes it scales from the base by the model only.
     """
 
     model: ModelConfig
@@ -81,8 +81,10 @@ class TransferSweep:
         return loss if math.isfinite(loss) else math.inf
 
     def losses(self, trials: Sequence[Trial], device: str = "cpu") -> list[float]:
-        """Train the models of trials of one size as one; return what ``loss`` returns of each, but
-        for rounding. Raises UserError: see ``check_stackable``."""
+        """Train the models of trials of one size as one; return their losses.
+
+        Equal to ``loss`` of each trial, up to rounding. Raises UserError: see ``check_stackable``.
+        """
         (size,) = {trial.size for trial in trials}
         run = self.run_of(size)
         optimizers = [
@@ -99,9 +101,9 @@ class TransferSweep:
         return probe.final_losses(self.held_out_HL, self.sequences)
 
     def run_of(self, size: int) -> RunShape:
-        """Return how long a run of this size is, and its batch.
+        """Return the length and batch of a run of this size.
 
-        Raises UserError: a batch of ``size`` sequences does not divide the run's.
+        Raises UserError: a batch of ``size`` sequences does not divide the run's sequences.
         """
         if self.axis == Axis.HORIZON:
             return RunShape(size, self.sequences, self.warmup_steps)
@@ -117,11 +119,11 @@ class TransferSweep:
 
     @property
     def guessing(self) -> float:
-        """The loss of a model to which all tokens are equally likely."""
+        """Loss of a model with equal probabilities of all tokens."""
         return math.log(self.model.vocab_size)
 
     def settings(self) -> dict[str, Any]:
-        """What decides a trial's loss, as JSON: results of equal settings may be joined."""
+        """Return the settings that determine a trial's loss, as JSON, to merge equal sweeps."""
         digest = hashlib.sha256()
         for tokens in (self.pool_PL, self.held_out_HL):
             digest.update(np.ascontiguousarray(tokens, np.int64).tobytes())

@@ -1,4 +1,4 @@
-"""A file of trials that grows as they end, so that an interrupted sweep goes on where it was."""
+"""File of trials that grows as trials end, so that an interrupted sweep can continue."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ _SECTIONS: dict[str, TypeAdapter[Any]] = {
 class TrialLog:
     """JSON lines: a sweep's settings, then ``size``, ``log2_lr``, ``seed``, ``loss`` of each trial.
 
-    A loss that is not finite is null. A last line that was cut off is left out and written over.
-    Settings that a file of an earlier version lacks had their defaults. Raises UserError: the file
-    holds trials of other settings, or something else, and is left as it is; or it cannot be
-    written.
+    A loss that is not finite is null. An incomplete last line is dropped and overwritten. Settings
+    that a file of an earlier version lacks have their defaults. Raises UserError: the file has
+    trials of other settings, or other content, and is not changed; or it cannot be written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -52,7 +51,7 @@ class TrialLog:
             ) from None
 
     def add(self, trial: Trial, loss: float) -> None:
-        """Write one trial; it is on disk when this returns."""
+        """Write one trial; it is in the file when this returns."""
         self.known[trial] = loss
         row = {**asdict(trial), "loss": loss if math.isfinite(loss) else None}
         with self.path.open("a", encoding="utf-8") as file:
@@ -64,9 +63,9 @@ class TrialLog:
         try:
             *whole, torn = self.path.read_text(encoding="utf-8").split("\n")
             rows = [json_file.parse(line) for line in whole]
-        except ValueError:  # of another encoding, too
+        except ValueError:  # also for text in another encoding
             raise self._another() from None
-        begun = rows or head.startswith(torn)  # else no first line that was cut off
+        begun = rows or head.startswith(torn)  # else not a first line that was cut off
         if not (begun and all(isinstance(row, dict) for row in rows)):
             raise self._another()
         return rows
@@ -93,17 +92,17 @@ class TrialLog:
 
 
 def _completed(head: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with defaults for what they and their sections lack; others as they are."""
+    """Return settings with defaults for missing keys and missing keys of sections."""
     completed = {"schedule": SCHEDULE.model_dump(mode="json"), **head}
     for key, adapter in _SECTIONS.items():
         section = head.get(key)
         if not isinstance(section, dict):
             continue
-        # A sweep's optimizer has no rate; any number stands for it.
+        # A sweep's optimizer section has no rate; any number will do.
         given = {**section, "lr": 1.0} if key == "optimizer" else section
         try:
             full = adapter.validate_python(given).model_dump(mode="json")
-        except ValidationError:  # of another version in another way: compared as it is
+        except ValidationError:  # another version with other keys: compared unchanged
             continue
         completed[key] = {k: v for k, v in full.items() if k in section or k not in given}
     return completed

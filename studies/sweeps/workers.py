@@ -18,13 +18,13 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """Processes that take tasks, while the context lasts.
+    """Context with processes that run tasks.
 
-    Every task runs on one thread, whether in this process (``processes`` 1) or in a spawned one,
-    so that results do not depend on how many there are. Functions, tasks and results must be
-    picklable; a script that uses this guards its main part. Processes start with the first task.
-    They end at once and in silence with Ctrl-C, with an exception in this process (Ctrl-C sent to
-    it alone is one), and with this process.
+    Every task runs on one thread, in this process (``processes`` 1) or in a spawned one, so that
+    results do not depend on the number of processes. Functions, tasks and results must be
+    picklable; a script that uses this must guard its main part. Processes start with the first
+    task. They end immediately and without output on Ctrl-C, on an exception in this process (such
+    as a KeyboardInterrupt), and when this process ends.
     """
 
     def __init__(self, processes: int = 1) -> None:
@@ -53,7 +53,7 @@ class Workers:
         if self._pool is None:
             torch.set_num_threads(self._threads)
             return
-        processes = [*(self._pool._processes or {}).values()]  # a method from Python 3.14 on
+        processes = [*(self._pool._processes or {}).values()]  # has a method from Python 3.14 on
         self._pool.shutdown(wait=error is None, cancel_futures=True)
         if error is not None:
             for process in processes:
@@ -67,8 +67,9 @@ class Workers:
     ) -> list[Result]:
         """Return ``function(task)`` for each task, in the order of the tasks.
 
-        ``done`` hears of each result as soon as it is there, in any order. The first exception of
-        a task is raised here; tasks that have not begun are dropped when the context ends.
+        ``done`` is called with each result as soon as it is available, in any order. The first
+        exception of a task is raised here; tasks that have not started are dropped when the context
+        ends. For example, ``Workers(4)`` as a context and ``workers.run(train, trials)``.
         """
         results: dict[int, Result] = {}
         if self._pool is None:
@@ -77,7 +78,7 @@ class Workers:
                 if done is not None:
                     done(task, results[index])
             return [*results.values()]
-        # Processes start here and hold Ctrl-C back until they can take it without a traceback.
+        # Processes start here with Ctrl-C blocked until they can handle it without a traceback.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             futures = {self._pool.submit(function, task): i for i, task in enumerate(tasks)}

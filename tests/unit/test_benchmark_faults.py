@@ -129,3 +129,19 @@ def test_a_run_is_the_same_each_time_it_is_played(modules: SimpleNamespace) -> N
     shares = [modules.time.played(one, None, 11.0, 0.0, random.Random(4)) for _ in range(2)]
     assert shares[0] == shares[1]
     assert 0.98 < shares[0] < 1.0
+
+
+def test_a_slow_rank_is_felt_where_it_alone_is_named(
+    modules: SimpleNamespace, tmp_path: Path
+) -> None:
+    fault, folder = modules.kinds.FAULTS["slow-rank"], tmp_path / "run"
+    folder.mkdir()
+    folder.with_suffix(".log").write_text("")
+    folder.with_suffix(".struck").write_text("1")
+    assert fault.felt(folder) == 0
+    named = folder / "events.jsonl"
+    named.write_text('{"event": "straggler", "rank": 1}\n')
+    assert fault.felt(folder) == 1
+    with named.open("a") as file:
+        file.write('{"event": "straggler", "rank": 0}\n')
+    assert fault.felt(folder) == 0

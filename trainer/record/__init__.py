@@ -1,1 +1,1 @@
-"""What a run says while it trains: rows, events, monitors, callbacks."""
+"""Records of a run during training: rows, events, monitors, callbacks."""

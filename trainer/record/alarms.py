@@ -1,4 +1,4 @@
-"""What monitors may find alarming, said once for each stretch of steps in which it is so."""
+"""Alarms of the monitors, reported once for each contiguous stretch of alarming steps."""
 
 from __future__ import annotations
 
@@ -6,37 +6,39 @@ from collections.abc import Mapping
 from typing import Any
 
 LEAST_GRADIENT_OVER_EPS = 10.0
-"""Below this, epsilon dampens Adam's updates (arXiv 2309.14322, section 3.4)."""
+"""Gradient RMS over epsilon below which epsilon dampens Adam's updates (arXiv 2309.14322, 3.4)."""
 
 MASSIVE, MASSIVE_OVER_MEAN = 100.0, 1000.0
-"""Massive activations (arXiv 2402.17762): above 100 and a thousand times the median; here the mean
-magnitude stands for the median, since a mean can be summed over ranks."""
+"""Magnitude of massive activations: above 100 and 1000 times the median (arXiv 2402.17762).
+
+The mean magnitude is used in place of the median, because means can be reduced over ranks.
+"""
 
 LARGEST_ATTENTION_LOGIT = 1e4
-"""Beyond it runs diverged (arXiv 2309.14322, section 3.1)."""
+"""Logit above which runs diverged (arXiv 2309.14322, section 3.1)."""
 
 LARGEST_SPHERE_DRIFT = 1e-3
-"""Of ‖W‖/R − 1 where a rule promises to keep a matrix on its sphere: only rounding moves it."""
+"""Limit of ‖W‖/R − 1 if the update rule keeps a matrix on its sphere; only rounding changes it."""
 
 Findings = Mapping[str, Mapping[str, Any]]
-"""Details of what is alarming at a step, by kind."""
+"""Details of the alarms at a step, by kind."""
 
 
 class Alarms:
-    """Remembers which kinds were alarming at the last look; a launch begins with none."""
+    """Stores the kinds that were alarming at the last check; a launch begins with none."""
 
     def __init__(self) -> None:
         self._standing: frozenset[str] = frozenset()
 
     def new(self, findings: Findings) -> dict[str, Mapping[str, Any]]:
-        """Return the findings whose kind was not alarming at the look before."""
+        """Return the findings whose kind was not alarming at the previous check."""
         fresh = {kind: each for kind, each in findings.items() if kind not in self._standing}
         self._standing = frozenset(findings)
         return fresh
 
 
 def find(row: Mapping[str, float | int], eps: Mapping[str, float], mean: float) -> Findings:
-    """Return what is alarming in a row of monitors.
+    """Return the alarms in a row of monitors.
 
     ``eps``: the largest epsilon of each role that has one; ``mean``: the mean magnitude of the
     layer with the largest activation.
@@ -47,7 +49,7 @@ def find(row: Mapping[str, float | int], eps: Mapping[str, float], mean: float) 
         whole = f"monitors/{prefix}/"
         return {k.removeprefix(whole): v for k, v in row.items() if k.startswith(whole)}
 
-    # A gradient of exactly zero is no small one: behind zero-initialised heads it is expected.
+    # A gradient of exactly zero is excluded: behind zero-initialized heads it is expected.
     small = {
         role: rms
         for role, rms in of("grad_rms").items()

@@ -1,4 +1,4 @@
-"""Files that grow while a run trains, on disks that may be full."""
+"""Append to files during training, on disks that may be full."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import BinaryIO
 from allometry.configs.errors import UserError
 
 RETRY_AFTER_S = (1.0, 5.0)
-"""Pauses before what is left at the end of a launch is tried again."""
+"""Pauses before the retries of entries that are pending at the end of a launch."""
 
 
 class Appender:
-    """Appends whole entries to a file; what cannot be written is kept and tried with the next one.
+    """Appends complete entries to a file; failed entries are retried with the next one.
 
-    No error ends the run. After a failed write the file is cut back to its last whole entry.
-    ``kind``: what an entry is called in messages.
+    Errors do not end the run. After a failed write the file is truncated to its last complete
+    entry. ``kind``: name of an entry in messages.
     """
 
     def __init__(self, path: Path, kind: str = "rows") -> None:
         self._path, self._kind = path, kind
         self._file: BinaryIO | None = None
-        self._whole: int | None = None  # bytes of whole entries, after a write that failed
+        self._whole: int | None = None  # bytes of complete entries, after a failed write
         self._pending: list[bytes] = []
         self._reason = ""
 
@@ -31,7 +31,7 @@ class Appender:
         """Open the file now instead of at the first entry.
 
         Raises:
-            UserError: it cannot be opened.
+            UserError: the file cannot be opened.
         """
         try:
             self._opened()
@@ -41,12 +41,12 @@ class Appender:
             ) from None
 
     def append(self, entry: bytes) -> str | None:
-        """Write an entry and all before it that could not be written; why that failed, if so."""
+        """Write all pending entries and this one; return the reason of a failure, else None."""
         self._pending.append(entry)
         return self._write()
 
     def close(self) -> str | None:
-        """Write what is pending, with pauses; what could not be written, if anything."""
+        """Write the pending entries, with retries; describe those that could not be written."""
         for pause in (0.0, *RETRY_AFTER_S):
             if not self._pending:
                 break
@@ -54,7 +54,7 @@ class Appender:
             self._write()
         try:
             if self._file is not None:
-                self._file.close()  # where some file systems say that the disk is full
+                self._file.close()  # some file systems report a full disk here
         except OSError as error:
             return f"{self._path} could not be written to its end ({error.strerror})"
         if not self._pending:
@@ -81,7 +81,7 @@ class Appender:
             self._reason = error.strerror or str(error)
             self._whole = start if self._whole is None else self._whole
             if self._file is not None and self._whole is not None:
-                with suppress(OSError):  # before the next write it is tried again
+                with suppress(OSError):  # retried before the next write
                     self._file.truncate(self._whole)
             return self._reason
         self._pending.clear()

@@ -1,4 +1,4 @@
-"""What watches a run: hooks, events, and the lines that are printed."""
+"""Callbacks of a run, the reporter of events, and the printed lines."""
 
 from __future__ import annotations
 
@@ -17,74 +17,76 @@ _log = logging.getLogger(__name__)
 
 
 class Callback:
-    """What happens around steps besides training; each method here does nothing.
+    """Base class of callbacks around the steps; all methods here do nothing.
 
-    A run's callbacks are called in the order of their list. Those that take part in training or
-    talk between ranks stand in the list of every rank; those that only write stand in the main
-    rank's alone.
+    Callbacks are called in the order of their list. A callback that takes part in training or
+    communicates between ranks must be in the list of every rank; a callback that only writes is in
+    the list of the main rank alone. For example, a callback that adds a column overrides
+    ``additions`` and returns ``{"my/column": value}``.
     """
 
     adds_to_skipped = False
-    """Whether ``additions`` is called for steps that made no update, too."""
+    """True if ``additions`` is also called for steps without an update."""
 
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
-        """On the main rank, before this launch's first step; ``facts``: what run.json says."""
+        """Called on the main rank before the launch's first step, with the facts of run.json."""
 
     def before_step(self, step: int) -> None:
-        """Before a step; its time counts as the step's."""
+        """Called before a step; its time counts as part of the step."""
 
     def after_step(self, step: int) -> None:
-        """After a step was queued: gradients are there, clipped; its time counts as the step's."""
+        """Called after a step was queued, with clipped gradients; counts as part of the step."""
 
     def needs_numbers(self, step: int, *, last: bool) -> bool:
-        """Whether all numbers up to this step are to be read before another step is begun.
+        """Return True if all numbers up to this step must be read before the next step begins.
 
-        ``last``: the launch ends with this step. Otherwise a GPU's are read one step later. The
-        answer is the same on every rank.
+        ``last``: the launch ends with this step. Otherwise a GPU's numbers are read one step later.
+        The result must be the same on every rank.
         """
         return False
 
     def additions(self, finished: FinishedStep) -> Row:
-        """What to add to the row of a step whose numbers were read and are finite.
+        """Return columns to add to the row of a step whose numbers were read and are finite.
 
-        A step of which any callback adds something is recorded, due or not: ``recorded`` says so to
-        the callbacks that follow.
+        A step to which any callback adds columns is recorded, even if it is not due; ``recorded``
+        is then True for the following callbacks.
         """
         return {}
 
     def on_row(self, row: Row) -> None:
-        """On the main rank, after a row was written."""
+        """Called on the main rank after a row was written."""
 
     def between_steps(self, step: int, *, last: bool) -> None:
-        """After a step and all that was read of it, before the next one."""
+        """Called after a step and its numbers, before the next step."""
 
     def on_event(self, kind: str, details: dict[str, Any]) -> None:
-        """When something happened: a checkpoint, an alarm, a stop."""
+        """Called for each event, such as a checkpoint, an alarm or a stop."""
 
     def finish(self) -> None:
-        """When all ranks end this launch together: wait for what goes on."""
+        """Called when all ranks end this launch together: wait for background work."""
 
     def abort(self, seconds: float | None) -> None:
-        """When an error ends this launch, maybe on this rank alone: let what goes on here end.
+        """Called when an error ends this launch, possibly on this rank alone.
 
-        It may wait ``seconds`` at most (None: as long as that takes), and not for other ranks.
+        Background work of this rank may be completed within ``seconds`` (None: no limit), without
+        waiting for other ranks.
         """
 
     def on_end(self) -> None:
-        """On the main rank, when the launch is over, however it ended."""
+        """Called on the main rank at the end of the launch, also after an error."""
 
 
 class Reporter:
-    """Writes events on the main rank and tells the callbacks of every rank.
+    """Writes events on the main rank and passes them to the callbacks of every rank.
 
-    ``callbacks`` may be filled later; ``recorder`` is None on all ranks but the main one.
+    ``callbacks`` may be filled later; ``recorder`` is None except on the main rank.
     """
 
     def __init__(self, recorder: Recorder | None, callbacks: Sequence[Callback]) -> None:
         self._recorder, self._callbacks = recorder, callbacks
 
     def __call__(self, kind: str, **details: Any) -> None:
-        """Report that something happened."""
+        """Report an event."""
         if self._recorder is not None:
             self._recorder.event(kind, **details)
         for callback in self._callbacks:
@@ -152,11 +154,11 @@ _SAID = {
     "straggler_ended": "step {step} | rank {rank} is as fast as the others again",
     "stopped": "step {step} | stopped by {signal}; the same command continues from here",
 }
-"""What is displayed of an event, by its kind."""
+"""Displayed text of an event, by its kind."""
 
 
 class Display(Callback):
-    """One line each few steps, the same on a terminal and in a log file."""
+    """Prints one line every few steps, the same on a terminal and in a log file."""
 
     def __init__(self, every_steps: int, out: IO[str] | None = None) -> None:
         self._every, self._out = every_steps, out or sys.stdout
@@ -166,7 +168,7 @@ class Display(Callback):
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
         plan, layout = facts["plan"], facts["layout"]
         self._first, self._total = first_step, plan["total_steps"]
-        # The degrees that are not 1, hdp always, and the pipeline's schedule.
+        # The degrees other than 1, hdp always, and the pipeline schedule.
         names = [n for n in ("pp", "hdp", "tp", "ep") if n == "hdp" or layout.get(n, 1) > 1]
         axes = " ".join(f"{name}={layout[name]}" for name in names)
         axes += f" {layout['schedule']}" if "schedule" in layout else ""
@@ -210,7 +212,7 @@ class Display(Callback):
     def _say(self, text: str) -> None:
         try:
             print(text, file=self._out, flush=True)
-        except OSError as error:  # a full disk; the record has what the line says
+        except OSError as error:  # a full disk; the record contains the same numbers
             if not self._unsaid:
                 _log.warning("lines cannot be printed (%s); training goes on", error.strerror)
             self._unsaid += 1

@@ -1,4 +1,4 @@
-"""What the GPUs say of themselves through NVML: heat, clocks, ECC errors, reasons of throttling."""
+"""Read the GPUs' temperatures, clocks, ECC errors and throttling reasons through NVML."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _REASONS = {
     "HwPowerBrakeSlowdown": "power brake",
 }
 _BAD = frozenset(_REASONS.values()) - {"power cap"}
-"""Reasons for which a card is slower than it was bought to be; a power cap is part of work."""
+"""Reasons that make a GPU slower than specified; a power cap is normal operation."""
 
 
 class Reading(NamedTuple):
-    """One look at a card; None: it does not say. ECC errors are those since the driver started."""
+    """One reading of a GPU; None: not available. ECC errors count from the start of the driver."""
 
     temperature_c: int | None
     sm_mhz: int | None
@@ -40,14 +40,14 @@ class Reading(NamedTuple):
 
 
 class Card(Protocol):
-    """A GPU that can be asked."""
+    """A GPU that can be read."""
 
     def read(self) -> Reading:
-        """Look at it; takes below a millisecond and waits for nothing that runs on it."""
+        """Read the GPU; takes less than a millisecond and does not wait for running kernels."""
 
 
 class NvmlCard:
-    """This rank's GPU, through nvidia-ml-py. Raises ImportError, or NVML's error, without it."""
+    """This rank's GPU, through nvidia-ml-py. Raises ImportError or NVML's error if unavailable."""
 
     def __init__(self, device: torch.device) -> None:
         import pynvml
@@ -58,7 +58,7 @@ class NvmlCard:
         self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
 
     def read(self) -> Reading:
-        """Ask NVML; what a card does not know is None."""
+        """Read NVML; values that the GPU does not provide are None."""
         nvml, handle = self._nvml, self._handle
 
         def asked(function: str, *arguments: Any) -> Any:
@@ -86,22 +86,22 @@ class NvmlCard:
 
 
 def open_card(device: torch.device) -> tuple[Card | None, str | None]:
-    """Return this rank's card, or None and why it is not read; on a CPU there is none to say."""
+    """Return this rank's card, or None and the reason; on a CPU both are None."""
     if device.type != "cuda":
         return None, None
     try:
         return NvmlCard(device), None
     except ImportError:
         return None, "nvidia-ml-py is not installed (pip install nvidia-ml-py)"
-    except Exception as error:  # NVML's own kinds: no library, no permission
+    except Exception as error:  # NVML's own exceptions: no library, no permission
         return None, str(error)
 
 
 class CardRows(Callback):
-    """Reads cards at steps that are due, and compares them; it stands on every rank.
+    """Reads the GPUs at the configured steps, and compares them; runs on every rank.
 
-    ``open`` gives this rank's card, once the launch has begun. Ranks meet on their hosts; no device
-    is waited for.
+    ``open`` returns this rank's card, once the launch has begun. The readings are gathered between
+    hosts, without device synchronization.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class CardRows(Callback):
         self._card: Card | None = None
         self._opened = False
         self._alarms = Alarms()
-        self._errors: dict[int, int] = {}  # uncorrected ones at the last look, by rank
+        self._errors: dict[int, int] = {}  # uncorrected errors at the last reading, by rank
         self._seen: dict[int, list[Reading | None]] = {}
 
     @override

@@ -1,4 +1,4 @@
-"""What a column of metrics.jsonl is; ``columns.py`` declares them."""
+"""Description of a column of metrics.jsonl; ``columns.py`` declares the columns."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ _VARYING = {
     "DEGREE": r"\d+",
     "STATE": "exp_avg|exp_avg_sq|momentum_buffer",
 }
-"""What the words in capitals of a column's name stand for."""
+"""Patterns of the placeholders in a column's name."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column, or all those that ``name`` stands for: see the words in capitals below.
+    """A column, or all columns that match the placeholders in ``name``.
 
-    ``made`` gives its value of a ``FinishedStep``, or values by what stands for the last word;
-    None: ``by`` adds it.
+    For example, ``loss/SOURCE`` matches ``loss/web``. ``made`` returns the value for a
+    ``FinishedStep``, or a mapping with the values by the last placeholder; if None, ``by`` adds the
+    column.
     """
 
     name: str
@@ -36,6 +37,6 @@ class Column:
     by: str = "loop"
 
     def names(self, key: str) -> bool:
-        """Whether a row's key is this column."""
+        """Return True if a row's key belongs to this column."""
         parts = (_VARYING.get(part, re.escape(part)) for part in self.name.split("/"))
         return re.fullmatch("/".join(f"(?:{part})" for part in parts), key) is not None

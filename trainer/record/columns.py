@@ -1,8 +1,9 @@
-"""The columns of metrics.jsonl: name, unit, meaning, and how each is made.
+"""Declare the columns of metrics.jsonl: name, unit, meaning, and computation.
 
-A new one is declared here and measured in one other file: a tensor of ``StepOutcome`` has its
-``made`` here; what a callback adds to rows has its row here with ``made`` None. run.json's
-``conventions`` and the tables in docs/file_formats.md and docs/monitors.md are made from this.
+A new column is declared here and measured in one other file: the value of a tensor of
+``StepOutcome`` is computed by ``made``; a column added by a callback is declared with ``made``
+None. run.json's ``conventions`` and the tables in docs/file_formats.md and docs/monitors.md are
+generated from these declarations.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class FinishedStep:
-    """A step whose numbers have been read: what rows are made from.
+    """A step whose numbers have been read; rows are made from it.
 
-    ``outcome`` is in the host's memory; ``plan`` says who ran which documents, if it has some.
-    ``losses``: mean loss by source, of those with a target; ``flops`` of the step. ``areas``,
-    ``total_flops`` and ``peak_bytes`` are those up to this step, ``peak_flops_per_s`` that of all
-    ranks together. ``skipped``: it made no update. ``recorded``: this rank writes a row of it, as
-    far as is known yet.
+    ``outcome`` is in host memory; ``plan`` assigns documents to ranks (None: sequences).
+    ``losses``: mean loss of each source with targets; ``flops``: of the step. ``areas``,
+    ``total_flops`` and ``peak_bytes`` cover all steps so far; ``peak_flops_per_s`` is the sum over
+    all ranks. ``skipped``: the step made no update. ``recorded``: this rank writes a row of the
+    step, as far as known.
     """
 
     outcome: StepOutcome
@@ -54,22 +55,22 @@ class FinishedStep:
 
     @property
     def step(self) -> int:
-        """Counted from 1."""
+        """Number of the step, counted from 1."""
         return self.outcome.step
 
     @cached_property
     def accounts(self) -> dict[str, Account]:
-        """What was read of each source so far."""
+        """Account of the tokens read so far, by source."""
         return self.stream.accounts(self.batch.sequences_before(self.step + 1))
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens so far."""
+        """Number of tokens so far."""
         return sum(account.tokens for account in self.accounts.values())
 
     @cached_property
     def step_tokens(self) -> int:
-        """Tokens of this step."""
+        """Number of tokens in this step."""
         before = self.stream.tokens(self.batch.sequences_before(self.step))
         return self.tokens - before
 
@@ -365,7 +366,7 @@ COLUMNS = (
 
 
 def row_of(finished: FinishedStep) -> Row:
-    """Return the columns that are made here from a step's numbers."""
+    """Return the columns computed by ``made`` from a step's numbers."""
     row: Row = {}
     for column in COLUMNS:
         if column.made is not None:
@@ -379,7 +380,7 @@ def row_of(finished: FinishedStep) -> Row:
 
 
 def conventions() -> dict[str, str]:
-    """Return what run.json says of each column: its meaning and unit."""
+    """Return the meaning and unit of each column, for run.json."""
     return {c.name: c.meaning + (f" [{c.unit}]" if c.unit != "1" else "") for c in COLUMNS}
 
 

@@ -1,4 +1,4 @@
-"""What is done where a machine computed or remembered wrongly (``record.checks.on_failure``)."""
+"""Respond to a detected computation or memory fault (``record.checks.on_failure``)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Action = Literal["event", "stop", "refuse_saves"]
 
 
 class Response:
-    """Reports what checks find and acts as ``action`` says; every rank has one and is told alike.
+    """Reports findings of the checks and applies ``action``, on every rank with the same calls.
 
-    ``refusal``: why no more checkpoint is made, None as long as they are.
+    ``refusal``: why no more checkpoints are made; None while checkpoints are made.
     """
 
     def __init__(self, action: Action, report: Reporter) -> None:
@@ -22,10 +22,10 @@ class Response:
         self.refusal: str | None = None
 
     def found(self, kind: str, step: int, said: str, **details: Any) -> None:
-        """Report an event of ``kind``; ``said`` is it in words.
+        """Report an event of ``kind``; ``said`` describes it in words.
 
         Raises:
-            UserError: the run is to stop.
+            UserError: the action is to stop the run.
         """
         self._report(kind, step=step, said=said, **details)
         if self._action == "stop":
@@ -38,5 +38,5 @@ class Response:
 
 
 def names_of(ranks: Sequence[int]) -> str:
-    """Ranks in words."""
+    """Name ranks in words, such as "rank 3" or "ranks 1, 2"."""
     return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}"

@@ -1,4 +1,4 @@
-"""Saying where the file of optimizer states is, and that steps wait for its disk."""
+"""Report that steps wait for the disk of the optimizer states."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from allometry.trainer.record.callbacks import Callback, Reporter
 
 
 class SlowDisk(Callback):
-    """Reports ``slow_disk``, once in a launch, where the update waits for the disk.
+    """Reports ``slow_disk`` once per launch if updates wait for the disk.
 
-    After ``FIRST`` steps, in which blocks are written for the first time, ``STEPS`` are looked at;
-    more than ``SHARE`` of their time is worth a word. What is counted is no more than the disk was
-    busy: an update also waits for the device.
+    The first ``FIRST`` steps, which write blocks for the first time, are skipped; the next
+    ``STEPS`` are measured, and reported if more than ``SHARE`` of their time was spent waiting. The
+    waiting time is limited to the time in which the disk was busy, since an update also waits for
+    the device.
     """
 
     FIRST, STEPS, SHARE = 3, 20, 0.2

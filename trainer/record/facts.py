@@ -1,4 +1,4 @@
-"""What run.json says of a run as a whole."""
+"""Facts about a run in run.json."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from allometry.trainer.record.columns import conventions
 
 @dataclass(frozen=True)
 class Invocation:
-    """What the process was started with, for the record; the library reads no environment.
+    """Command line and allocator of the process, for the record.
 
-    ``layout_choice``: what ``parallel: auto`` chose, and why.
+    The library itself reads no environment. ``layout_choice``: the choice of ``parallel: auto``,
+    with its reason.
     """
 
     allocator: str = "unknown"
@@ -72,7 +73,7 @@ def run_facts(
 
 
 def _states(config: RunConfig) -> dict[str, Any]:
-    """Return how the optimizer keeps its states: bytes of the whole model, and what FP8 saves."""
+    """Return the format of the optimizer states: total bytes, and the bytes saved by FP8."""
     states = getattr(config.optimizer, "states", Fp32States())
     specs = inventory(config.model)
     held = sum(state_bytes(spec, spec.shape, config.optimizer) for spec in specs)
@@ -84,7 +85,7 @@ def _states(config: RunConfig) -> dict[str, Any]:
 
 
 def launch_facts(facts: dict[str, Any], first_step: int) -> dict[str, Any]:
-    """Return what the list of launches in run.json says of one whose ``run_facts`` these are."""
+    """Return the entry in run.json's list of launches for a launch with these ``run_facts``."""
     names = ("layout", "layout_choice", "commit", "allocator", "cuda_allocator", "kernels")
     kept = {key: facts[key] for key in names}
     return {"first_step": first_step, **kept}

@@ -1,4 +1,4 @@
-"""A run's own forecast of its final loss, logged while it trains."""
+"""Forecast a run's final loss during training."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from allometry.trainer.state.folder import RunFolder
 
 
 class Forecaster(Callback):
-    """Adds ``forecast/loss``, ``forecast/low`` and ``forecast/high`` to a row each few steps.
+    """Adds ``forecast/loss``, ``forecast/low`` and ``forecast/high`` to a row every few steps.
 
-    They are of the expected training loss of the last step under the run's own schedule
-    (``laws/forecast.py``), from all rows so far. A curve goes on over stages that differ in their
-    rates alone (``one_curve``); where it ends before the run, the forecast is of the stage's last
-    step, which an event ``forecast_of_stage`` says once. A resumed run reads the rows of earlier
+    The forecast is the expected training loss of the last step under the run's own schedule
+    (``laws/forecast.py``), from all rows so far. A curve continues over training stages that differ
+    only in their rates (``one_curve``); if it ends before the run, the forecast is for its last
+    step, which an event ``forecast_of_stage`` reports once. A resumed run reads the rows of earlier
     launches from its record. The first recorded row at or after each multiple of ``every_steps``
-    has them. Where there can be none (too few rows) the row has none and an event ``no_forecast``
-    says why, once in a launch; ``forecast_from_prior`` says once that the decay's gain is not
-    measured. Nothing here ends or changes a run. It stands on the main rank.
+    has the columns. If no forecast is possible (too few rows), they are omitted and an event
+    ``no_forecast`` gives the reason, once per launch; ``forecast_from_prior`` reports once that the
+    gain of the decay is not measured. The callback never ends or changes a run. It runs on the main
+    rank.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Forecaster(Callback):
 
     @override
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
-        """Read what earlier launches recorded."""
+        """Read the rows of earlier launches."""
         for row in read_lines(self._folder.metrics):
             step, loss, lr = row.get("step"), row.get("loss"), row.get("lr")
             numbers = isinstance(loss, float) and isinstance(lr, float | int)

@@ -1,4 +1,4 @@
-"""What the device under a rank can do: peak matrix rate, memory."""
+"""Properties of a rank's device: peak matrix rate, memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from allometry.trainer.state.folder import write_atomically
 KEPT = Path("~/.cache/allometry/peaks.json")
 LEAST_PRODUCTS, MEASURED_S = 5, 1.0
 
-# Dense bf16 TFLOP/s from the makers' data sheets, by a part of the device's name.
+# Dense bf16 TFLOP/s from the manufacturers' data sheets, by a part of the device's name.
 _DATASHEET_TFLOPS = {
     "H200": 989.4,
     "H100 PCIe": 756.5,
@@ -40,21 +40,20 @@ _DATASHEET_TFLOPS = {
 
 @dataclass(frozen=True)
 class Peak:
-    """The matrix rate that MFU is measured against, in FLOP/s, and where it comes from."""
+    """Matrix rate relative to which MFU is computed, in FLOP/s, and its source."""
 
     flops_per_s: float
     source: str
 
 
 def peak(device: torch.device, dtype: torch.dtype, kept: Path = KEPT) -> Peak:
-    """The data sheet's dense bf16 rate of a known GPU, else a measured matrix product.
+    """Return the data sheet's dense bf16 rate of a known GPU, else the rate of a measured product.
 
-    A GPU's fp32 and fp64 runs are also held against its bf16 rate, so that MFU compares across
-    them. A CPU has no such number: there a product in ``dtype`` is timed on one thread, and the
-    rate multiplied by the threads in use. What was measured is kept in the file ``kept``, under
-    the machine's, the device's and torch's names, so that all launches on a machine are held
-    against one number; delete the file to measure again. Where it cannot be written, each launch
-    measures for itself.
+    For a GPU the bf16 rate is also used in fp32 and fp64 runs, so that MFU is comparable. For a CPU
+    a matrix product in ``dtype`` is timed on one thread, and the rate multiplied by the number of
+    threads. Measured rates are stored in the file ``kept``, by machine, device and torch version,
+    so that all launches on a machine use the same number; delete the file to measure again. If the
+    file cannot be written, each launch measures for itself.
     """
     threads = 1
     if device.type == "cuda":
@@ -72,7 +71,7 @@ def peak(device: torch.device, dtype: torch.dtype, kept: Path = KEPT) -> Peak:
     rates = _read_rates(kept)
     if key not in rates:
         rates[key] = _measure(device, dtype, size)
-        with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
+        with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home directory
             place = kept.expanduser()
             place.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(place, json.dumps(rates, indent=1) + "\n")
@@ -81,7 +80,7 @@ def peak(device: torch.device, dtype: torch.dtype, kept: Path = KEPT) -> Peak:
 
 
 def _read_rates(kept: Path) -> dict[str, float]:
-    """FLOP/s by what was measured; empty where there is no such file, or it is damaged."""
+    """Return measured FLOP/s by key; empty if the file is missing or damaged."""
     with suppress(OSError, RuntimeError, ValueError):
         found = json_file.read(kept.expanduser())
         if isinstance(found, dict) and all(
@@ -93,13 +92,12 @@ def _read_rates(kept: Path) -> dict[str, float]:
 
 
 def _measure(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of the fastest of the products that a second allows, at least five.
+    """Return FLOP/s of the fastest of the products run in one second, at least five.
 
-    On a CPU by the time that the thread ran, as on a busy machine the time on the wall says how
-    often it waited: with 28 processes on 2 cores the one gave 100 to 109 GFLOP/s, the other 15 to
-    41.
+    On a CPU the thread's CPU time is used, because wall time on a busy machine includes waiting:
+    with 28 processes on 2 cores CPU time gave 100 to 109 GFLOP/s, wall time 15 to 41.
     """
-    own = torch.Generator(device)  # whether it is measured or read leaves no trace in the run
+    own = torch.Generator(device)  # the run's generators are not used
     left, right = (
         torch.randn(size, size, device=device, generator=own).to(dtype) for _ in range(2)
     )
@@ -121,20 +119,20 @@ def _measure(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory in use so far: allocated on a GPU, resident in the process on a CPU."""
+    """Return peak memory so far in bytes: allocated on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak_bytes(device: torch.device) -> None:
-    """Forget what was in use before training; a CPU's process cannot."""
+    """Reset the peak memory before training; not possible for a CPU's process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def describe(device: torch.device) -> dict[str, str | int]:
-    """The device by name, for run.json."""
+    """Return the device's name, for run.json."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device)}
     return {"device": _cpu_name(), "threads": torch.get_num_threads()}

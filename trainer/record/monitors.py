@@ -1,9 +1,9 @@
-"""Stability monitors: what a run shows before its loss does.
+"""Stability monitors: measurements that show problems before the loss does.
 
-At some steps a sample of the step's batch goes through the model once more, without gradients and
-watched (``models/observe.py``), before the step; gradients and what the optimizer made of them are
-looked at after it. Nothing of this changes a bit of training. All sums are over all ranks, so that
-values do not depend on the layout; they are read with the step's own numbers.
+At the configured steps a sample of the step's batch runs through the model once more before the
+step, without gradients and with observation hooks (``models/observe.py``); gradients and updates
+are measured after the step. Monitors do not change a bit of training. All sums are over all ranks,
+so that values do not depend on the layout; they are read with the step's own numbers.
 """
 
 # N layers, R roles
@@ -43,7 +43,7 @@ from allometry.trainer.record.timing import to_host
 from allometry.trainer.record.writer import Row
 
 SAMPLED_ROWS = 256
-"""Rows of a parameter whose updates are measured: a copy of all of them would need room."""
+"""Rows of a parameter whose updates are measured; copies of all rows would need too much memory."""
 
 _ROLES = tuple(role.value for role in Role)
 _AXES: tuple[AxisName, ...] = ("hdp", "tp", "pp")
@@ -52,19 +52,19 @@ _STEP_SUMS = ("squares", "magnitudes", "elements", "update", "before", "sampled"
 
 @dataclass
 class _Seen:
-    """What was observed at a step, in the host's memory."""
+    """Observations of a step, in host memory."""
 
     sums: Tensor  # [N, len(SUMS)]
     maxima: Tensor  # [N, len(MAXIMA)]
     output: Tensor  # [len(OUTPUT)]
     roles: Tensor  # [R, len(_STEP_SUMS)]
     rounding: Tensor  # [len(FP8_ROLES), len(ROUNDING)]
-    peaks: Tensor  # [R, 2]: largest epsilon, largest | ‖W‖/R − 1 |; −1 where there is none
+    peaks: Tensor  # [R, 2]: largest epsilon, largest | ‖W‖/R − 1 |; −1 if undefined
     singular: dict[str, float] = field(default_factory=dict)
 
 
 class Monitors(Callback):
-    """Looks at steps that are due; it stands on every rank."""
+    """Measures at the configured steps; runs on every rank."""
 
     def __init__(
         self,
@@ -122,9 +122,9 @@ class Monitors(Callback):
 
     @override
     def additions(self, finished: FinishedStep) -> Row:
-        """Add what was seen, and report its alarms.
+        """Add the observations, and report their alarms.
 
-        ``clip_rate`` is of the steps since the last row of monitors in this launch.
+        ``clip_rate`` covers the steps since the last row of monitors in this launch.
         """
         self._steps += 1
         self._clipped += self._clip is not None and finished.grad_norm > self._clip
@@ -173,10 +173,10 @@ class Monitors(Callback):
 
 
 class Changes:
-    """Measures gradients and updates by role, and how far spheres have moved, sums over ranks.
+    """Measures gradients, updates and drift from spheres by role, as sums over ranks.
 
-    Of updates, every n-th row of a tensor is looked at, with n such that ``SAMPLED_ROWS`` rows
-    are left (one of each expert at least): which ones depends on nothing but its shape.
+    Of updates, every n-th row of a tensor is measured, with n such that ``SAMPLED_ROWS`` rows
+    remain (at least one of each expert): the choice depends on the tensor's shape alone.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
@@ -193,7 +193,7 @@ class Changes:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Keep the rows whose updates ``measure`` will look at."""
+        """Copy the rows whose updates ``measure`` will compute."""
         self._kept = [self._rows(p).clone() for p in self._parameters]
 
     @torch.no_grad()
@@ -230,7 +230,7 @@ class Changes:
         squares: list[Tensor] = []
         magnitudes: list[Tensor] = []
         for parameter in self._parameters:
-            gradient = gradient_of(self._optimizer, parameter)  # one at a time: it may be a copy
+            gradient = gradient_of(self._optimizer, parameter)  # one at a time, as it may be a copy
             if gradient is not None:
                 parameters.append(parameter)
                 squares += squared_norms_of_parts([gradient])
@@ -256,7 +256,7 @@ class Changes:
         return peaks
 
     def _rows(self, parameter: Tensor) -> Tensor:
-        """Return this rank's part of the rows that are looked at."""
+        """Return this rank's part of the sampled rows."""
         part = values_of(self._optimizer, parameter)
         if part.dim() < 2:
             return part
@@ -265,7 +265,7 @@ class Changes:
         return part[..., -start % apart :: apart, :]
 
     def _sampled(self, parameter: Tensor) -> int:
-        """Return how many elements of the whole parameter are looked at."""
+        """Return the number of sampled elements of the unsharded parameter."""
         if parameter.dim() < 2:
             return parameter.numel()
         rows = parameter.shape[-2]
@@ -273,22 +273,22 @@ class Changes:
 
 
 class NoChanges:
-    """Stands for ``Changes`` where an engine keeps gradients and parameters to itself."""
+    """Replaces ``Changes`` if an engine gives no access to gradients and parameters."""
 
     LIMITED: ClassVar = {
         "to": "activations and outputs",
         "absent": "grad_rms, grad_l1, param_rms, update_ratio, singular",
     }
-    """What a run says of that."""
+    """Details of the event that reports the limitation."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._device = mesh.device
 
     def remember(self) -> None:
-        """Keep nothing."""
+        """Do nothing."""
 
     def measure(self) -> tuple[Tensor, Tensor]:
-        """Return what ``Changes`` says of no parameters."""
+        """Return the result of ``Changes`` for an empty set of parameters."""
         kind: dict[str, Any] = {"dtype": torch.float64, "device": self._device}
         return torch.zeros(len(_ROLES), len(_STEP_SUMS), **kind), torch.full(
             (len(_ROLES), 2), -1.0, **kind
@@ -296,7 +296,7 @@ class NoChanges:
 
 
 def _sums_of_magnitudes(part: Tensor) -> Tensor:
-    """Return Σ|x| over each logical matrix of this rank's part, [m], added up in fp64."""
+    """Return Σ|x| over each logical matrix of this rank's part, [m], summed in fp64."""
     dims = (1, 2) if part.dim() == 3 else None
     return torch.linalg.vector_norm(part, 1, dim=dims, dtype=torch.float64).view(-1)
 
@@ -314,7 +314,7 @@ def _all_reduce_max(tensor: Tensor, mesh: Mesh, axis: AxisName) -> None:
 
 
 def _model_rows(row: Row, seen: _Seen) -> float:
-    """Add what the model showed; return the mean magnitude where the largest activation is."""
+    """Add the model's observations; return the mean magnitude of the layer with activation_max."""
     values = torch.cat([seen.sums, seen.maxima], dim=1).tolist()
     layers = [dict(zip((*SUMS, *MAXIMA), each, strict=True)) for each in values]
     for layer, of in enumerate(layers):
@@ -339,7 +339,7 @@ def _model_rows(row: Row, seen: _Seen) -> float:
 
 
 def _rounding_rows(row: Row, seen: _Seen) -> None:
-    """Add what FP8 did to the inputs of products, by the role of the weights."""
+    """Add FP8 rounding statistics of the inputs of matrix products, by role of the weights."""
     for role, values in zip(FP8_ROLES, seen.rounding.tolist(), strict=True):
         of = dict(zip(ROUNDING, values, strict=True))
         if of["elements"]:
@@ -349,7 +349,7 @@ def _rounding_rows(row: Row, seen: _Seen) -> None:
 
 
 def _role_rows(row: Row, seen: _Seen) -> dict[str, float]:
-    """Add what the step showed of each role; return the largest epsilon of each."""
+    """Add the step's measurements by role; return the largest epsilon of each role."""
     eps: dict[str, float] = {}
     magnitudes = 0.0
     for role, values, (most, drift) in zip(

@@ -1,4 +1,4 @@
-"""How the documents of steps lay on ranks: the rows of plans.jsonl, and ``hdp/`` in metrics."""
+"""Record the assignment of documents to ranks: rows of plans.jsonl, and ``hdp/`` in metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from allometry.scaling.layout import Layout
 
 
 def plan_rows(plan: Plan, cost: CostModel, played: Replay) -> dict[str, float | int]:
-    """What the row of a step in metrics.jsonl says of its plan: the columns ``hdp/``."""
+    """Return the columns ``hdp/`` of a step's row in metrics.jsonl from its plan."""
     of = summary(plan, cost, played)
     names = ("micro_batches", "waves", "dummies", "balance", "bytes_sent", "offloaded")
     degrees = {f"hdp/degree/{degree}": number for degree, number in of["degrees"].items()}
@@ -20,10 +20,10 @@ def plan_rows(plan: Plan, cost: CostModel, played: Replay) -> dict[str, float | 
 
 
 def plan_record(plan: Plan, layout: Layout) -> dict[str, Any]:
-    """The row of plans.jsonl for a plan, without its step (docs/file_formats.md).
+    """Return the row of plans.jsonl for a plan, without its step (docs/file_formats.md).
 
-    Of a unit's documents it keeps their number, their tokens and the longest one: enough to see
-    who did what for how long, in a size that does not grow with the documents.
+    Of a unit's documents only their number, their tokens and the longest length are stored: enough
+    to show each rank's work over time, in a size that does not grow with the documents.
     """
     units: list[list[Any]] = []
     for unit in plan.units:
@@ -43,10 +43,11 @@ def plan_record(plan: Plan, layout: Layout) -> dict[str, Any]:
 
 
 def plan_of(record: Mapping[str, Any]) -> Plan:
-    """The plan that a row of plans.jsonl tells of.
+    """Reconstruct a plan from a row of plans.jsonl.
 
-    A unit has as many documents and tokens and the same longest one; its others are as even as can
-    be. The capacity, which held for the true lengths, is not claimed for these.
+    Each unit has the same number of documents and tokens and the same longest document; the lengths
+    of the others are as equal as possible. The capacity limit of the true lengths may not apply to
+    these lengths.
     """
     lengths: list[int] = []
     units = []
@@ -59,7 +60,10 @@ def plan_of(record: Mapping[str, Any]) -> Plan:
 
 
 def _spread(number: int, tokens: int, longest: int) -> Sequence[int]:
-    """``number`` lengths that sum to ``tokens``, the first the ``longest``, the others even."""
+    """Return ``number`` lengths with sum ``tokens``: first the ``longest``, then nearly equal ones.
+
+    For example, ``_spread(3, 10, 5)`` returns ``[5, 3, 2]``.
+    """
     if number == 1:
         return [longest]
     each, more = divmod(tokens - longest, number - 1)

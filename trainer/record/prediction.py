@@ -1,4 +1,4 @@
-"""What the planner says of a run's steps, held against what they take."""
+"""Compare the planner's predicted step time with the measured time."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ WARM_UP = 3  # steps of a launch that compile, measure kernels or fill buffers
 
 
 class StepPrediction(Callback):
-    """Writes an event ``step_prediction`` each few steps: predicted and measured seconds.
+    """Writes an event ``step_prediction`` every few steps: predicted and measured seconds.
 
-    It holds the row of the cost model, so that ``laws/predictions.py`` can calibrate on it;
-    ``predicted_s`` with the ends of its 90 % interval; ``measured_s``: the median of the steps
-    since the last event, but for the first ``WARM_UP`` of a launch; ``left_out``: what the row does
-    not say. Nothing here ends or changes a run. It stands on the main rank.
+    The event contains the cost model's row, so that ``laws/predictions.py`` can calibrate on it;
+    ``predicted_s`` with the ends of its 90 % interval; ``measured_s``, the median of the steps
+    since the last event, without the first ``WARM_UP`` of a launch; and ``left_out``, properties
+    that the row does not describe. The callback never ends or changes a run. It runs on every rank;
+    the main rank writes the event.
     """
 
     def __init__(self, facts: dict[str, Any], every_steps: int, report: Reporter) -> None:
@@ -59,10 +60,10 @@ class StepPrediction(Callback):
 def predictions(
     config: RunConfig, layout: Layout, mesh: Mesh, report: Reporter
 ) -> Iterator[StepPrediction]:
-    """Yield the callback where a description of the hardware applies.
+    """Yield the callback if ``record.prediction.cluster`` names a hardware description.
 
-    The same on every rank, also what it refuses: raises UserError for a ``cluster`` that is not
-    there, or that has no rate for the run's types.
+    The result is the same on every rank. Raises UserError for an unknown ``cluster``, or one
+    without a rate for the run's types.
     """
     cluster = config.record.prediction.cluster
     if cluster is None:

@@ -1,4 +1,4 @@
-"""The callbacks of a launch, and how its record ends."""
+"""Create the callbacks of a launch, and close its record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from allometry.trainer.state.folder import RunFolder
 def present_callbacks(
     callbacks: Sequence[Callback] | None, config: RunConfig, folder: RunFolder, mesh: Mesh
 ) -> list[Callback]:
-    """The callbacks of a launch, which its main rank has; None: those of the configuration."""
+    """Return the callbacks of a launch on its main rank; None: those of the config."""
     if callbacks is None:
         make = partial(standard_callbacks, config.record, folder)
         callbacks = on_main_rank(mesh, make, "making callbacks")
@@ -25,7 +25,7 @@ def present_callbacks(
 
 
 def close(recorder: Recorder | None, callbacks: Sequence[Callback]) -> str | None:
-    """End what the main rank writes; what of the record could not be written."""
+    """Close the main rank's outputs; describe the rows that could not be written, None if none."""
     if recorder is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The learning rate of each step of a schedule, for laws of whole curves."""
+"""Return the learning rate of each step of a schedule, for laws of loss curves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from allometry.scaling.stages import place_at, places_of
 
 
 def rates_of(schedule: Schedule, peak: float) -> LearningRates:
-    """Return the rate of each step of a schedule whose fraction 1 is ``peak``."""
+    """Return the rate of each step of a schedule with peak rate ``peak``."""
     steps = range(schedule.first_step, schedule.total_steps + 1)
     return LearningRates(
         peak * np.array([schedule.fraction(step) for step in steps]), schedule.warmup_steps
@@ -22,9 +22,9 @@ def rates_of(schedule: Schedule, peak: float) -> LearningRates:
 
 
 def planned_rates(config: RunConfig, stages: int | None = None) -> LearningRates:
-    """Return the rate of each step that a run's configuration plans, or its first ``stages``.
+    """Return the planned rate of each step of a run, or of its first ``stages`` training stages.
 
-    Of steps before the one that its schedule begins with it says nothing: NaN.
+    Rates before the first step of the schedule are NaN.
     """
     schedules = schedules_of(config)
     parts = [
@@ -42,10 +42,10 @@ def with_history(
     steps_n: NDArray[np.int64],
     used_n: NDArray[np.float64],
 ) -> LearningRates:
-    """Return the rates of a run whose first ``branched_at`` steps are those of its parent.
+    """Return the rates of a run whose first ``branched_at`` steps were taken by its parent.
 
-    Where the parent recorded (``steps_n``, ``used_n``) other rates than its branch would have had,
-    all of them are from the record, on straight lines between what it has.
+    If the parent's recorded rates (``steps_n``, ``used_n``) differ from the rates of its branch,
+    all of these steps use the recorded rates, interpolated linearly between rows.
     """
     known = steps_n <= min(branched_at, len(rates.rates))
     steps, used = steps_n[known], used_n[known]
@@ -57,10 +57,9 @@ def with_history(
 
 
 def one_curve(config: RunConfig, steps_taken: int) -> tuple[int, int, LearningRates]:
-    """Return how far a loss curve can be followed from the stage of the next step.
+    """Return first and last step of the loss curve at the next step, and the rates up to its end.
 
-    Stages in a row that differ in nothing but their schedules, peak rates and lengths have one
-    curve. Returns its first and its last step, and the rates of all steps up to that.
+    Consecutive stages that differ only in schedule, peak rate and length form one curve.
     """
     places = places_of(config)
     at = place_at(places, steps_taken).number - 1

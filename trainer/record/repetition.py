@@ -1,4 +1,4 @@
-"""Whether a source that is read again is learnt by heart: one loss falls, the held-out rises."""
+"""Detect overfitting on a repeated source: training loss falls while held-out loss rises."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from allometry.trainer.state.checkpoint import saved, step_of
 from allometry.trainer.state.folder import RunFolder
 
 EVALUATIONS = 3
-"""So many in a row, each against the one before."""
+"""Number of consecutive evaluations, each compared with the one before."""
 
 
 @dataclass
 class _Source:
-    """A source since its last evaluation, and how it has gone on in the last ones."""
+    """A source since its last evaluation, and its trend in the last evaluations."""
 
     losses: list[float] = field(default_factory=list)
     training: float = math.nan
@@ -30,10 +30,10 @@ class _Source:
 
 
 class RepetitionWatch(Callback):
-    """Reports ``overfits`` past a source's first epoch; it stands on the main rank.
+    """Reports ``overfits`` after a source's first epoch; runs on the main rank.
 
-    The training loss of an evaluation is the mean of ``loss/SOURCE`` over the steps since the one
-    before. A launch begins without evaluations before it.
+    The training loss of an evaluation is the mean of ``loss/SOURCE`` over the steps since the
+    previous evaluation. A launch begins without earlier evaluations.
     """
 
     def __init__(self, folder: RunFolder, report: Reporter) -> None:

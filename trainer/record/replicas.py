@@ -1,8 +1,8 @@
-"""Whether ranks that hold the same part of a tensor hold the same bits of it.
+"""Check that replicas of the same tensor part are bitwise equal.
 
-A fault that no ECC sees leaves one replica's parameter otherwise, and nothing in a loss says so:
-each rank goes on from its own copy. Ranks add up the bits of what they hold alike, in one number
-for each set of ranks, and compare these; only where they differ, tensor by tensor.
+A fault without an ECC error can change one replica of a parameter, and the loss does not show it,
+because each rank continues with its own copy. Each set of ranks with replicated tensors computes
+one checksum over them and compares it; only if checksums differ are single tensors compared.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from allometry.trainer.record.timing import StepTimer
 NAMED = 5
 Ranks = tuple[int, ...]
 Held = dict[Ranks, dict[str, Tensor]]
-"""This rank's part of tensors by the ranks that hold the same part, numbered in the whole run."""
+"""This rank's part of tensors, by the global ranks with a replica of the same part."""
 
 
 class Difference(NamedTuple):
-    """``ranks`` hold other bits of ``tensors`` than the rest of ``of``.
+    """``ranks`` have other bits of ``tensors`` than the rest of ``of``.
 
-    ``majority``: more than half of ``of`` agree; otherwise it is not known who is right.
+    ``majority``: more than half of ``of`` agree; otherwise the correct replica is unknown.
     """
 
     ranks: Ranks
@@ -51,10 +51,10 @@ class Difference(NamedTuple):
 
 
 def held_alike(parallel: Parallel, optimizer: torch.optim.Optimizer, mesh: Mesh) -> Held:
-    """Parameters, buffers and states of the optimizer that this rank holds as others do.
+    """Return the parameters, buffers and optimizer states of which other ranks have replicas.
 
-    Left out: what lies in tiers, which has checksums of its own, and a tied head away from its
-    embedding, which is written anew in every step.
+    Excluded are states in offload tiers, which have their own checksums, and a tied head apart from
+    its embedding, which is overwritten in every step.
     """
     places = Placements(mesh)
     first = mesh.pp.rank * mesh.stage.size
@@ -81,7 +81,7 @@ def held_alike(parallel: Parallel, optimizer: torch.optim.Optimizer, mesh: Mesh)
 
 
 def differences(held: Held, mesh: Mesh) -> list[Difference]:
-    """Compare what ranks hold alike; the same on every rank, and every rank calls this."""
+    """Compare replicas; every rank calls this and gets the same result."""
     sums = [
         combined([checksum(tensor) for _, tensor in sorted(each.items())], mesh.device)
         for each in held.values()
@@ -107,7 +107,7 @@ def differences(held: Held, mesh: Mesh) -> list[Difference]:
 
 
 def _deviating(gathered: list[dict]) -> dict:  # type: ignore[type-arg]
-    """Of the keys of which ranks have different sums: who deviates, and whether most agree."""
+    """Return, for each key with different sums, the deviating ranks and whether most agree."""
     by_key: dict[object, dict[int, int]] = {}
     for rank, sums in enumerate(gathered):
         for key, value in sums.items():
@@ -125,10 +125,10 @@ def _deviating(gathered: list[dict]) -> dict:  # type: ignore[type-arg]
 
 
 class Replicas(Callback):
-    """Compares replicas where that is due and before each checkpoint; it stands on every rank.
+    """Compares replicas every ``every_steps`` and before each checkpoint; runs on every rank.
 
-    ``held`` says what this rank holds as others do (``held_alike``), ``saving`` which steps get a
-    checkpoint. Every ``every_steps`` all work that was asked of the device is waited for.
+    ``held`` returns this rank's replicated tensors (``held_alike``); ``saving`` returns True for
+    steps followed by a checkpoint. A comparison synchronizes with the device.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What routers saw, how documents lay on ranks, what travelled: in the record, on the main rank."""
+"""Callbacks for rows about routers, documents, activation offload and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RoutingRows(Callback):
 
 
 class PlanRows(Callback):
-    """Adds ``hdp/`` to rows and writes plans.jsonl; says once in a launch that ranks are idle."""
+    """Adds ``hdp/`` to rows and writes plans.jsonl; warns once per launch about idle ranks."""
 
     def __init__(self, planner: DocumentPlanner, recorder: Recorder, report: Reporter) -> None:
         self._planner, self._recorder, self._report = planner, recorder, report
@@ -66,7 +66,7 @@ class OffloadRows(Callback):
 
     def __init__(self, stores: Sequence[ActivationStore]) -> None:
         self._stores, self._moved = stores, (0, 0)
-        self._rows: dict[int, Row] = {}  # of steps whose numbers were not read yet
+        self._rows: dict[int, Row] = {}  # of steps whose numbers are not read yet
 
     @override
     def after_step(self, step: int) -> None:
@@ -88,7 +88,7 @@ class OffloadRows(Callback):
 
 
 class GraphEvents(Callback):
-    """Says once what became of CUDA graphs: how many there are, or why there are none."""
+    """Reports once how many CUDA graphs were recorded, or why recording failed."""
 
     def __init__(self, graphs: MicroBatchGraphs, report: Reporter) -> None:
         self._graphs, self._report = graphs, report

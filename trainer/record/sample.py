@@ -1,4 +1,4 @@
-"""A few sequences of a step's batch for the monitors: the same tokens in every layout."""
+"""Select a few sequences of a step's batch for the monitors, the same tokens in every layout."""
 
 # L tokens of a sequence
 
@@ -19,16 +19,17 @@ from allometry.parallel.mesh import Mesh
 from allometry.trainer.feed import DeviceBatch
 
 Line = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
-"""Tokens, targets and positions [L]; a document begins wherever the position is 0."""
+"""Tokens, targets and positions [L]; a document begins at each position 0."""
 
 
 class Sample:
     """The first ``sequences`` sequences of a step, or prefixes of its first documents.
 
-    Of whole documents the first ``longest`` tokens are taken, as what a token sees comes before
-    it; so none lies on several ranks. Sequences are dealt out to the hdp ranks, as micro-batches of
-    one; a rank that gets none runs one that does not count, as sharded parameters are gathered by
-    all ranks together. Lines are padded to a multiple of tp, and padding does not count either.
+    Documents are cut to their first ``longest`` tokens, which does not change the activations of
+    these tokens in causal attention, so that each fits on one rank. Sequences are distributed over
+    the hdp ranks as micro-batches of one sequence; a rank without a sequence runs one that is not
+    counted, because all ranks gather sharded parameters together. Lines are padded to a multiple of
+    tp; padding is not counted either.
     """
 
     def __init__(self, stream: Sources, sequences: int, longest: int, mesh: Mesh) -> None:
@@ -48,7 +49,7 @@ class Sample:
         return made
 
     def _lines(self, position: int, count: int) -> list[Callable[[], Line]]:
-        """Return what reads each line of the sample; there is one at least."""
+        """Return a function that reads each line of the sample; there is at least one."""
         stream = self._stream
         if isinstance(stream, Stream):
             places = range(position, position + min(self._sequences, count))

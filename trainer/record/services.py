@@ -1,4 +1,4 @@
-"""Where the rows of a run go besides metrics.jsonl: TensorBoard, Weights & Biases, the display."""
+"""Send rows to TensorBoard, Weights & Biases and the display, in addition to metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _VERSION = "brain.Event:2"  # of the format of event files
 
 
 def _events() -> Any:
-    """Return the module of TensorBoard's events, whose classes are made when it is imported."""
+    """Return the module of TensorBoard's events, whose classes are created on import."""
     return importlib.import_module("tensorboard.compat.proto.event_pb2")
 
 
 class TensorBoard(Callback):
-    """Scalars for TensorBoard: rows of every ``every_steps``, and those with rarer losses.
+    """Writes scalars for TensorBoard: rows of every ``every_steps``, validation and forecasts.
 
-    A run that has none yet, as a branch has, begins with the rows that its folder holds. Events are
-    written here rather than by torch's SummaryWriter, whose thread ends on a full disk and loses
-    what it had; here they wait until there is room, as rows of metrics.jsonl do.
+    A run without event files, such as a branch, first writes the rows in its folder. Events are
+    written here instead of by torch's SummaryWriter, whose thread ends on a full disk and loses its
+    queue; here they are kept until there is space, like rows of metrics.jsonl.
     """
 
     def __init__(self, folder: RunFolder, every_steps: int) -> None:
@@ -47,7 +47,7 @@ class TensorBoard(Callback):
 
     @override
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
-        """Begin a file; steps that will be computed again are hidden."""
+        """Begin a file that hides steps which will be computed again."""
         proto = _events()
         place = self._folder.tensorboard
         new = not any(place.glob("events.*"))
@@ -100,11 +100,10 @@ class TensorBoard(Callback):
 
 
 class WeightsAndBiases(Callback):
-    """Rows to Weights & Biases, at their steps; a continued run continues its page.
+    """Sends rows to Weights & Biases at their steps; a continued run continues its page.
 
-    Steps that are taken again after a crash have the numbers that the page has. A run that goes
-    back to an earlier checkpoint begins a new page, as W&B takes no step twice, and so does a
-    branch: with the rows that its folder holds.
+    Steps repeated after a crash have the same numbers as on the page. A rewound run begins a new
+    page, because W&B accepts no step twice, and so does a branch, with the rows in its folder.
     """
 
     def __init__(self, config: WandB, folder: RunFolder) -> None:
@@ -121,7 +120,7 @@ class WeightsAndBiases(Callback):
 
     @override
     def on_event(self, kind: str, details: dict[str, Any]) -> None:
-        if kind == "abandoned_checkpoint":  # told before ``on_start``
+        if kind == "abandoned_checkpoint":  # called before ``on_start``
             self._identity.unlink(missing_ok=True)
 
     @override
@@ -161,7 +160,7 @@ class WeightsAndBiases(Callback):
 
     @contextmanager
     def _unless_failing(self) -> Iterator[None]:
-        """Give up on what its process does not take: metrics.jsonl has it, and training goes on."""
+        """Stop logging to W&B after an error; training continues and metrics.jsonl is complete."""
         try:
             yield
         except (OSError, self._wandb.Error) as error:
@@ -174,7 +173,7 @@ class WeightsAndBiases(Callback):
 
 
 def standard_callbacks(record: RecordConfig, folder: RunFolder) -> list[Callback]:
-    """What the ``record`` section asks for."""
+    """Return the callbacks requested by the ``record`` section."""
     chosen: list[Callback] = [Display(record.display_every_steps)]
     if record.tensorboard:
         chosen.append(TensorBoard(folder, record.display_every_steps))
@@ -184,5 +183,5 @@ def standard_callbacks(record: RecordConfig, folder: RunFolder) -> list[Callback
 
 
 def _history(folder: RunFolder, first_step: int) -> list[Row]:
-    """Return the rows before this launch, its trunk's too: for a page that begins with them."""
+    """Return the rows before this launch, including those of its trunk, for a new page."""
     return [row for row in read_lines(folder.metrics) if row["step"] < first_step]

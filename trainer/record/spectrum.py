@@ -1,4 +1,4 @@
-"""The largest singular value of each matrix, by power iteration on shards."""
+"""Compute the largest singular value of each matrix by power iteration on shards."""
 
 # M logical matrices of a parameter (1, or its experts), R rows, C columns; m, r, c of them here
 
@@ -17,12 +17,12 @@ from allometry.parallel.mesh import Mesh, local
 
 FIRST_ITERATIONS = 32
 ITERATIONS = 4
-"""Iterations of the first call and of later ones, which go on from where the last one ended."""
+"""Iterations of the first call and of later calls, which continue from the last vectors."""
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A parameter seen as [M, R, C]: the part that this rank adds to sums, and the whole sizes."""
+    """A parameter as [M, R, C]: the part that this rank adds to sums, and the global sizes."""
 
     parameter: Tensor
     size: tuple[int, int, int]
@@ -30,15 +30,15 @@ class _Matrix:
 
 
 class TopSingularValues:
-    """Follows the largest singular value of each logical matrix of some parameters.
+    """Tracks the largest singular value of each logical matrix of some parameters.
 
-    A step of the iteration is two products of each rank's parts with vectors, whose sums over the
-    ranks of the stage are exact: no matrix is gathered, and the value is the same in every layout
-    up to rounding. ``‖W v‖`` of a unit vector v is never more than the largest singular value and
-    rises to it; v is kept, so that a value that moves slowly is followed closely. The vectors
-    begin at numbers that depend on the parameter's name alone and are not saved: after a resume
-    they begin again. Parameters are read only; no random generator is touched. ``values`` returns
-    this rank's part of a parameter.
+    An iteration multiplies each rank's part by two vectors and sums the products over the ranks of
+    the stage: no matrix is gathered, and the value is the same in every layout up to rounding. ``‖W
+    v‖`` of a unit vector v is a lower bound of the largest singular value that converges to it; v
+    is kept between calls, so that a slowly changing value is tracked closely. The initial vectors
+    depend on the parameter's name alone and are not saved: a resume starts from them again.
+    Parameters are only read, and the run's random generators are not used. ``values`` returns this
+    rank's part of a parameter.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class TopSingularValues:
             assert parameter.dim() in (2, 3), (name, parameter.shape)
             placed = placements.of(parameter)
             mine = placed.boxes[self._stage.rank]
-            # Of those who hold the same part one adds it to the sums.
+            # Of the ranks with replicas of a part only one adds it to the sums.
             adds = bool(mine.numel) and placed.holders[mine][0] == self._stage.rank
             self._matrices.append(_Matrix(parameter, placed.size, mine if adds else None))
             self._vectors.append(_start(name, placed.size).to(self._device))
@@ -71,7 +71,7 @@ class TopSingularValues:
             u_MR = self._products(self._vectors, transposed=False)
             values = [u.norm(dim=1) for u in u_MR]
             v_MC = self._products(u_MR, transposed=True)
-            # A matrix of zeros leaves its vector as it was.
+            # A matrix of zeros keeps its vector.
             self._vectors = [
                 torch.where(n > 0, v / n.clamp(min=torch.finfo(v.dtype).tiny), old)
                 for v, old in zip(v_MC, self._vectors, strict=True)

@@ -1,7 +1,7 @@
-"""What rounding does to optimizer states in FP8, at the steps at which monitors look.
+"""Measure the rounding of FP8 optimizer states at the steps of the monitors.
 
-The optimizer adds up what it sees while it rounds (``optim/fp8_states.py``); here it is summed over
-ranks, each state counted once in any layout. Nothing of this changes a bit of training.
+The optimizer accumulates statistics while rounding (``optim/fp8_states.py``); this module sums them
+over ranks, each state counted once in any layout. It does not change a bit of training.
 """
 
 # R roles, K states, S sums
@@ -28,13 +28,13 @@ from allometry.trainer.record.timing import to_host
 from allometry.trainer.record.writer import Row
 
 MOST_UNDERFLOW_PERCENT = 1.0
-"""Of a state's values: the format covers what a group has, unless its values are 10^38 apart."""
+"""Alarm limit in percent of values; the format covers a group's values up to 10^38 apart."""
 
 _ROLES = tuple(role.value for role in Role)
 
 
 class CompressedStates(Callback):
-    """Looks at steps that are due; it stands on every rank of a run with states in FP8."""
+    """Measures at the configured steps, on every rank of a run with FP8 states."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class CompressedStates(Callback):
         partials: list[Tensor] = []
         for (parameter, _), sums_S in watched.items():
             part = local(parameter.detach())
-            # Of a stack of matrices all sums stand with its first one here.
+            # All sums of a stack of matrices are stored with its first local matrix.
             partial_mS = sums_S.new_zeros(len(part) if part.dim() == 3 else 1, len(SEEN))
             partial_mS[:1] = sums_S
             parameters += [parameter] * len(SEEN)
@@ -86,7 +86,7 @@ class CompressedStates(Callback):
 
     @override
     def additions(self, finished: FinishedStep) -> Row:
-        """Add what was seen, and report its alarms."""
+        """Add the measurements, and report their alarms."""
         seen = self._seen.pop(finished.step, None)
         if seen is None:
             return {}

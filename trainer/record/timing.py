@@ -1,4 +1,4 @@
-"""Seconds of steps, and their numbers in the host's memory, without waiting for later steps."""
+"""Time steps and copy their numbers to host memory, without waiting for later steps."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 from typing_extensions import override
 
 Mark = Any
-"""A point in the order of what the device does, as a ``Clock`` makes it."""
+"""A point in the order of the device's work, created by a ``Clock``."""
 Span = tuple[Mark, Mark]
 
 
 class Clock(Protocol):
-    """Marks points in the work of a device and tells the seconds between them."""
+    """Marks points in a device's work and measures the seconds between them."""
 
     lag: int
-    """Steps that may be under way when the next one is queued."""
+    """Number of steps that may be running when the next step is queued."""
 
     def mark(self) -> Mark:
-        """Mark what was asked of the device so far; waits for nothing."""
+        """Mark the work queued on the device so far, without waiting."""
 
     def seconds(self, start: Mark, end: Mark) -> float:
-        """Wait until the device has come to ``end``; the seconds that it took from ``start``."""
+        """Wait until the device has reached ``end``; return the seconds since ``start``."""
 
 
 class HostClock(Clock):
-    """Of a CPU: what was asked of it is done."""
+    """Clock of a CPU, where queued work is already done."""
 
     lag = 0
 
@@ -44,7 +44,7 @@ class HostClock(Clock):
 
 
 class CudaClock(Clock):
-    """Of a GPU: a mark is an event of the current stream, so waiting for it waits for no more."""
+    """Clock of a GPU: a mark is an event on the current stream, which can be waited for alone."""
 
     lag = 1
 
@@ -61,12 +61,12 @@ class CudaClock(Clock):
 
 
 def clock_of(device: torch.device) -> Clock:
-    """The clock of a device."""
+    """Return the clock of a device."""
     return CudaClock() if device.type == "cuda" else HostClock()
 
 
 class StepTimer:
-    """Tells the seconds of each step, from the end of the one before; pauses do not count.
+    """Measures the seconds of each step from the end of the previous one, without pauses.
 
     timer.start()
     ...                      # a step
@@ -87,7 +87,7 @@ class StepTimer:
         self._spans, self._begun = [], self._clock.mark()
 
     def lap(self) -> list[Span]:
-        """End a step and begin the next one; what ``seconds`` takes."""
+        """End a step and begin the next; return the argument for ``seconds``."""
         now = self._clock.mark()
         spans = [*self._spans, (self._begun, now)]
         self._spans, self._begun = [], now
@@ -95,7 +95,7 @@ class StepTimer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs meanwhile does not count."""
+        """Exclude the time spent in the context."""
         self._spans.append((self._begun, self._clock.mark()))
         try:
             yield
@@ -103,15 +103,15 @@ class StepTimer:
             self._begun = self._clock.mark()
 
     def seconds(self, spans: Sequence[Span]) -> float:
-        """Wait until a step has run; its seconds."""
+        """Wait until a step has run, and return its seconds."""
         return sum(self._clock.seconds(start, end) for start, end in spans)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Return the tensor in the host's memory.
+    """Return the tensor in host memory.
 
-    A GPU's is queued to be copied to pinned memory: what is returned may be read once the device
-    has come to a mark that was made afterwards.
+    A GPU tensor is copied asynchronously to pinned memory: the result may be read once the device
+    has reached a mark made after this call.
     """
     if tensor.device.type != "cuda":
         return tensor

@@ -1,4 +1,4 @@
-"""Whether a device repeats itself: gradients computed twice, matrix products of known sums."""
+"""Check a device's reproducibility: compute gradients twice, and products with known sums."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from allometry.trainer.record.corruption import Response, names_of
 
 NAMED = 5
 INNER = 256
-"""Terms of each sum of a product: all of ±1, so that every type keeps it exactly, bf16 too."""
+"""Terms of each sum in a product, all ±1, so that every type, also bf16, is exact."""
 ROWS = {"cuda": 4096}
 ROWS_OF_CPU = 256
 
 
 class ComputedTwice(Callback):
-    """Computes the gradients of steps that are due twice before they are taken.
+    """Computes the gradients of some steps twice before they are taken.
 
-    ``compute`` runs forward and backward of the step that comes next and returns the checksum of
-    its losses here. What routers have seen, random generators and gradients are put back. A fault
-    that one rank makes in a backward pass reaches all of them with the reduced gradients; one in a
-    forward pass is named by that rank's losses.
+    ``compute`` runs forward and backward of the next step and returns the checksum of this rank's
+    losses. Buffers (router statistics) and random generators are restored; the step itself clears
+    the gradients. A fault of one rank in a backward pass reaches all ranks with the reduced
+    gradients; a fault in a forward pass is located by that rank's losses.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ComputedTwice(Callback):
 
 
 LOSSES = ""
-"""Under the name of no tensor: the checksum of the losses of this rank."""
+"""Key of the checksum of this rank's losses, different from any tensor's name."""
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def _put_back(parallel: Parallel, device: torch.device) -> Iterator[None]:
 
 
 class ProductTest(Callback):
-    """Before the first step of a launch, on every rank: are matrix products right?"""
+    """Tests matrix products before the first step of a launch, on every rank."""
 
     def __init__(self, dtype: torch.dtype, mesh: Mesh, response: Response) -> None:
         self._dtype, self._mesh, self._response = dtype, mesh, response
@@ -107,10 +107,10 @@ class ProductTest(Callback):
 
 @torch.no_grad()
 def products_wrong(device: torch.device, dtype: torch.dtype) -> int:
-    """Multiply matrices of ±1 and return how many rows and columns have another sum than they must.
+    """Multiply matrices of ±1; return the number of rows and columns with a wrong sum.
 
-    Sums over a row of A·B are A·(B·1), worked out in whole numbers without a matrix product, and
-    sums over a column (1ᵀ·A)·B; a wrong element changes one of each.
+    Row sums of A·B are compared with A·(B·1), computed in integers without a matrix product, and
+    column sums with (1ᵀ·A)·B; a wrong element changes one row sum and one column sum.
     """
     size = ROWS.get(device.type, ROWS_OF_CPU)
     own = torch.Generator(device).manual_seed(1)
@@ -118,7 +118,7 @@ def products_wrong(device: torch.device, dtype: torch.dtype) -> int:
         2 * torch.randint(0, 2, shape, device=device, generator=own) - 1
         for shape in ((size, INNER), (INNER, size))
     )
-    product = torch.mm(left.to(dtype), right.to(dtype)).double()  # exact: up to 2^24 in all
+    product = torch.mm(left.to(dtype), right.to(dtype)).double()  # exact: at most 2^24 in total
     rows = (left * right.sum(1)).sum(1)
     columns = (left.sum(0)[:, None] * right).sum(0)
     return int((product.sum(1) != rows).sum() + (product.sum(0) != columns).sum())

@@ -1,4 +1,4 @@
-"""Writing a run's record: metrics, events, and what describes the run as a whole."""
+"""Write a run's record: metrics, events, and run.json."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Row = dict[str, float | int]
 
 
 class Recorder:
-    """Appends rows and events; only the main rank has one.
+    """Appends rows and events, on the main rank only.
 
-    A row that cannot be written (a full disk) must not end the run: it is kept and tried again
-    with the next one.
+    A row that cannot be written (a full disk) does not end the run: it is kept and retried with the
+    next row.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-        # Not every run has the others, which are opened when they are first written to.
+        # The other files do not exist in every run, and are opened at the first write.
         self._files = {path: Appender(path) for path in (folder.metrics, folder.events)}
         for file in self._files.values():
             file.open()
@@ -38,11 +38,11 @@ class Recorder:
         self._append(self._folder.metrics, row)
 
     def loads(self, step: int, loads: Mapping[str, list[float]]) -> None:
-        """Append the share of tokens that each expert took, by layer, to expert_load.jsonl."""
+        """Append each expert's share of tokens, by layer, to expert_load.jsonl."""
         self._append(self._folder.loads, {"step": step, "load": loads})
 
     def plan(self, step: int, record: Mapping[str, Any]) -> None:
-        """Append how a step's documents were shared out (``plan_record``) to plans.jsonl."""
+        """Append the assignment of a step's documents to ranks (``plan_record``) to plans.jsonl."""
         self._append(self._folder.plans, {"step": step, **record})
 
     def _append(self, path: Path, row: Mapping[str, Any]) -> None:
@@ -56,13 +56,13 @@ class Recorder:
         self._append(self._folder.events, row)
 
     def close(self) -> str | None:
-        """Write what is pending and close the files; what could not be written, if anything."""
+        """Write pending rows and close the files; describe rows that could not be written."""
         lost = [text for file in self._files.values() if (text := file.close()) is not None]
         return "; ".join(lost) or None
 
 
 def versions() -> dict[str, str]:
-    """Versions of what shapes the numbers; a package that is absent says so."""
+    """Return the versions of packages that affect results; "not installed" for missing packages."""
     names = (
         *("allometry", "torch", "numpy", "megatron-core", "triton"),
         *("flash-attn", "flash-attn-3", "apex", "deepspeed"),
@@ -78,7 +78,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree that runs, with '+' if it has changes; None outside git."""
+    """Return the commit of the running source tree, with '+' if modified; None outside git."""
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
@@ -87,16 +87,16 @@ def commit() -> str | None:
         return subprocess.run(command, timeout=5, check=True, **options).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # installed inside somebody else's tree?
+        git("ls-files", "--error-unmatch", here.name)  # installed in another repository?
         return git("describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def write_run(folder: RunFolder, facts: dict[str, Any], launch: dict[str, Any]) -> None:
-    """Write run.json: the facts as they are now, and one more launch on the list of launches.
+    """Write run.json: the current facts, and this launch appended to the list of launches.
 
-    Where the weights came from is a fact of the first launch, and kept.
+    The origin of the weights is a fact of the first launch, and is kept.
     """
     launches = folder.recorded().get("launches", [])
     launches.append({**launch, "time": round(time.time(), 3)})

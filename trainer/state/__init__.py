@@ -1,1 +1,1 @@
-"""What a run is on disk: folder, checkpoints, resume, branches."""
+"""State of a run on disk: run folder, checkpoints, resume, branches."""

@@ -1,7 +1,7 @@
-"""A run that begins where another one stands: its checkpoint and its record become this run's own.
+"""Branch a run: take over the checkpoint and the record of another run.
 
-The branch is then a run like any other, complete in its folder, as if it had taken the first steps
-itself: of equal descriptions, a branch and a run without a parent end in the same bits.
+A branch is a complete run in its own folder, as if it had taken the first steps itself: with equal
+configs, a branch and a run without a parent are bit-identical.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from allometry.trainer.state.unchanged import branch_changes, check_branch
 
 @dataclass(frozen=True)
 class Taken:
-    """A checkpoint of another run in the new run's folder: ``path``, and its facts.
+    """A checkpoint of another run, linked into the new run's folder at ``path``, and its facts.
 
-    ``copies``, from and to: shards that could not be linked, as the other run is on another disk.
-    ``changes``: what the new run has otherwise from there on. ``tokenizer``: one to be kept.
+    ``copies`` are (source, target) pairs of shards that could not be linked because the other run
+    is on another file system. ``changes`` are the config differences of the new run from this step
+    on. ``tokenizer`` is a tokenizer.json to be kept, if any.
     """
 
     path: Path
@@ -50,13 +51,14 @@ def take(
 ) -> Taken:
     """Link the parent's checkpoint into the new ``folder``.
 
-    The parent may be training: its checkpoint is taken over as a whole or not at all, and stays
-    when the parent forgets its own. ``check`` gets the checkpoint's facts before anything is
-    written. Contents are not read: then come ``copy_share``, and ``keep`` or ``discard``.
+    The parent may be training: its checkpoint is taken over completely or not at all, and outlives
+    its removal by the parent. ``check`` receives the checkpoint's facts before anything is written.
+    Contents are not read; the caller continues with ``copy_share``, and with ``keep`` or
+    ``discard``.
 
     Raises:
-        UserError: there is no such checkpoint or files of it are missing, or the parent's first
-            steps are not what this run's would have been.
+        UserError: the checkpoint or some of its files are missing, or this run's first steps would
+            differ from the parent's.
     """
     source = RunFolder(parent.folder)
     if source.path.resolve() == folder.path.resolve():
@@ -83,7 +85,7 @@ def take(
     except (OSError, ValueError):
         raise discard(partial, parent, "trainer.json cannot be read") from None
     check(facts)
-    for left in (partial, folder.checkpoints / path.name):  # of a launch that ended in between
+    for left in (partial, folder.checkpoints / path.name):  # left by an interrupted launch
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     copies: tuple[tuple[Path, Path], ...] = ()
@@ -99,9 +101,9 @@ def take(
 
 
 def copy_share(copies: Sequence[tuple[Path, Path]], rank: int, world_size: int) -> None:
-    """Copy what could not be linked, each of the ranks its share.
+    """Copy this rank's share of the files that could not be linked.
 
-    A file that the parent has removed meanwhile is left out, which a check of contents notices.
+    A file that the parent has removed meanwhile is skipped; the check of contents reports it.
     """
     for file, to in copies[rank::world_size]:
         with suppress(FileNotFoundError):
@@ -109,9 +111,10 @@ def copy_share(copies: Sequence[tuple[Path, Path]], rank: int, world_size: int) 
 
 
 def keep(folder: RunFolder, parent: Parent, partial: Path) -> Path:
-    """Give what ``take`` linked its name, and the folder the parent's rows; where it is now.
+    """Rename the linked checkpoint, copy the parent's rows, and return the checkpoint's path.
 
-    The parent, if its folder can be written, keeps its own as long as the branch is there.
+    The checkpoint is pinned in the parent's folder, if that is writable, so that the parent keeps
+    it as long as the branch exists.
     """
     source = RunFolder(parent.folder)
     with suppress(OSError):  # another user's run: the branch has links or copies
@@ -125,7 +128,7 @@ def keep(folder: RunFolder, parent: Parent, partial: Path) -> Path:
 
 
 def settle(folder: RunFolder, partial: Path, step: int) -> Path:
-    """Give a checkpoint that was linked into the folder its name; where it is now."""
+    """Rename a checkpoint that was linked into the folder to ``step-N``, and return its path."""
     path = folder.checkpoints / f"step-{step}"
     partial.rename(path)
     write_atomically(folder.latest, path.name + "\n")
@@ -133,7 +136,7 @@ def settle(folder: RunFolder, partial: Path, step: int) -> Path:
 
 
 def discard(partial: Path, parent: Parent, problem: str) -> UserError:
-    """Remove what ``take`` linked; the refusal of the parent's checkpoint."""
+    """Remove the files that ``take`` linked; return the error about the parent's checkpoint."""
     shutil.rmtree(partial, ignore_errors=True)
     path = RunFolder(parent.folder).checkpoints / f"step-{parent.step}"
     return UserError(
@@ -143,10 +146,10 @@ def discard(partial: Path, parent: Parent, problem: str) -> UserError:
 
 
 def stored_config(folder: RunFolder) -> RunConfig:
-    """The description that a run's folder holds.
+    """Return the config stored in a run's folder.
 
     Raises:
-        UserError: this version cannot read it.
+        UserError: this version cannot read the config.
     """
     try:
         return load(folder.config)
@@ -157,21 +160,21 @@ def stored_config(folder: RunFolder) -> RunConfig:
 
 
 def link_files(path: Path, to: Path, but: Sequence[str] = ()) -> tuple[tuple[Path, Path], ...]:
-    """Link the files of a checkpoint into the folder ``to``; from and to of what is to be copied.
+    """Link a checkpoint's files, except ``but``, into ``to``; return (source, target) to be copied.
 
-    Raises FileNotFoundError: it was removed meanwhile.
+    Raises FileNotFoundError if the checkpoint was removed meanwhile.
     """
     files = [file for file in sorted(path.iterdir()) if file.name not in but]
     return tuple((file, to / file.name) for file in files if not _linked(file, to / file.name))
 
 
 def _linked(file: Path, to: Path) -> bool:
-    """Link a file, or copy a small one; False for a shard that is to be copied."""
+    """Link a file, or copy a small file; return False for a shard that must be copied later."""
     try:
         os.link(file, to)
     except FileNotFoundError:
         raise
-    except OSError:  # another disk, or one without links
+    except OSError:  # another file system, or one without hard links
         if file.suffix == SHARD_SUFFIX:
             return False
         shutil.copyfile(file, to)

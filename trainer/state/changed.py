@@ -1,9 +1,9 @@
-"""A run that goes on from some step under another description: what differs, and what may.
+"""Compare the configs of a run before and after a step, and check the allowed changes.
 
-A branch, a run that was edited and resumed, and a stage of training are one thing: what was done so
-far stays as it was, and from there on the new description holds. ``differences`` lists what that
-changes of what is computed, ``check_possible`` refuses what cannot change in mid-run, and each
-difference is an event, ``config_changed``. Without torch.
+A branch, a resumed run with an edited config and a training stage are the same case: the steps
+taken stay as they are, and the new config applies from then on. ``differences`` lists the changes
+that affect the computation, ``check_possible`` refuses changes that are impossible in mid-run, and
+each difference is recorded as an event ``config_changed``. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.lineage import Parent, covers
 from allometry.configs.run import RunConfig
 
-# What changes how a run is carried out and recorded but not what it computes.
+# Keys that change how a run is carried out and recorded, but not its results.
 FREE = (
     "run.folder",
     "run.resume",
@@ -34,13 +34,13 @@ FREE = (
     "data.allow_epochs",
 )
 UPDATE = "parallel.zero.optimizer_states.update"
-"""Whether updates come a step late: the one key of ``parallel`` that changes what is computed."""
+"""Enables updates that are one step late: the only key of ``parallel`` that changes results."""
 RATES = ("schedule", "training.total_steps", "training.total_tokens")
-"""What decides the learning rate of each step, besides ``optimizer.lr``."""
+"""Keys that, with ``optimizer.lr``, determine the learning rate of each step."""
 MIXTURE = ("data.sources", "data.replay")
-"""Which samples come next: each source goes on at its next one (``Reading.resumed``)."""
+"""Keys that determine the next samples; each source continues (``Reading.resumed``)."""
 SKIPS = ("training.bad_steps", "training.skip_steps")
-"""Which steps make no update."""
+"""Keys that determine the steps without an update."""
 POSSIBLE = (
     *RATES,
     *MIXTURE,
@@ -55,14 +55,14 @@ POSSIBLE = (
     "model.router.z_loss",
     "model.router.balance",
 )
-"""What may be another one from a step on."""
+"""Keys whose value may change at a step."""
 _IMPOSSIBLE = ("optimizer.kind", "optimizer.rank", "model.router.balance.kind")
-# The paths of a source's files may change: their contents are compared by fingerprint.
+# The paths of a source's files may change, because contents are compared by fingerprint.
 _PATHS = ("train", "validation", "scores")
 
 
 class Difference(NamedTuple):
-    """A key whose value was ``before`` and is ``after``; None where there is no such key."""
+    """A key whose value changed from ``before`` to ``after``; None where the key does not exist."""
 
     key: str
     before: Any
@@ -70,7 +70,7 @@ class Difference(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What a user would name of it: ``data``, ``schedule``, ``optimizer.lr``."""
+        """Name of the change for users: ``data``, ``schedule``, ``optimizer.lr``."""
         if any(covers(section, self.key) for section in MIXTURE):
             return "data"
         if self.key == UPDATE:
@@ -81,9 +81,9 @@ class Difference(NamedTuple):
 
 
 def differences(old: RunConfig, new: RunConfig, *, rates: bool = False) -> Iterator[Difference]:
-    """Yield what two runs compute differently, by key; sources of data by their names.
+    """Yield the differences between two configs that affect results, by key; sources by name.
 
-    ``rates``: also where their schedules and lengths differ, whose first steps may be alike.
+    ``rates``: also yield differences of schedule and length, which may not affect the first steps.
     """
     before, after = leaves(_plain(old)), leaves(_plain(new))
     for each in (before, after):
@@ -91,7 +91,7 @@ def differences(old: RunConfig, new: RunConfig, *, rates: bool = False) -> Itera
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key):
             continue
-        # Dropout draws its masks by micro-batch.
+        # Dropout masks are drawn per micro-batch.
         masks = key == "batch.micro_batch_sequences" and new.model.dropout > 0
         decides = rates and any(covers(section, key) for section in RATES)
         if masks or decides or not _is_free(key):
@@ -99,22 +99,25 @@ def differences(old: RunConfig, new: RunConfig, *, rates: bool = False) -> Itera
 
 
 def is_possible(key: str) -> bool:
-    """Return whether a run can go on with another value of this key."""
+    """Return True if a run can continue with another value of this key.
+
+    For example, ``is_possible("optimizer.lr")`` is True and ``is_possible("model.width")`` False.
+    """
     if any(covers(name, key) for name in _IMPOSSIBLE):
         return False
     return any(covers(name, key) for name in POSSIBLE)
 
 
 def check_possible(changes: Iterable[Difference], where: str, initial: str) -> None:
-    """Refuse differences that no run can go on with; the first one is named.
+    """Raise UserError for the first difference with which no run can continue.
 
-    ``where`` ends the clause of the value before ("of run.parent.folder=..."); ``initial`` is the
-    checkpoint as ``run.initial`` names it ("folder: runs/trunk, step: 120").
+    ``where`` ends the clause about the earlier value ("of run.parent.folder=..."); ``initial`` is
+    the checkpoint in the notation of ``run.initial`` ("folder: runs/trunk, step: 120").
     """
     never = [change for change in changes if not is_possible(change.key)]
     if not never:
         return
-    # The kind of a section says more than the keys that it brings along.
+    # The kind of a section explains more than the keys that depend on the kind.
     key, before, after = min(never, key=lambda one: not one.key.endswith(".kind"))
     raise UserError(
         f"{key}={after!r} differs from {before!r} {where}, and cannot change where a run goes on; "
@@ -123,7 +126,7 @@ def check_possible(changes: Iterable[Difference], where: str, initial: str) -> N
 
 
 def check_named(changes: Iterable[Difference], parent: Parent) -> None:
-    """Refuse differences of a branch that ``run.parent.changes`` does not name."""
+    """Raise UserError for differences of a branch that ``run.parent.changes`` does not name."""
     for change in changes:
         if not parent.may_change(change.key):
             raise UserError(
@@ -134,7 +137,7 @@ def check_named(changes: Iterable[Difference], parent: Parent) -> None:
 
 
 def check_names(parent: Parent, *runs: RunConfig) -> None:
-    """Refuse names in ``run.parent.changes`` that are no keys, or that no branch can change."""
+    """Raise UserError for unknown or unchangeable keys in ``run.parent.changes``."""
     keys = {key for run in runs for key in leaves(_plain(run), empty=True)}
     for name in parent.changes:
         place = f"run.parent.changes: {name!r}"
@@ -155,13 +158,13 @@ def check_names(parent: Parent, *runs: RunConfig) -> None:
 
 
 def change_events(changes: Iterable[Difference]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what the record says of each difference."""
+    """Yield the event of each difference."""
     for change in changes:
         yield "config_changed", change._asdict()
 
 
 def _way_out(key: str, initial: str) -> str:
-    """How a run with another value of ``key`` can begin from a checkpoint all the same."""
+    """Return how a run with another value of ``key`` can still begin from the checkpoint."""
     if key.startswith(("model", "precision")):
         return ""
     if key.startswith("parameterization") or key == "optimizer.kind":
@@ -186,7 +189,7 @@ def _is_free(key: str) -> bool:
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:
-    """A description with sources by name, and their names in order."""
+    """Return the config as a dict, with sources keyed by name and their names in order."""
     plain = config.model_dump(mode="json")
     sources = plain["data"].pop("sources")
     plain["data.sources"] = ", ".join(source["name"] for source in sources)
@@ -196,7 +199,10 @@ def _plain(config: RunConfig) -> dict[str, Any]:
 
 
 def leaves(value: Any, path: str = "", *, empty: bool = False) -> dict[str, Any]:
-    """Return a nested description as {dotted key: value}; of lists without entries if ``empty``."""
+    """Return a nested config as {dotted key: value}; empty lists and sections too if ``empty``.
+
+    For example, ``leaves({"a": {"b": 1}})`` returns ``{"a.b": 1}``.
+    """
     if empty and value in ([], {}):
         return {path: value}
     if isinstance(value, dict):

@@ -1,10 +1,10 @@
-"""Saving and loading a run's state with torch's distributed checkpoint files.
+"""Save and load a run's state in torch's distributed checkpoint (DCP) format.
 
-A checkpoint is a folder ``checkpoints/step-N``: DCP shards (any layout reads what any layout
-wrote), ``trainer.json`` (step, data position, ledger, areas: what is not a tensor) and, written
-last, ``complete.json`` with the size and checksums of every other file (``integrity.py``). It is
-written as ``.step-N.partial`` and renamed when complete, so a crash leaves either a whole
-checkpoint or a folder that nothing reads.
+A checkpoint is a folder ``checkpoints/step-N``: DCP shards (readable in any layout),
+``trainer.json`` (step, data position, ledger, areas: all state without tensors) and, written last,
+``complete.json`` with the size and checksums of every other file (``integrity.py``). The folder is
+written as ``.step-N.partial`` and renamed, so a crash leaves a complete checkpoint or a folder that
+is never read.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ from allometry.trainer.state.verified import VerifiedFiles
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint folder's name."""
+    """Return the step in a checkpoint folder's name, such as 120 for ``step-120``."""
     return int(path.name.removeprefix("step-"))
 
 
 def saved(folder: RunFolder) -> list[Path]:
-    """The checkpoint folders of a run, oldest first, complete or not."""
+    """Return the checkpoint folders of a run, oldest first, complete or not."""
     folders = [p for p in folder.checkpoints.glob("step-*") if p.name[5:].isdigit()]
     return sorted(folders, key=step_of)
 
 
 def choose(folder: RunFolder, resume: str) -> Path | None:
-    """The checkpoint to continue from, by its files' sizes; None to start from nothing.
+    """Return the checkpoint to continue from, checked by file sizes; None for a new run.
 
-    ``resume`` is ``auto`` (what ``latest`` names, else the newest) or ``step-N``. No shard is
-    opened: ``integrity.damage_of_contents`` does that on all ranks. Raises UserError for one that
-    is absent or damaged: a run that has saved is never begun again from nothing.
+    ``resume`` is ``auto`` (the name in ``latest``, else the newest) or ``step-N``. Shards are not
+    opened; ``integrity.damage_of_contents`` reads them on all ranks. Raises UserError for a missing
+    or damaged checkpoint: a run with saved checkpoints is never restarted from step 0.
     """
     there = saved(folder)
     if not there and _has_saved(folder):
@@ -97,9 +97,10 @@ def choose(folder: RunFolder, resume: str) -> Path | None:
 
 
 def damaged(folder: RunFolder, path: Path, problem: str) -> UserError:
-    """The refusal of a damaged checkpoint, which names the newest other one that is complete.
+    """Return the error about a damaged checkpoint, which names the newest other complete one.
 
-    Of that one only the sizes are known; its contents are checked when the run goes back to it.
+    Only the file sizes of the other checkpoint are checked here; its contents are checked when the
+    run resumes from it.
     """
     others = [other for other in reversed(saved(folder)) if other != path]
     whole = next((other for other in others if problem_of(folder, other) is None), None)
@@ -112,7 +113,7 @@ def damaged(folder: RunFolder, path: Path, problem: str) -> UserError:
 
 
 def unwritable(folder: RunFolder, error: OSError) -> UserError:
-    """The refusal of a launch whose folder takes no files, which names the checkpoint it has."""
+    """Return the error of a launch with an unwritable folder, which names the latest checkpoint."""
     name = folder.read_latest()
     kept = f"; {name} is kept, from which the same command goes on" if name else ""
     return UserError(
@@ -122,13 +123,13 @@ def unwritable(folder: RunFolder, error: OSError) -> UserError:
 
 
 def _has_saved(folder: RunFolder) -> bool:
-    """Whether the run has recorded that a checkpoint of it was written."""
+    """Return True if the run has recorded a saved checkpoint."""
     events = read_lines(folder.events)
     return any(event.get("event") == "checkpoint_saved" for event in events)
 
 
 def abandon_after(folder: RunFolder, step: int) -> list[str]:
-    """Set aside the checkpoints past ``step``, to which the run goes back; their new names."""
+    """Rename the checkpoints past ``step``, where the run continues; return their new names."""
     moved = []
     for path in saved(folder):
         if step_of(path) > step:
@@ -140,10 +141,10 @@ def abandon_after(folder: RunFolder, step: int) -> list[str]:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors.
+    """Return the facts of a checkpoint (all state that is not a tensor).
 
     Raises:
-        UserError: it cannot be read, or is not what a checkpoint of this step says.
+        UserError: the facts cannot be read, are invalid, or belong to another step.
     """
     files = VerifiedFiles(path)
     text = files.whole(FACTS)
@@ -156,15 +157,12 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def names(path: Path) -> set[str]:
-    """The names of the tensors in a checkpoint."""
+    """Return the names of the tensors in a checkpoint."""
     return set(ShardReader(path).read_metadata().state_dict_metadata)
 
 
 def load(path: Path, state: State, mesh: Mesh) -> None:
-    """Fill the tensors of ``state`` in place, whatever layout wrote the checkpoint.
-
-    What one rank cannot read or store is the UserError of all.
-    """
+    """Load a checkpoint of any layout into ``state``; a UserError of one rank is raised on all."""
 
     def read() -> None:
         tensors, planner = layouts(state), Loading(state)
@@ -189,12 +187,12 @@ def _line(error: BaseException) -> str:
 
 
 class Checkpointer:
-    """Saves checkpoints while training goes on, and keeps the ones that were asked for.
+    """Saves checkpoints in the background of training, and removes old ones.
 
-    ``needed_bytes``: about what a checkpoint takes; ``run``: the run's identity. A save that fails
-    is reported through ``report(event, details)`` on every rank, with the system's reason, and
-    leaves the newest checkpoint as it was; where the disk is full, older ones go that this save
-    would have replaced, so that the next one has room.
+    ``needed_bytes`` is the approximate size of a checkpoint; ``run`` the run's identity. A failed
+    save is reported by ``report(event, details)`` on every rank, with the system's reason, and
+    leaves the newest checkpoint intact. If the disk is full, older checkpoints that this save would
+    have replaced are removed, to make room for the next save.
     """
 
     def __init__(
@@ -215,11 +213,11 @@ class Checkpointer:
         self._outcome: tuple[int, str | None] | None = None
 
     def due(self, step: int) -> bool:
-        """Whether the configuration asks for a checkpoint at ``step``."""
+        """Return True if the config requests a checkpoint at ``step``."""
         return due(self._config, step)
 
     def save(self, step: int, state: State, facts: dict[str, Any]) -> None:
-        """Begin to save; returns as soon as the tensors are copied. A save under way ends first."""
+        """Begin to save; return once the tensors are staged. An earlier save is completed first."""
         self.wait()
         partial = self._folder.checkpoints / f".step-{step}.partial"
         failure = self._prepare(step, partial)
@@ -232,27 +230,27 @@ class Checkpointer:
         near = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         copy: State = {**writer.stage(near), **stored}
         self.begin(lambda: self._write(step, writer, copy, facts), f"save-{step}")
-        if stored or not self.asynchronous:  # what is stored has no copy
+        if stored or not self.asynchronous:  # ``Stored`` tensors are not staged
             self.wait()
 
     def begin(self, work: Callable[[], None], name: str) -> None:
-        """Do ``work`` in the background, where it may use ``mesh.checkpoint_group``.
+        """Run ``work`` in the background, where it may use ``mesh.checkpoint_group``.
 
-        Every rank calls this, with nothing under way (``wait``).
+        Every rank calls this, after ``wait``.
         """
         assert self._worker is None or not self._worker.is_alive()
-        # A daemon: a process that ends does not wait without end for ranks that are gone.
+        # A daemon thread, so that the process can exit if other ranks have died.
         self._worker = threading.Thread(target=work, name=name, daemon=True)
         self._worker.start()
 
     @property
     def asynchronous(self) -> bool:
-        """Whether training goes on while something is written."""
+        """True if training continues during a write."""
         return self._config.asynchronous
 
     @property
     def busy(self) -> bool:
-        """Whether this rank is writing."""
+        """True while this rank is writing."""
         return self._worker is not None and self._worker.is_alive()
 
     def poll(self) -> None:
@@ -270,7 +268,7 @@ class Checkpointer:
                 self._report("checkpoint_failed", step=step, reason=failure, needed_bytes=needed)
 
     def wait(self) -> None:
-        """Until no save is under way on any rank; every rank calls this."""
+        """Wait until no rank is saving; every rank calls this."""
         if self._mesh.world_size > 1:
             wait_for_all(self._mesh, self.join, "saving a checkpoint")
         else:
@@ -278,13 +276,13 @@ class Checkpointer:
         self.poll()
 
     def join(self, seconds: float | None = None) -> bool:
-        """Wait at most so long for a save under way on this rank; whether there is none now."""
+        """Wait at most ``seconds`` for this rank's save; return True if no save is running."""
         if self._worker is not None:
             self._worker.join(seconds)
         return self._worker is None or not self._worker.is_alive()
 
     def _prepare(self, step: int, partial: Path) -> str | None:
-        """Make the empty folder on the main rank; every rank learns whether that worked."""
+        """Create the empty folder on the main rank; return a failure's reason on every rank."""
         mesh = self._mesh
 
         def make() -> str | None:
@@ -299,13 +297,13 @@ class Checkpointer:
         return mesh.broadcast_object(with_heartbeat(mesh, make, f"preparing {partial.name}"))
 
     def _write(self, step: int, writer: ShardWriter, state: State, facts: dict[str, Any]) -> None:
-        """In the background: write the shards, add what makes them a checkpoint, rename."""
+        """Write the shards in the background, seal the checkpoint, and rename the folder."""
         group = self._mesh.checkpoint_group
         failure: Failure | None = None
         try:
             planner = Saving(state)
             dcp.save(layouts(state), storage_writer=writer, planner=planner, process_group=group)
-        except (Exception, CheckpointException) as error:  # the run must go on
+        except (Exception, CheckpointException) as error:  # the run must continue
             failure = Failure.of(error)
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, (failure, writer.files), group=group)
@@ -328,7 +326,7 @@ class Checkpointer:
         final = self._folder.checkpoints / f"step-{step}"
         try:
             seal(partial, step, files, facts, run=self._run)
-            if final.exists():  # the run went back and passes this step again
+            if final.exists():  # the run was rewound and passes this step again
                 old = final.with_name(f".{final.name}.replaced")
                 shutil.rmtree(old, ignore_errors=True)
                 final.rename(old)
@@ -343,7 +341,7 @@ class Checkpointer:
         return None
 
     def _failed(self, step: int, failure: Failure) -> str:
-        """Make room for the next save where that was missing; the failure in words."""
+        """Return the failure as text; if the disk is full, remove old checkpoints."""
         if not failure.full:
             return failure.reason
         free = free_bytes(self._folder.checkpoints)
@@ -353,23 +351,21 @@ class Checkpointer:
         return f"{failure.reason}: a checkpoint takes {megabytes(self._needed_bytes)}{left}"
 
     def _prune(self, step: int, keep: int) -> None:
-        """Remove those up to ``step`` but the newest ``keep``, ``latest`` and those that stay.
-
-        What a branch refers to stays, too.
-        """
+        """Remove those up to ``step`` but the newest ``keep``, ``latest``, kept and pinned ones."""
         latest = self._folder.read_latest()
         past = [p for p in saved(self._folder) if step_of(p) <= step]
         pinned = {pin.step for pin in pins(self._folder.path)}
         for path in past[:-keep]:
             kept = stays(self._config, step_of(path)) or step_of(path) in pinned
             if not kept and path.name != latest:
-                # The marker goes first: a crash while deleting must not leave a "complete" half.
+                # The marker is removed first, so that a crash cannot leave a partial but "complete"
+                # folder.
                 (path / COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def clean(folder: RunFolder, used: Path | None) -> list[str]:
-    """Remove what an interrupted save left behind, but not ``used``; the names of checkpoints."""
+    """Remove the files of interrupted saves except ``used``; return the names of the folders."""
     folder.remove_temporary()
     patterns = (".step-*.partial", ".*.replaced", ".upload-step-*")
     left = [path for pattern in patterns for path in folder.checkpoints.glob(pattern)]
@@ -380,9 +376,9 @@ def clean(folder: RunFolder, used: Path | None) -> list[str]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> State:
-    """An optimizer's tensors under ``optimizer.<parameter>.<key>``; waits for what is in flight.
+    """Return an optimizer's tensors as ``optimizer.<parameter>.<key>``; waits for pending work.
 
-    Where it keeps values of parameters, these are there too, under ``model.<parameter>``.
+    Parameters that the optimizer stores are returned too, as ``model.<parameter>``.
     """
     stored: Iterable[tuple[Tensor, str, Stored]] = ()
     if isinstance(optimizer, Elsewhere):

@@ -1,4 +1,4 @@
-"""Bringing a run's folder to where a launch begins, once what it begins with is loaded."""
+"""Prepare a run's folder for a launch, after its checkpoint has been loaded."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from allometry.trainer.state.rewinds import forget_after
 
 
 def enter(folder: RunFolder, config: RunConfig, start: Start, mesh: Mesh) -> Start:
-    """Bring the folder to where a launch begins, whose checkpoint was loaded; every rank calls it.
+    """Prepare the folder for a launch whose checkpoint is loaded; every rank calls this.
 
-    Later checkpoints, and rows, go aside; ``config`` is kept. Raises UserError on all ranks where
-    the folder cannot be written.
+    Later checkpoints are renamed, later rows removed, and ``config`` is stored. Raises UserError on
+    all ranks if the folder cannot be written.
     """
     return from_main_rank(
         mesh,
@@ -38,7 +38,7 @@ def _enter(folder: RunFolder, config: RunConfig, start: Start) -> Start:
         RunTokenizer(start.tokenizer).keep(folder.path)
         start = replace(start, checkpoint=path)
     else:
-        saved = path if start.offer is None else start.saved  # local copies are nobody's latest
+        saved = path if start.offer is None else start.saved  # ``latest`` never names local copies
         if saved is not None:
             write_atomically(folder.latest, saved.name + "\n")
         abandoned = checkpoint.abandon_after(folder, start.step)
@@ -46,6 +46,6 @@ def _enter(folder: RunFolder, config: RunConfig, start: Start) -> Start:
         forget_after(folder, start.step)
         start = replace(start, abandoned=abandoned, dropped_rows=dropped)
     total = schedules_of(config)[-1].total_steps
-    if start.step < total:  # else the launch changes nothing that the folder says
+    if start.step < total:  # otherwise the launch changes no file of the folder
         write_atomically(folder.config, dump(config))
     return start

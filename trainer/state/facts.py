@@ -1,4 +1,4 @@
-"""What ``trainer.json`` of a checkpoint says, checked before anything of it is used."""
+"""Validate ``trainer.json`` of a checkpoint before use."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ class _Trained(_Checkpoint):
 
 
 def check_facts(facts: dict[str, Any], path: Path) -> None:
-    """Check what the checkpoint in ``path`` says of itself.
+    """Check the facts of the checkpoint in ``path``.
 
     Raises:
-        ValueError: something is missing, of another kind, or of another step than ``path`` names.
+        ValueError: a value is missing, has a wrong type, or belongs to another step than ``path``.
     """
     try:
         (_Checkpoint if facts.get("weights_only") is True else _Trained).model_validate(facts)

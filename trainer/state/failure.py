@@ -1,4 +1,4 @@
-"""Why something could not be written."""
+"""Reason of a failed write."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from allometry.trainer.state.folder import FULL
 
 
 class Failure(NamedTuple):
-    """Why a save failed, in the system's words, and whether for want of room."""
+    """Reason of a failed save in the system's words; ``full`` is True if the disk was full."""
 
     reason: str
     full: bool = False
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """The cause at the bottom of DCP's nested exceptions, in one line."""
+        """Return the innermost cause of DCP's nested exceptions, in one line."""
         failures = getattr(error, "failures", None)
         if failures:
             first = next(iter(failures.values()))

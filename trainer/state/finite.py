@@ -1,4 +1,4 @@
-"""Whether what a checkpoint holds are numbers."""
+"""Check that the tensors of a checkpoint are finite."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @torch.no_grad()
 def not_finite(state: State, mesh: Mesh) -> str | None:
-    """Return the name of a tensor with an infinity or a NaN on any rank, the same on all of them.
+    """Return the name of a tensor with an infinity or NaN on any rank, the same on all ranks.
 
-    None: there is none, of those in memory and in a type of 16 bits or more (scales of FP8 states
-    are). A step is checked by its loss and gradients, and what its update makes only by the next.
+    None if all tensors are finite, among those in memory with a floating-point type of 16 bits or
+    more (this includes the scales of FP8 states). This check covers the last update, which the loss
+    and gradients would show only in the next step.
     """
     named = [(name, _part(each)) for name, each in state.items()]
     floats = [(name, part) for name, part in named if part is not None and part.dtype in _TYPES]
@@ -36,7 +37,7 @@ def not_finite(state: State, mesh: Mesh) -> str | None:
 
 
 def check_finite(path: Path, state: State, mesh: Mesh) -> None:
-    """Raise UserError, on every rank, where what was loaded from ``path`` is not finite."""
+    """Raise UserError on every rank if a tensor loaded from ``path`` is not finite."""
     name = not_finite(state, mesh)
     if name is not None:
         raise UserError(

@@ -1,16 +1,16 @@
-"""A run's folder: who may write in it, and what it already holds.
+"""Files of a run folder, and the lock against a second live run.
 
 config.yaml     the resolved configuration
 run.json        versions, counts, multipliers, layout, data fingerprints, tokenizer, launches
-tokenizer.json  the tokenizer of the data, where it is known, and the files beside it
+tokenizer.json  the tokenizer of the data, if known, and its accompanying files
 metrics.jsonl   one row for each recorded step
-expert_load.jsonl  the experts' share of tokens at the same steps, by layer (mixtures of experts)
-plans.jsonl     how documents lay on ranks at the same steps (data.kind: documents)
-scores.jsonl    what evaluations of its checkpoints gave, where there were any
-events.jsonl    what happened and when
-logs/           what each rank said of a run that hung (trainer/watch)
+expert_load.jsonl  each expert's share of tokens at the same steps, by layer (mixtures of experts)
+plans.jsonl     assignment of documents to ranks at the same steps (data.kind: documents)
+scores.jsonl    results of evaluations of the run's checkpoints, if any
+events.jsonl    events with their times
+logs/           each rank's log of a hung run (trainer/watch)
 tb/             TensorBoard
-pins/           which other runs begin at which of its checkpoints
+pins/           other runs that branch from checkpoints of this run
 checkpoints/step-N/, latest
 """
 
@@ -31,21 +31,21 @@ from allometry.configs.errors import UserError
 from allometry.configs.json_file import parse_object, read_object
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of a disk, or a quota, without room."""
+"""Error numbers of a full disk or an exhausted quota."""
 RETRY_AFTER_S = (0.5, 2.0)
-"""Pauses before a small file that found no room is tried again."""
+"""Pauses before the retries of a small file for which the disk was full."""
 _ABANDONED_S = 3600.0
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
 _LONGEST_NAME = 100
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` so that a reader sees the old or the new, never a half.
+    """Replace the contents of ``path`` by ``text``; readers see the old or the new file, complete.
 
-    Where the disk is full it is tried again ``len(RETRY_AFTER_S)`` times.
+    If the disk is full, the write is retried ``len(RETRY_AFTER_S)`` times.
 
     Raises:
-        OSError: it cannot be written; ``path`` is as it was.
+        OSError: the file cannot be written; ``path`` is unchanged.
     """
     for pause in (*RETRY_AFTER_S, None):
         try:
@@ -72,7 +72,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 class RunFolder:
-    """The paths of a run, and the lock that keeps a second live run out."""
+    """Paths of a run, and the lock that excludes a second live run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -88,17 +88,17 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.latest = self.path / "latest"
         self._lock: IO[str] | None = None
-        self._made: list[Path] = []  # by ``claim``, the deepest first
-        self._written: list[Path] = []  # files that were not there when it was claimed
+        self._made: list[Path] = []  # created by ``claim``, the deepest first
+        self._written: list[Path] = []  # files that did not exist before ``claim``
 
     def log(self, rank: int) -> Path:
-        """Return the log of a rank, which is there once the rank has something to say."""
+        """Return the path of a rank's log, which is created with its first message."""
         return self.path / "logs" / f"rank-{rank}.log"
 
     def claim(self) -> None:
-        """Make the folder and hold its lock until ``release`` or the end of the process.
+        """Create the folder and lock it until ``release`` or the end of the process.
 
-        Raises UserError if another live process holds it or it cannot be made.
+        Raises UserError if another live process has the lock or the folder cannot be created.
         """
         places = (self.checkpoints, self.path, *self.path.parents)
         self._made = [place for place in places if not place.exists()]
@@ -127,17 +127,17 @@ class RunFolder:
         lock.flush()
 
     def release(self) -> None:
-        """Let another run have the folder."""
+        """Release the lock, so that another run can use the folder."""
         if self._lock is not None:
-            with suppress(OSError):  # what it says could not be written: the disk is full
+            with suppress(OSError):  # the lock's text could not be written: the disk is full
                 self._lock.close()
             self._lock = None
 
     def recorded(self) -> dict[str, Any]:
-        """What run.json says; nothing before the first launch.
+        """Return the contents of run.json; empty before the first launch.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: run.json cannot be read.
         """
         if not self.run.exists():
             return {}
@@ -152,10 +152,10 @@ class RunFolder:
             ) from None
 
     def read_latest(self) -> str | None:
-        """Return the name in the ``latest`` pointer; None if nothing was ever saved.
+        """Return the name in the ``latest`` pointer; None before the first save.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the pointer cannot be read.
         """
         try:
             with open(self.latest, encoding="utf-8", errors="replace") as file:
@@ -169,14 +169,14 @@ class RunFolder:
             ) from None
 
     def origin(self) -> dict[str, Any]:
-        """``{"origin": ...}`` as run.json has it, for a run whose first weights were imported."""
+        """Return ``{"origin": ...}`` from run.json for a run with imported weights, else {}."""
         return {key: value for key, value in self.recorded().items() if key == "origin"}
 
     def withdraw(self) -> None:
-        """Release, and leave the place as ``claim`` found it if no run was begun.
+        """Release the lock, and restore the folder to its state before ``claim`` if no run began.
 
-        A run begins with its run.json; a launch that is refused before leaves nothing of its own.
-        One that hung leaves what its watchdog has written.
+        A run begins when run.json is written; a launch refused earlier removes its own files. The
+        log folder of a hung launch is kept.
         """
         begun = self.run.exists() or self.log(0).parent.exists()
         if self._lock is not None and not begun and self.config in self._written:
@@ -185,20 +185,20 @@ class RunFolder:
             if self.checkpoints in self._made:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
             (self.path / "run.lock").unlink(missing_ok=True)
-            with suppress(OSError):  # somebody else has put something there
+            with suppress(OSError):  # another process has added files
                 for place in self._made:
                     if place != self.checkpoints:
                         place.rmdir()
         self.release()
 
     def is_new(self) -> bool:
-        """Whether no run was ever started here."""
+        """Return True if no run was ever started here."""
         return not self.config.exists()
 
     def check_config_is_there(self, first_step: int) -> None:
-        """Raise UserError where a run stands whose config.yaml is gone: it would begin again.
+        """Raise UserError if a run's config.yaml is missing, since the run would start again.
 
-        ``first_step``: of the checkpoint that an interrupted start with another run's leaves.
+        ``first_step``: step of the checkpoint that an interrupted start from another run leaves.
         """
         names = {path.name for path in self.checkpoints.glob("step-*")} - {f"step-{first_step}"}
         if not self.config.exists() and (self.run.exists() or names):
@@ -208,10 +208,10 @@ class RunFolder:
             )
 
     def remove_temporary(self) -> list[str]:
-        """Remove what interrupted atomic writes of a run have left; the names removed.
+        """Remove the files of interrupted atomic writes; return their names.
 
-        The lock must be held. Files that others write too (scores, pins) may be under way, and go
-        when they have not changed for an hour.
+        The lock must be taken. Files that other processes write too (scores, pins) may be in use;
+        they are removed when they have not changed for an hour.
         """
         removed, now = [], time.time()
         for place in (self.path, self.checkpoints, self.path / "pins"):
@@ -227,9 +227,9 @@ class RunFolder:
         return removed
 
     def forget_after(self, step: int) -> int:
-        """Drop metrics rows past ``step`` (they will be computed again); how many there were.
+        """Remove metrics rows past ``step``, which will be recomputed; return their number.
 
-        A torn last line, which a crash while writing leaves, goes too.
+        An incomplete last line, left by a crash, is removed as well.
         """
         _cut(self.loads, step)
         _cut(self.plans, step)
@@ -238,7 +238,7 @@ class RunFolder:
 
 
 def _cut(path: Path, step: int) -> int:
-    """Drop the rows of ``path`` past ``step``; how many there were."""
+    """Remove the rows of ``path`` past ``step``; return their number."""
     if not path.exists():
         return 0
     kept, dropped = [], 0

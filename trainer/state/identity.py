@@ -1,9 +1,8 @@
-"""Which run a checkpoint is of: an identity that is drawn once, kept in run.json and in each
-``complete.json`` of the run.
+"""Identity of a run, drawn once, stored in run.json and in each ``complete.json`` of the run.
 
-It goes where the folder goes: a copy of a run, or one under another name, goes on as the run. A
-branch has an identity of its own, and knows that of the run whose checkpoint it begins with.
-Folders and checkpoints of before there were identities have none, and are not compared.
+The identity moves with the folder: a copied or renamed run continues as the same run. A branch has
+its own identity, and records the identity of the run whose checkpoint it begins with. Folders and
+checkpoints from before identities existed have no identity and are not compared.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ KEY = "identity"
 
 
 class Identity(NamedTuple):
-    """``run`` is the run's own; ``parent`` that of its checkpoint of ``step``, if it branched."""
+    """Identity ``run``; of a branch also its parent's identity and the ``step`` of the branch."""
 
     run: str
     parent: str | None = None
@@ -29,24 +28,24 @@ class Identity(NamedTuple):
 
     @classmethod
     def new(cls) -> Identity:
-        """Draw one."""
+        """Draw a random identity."""
         return cls(uuid.uuid4().hex[:16])
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Identity | None:
-        """Return what run.json says; None: nothing."""
+        """Return the identity in run.json, None if it has no identity."""
         said = record.get(KEY)
         if not isinstance(said, dict) or not isinstance(said.get("run"), str):
             return None
         return cls(said["run"], said.get("parent"), said.get("step"))
 
     def describe(self) -> dict[str, Any]:
-        """Return it for run.json."""
+        """Return the entry for run.json."""
         return {KEY: self._asdict()}
 
 
 def run_of(path: Path) -> str | None:
-    """The identity of the run that wrote a checkpoint; None: it has none, or cannot be read."""
+    """Return the identity of the run that wrote a checkpoint; None if missing or unreadable."""
     try:
         said = read_object(path / COMPLETE).get("run")
     except (OSError, ValueError):
@@ -55,7 +54,7 @@ def run_of(path: Path) -> str | None:
 
 
 def stranger(folder: RunFolder, path: Path, step: int | None) -> str | None:
-    """In a few words, that the checkpoint ``path`` of ``step`` is another run's; None: it is not.
+    """Return in words that the checkpoint of ``step`` belongs to another run, None if it does not.
 
     Raises:
         UserError: run.json of ``folder`` cannot be read.
@@ -72,7 +71,7 @@ def stranger(folder: RunFolder, path: Path, step: int | None) -> str | None:
 
 
 def problem_of(folder: RunFolder, path: Path, *, contents: bool = False) -> str | None:
-    """What is wrong with a checkpoint of the run in ``folder``: damage, or that it is not its own.
+    """Describe a checkpoint's damage or its origin from another run; None for a valid checkpoint.
 
     ``contents``: see ``damage``.
     """
@@ -80,9 +79,9 @@ def problem_of(folder: RunFolder, path: Path, *, contents: bool = False) -> str 
 
 
 def identity_for(folder: RunFolder, path: Path | None, step: int, branched: bool) -> Identity:
-    """The identity of a run that goes on, or begins, at ``path``: the recorded one or a new one.
+    """Return the recorded identity of a run that begins or continues at ``path``, or a new one.
 
-    ``branched``: the checkpoint is that of the run it branches from.
+    ``branched``: the checkpoint is that of the run's parent.
     """
     recorded = Identity.of_record(folder.recorded())
     if recorded is not None:

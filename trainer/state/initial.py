@@ -1,7 +1,7 @@
-"""A new run that begins with a checkpoint of another one, or with a Hugging Face model.
+"""Begin a new run from a checkpoint of another run, or from a Hugging Face model.
 
-It gets a checkpoint ``step-0`` of its own, whose facts say what goes on and where it comes from;
-shards are links. So nothing of what it began with is needed from then on, whatever becomes of it.
+The run gets its own checkpoint ``step-0``, whose facts record the parts that are kept and their
+origin; shards are hard links. The run therefore does not depend on the files it began with.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from allometry.trainer.state.identity import Identity, problem_of
 from allometry.trainer.state.integrity import BLOCK_BYTES, COMPLETE, FACTS, Files, seal
 
 TRAINING_ONLY = ("dropout", "z_loss", "router.balance", "router.z_loss")
-"""Keys of a model that change how it learns and not what it computes."""
+"""Keys of a model that change its training but not its forward pass."""
 
 
 class Imported(NamedTuple):
-    """What a model was made into: shards and their checksums, its origin, its tokenizer.json."""
+    """An imported model: shards and their checksums, its origin, and its tokenizer.json."""
 
     files: Files
     origin: dict[str, Any]
@@ -42,7 +42,7 @@ class Imported(NamedTuple):
 class Importer(Protocol):
     """Writes a Hugging Face model as the shards of a checkpoint (``interop``'s ``import_model``).
 
-    Raises UserError: it is not the model, or its tokenizer not the one, of the run.
+    Raises UserError if the model or its tokenizer differs from that of the run.
     """
 
     def __call__(self, source: Path, config: RunConfig, shards: Path) -> Imported: ...  # noqa: D102
@@ -51,7 +51,7 @@ class Importer(Protocol):
 def initial_facts(
     config: RunConfig, keep: tuple[str, ...], origin: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the checkpoint of a run says that has trained on nothing and read nothing yet (JSON)."""
+    """Return the facts (JSON) of a checkpoint of a run that has not yet trained or read data."""
     return {
         "step": 0,
         "position_sequences": 0,
@@ -65,18 +65,19 @@ def initial_facts(
 
 
 class Chosen(NamedTuple):
-    """The checkpoint that ``run.initial.folder`` and ``step`` mean, and what of it goes on."""
+    """The checkpoint that ``run.initial.folder`` and ``step`` name, and the parts that are kept."""
 
     path: Path
-    facts: dict[str, Any]  # of the run that begins
-    changes: tuple[Difference, ...]  # how its model is trained otherwise
+    facts: dict[str, Any]  # facts of the run that begins
+    changes: tuple[Difference, ...]  # differences in the training of its model
 
 
 def choose_initial(config: RunConfig, initial: Initial) -> Chosen:
-    """Find the checkpoint of another run; nothing is written and no shard is read.
+    """Find the checkpoint of another run, without writing files or reading shards.
 
     Raises:
-        UserError: it is not there or not whole, or the parts to keep do not fit this run.
+        UserError: the checkpoint is missing or incomplete, or the parts to keep do not match this
+            run.
     """
     assert initial.folder is not None
     source, key = RunFolder(initial.folder), f"run.initial.folder={initial.folder}"
@@ -96,7 +97,7 @@ def choose_initial(config: RunConfig, initial: Initial) -> Chosen:
     if problem is not None:
         raise unusable(path, problem)
     before = stored_config(source)
-    # Each as it is in the stage of this step: the last one there, the first one here.
+    # Each config as of the stage of this step: the last stage there, the first one here.
     there = place_of(before, checkpoint.step_of(path)).config
     changes = _check_model(there, config.of_stages()[0], key)
     if "optimizer" in initial.keep:
@@ -121,13 +122,13 @@ def take_initial(
     check: Callable[[dict[str, Any]], None],
     importer: Importer | None,
 ) -> Taken:
-    """Make what ``run.initial`` names a checkpoint of the new ``folder``, not yet under its name.
+    """Make a checkpoint in the new ``folder`` from ``run.initial``, still under a temporary name.
 
-    ``check`` gets the facts before anything is written. Contents of a run's checkpoint are not read
-    here. Raises UserError: see ``choose_initial``; a model cannot be imported.
+    ``check`` receives the facts before anything is written. The contents of a run's checkpoint are
+    not read here. Raises UserError: see ``choose_initial``; also if a model cannot be imported.
     """
     partial = folder.checkpoints / ".step-0.partial"
-    for left in (partial, folder.checkpoints / "step-0"):  # of a launch that ended in between
+    for left in (partial, folder.checkpoints / "step-0"):  # left by an interrupted launch
         shutil.rmtree(left, ignore_errors=True)
     if initial.hf is not None:
         return _imported(partial, config, initial, check, importer)
@@ -149,7 +150,7 @@ def take_initial(
 
 
 def unusable(path: Path, problem: str) -> UserError:
-    """The refusal of a checkpoint that ``run.initial`` names."""
+    """Return the error about a checkpoint that ``run.initial`` names."""
     return UserError(
         f"checkpoint {path} cannot be begun with ({problem}); choose another run.initial.step or "
         "restore it"
@@ -157,7 +158,7 @@ def unusable(path: Path, problem: str) -> UserError:
 
 
 def check_converted(folder: RunFolder, initial: Initial, facts: dict[str, Any]) -> None:
-    """Refuse ``run.initial`` where ``allometry convert`` has put something else into the folder."""
+    """Raise UserError if ``allometry convert`` put another model into the folder."""
     there = Path(facts["origin"]["source"])
     held = f"run.folder={folder.path} holds the model of {there}, which allometry convert put there"
     if initial.hf is None or Path(initial.hf).resolve() != there:
@@ -225,9 +226,9 @@ def _checkpoint(source: RunFolder, initial: Initial, key: str) -> Path:
 
 
 def _check_model(before: RunConfig, config: RunConfig, key: str) -> tuple[Difference, ...]:
-    """What of the model is trained otherwise; a UserError names what makes it another function."""
+    """Return differences in the model's training; raise UserError if its forward pass differs."""
     old, new = (leaves(one.model.model_dump(mode="json")) for one in (before, config))
-    widths = ("num_kv_heads", "head_dim")  # which null stands for, too
+    widths = ("num_kv_heads", "head_dim")  # null has the same meaning as an explicit value
     different = [
         Difference(f"model.{name}", old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())
@@ -267,7 +268,7 @@ def _multipliers(config: RunConfig) -> ForwardScales:
 def _check_optimizer(
     before: RunConfig, config: RunConfig, facts: dict[str, Any], path: Path, key: str
 ) -> None:
-    """Refuse states that are not there, or that this run's update rules do not read."""
+    """Raise UserError if optimizer states are missing or unreadable by this run's update rules."""
     remedy = "take optimizer out of run.initial.keep to begin with fresh states"
     if facts.get("weights_only") and not facts.get("optimizer"):
         raise UserError(

@@ -1,9 +1,9 @@
-"""Whether a checkpoint's files are whole: sizes, and checksums that are made while writing.
+"""Check a checkpoint's files by their sizes and by checksums computed while writing.
 
-``complete.json`` lists every other file with its size and the CRC-32 of each block of
-``block_bytes``, so that ranks can share the reading out evenly, whatever files there are, and of
-each stored tensor (``pieces``), with which ``verified.py`` compares what is loaded. Version 1
-of the format had one CRC-32 for a whole file; such checkpoints are read as files of one block.
+``complete.json`` lists every other file with its size, the CRC-32 of each block of ``block_bytes``,
+so that ranks can divide the reading evenly between them, and the CRC-32 of each stored tensor
+(``pieces``), with which ``verified.py`` checks loaded tensors. Version 1 of the format had one
+CRC-32 per file; such files are read as a single block.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ SHARD_SUFFIX = ".distcp"
 BLOCK_BYTES = 64 << 20
 READ_BYTES = 4 << 20
 TRIES = 2
-"""How often bytes are read before they count as changed: the second time from the disk itself."""
+"""Number of reads before bytes count as changed; the second read bypasses the page cache."""
 
 Files = dict[str, dict[str, Any]]
 """By name: {"bytes": size, "crc32": [of each block], "pieces": CRC-32 of each tensor in hex}."""
 
 
 class Checksum:
-    """The size of what is given to ``update``, the CRC-32 of each block, and of each piece that
-    ends at a ``cut``.
+    """Size of the data passed to ``update``, CRC-32 of each block, and CRC-32 of each piece.
+
+    A piece ends at a ``cut``.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,7 @@ class Checksum:
         self._piece, self._begun = 0, 0
 
     def update(self, data: Any) -> None:
-        """Take the next bytes, in any object with a buffer."""
+        """Add the next bytes, given as any object with a buffer."""
         rest = memoryview(data).cast("B")
         self._piece = zlib.crc32(rest, self._piece)
         while rest:
@@ -70,13 +71,13 @@ class Checksum:
             rest = rest[len(part) :]
 
     def cut(self) -> None:
-        """End a piece here, if anything was given since the last one ended."""
+        """End a piece here, unless no bytes were added since the last cut."""
         if self._bytes > self._begun:
             self._pieces.append(self._piece)
         self._piece, self._begun = 0, self._bytes
 
     def entry(self) -> dict[str, Any]:
-        """What ``complete.json`` says of the file."""
+        """Return the file's entry in ``complete.json``."""
         entry: dict[str, Any] = {"bytes": self._bytes, "crc32": self._blocks or [0]}
         if self._pieces:
             entry["pieces"] = "".join(f"{crc:08x}" for crc in self._pieces)
@@ -84,7 +85,7 @@ class Checksum:
 
 
 class _ChecksumFile(io.BufferedWriter):
-    """A file that is written from its beginning to its end."""
+    """A file written sequentially, with its checksum."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(io.FileIO(path, "wb"))
@@ -97,18 +98,18 @@ class _ChecksumFile(io.BufferedWriter):
         try:
             return super().write(data)
         except OSError as error:
-            self.error = error  # torch's writer says something else of it
+            self.error = error  # torch's writer raises a different error
             raise
 
     @override
     def tell(self) -> int:
-        """Where the file stands, which torch asks before and after each tensor."""
+        """Return the position in the file; torch calls this before and after each tensor."""
         self.checksum.cut()
         return super().tell()
 
 
 class _ChecksumFileSystem(FileSystem):
-    """torch's access to files, with the checksums of what is written."""
+    """torch's file system access, with checksums of the written files."""
 
     def __init__(self) -> None:
         self.checksums: dict[str, Checksum] = {}
@@ -134,7 +135,7 @@ class _ChecksumFileSystem(FileSystem):
 
 
 class ShardWriter(FileSystemWriter):
-    """torch's writer of checkpoint shards, which knows what it wrote without reading it back."""
+    """torch's writer of checkpoint shards, with checksums computed while writing."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync_files=True, overwrite=True)
@@ -154,9 +155,9 @@ def seal(
     block_bytes: int | None = None,
     run: str | None = None,
 ) -> None:
-    """Make a checkpoint of a folder of shards: add the facts and, last, the list of files.
+    """Complete a checkpoint in a folder of shards: write the facts and, last, the list of files.
 
-    ``run``: the identity of the run that writes it (``identity.py``).
+    ``run``: the identity of the run that writes the checkpoint (``identity.py``).
     """
     text = json.dumps(facts, indent=2) + "\n"
     write_atomically(path / FACTS, text)
@@ -169,7 +170,7 @@ def seal(
 
 
 class Block(NamedTuple):
-    """Bytes of a file, and their CRC-32."""
+    """A range of bytes in a file, and its CRC-32."""
 
     name: str
     start: int
@@ -178,14 +179,16 @@ class Block(NamedTuple):
 
 
 def step_named(path: Path) -> int | None:
-    """The step in a checkpoint folder's name; None for a folder of another name."""
+    """Return the step in a checkpoint folder's name; None for a folder with another name."""
     found = re.fullmatch(r"step-(\d+)", path.name)
     return int(found[1]) if found else None
 
 
 class Listing(NamedTuple):
-    """What ``complete.json`` says: the blocks of all files, those of rank 2 before those of 10, and
-    the CRC-32 of each piece of those files whose pieces it knows, in the order of the file.
+    """Contents of ``complete.json``: blocks of all files, and the CRC-32 of each piece of a file.
+
+    Files are in numeric order (rank 2 before rank 10), pieces in the order of the file. Files
+    without recorded pieces are missing in ``pieces``.
     """
 
     blocks: list[Block]
@@ -193,9 +196,9 @@ class Listing(NamedTuple):
 
 
 def listing(path: Path) -> Listing:
-    """What ``complete.json`` of the checkpoint ``path`` lists.
+    """Return the contents of ``complete.json`` of the checkpoint ``path``.
 
-    Raises OSError or ValueError if it cannot be read.
+    Raises OSError or ValueError if the file cannot be read.
     """
     content = read_object(path / COMPLETE)
     named = step_named(path)
@@ -219,7 +222,7 @@ def _listed(content: dict[str, Any]) -> Iterator[Block]:
         size, crcs = entry["bytes"], entry["crc32"]
         if not isinstance(size, int) or size < 0:
             raise ValueError(f"{name} has {size} bytes")
-        if isinstance(crcs, int):  # version 1
+        if isinstance(crcs, int):  # format version 1
             yield Block(name, 0, size, crcs)
             continue
         each = content["block_bytes"]
@@ -229,22 +232,22 @@ def _listed(content: dict[str, Any]) -> Iterator[Block]:
 
 
 def unreadable(name: str, error: OSError | ValueError) -> str:
-    """In a few words, that ``name`` cannot be read, and why."""
+    """Describe in words why ``name`` cannot be read."""
     reason = error.strerror if isinstance(error, OSError) else str(error)
     return f"{name} cannot be read: {reason}"
 
 
 def _present(path: Path) -> list[str]:
-    """What lies in a checkpoint besides its list; not what systems hide there (``.nfs...``)."""
+    """Return a checkpoint's files without its list and without hidden files (``.nfs...``)."""
     names = (file.name for file in path.iterdir())
     return sorted(n for n in names if n == METADATA or not (n == COMPLETE or n.startswith(".")))
 
 
 def damage(path: Path, *, contents: bool) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None if it is whole.
+    """Describe a checkpoint's damage in words; None for an undamaged checkpoint.
 
-    Sizes are always compared, and the checksum of ``trainer.json``; no shard is opened for that.
-    With ``contents`` this process reads every byte, which ``damage_of_contents`` shares out.
+    File sizes and the checksum of ``trainer.json`` are always checked, without opening shards. With
+    ``contents`` this process reads every byte; ``damage_of_contents`` divides this work over ranks.
     """
     try:
         blocks = listing(path).blocks
@@ -272,10 +275,10 @@ def damage(path: Path, *, contents: bool) -> str | None:
 
 
 def damage_of_contents(path: Path, mesh: Mesh) -> str | None:
-    """The first change of a checkpoint's contents that any rank finds; the same on all ranks.
+    """Return the first damage of a checkpoint's contents found by any rank, on all ranks.
 
-    Every rank calls this and reads an equal share of the blocks. Ranks meet every few seconds, so
-    the slowest disk may take its time, and all of them stop once one has found something.
+    Every rank calls this and reads an equal share of the blocks. Ranks synchronize every few
+    seconds, so that a slow disk causes no timeout and all ranks stop after the first damage.
     """
     try:
         steps = _check(path, share(listing(path).blocks, mesh.rank, mesh.world_size))
@@ -295,10 +298,11 @@ def damage_of_contents(path: Path, mesh: Mesh) -> str | None:
 
 
 def share(blocks: list[Block], rank: int, world_size: int) -> list[Block]:
-    """The blocks that one of ``world_size`` ranks checks: equal bytes, to within a block.
+    """Return the blocks that one of ``world_size`` ranks checks: equal bytes, to within a block.
 
-    They follow each other, so that a rank of an unchanged layout mostly reads the file that it
-    loads next, which the system then still holds in memory.
+    The blocks of a rank are contiguous, so that with an unchanged layout a rank mostly reads the
+    file that it loads next, which is then still in the page cache. For example, of four equal
+    blocks and two ranks rank 0 gets the first two.
     """
     total = max(1, sum(block.size for block in blocks))
     mine, before = [], 0
@@ -311,7 +315,7 @@ def share(blocks: list[Block], rank: int, world_size: int) -> list[Block]:
 
 
 def _check(path: Path, blocks: list[Block]) -> Iterator[str | None]:
-    """Read blocks in parts of READ_BYTES; None after each, or what is wrong."""
+    """Read blocks in parts of READ_BYTES; yield None after each part, or a damage in words."""
     for block in blocks:
         for left in reversed(range(TRIES)):
             try:
@@ -329,7 +333,7 @@ def _check(path: Path, blocks: list[Block]) -> Iterator[str | None]:
 
 
 def _crc(path: Path, block: Block) -> Generator[None, None, int | None]:
-    """Read a block, yielding after each part; its CRC-32, None where the file ends within it."""
+    """Read a block, yielding after each part; return its CRC-32, None if the file is too short."""
     with open(path / block.name, "rb") as file:
         file.seek(block.start)
         crc, left = 0, block.size
@@ -340,7 +344,7 @@ def _crc(path: Path, block: Block) -> Generator[None, None, int | None]:
 
 
 def say_healed(file: Path) -> None:
-    """Log that a file was read wrongly once; whichever rank it was, its operator should know."""
+    """Log that a file was read incorrectly once, on the rank where this happened."""
     _log.error(
         "checkpoint %s: %s was read wrongly at first, and rightly from the disk; look at what lies "
         "between",
@@ -349,6 +353,6 @@ def say_healed(file: Path) -> None:
 
 
 def forget(file: Path) -> None:
-    """Let the system drop what it holds of a file in memory, which may be what is wrong."""
-    with suppress(OSError, AttributeError), open(file, "rb") as opened:  # not on every system
+    """Drop a file from the page cache, which may contain the incorrect bytes."""
+    with suppress(OSError, AttributeError), open(file, "rb") as opened:  # missing on some systems
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

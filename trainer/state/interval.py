@@ -1,4 +1,4 @@
-"""How often to save: what the time of saves and the rate of failures say."""
+"""Compute the best interval between saves from their cost and the rate of failures."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from allometry.laws.runs import read_lines
 from allometry.trainer.state.folder import RunFolder
 
 LLAMA3_DEVICE_HOURS = 54 * 24 * 16384 / 419
-"""Device-hours between interruptions of Llama 3's training (arXiv 2407.21783, section 3.3.4): 419
-unexpected ones in 54 days on 16,384 GPUs, about 50,700."""
+"""Device-hours between interruptions of Llama 3's training, about 50,700.
+
+arXiv 2407.21783, section 3.3.4: 419 unexpected interruptions in 54 days on 16,384 GPUs.
+"""
 _BEGINS = ("started", "resumed", "branched")
 _ENDS = ("stopped", "finished")
 
 
 def best_interval_s(cost_s: float, mtbf_s: float) -> float:
-    """Return the seconds of training between two saves that lose least time.
+    """Return the seconds of training between two saves that minimize the lost time.
 
-    A save costs C = ``cost_s`` and a failure, every M = ``mtbf_s`` on average, half an interval.
-    Young (1974, CACM 17(9)): sqrt(2 C M). Daly (2006, FGCS 22(3), equation 37) for C < 2M:
-    sqrt(2 C M) (1 + sqrt(C / 2M) / 3 + C / 18M) - C, else M.
+    A save costs C = ``cost_s``; a failure, every M = ``mtbf_s`` on average, costs half an interval.
+    Young (1974, CACM 17(9)): sqrt(2 C M). Daly (2006, FGCS 22(3), equation 37) for C < 2M: sqrt(2 C
+    M) (1 + sqrt(C / 2M) / 3 + C / 18M) - C, else M. For example, saves of 30 s and one failure a
+    day (``best_interval_s(30.0, 86400.0)``) give 2257 s.
     """
     if cost_s >= 2.0 * mtbf_s:
         return mtbf_s
@@ -30,17 +33,17 @@ def best_interval_s(cost_s: float, mtbf_s: float) -> float:
 
 @dataclass(frozen=True)
 class Uptime:
-    """How long the launches of a run have been training, and how many of them failed."""
+    """Training time of a run's launches, and the number of launches that failed."""
 
     seconds: float = 0.0
     failures: int = 0
 
     @classmethod
     def of(cls, folder: RunFolder) -> Uptime:
-        """Read it from a run's events.jsonl.
+        """Read the uptime from a run's events.jsonl.
 
-        A launch that was followed by another one, and whose last event is neither ``stopped`` nor
-        ``finished``, has failed; it is taken to have lasted to its last event.
+        A launch has failed if another launch followed and its last event is neither ``stopped`` nor
+        ``finished``; its duration is measured up to its last event.
         """
         seconds, failures = 0.0, 0
         begun = newest = None
@@ -60,8 +63,9 @@ class Uptime:
     def mtbf_s(self, world_size: int) -> float:
         """Return the mean time between failures.
 
-        The rate of Llama 3's devices counts as one failure that was seen before this run, so that a
-        run without failures has a rate, and one with many has its own.
+        One failure at the rate of Llama 3's devices is counted in addition to the run's own, so
+        that the estimate is finite without failures, and dominated by the run's own rate after many
+        failures. For example, a new run on 1024 GPUs has 49 hours.
         """
         before = LLAMA3_DEVICE_HOURS * 3600.0 / world_size
         return (before + self.seconds) / (1 + self.failures)

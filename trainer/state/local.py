@@ -1,11 +1,11 @@
-"""Copies of a run's state on the nodes themselves: quick to write, and gone with their node.
+"""Local copies of a run's state on its nodes: quick to write, and lost with their node.
 
 A rank's copy is a checkpoint of its own tensors alone, in the format of ``checkpoint.py`` with its
 checksums: ``<checkpoint.local.folder>/allometry-<user>-<run>/rank-<keeper>/of-<owner>/step-N``. A
-rank keeps its own and, with ``replicate``, that of a rank on the node before. A set is whole where
-there is a copy of every rank, of one step and one launch; only a launch of the same layout and
-world size reads it (``local_choice.py``). It is scratch: the last state of a launch always goes
-into a checkpoint of the run's folder, and nothing refers to a copy.
+rank keeps its own copy and, with ``replicate``, the copy of a rank on the previous node. A set is
+complete if it has a copy of every rank, of one step and one launch; only a launch with the same
+layout and world size reads it (``local_choice.py``). Copies are temporary: the last state of a
+launch is always saved as a checkpoint in the run's folder, and no file refers to a copy.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from allometry.trainer.state.shards import ShardReader, refusal_in
 from allometry.trainer.state.transfer import Parcel, exchange, files_of
 
 COPY = "copy"
-"""What ``trainer.json`` of a copy has besides what a checkpoint's has."""
+"""Key that ``trainer.json`` of a copy has in addition to the keys of a checkpoint."""
 
 
 class Copied(NamedTuple):
-    """How the newest copy ended, on all ranks alike: ``failure`` None where a set is whole.
+    """Result of the newest copy, the same on all ranks; ``failure`` is None for a complete set.
 
     ``lacking``: ranks whose replica could not be written.
     """
@@ -57,7 +57,7 @@ class Copied(NamedTuple):
 
 
 def layout_key(config: RunConfig, plan: RunPlan) -> str:
-    """Return what two launches share whose ranks hold the same parts of the same tensors."""
+    """Return a hash shared by launches whose ranks own the same parts of the same tensors."""
     parallel = config.parallel.model_dump(mode="json", exclude={"timeout_s", "auto"})
     content = {
         "world_size": plan.world_size,
@@ -70,9 +70,9 @@ def layout_key(config: RunConfig, plan: RunPlan) -> str:
 
 
 class LocalCopies:
-    """This rank's part of a run's copies.
+    """This rank's local copies of a run.
 
-    ``key``: see ``layout_key``; ``node_ranks``: ranks on each node.
+    ``key``: see ``layout_key``; ``node_ranks``: number of ranks on each node.
     """
 
     def __init__(
@@ -89,18 +89,18 @@ class LocalCopies:
 
     @property
     def place(self) -> Path:
-        """What this rank keeps."""
+        """Folder of the copies that this rank keeps."""
         return self.folder / f"rank-{self.mesh.rank}"
 
     def copy_of(self, owner: int, step: int) -> Path:
-        """Where this rank keeps the copy of ``owner``."""
+        """Return the path of the copy of ``owner`` that this rank keeps."""
         return self.place / f"of-{owner}" / f"step-{step}"
 
     @classmethod
     def of(cls, config: RunConfig, plan: RunPlan, mesh: Mesh) -> LocalCopies | None:
-        """Return those of a run, None where it asks for none; every rank calls this.
+        """Return the local copies of a run, None if it has none; every rank calls this.
 
-        Ranks on a machine are neighbours, and machines have as many of them.
+        Ranks on a node must be consecutive, and all nodes must have the same number of ranks.
         """
         wanted = config.checkpoint.local
         if wanted is None:
@@ -110,10 +110,10 @@ class LocalCopies:
         return cls(wanted, Path(config.run.folder), layout_key(config, plan), mesh, node_ranks)
 
     def make(self) -> None:
-        """Make the run's folder on this node.
+        """Create the run's folder on this node.
 
         Raises:
-            UserError: it cannot be made, or is not this user's alone.
+            UserError: the folder cannot be created, or other users can write to it.
         """
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
@@ -132,15 +132,14 @@ class LocalCopies:
 
     @staticmethod
     def is_ours(found: os.stat_result) -> bool:
-        """Whether this is a folder in which nobody else can have put anything."""
+        """Return True for a directory of this user that no other user can write to."""
         private = not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and private
 
     def staged(self, state: State) -> State:
-        """Return this rank's tensors in memory that is kept for this; what is stored stays there.
+        """Copy this rank's tensors into reusable host buffers; ``Stored`` tensors stay.
 
-        Nothing may be under way. On CUDA the copies are queued one after the other and waited for
-        once.
+        No write may be running. On CUDA the copies are queued and synchronized once.
         """
         copied: State = {}
         for name, value in here(state).items():
@@ -158,14 +157,14 @@ class LocalCopies:
         return copied
 
     def write(self, step: int, state: State, facts: dict[str, Any], launch: str, run: str) -> None:
-        """In the background, on every rank: write this rank's copy, and hand it to the next node.
+        """Write this rank's copy and send it to the next node, in the background of every rank.
 
-        ``launch``: its name (``local_choice.launch_name``); ``run``: the run's identity.
+        ``launch``: name of the launch (``local_choice.launch_name``); ``run``: the run's identity.
         """
         told = {"rank": self.mesh.rank, "launch": launch, "layout": self.key}
         try:
             self.outcome = self._write(step, state, {**facts, COPY: told}, run)
-        except Exception as error:  # another rank is gone; the run itself will find that
+        except Exception as error:  # another rank has died, which the run will detect itself
             self.outcome = Copied(step, 0.0, 0, Failure.of(error).reason, [])
 
     def _write(self, step: int, state: State, facts: dict[str, Any], run: str) -> Copied:
@@ -175,7 +174,7 @@ class LocalCopies:
         try:
             self._write_own(mine, step, state, facts, run)
             files = files_of(mine)
-        except (Exception, CheckpointException) as error:  # the run must go on
+        except (Exception, CheckpointException) as error:  # the run must continue
             failure = Failure.of(error).reason
         answers = self._gathered((failure, files))
         failure = next((reason for reason, _ in answers if reason), None)
@@ -216,20 +215,20 @@ class LocalCopies:
             raise
 
     def _swap(self, step: int, files: list[list[tuple[str, int]]]) -> str | None:
-        """Hand this rank's copy to the next node and keep that of the one before; why not."""
+        """Send this rank's copy to the next node, keep that of the previous; return a failure."""
         rank, count = self.mesh.rank, self.mesh.world_size
         after, before = (rank + self._shift) % count, (rank - self._shift) % count
         sent = Parcel(after, self.copy_of(rank, step), files[rank])
         return self.receive(sent, before, step, before, files[before])
 
     def send(self, sent: Parcel) -> None:
-        """Send a copy to a rank that ``receive`` s it."""
+        """Send a copy to a rank that calls ``receive``."""
         exchange(self.mesh.checkpoint_group, sent, None)
 
     def receive(
         self, sent: Parcel | None, owner: int, step: int, peer: int, files: list[tuple[str, int]]
     ) -> str | None:
-        """Send a copy, if any, and keep one of ``owner`` that ``peer`` sends; why not, if so."""
+        """Send a copy, if any, and keep a copy of ``owner`` sent by ``peer``; return a failure."""
         path = self.copy_of(owner, step)
         partial = path.with_name(f".{path.name}.partial")
         for old in (partial, path):
@@ -248,15 +247,15 @@ class LocalCopies:
         return None
 
     def forget(self, but: int | None = None) -> None:
-        """Remove what this rank keeps, except for one step's; unfinished copies too."""
+        """Remove this rank's copies, including incomplete ones, except for step ``but``."""
         for path in [*self.place.glob("of-*/step-*"), *self.place.glob("of-*/.step-*")]:
             if path.name != f"step-{but}":
                 shutil.rmtree(path, ignore_errors=True)
 
     def settle(self, step: int | None) -> None:
-        """When a launch has loaded: keep the copies of ``step`` alone, None: none.
+        """Keep only the copies of ``step`` after a launch has loaded them; None removes all.
 
-        Folders of ranks that this launch does not have go, too.
+        Folders of ranks beyond the world size of this launch are removed, too.
         """
         self.forget(but=step)
         for path in self.folder.glob("rank-*"):
@@ -266,16 +265,16 @@ class LocalCopies:
                 shutil.rmtree(path, ignore_errors=True)
 
     def remove(self) -> None:
-        """When all is saved elsewhere: leave nothing of this rank behind."""
+        """Remove all files of this rank once its state is saved elsewhere."""
         shutil.rmtree(self.place, ignore_errors=True)
         try:
-            self.folder.rmdir()  # by the last rank of a node
+            self.folder.rmdir()  # succeeds on the last rank of a node
         except OSError:
             return
 
 
 def here(state: State) -> State:
-    """Return what this rank has of each tensor, in the same memory."""
+    """Return this rank's part of each tensor, in the same memory."""
     parts: State = {}
     for name, value in state.items():
         if not isinstance(value, Stored):
@@ -289,7 +288,7 @@ def here(state: State) -> State:
 
 
 def not_finite(state: State) -> str | None:
-    """Return the name of a tensor in memory with an infinity or a NaN; None: there is none."""
+    """Return the name of a tensor in memory with an infinity or NaN; None if all are finite."""
     for name, value in state.items():
         floats = isinstance(value, Tensor) and value.dtype.is_floating_point and value.itemsize > 1
         if floats and not bool(value.isfinite().all()):
@@ -298,10 +297,10 @@ def not_finite(state: State) -> str | None:
 
 
 def load_copy(path: Path, state: State) -> None:
-    """Fill the tensors of ``state``, whose parts this rank's copy in ``path`` has.
+    """Load this rank's copy in ``path`` into the tensors of ``state``.
 
     Raises:
-        UserError: it has others.
+        UserError: the copy contains other tensors.
     """
     parts = here(state)
     try:

@@ -1,4 +1,4 @@
-"""Finding a whole set of local copies that a launch may go on from."""
+"""Find a complete set of local copies from which a launch can continue."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from allometry.trainer.state.transfer import Parcel, files_of
 
 
 class _Seen(NamedTuple):
-    """A copy that a rank sees on its node, whole by the sizes of its files."""
+    """A copy on the node of rank ``by``, complete according to its file sizes."""
 
     owner: int
     step: int
     launch: str
     by: int
     path: str
-    is_own: bool  # not a replica
+    is_own: bool  # False for a replica
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A set of copies whose contents were checked: ``facts`` as a checkpoint's, ``given`` by owner.
+    """A verified set of copies: ``facts`` as in a checkpoint, ``given`` by owner.
 
-    ``unused``: newer copies, and why none of their sets is whole.
+    ``unused``: newer copies, with the reason why their set is incomplete.
     """
 
     step: int
@@ -47,35 +47,35 @@ class Offer:
 
     @property
     def from_others(self) -> list[int]:
-        """The ranks whose own copy is gone or damaged, and whose replica is used."""
+        """Ranks whose own copy is missing or damaged and whose replica is used."""
         return [seen.owner for seen in self.given if not seen.is_own]
 
 
 @dataclass(frozen=True)
 class Offered:
-    """What there is: the newest whole set, if any, and why newer copies cannot be used."""
+    """Result of the search: the newest complete set, if any, and why newer copies are unusable."""
 
     offer: Offer | None
     unused: tuple[str, ...]
 
 
 def launch_name(folder: RunFolder) -> str:
-    """Return what the copies of the launch that has just been noted in run.json are known by."""
+    """Return the name by which the copies of the newest launch in run.json are identified."""
     return _named(folder.recorded()["launches"][-1]["time"], folder)
 
 
 def _named(time: float, folder: RunFolder) -> str:
-    """By when it began and by what it was told: its description, the batches passed over."""
+    """Identify a launch by its start time, its config and its rewinds."""
     files = (folder.config, folder.rewinds)
     texts = [path.read_bytes() for path in files if path.exists()]
     return f"{time}/{hashlib.sha256(bytes(1).join(texts)).hexdigest()[:16]}"
 
 
 def find(local: LocalCopies, folder: RunFolder, total_steps: int, record_every: int) -> Offered:
-    """Look for the newest set of copies that is whole; every rank calls this, nothing is written.
+    """Find the newest complete set of copies, without writing files; every rank calls this.
 
-    Copies count that were made by a launch of this run as its config.yaml is now, at a step that no
-    later launch began before, and up to which metrics.jsonl has the rows.
+    A set is valid if a launch of this run with the current config.yaml wrote it, if no later launch
+    began at or before its step, and if metrics.jsonl has the rows up to its step.
     """
     mesh = local.mesh
     listed, problems = with_heartbeat(
@@ -111,7 +111,7 @@ def find(local: LocalCopies, folder: RunFolder, total_steps: int, record_every: 
 
 
 def _listed(local: LocalCopies, folder: RunFolder) -> tuple[list[_Seen], list[str]]:
-    """Return the run's copies on this node of this layout, and what is wrong with others."""
+    """Return the run's copies on this node in this layout, and the problems of other copies."""
     found, problems = list[_Seen](), list[str]()
     try:
         if not local.is_ours(local.folder.lstat()):
@@ -143,7 +143,7 @@ def _listed(local: LocalCopies, folder: RunFolder) -> tuple[list[_Seen], list[st
 def _refused(
     folder: RunFolder, keys: set[tuple[int, str]], total_steps: int, record_every: int
 ) -> dict[tuple[int, str], str]:
-    """Return the sets that this run cannot go on from, and why."""
+    """Return the sets from which this run cannot continue, with reasons."""
     if not keys or not folder.config.exists():
         return dict.fromkeys(keys, "the run's folder is new")
     try:
@@ -167,9 +167,9 @@ def _refused(
 
 
 def _whole(seen: Sequence[_Seen], mesh: Mesh, unused: list[str]) -> tuple[_Seen, ...] | None:
-    """Return a copy of each rank whose contents are whole, the owner's if it is, None without.
+    """Return an undamaged copy of each rank, preferably its own; None if a rank has none.
 
-    Every rank checks what it gives.
+    Every rank checks the copies that it provides.
     """
     of: Mapping[int, list[_Seen]] = defaultdict(list)
     for each in sorted(seen, key=lambda e: (not e.is_own, e.by != e.owner, e.by)):
@@ -200,13 +200,13 @@ def _whole(seen: Sequence[_Seen], mesh: Mesh, unused: list[str]) -> tuple[_Seen,
 
 
 def fetch(local: LocalCopies, offer: Offer) -> Path:
-    """Bring each rank's copy to where it keeps its own; every rank calls this.
+    """Bring each rank's copy to the rank's own folder; every rank calls this.
 
     Returns:
-        This rank's copy.
+        Path of this rank's copy.
 
     Raises:
-        UserError: on all ranks; one could not be brought, or written.
+        UserError: a copy could not be transferred or written; raised on all ranks.
     """
     mesh = local.mesh
     on_all_ranks(mesh, local.make, "making folders of local copies")
@@ -244,7 +244,7 @@ def fetch(local: LocalCopies, offer: Offer) -> Path:
 
 
 def _moved(path: Path, place: Path) -> str | None:
-    """Move a copy to where its owner keeps it; why not, if so."""
+    """Move a copy to its owner's folder; return the reason of a failure, else None."""
     try:
         shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Which checkpoints of a run other runs refer to, so that its retention leaves them alone.
+"""Pins: checkpoints of a run that its retention keeps because other runs branch from them.
 
 A pin is a small file in the trunk's ``pins/``, ``step-N.DIGEST.json``, that names the branch's
-folder. It holds for as long as that folder is there, begun (config.yaml) or only described
-(branch.yaml): whoever removes the branch lets go of the checkpoint. Loads nothing heavy.
+folder. It is valid while that folder contains a run (config.yaml) or its description (branch.yaml):
+removing the branch releases the checkpoint. This module imports no heavy packages.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ PINS, DESCRIBED = "pins", "branch.yaml"
 class Pin:
     """A branch in the folder ``by`` that begins at ``step`` of a run.
 
-    ``missing``: neither the branch nor the folder around it is there, as on a disk that is not
-    mounted; such a pin holds.
+    ``missing`` is True if the parent folder of ``by`` does not exist, for example because its disk
+    is not mounted; such a pin stays valid.
     """
 
     step: int
@@ -32,7 +32,7 @@ class Pin:
 
 
 def pin(trunk: Path, step: int, by: Path) -> None:
-    """Have the run in ``trunk`` keep its checkpoint of ``step`` for the branch in ``by``.
+    """Make the run in ``trunk`` keep its checkpoint of ``step`` for the branch in ``by``.
 
     Raises:
         OSError: the trunk's folder cannot be written.
@@ -45,14 +45,14 @@ def pin(trunk: Path, step: int, by: Path) -> None:
 
 
 def pins(trunk: Path) -> list[Pin]:
-    """Return the pins of a run that hold, by step; those of branches that are gone are not."""
+    """Return the valid pins of a run, by step; pins of removed branches are omitted."""
     found = []
     for path in sorted((trunk / PINS).glob("step-*.json")):
         try:
             said = read_object(path)
             step, by = int(said["step"]), Path(said["by"])
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
-            continue  # removed meanwhile, or nobody's
+            continue  # removed meanwhile, or no pin
         missing = not by.parent.is_dir()
         if missing or any((by / name).is_file() for name in ("config.yaml", DESCRIBED)):
             found.append(Pin(step, by, missing))

@@ -1,4 +1,4 @@
-"""Saving and loading states that do not lie on the device, one tensor at a time."""
+"""Save and load states that are not in device memory, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from allometry.optim.offload.held import Stored
 from allometry.parallel.deepspeed.boxes import Stretch
 
 State = dict[str, Tensor | Stored]
-"""What a checkpoint holds, by name."""
+"""Contents of a checkpoint, by name."""
 
 
 def layouts(state: State) -> dict[str, Tensor | Stretch]:
-    """The tensors of ``state``, and for what is stored its layout."""
+    """Return the tensors of ``state``, with the layout in place of a ``Stored`` tensor."""
     return {
         name: value.like if isinstance(value, Stored) else value for name, value in state.items()
     }
 
 
 def _box(value: Stored, data: Tensor, index: MetadataIndex) -> Tensor:
-    """The box of what is stored that ``index`` names: a part of a stretch, or all that is here."""
+    """Return the box of a ``Stored`` tensor at ``index``: a part of a stretch, or all its data."""
     like = value.like
     return like.within(data, index.offset) if isinstance(like, Stretch) else data
 
 
 class Saving(DefaultSavePlanner):
-    """Reads what is stored when it is written to the checkpoint."""
+    """Reads a ``Stored`` tensor from its tier when it is written to the checkpoint."""
 
     def __init__(self, state: State) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Saving(DefaultSavePlanner):
 
 
 class Loading(DefaultLoadPlanner):
-    """Puts what was read from the checkpoint where it is stored, piece by piece."""
+    """Writes each ``Stored`` tensor read from the checkpoint to its tier."""
 
     def __init__(self, state: State) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Loading(DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        # torch makes None of what is no tensor and no plain value.
+        # torch replaces values that are neither tensors nor plain values by None.
         stretches = {k: v for k, v in state_dict.items() if isinstance(v, Stretch)}
         super().set_up_planner(state_dict, metadata, is_coordinator)
         self.state_dict |= stretches

@@ -1,4 +1,4 @@
-"""How a launch goes on with its data: what its checkpoint, or the runs before it, have read."""
+"""Continue a launch's data after the samples read before its checkpoint or by its ancestors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ S = TypeVar("S", bound=Sources)
 
 
 def continued(stream: S, facts: dict[str, Any] | None) -> S:
-    """The data as a run goes on with them at a checkpoint of these ``facts``; None: from nothing.
+    """Return the data as they continue after a checkpoint with these ``facts``; None: a new run.
 
     Raises:
-        UserError: sources of the run are missing, or ``data.continue_sources`` cannot be.
+        UserError: sources of the run are missing, or ``data.continue_sources`` is impossible.
     """
     position = 0
     if facts is not None and not weights_only(facts):
@@ -35,7 +35,7 @@ def continued(stream: S, facts: dict[str, Any] | None) -> S:
 
 
 def read_again(facts: dict[str, Any] | None, stream: Sources) -> list[str]:
-    """The sources whose documents runs that the weights come from have read in this order."""
+    """Return the sources whose documents the weights' earlier runs have read in the same order."""
     again: set[str] = set()
     fingerprints = stream.fingerprints()
     for origin in _ancestors(facts) if weights_only(facts) else ():
@@ -49,7 +49,7 @@ def read_again(facts: dict[str, Any] | None, stream: Sources) -> list[str]:
 def data_events(
     facts: dict[str, Any] | None, stream: Sources
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a launch says of its data: a mixture that changes here, sources that go on."""
+    """Yield events about the data: changed mixture, passed-over samples, continued sources."""
     position = 0
     if facts is not None and not weights_only(facts):
         position = facts["position_sequences"]
@@ -78,17 +78,20 @@ def _with_passed(changes: tuple[Change, ...], facts: dict[str, Any]) -> tuple[Ch
 
 
 def _goes_on(stream: Sources, facts: dict[str, Any] | None) -> bool:
-    """Whether sources of a run that begins go on after what its ancestors have read of them."""
+    """Return True if a new run's sources continue after the samples read by its ancestors."""
     return stream.data.continue_sources or "data" in (facts or {}).get("keep", ())
 
 
 def weights_only(facts: dict[str, Any] | None) -> bool:
-    """Whether a checkpoint holds parameters alone, as ``allometry convert`` makes them."""
+    """Return True for a checkpoint of a run that begins with imported weights, before training.
+
+    ``run.initial`` and ``allometry convert`` write such checkpoints.
+    """
     return bool(facts and facts.get("weights_only", False))
 
 
 def _ancestors(facts: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The runs that imported weights come from, as far as is known, the last first."""
+    """Return the known runs from which imported weights come, the last run first."""
     found = []
     origin = (facts or {}).get("origin")
     while origin:
@@ -98,9 +101,9 @@ def _ancestors(facts: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def standing(config: RunConfig) -> dict[str, Any] | None:
-    """The facts of the checkpoint at which a run stands or would begin, to look at; None: at none.
+    """Return the facts of the checkpoint at which a run is or would begin, for inspection, or None.
 
-    Raises UserError: what ``run.initial.folder`` names cannot be begun with.
+    Raises UserError if the run cannot begin from ``run.initial.folder``.
     """
     folder, parent, initial = RunFolder(config.run.folder), config.run.parent, config.run.initial
     if folder.is_new():
@@ -118,7 +121,7 @@ def standing(config: RunConfig) -> dict[str, Any] | None:
 
 
 def with_reading(facts: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    """Facts that say how data were read: until they did, always as ``config`` declares."""
+    """Return the facts with a ``reading`` entry; older facts were read as ``config`` declares."""
     if "reading" in facts or weights_only(facts):
         return facts
     tokens = facts.get("ledger_tokens", {})

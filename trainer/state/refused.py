@@ -1,7 +1,7 @@
-"""What a conversion into a run's folder leaves when it is refused or cut short.
+"""Files left in a run's folder by a refused or interrupted conversion.
 
-Training in that folder would begin from random weights instead of the model's, so it does not begin
-until the conversion has succeeded or the user has removed what was left.
+Training in that folder would begin from random weights instead of the model's. It is therefore
+refused until the conversion has succeeded or the user has removed these files.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ REFUSED = "conversion_refused.json"
 
 
 def partial_of(folder: Path) -> Path:
-    """Where a conversion writes what becomes ``folder`` when it is whole."""
+    """Return the temporary path of a conversion, which is renamed to ``folder`` when complete."""
     return folder.with_name(folder.name + ".partial")
 
 
 def mark_refused(folder: Path, source: Path, reason: str) -> None:
-    """Note in ``folder``, unless it holds a run, that it was to be the model in ``source``."""
+    """Note in ``folder``, unless it contains a run, a refused conversion of ``source``."""
     if RunFolder(folder).is_new():
-        with suppress(OSError):  # the refusal itself is what matters
+        with suppress(OSError):  # the refusal itself must still be reported
             folder.mkdir(parents=True, exist_ok=True)
             note = {"source": str(source), "reason": reason}
             write_atomically(folder / REFUSED, json.dumps(note, indent=2) + "\n")
 
 
 def check_not_refused(folder: RunFolder) -> None:
-    """Raise UserError if a new run would begin where a conversion was refused or cut short."""
+    """Raise UserError if a new run would begin in the folder of a failed conversion."""
     note, partial = folder.path / REFUSED, partial_of(Path(folder.path.absolute()))
     if RunFolder(partial).checkpoints.exists():
         raise UserError(

@@ -1,8 +1,8 @@
-"""Checkpoints in object stores, reached through fsspec.
+"""Store checkpoints in object stores through fsspec.
 
-``<url>/step-N/`` has the files of a checkpoint, and in ``record/`` those of the run's folder as
-they were when it was saved. ``upload.json``, which lists all with their sizes, is written last:
-without it the rest counts for nothing. Where one is removed, it goes first.
+``<url>/step-N/`` contains the files of a checkpoint and, in ``record/``, the files of the run's
+folder at the time of the save. ``upload.json``, which lists all files with their sizes, is written
+last and removed first: an upload without it is ignored.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ RECORDS = (
     *("config.yaml", "run.json", "metrics.jsonl", "events.jsonl", "expert_load.jsonl"),
     *("plans.jsonl", "scores.jsonl", TOKENIZER, *BESIDE),
 )
-"""What of a run's folder belongs to it besides checkpoints."""
+"""Files of a run's folder that are uploaded with a checkpoint."""
 _PIECE_BYTES = 16 << 20
 
 
 class Store(NamedTuple):
-    """A run's place in an object store."""
+    """A run's location in an object store."""
 
     url: str
     fs: Any  # fsspec's AbstractFileSystem
@@ -42,10 +42,10 @@ class Store(NamedTuple):
 
     @classmethod
     def of(cls, url: str, key: str) -> Store:
-        """Return the place that ``url`` names; ``key``: what the user has said it with.
+        """Return the location ``url``; ``key`` is the config key that contains it, for messages.
 
         Raises:
-            UserError: fsspec knows no such place, or a package for it is not installed.
+            UserError: fsspec does not support the URL, or a required package is not installed.
         """
         try:
             fs, root = fsspec.core.url_to_fs(url)
@@ -55,11 +55,11 @@ class Store(NamedTuple):
         return cls(url, fs, root.rstrip("/"))
 
     def at(self, step: int, *names: str) -> str:
-        """Return the name of an object of a step."""
+        """Return the path of an object of a step."""
         return "/".join((self.root, f"step-{step}", *names))
 
     def steps(self) -> list[int]:
-        """Return the steps whose uploads are whole, the oldest first."""
+        """Return the steps with complete uploads, the oldest first."""
         self.fs.invalidate_cache()
         try:
             found = self.fs.ls(self.root, detail=False)
@@ -70,11 +70,11 @@ class Store(NamedTuple):
         return [step for step in steps if self.fs.exists(self.at(step, LISTED))]
 
     def put(self, step: int, files: list[Local]) -> None:
-        """Copy files there, and then their list.
+        """Upload files, and then their list.
 
-        Raises OSError, or what the store's client raises.
+        Raises OSError, or an exception of the store's client.
         """
-        self.remove(step)  # of an upload that was cut short, or before the run went back
+        self.remove(step)  # left by an interrupted upload, or from before a rewind
         self.fs.makedirs(self.at(step, RECORD), exist_ok=True)
         listed = {}
         for file in files:
@@ -102,7 +102,7 @@ class Store(NamedTuple):
 
 
 class Local(NamedTuple):
-    """A file to upload: its first ``nbytes``, as ``name``."""
+    """A file to upload: its first ``nbytes`` bytes, as ``name``."""
 
     name: str
     path: Path
@@ -110,7 +110,7 @@ class Local(NamedTuple):
 
 
 def to_upload(folder: RunFolder, checkpoint: Path) -> Iterator[Local]:
-    """Yield the files of a checkpoint and of its run's record, as long as they are now."""
+    """Yield the files of a checkpoint and of its run's record, with their current sizes."""
     for path in sorted(checkpoint.iterdir()):
         yield Local(path.name, path, path.stat().st_size)
     for name in RECORDS:
@@ -120,13 +120,13 @@ def to_upload(folder: RunFolder, checkpoint: Path) -> Iterator[Local]:
 
 
 def fetch(store: Store, folder: Path, step: int | None) -> int:
-    """Make a run's folder of an upload, the newest whole one without ``step``.
+    """Download an upload into a new run folder; without ``step`` the newest complete upload.
 
     Returns:
-        Its step.
+        The step of the upload.
 
     Raises:
-        UserError: ``folder`` is there, there is no such upload, or it is damaged.
+        UserError: ``folder`` exists, or the upload is missing or damaged.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; name a folder that is not")

@@ -1,4 +1,4 @@
-"""Deciding what a launch does with the folder it finds."""
+"""Decide how a launch continues in its run folder."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ _SETTLED = ("model", "parameterization")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a launch begins: ``checkpoint`` is None for a run that starts from nothing.
+    """State from which a launch begins; ``checkpoint`` is None with random initial weights.
 
-    ``branched``: it was just taken over from the run that ``run.parent`` names. ``changes``: what
-    the description has otherwise from here on, and ``overrides`` for how many parameters.
-    ``next_stage``: it was just saved, and the launch goes on in another stage. ``identity``: of the
-    run. ``new``: the folder is. Before ``enter`` the checkpoint of another run has no name there
-    yet, and nothing is abandoned or dropped. ``offer``: the local copies of which ``checkpoint`` is
-    this rank's, while ``saved`` is the newest checkpoint of the folder; ``unused``: why others are
-    not.
+    ``branched``: the checkpoint was just taken over from ``run.parent``. ``changes``: config
+    differences from here on; ``overrides``: number of parameters that changed overrides affect.
+    ``next_stage``: the checkpoint was just saved, and the launch continues in the next training
+    stage. ``identity``: of the run. ``new``: the folder is new. Before ``enter`` the checkpoint of
+    another run has a temporary name, and no checkpoint is abandoned and no row dropped. ``offer``:
+    the local copies, of which ``checkpoint`` is this rank's, while ``saved`` is the newest
+    checkpoint of the folder; ``unused``: why other copies are not used.
     """
 
     checkpoint: Path | None
@@ -71,24 +71,24 @@ class Start:
 
     @property
     def saved_step(self) -> int | None:
-        """The step of the newest checkpoint; None without one that holds what was trained."""
+        """Step of the newest checkpoint of a trained state; None without one."""
         if self.offer is None:
             return self.step or None
         return None if self.saved is None else checkpoint.step_of(self.saved) or None
 
     @property
     def step(self) -> int:
-        """Steps already taken."""
+        """Number of steps already taken."""
         return int(self.facts["step"]) if self.facts else 0
 
     @property
     def weights_only(self) -> bool:
-        """Whether the checkpoint holds parameters alone, as ``allometry convert`` makes them."""
+        """True if the run begins with imported weights: see ``reading.weights_only``."""
         return weights_only(self.facts)
 
 
 def start_events(config: RunConfig, start: Start) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what the record says of how a launch begins."""
+    """Yield the events that record the beginning of a launch."""
     parent, facts = config.run.parent, start.facts or {}
     told = ("run", "source", "step", "hash")
     if start.weights_only:
@@ -114,19 +114,19 @@ def start_events(config: RunConfig, start: Start) -> Iterator[tuple[str, dict[st
 
 @dataclass(frozen=True)
 class _Choice:
-    """What a launch would begin from; of ``path`` only the sizes have been looked at.
+    """Candidate state for a launch; of the checkpoint ``path`` only file sizes were checked.
 
-    In a ``new`` folder it is another run's checkpoint, linked there but not yet under its name.
+    In a ``new`` folder the checkpoint is linked from another run, under a temporary name.
     """
 
     path: Path | None
     facts: dict[str, Any] | None
     new: bool = False
-    copies: tuple[tuple[Path, Path], ...] = ()  # from and to: what could not be linked
+    copies: tuple[tuple[Path, Path], ...] = ()  # (source, target) of files that could not be linked
     changes: tuple[Difference, ...] = ()
     tokenizer: Path | None = None
     overrides: dict[str, int] = field(default_factory=dict)
-    offer: Offer | None = None  # newer local copies, whose facts these are
+    offer: Offer | None = None  # newer local copies, to which the facts belong
 
     @classmethod
     def of(cls, taken: Taken, facts: dict[str, Any], overrides: dict[str, int]) -> _Choice:
@@ -145,18 +145,18 @@ def begin(
     importer: Importer | None = None,
     local: LocalCopies | None = None,
 ) -> Start:
-    """Claim the folder and find where to continue; every rank calls this, and ``enter`` once the
-    checkpoint is loaded.
+    """Claim the folder and choose the state to continue from; every rank calls this.
 
-    ``check`` gets the data as the run would go on with them (``continued``) and may refuse them;
-    ``importer`` reads the model that ``run.initial.hf`` names.
+    The caller calls ``enter`` after loading the checkpoint. ``check`` receives the data as the run
+    would continue with them (``continued``) and may raise UserError; ``importer`` reads the model
+    of ``run.initial.hf``.
 
-    The main rank chooses a checkpoint by sizes, and all ranks read their shares of its contents. A
-    whole set of ``local`` copies is taken where it is newer.
+    The main rank chooses a checkpoint by file sizes, and all ranks check their shares of its
+    contents. A complete set of ``local`` copies is preferred if it is newer.
 
-    Raises UserError on all ranks: the folder is in use, must be new and is not, its checkpoint (or
-    that of the run it branches from) is damaged or gone, ``stop_at_step`` is past, or the
-    configuration changes what may not change. What a run has is as it was.
+    Raises UserError on all ranks: the folder is in use, or not new as required; its checkpoint (or
+    its parent's) is damaged or missing; ``stop_at_step`` has passed; or the config changes a key
+    that may not change. The files of the run are unchanged then.
     """
     try:
         offered = Offered(None, ())
@@ -197,7 +197,7 @@ def begin(
 
 
 def written(folder: RunFolder, work: Callable[[], T]) -> T:
-    """Do what writes into the folder; what the system says against it is a UserError."""
+    """Run ``work``, which writes into the folder; turn an OSError into a UserError."""
     try:
         return work()
     except OSError as error:
@@ -205,7 +205,7 @@ def written(folder: RunFolder, work: Callable[[], T]) -> T:
 
 
 def next_stage(folder: RunFolder, before: Start, step: int, mesh: Mesh) -> Start:
-    """Return where the stage begins that follows ``step``, at the checkpoint just saved there."""
+    """Return the start of the training stage after ``step``, from the checkpoint just saved."""
     path = folder.checkpoints / f"step-{step}"
     facts = from_main_rank(mesh, lambda: checkpoint.read_facts(path), "reading a checkpoint")
     return Start(path, facts, [], [], 0, before.identity, next_stage=True)
@@ -220,7 +220,7 @@ def _choose(
     importer: Importer | None,
     offer: Offer | None,
 ) -> _Choice:
-    """Claim the folder and choose what to begin from, without reading a shard."""
+    """Claim the folder and choose the state to begin from, without reading shards."""
 
     def accept(facts: dict[str, Any], before: RunConfig) -> None:
         check_read(config, facts, stream.fingerprints())
@@ -244,7 +244,7 @@ def _choose(
             "folder or use run.resume=auto"
         )
     old = stored_config(folder)
-    # A launch that was told to go back has done so: the same command then goes on from there.
+    # A rewind by run.resume is done once: the same command then continues from there.
     back = resume != old.run.resume and resume != "auto"
     path = checkpoint.choose(folder, resume if back else "auto")
     if back or (offer and path and checkpoint.step_of(path) >= offer.step):
@@ -259,7 +259,7 @@ def _choose(
         check_unchanged(old, config, facts["step"])
         accept(facts, old)
         return replace(_going_on(folder, old, config, path, facts), offer=offer)
-    # Nothing was trained on imported weights yet: only their own description is settled.
+    # Imported weights are not yet trained: only the keys that describe them may not change.
     settled = (*_SETTLED, "optimizer.kind") if facts.get("optimizer") else _SETTLED
     if old.run.initial is not None:
         settled = (*settled, "run.initial")
@@ -273,7 +273,7 @@ def _choose(
 def _going_on(
     folder: RunFolder, old: RunConfig, config: RunConfig, path: Path | None, facts: dict[str, Any]
 ) -> _Choice:
-    """The choice of a run's own checkpoint, with what changes there."""
+    """Return the choice of a run's own checkpoint, with the config changes at its step."""
     step = facts["step"]
     _check_rows(folder, step)
     if _is_first(folder, config):
@@ -292,7 +292,7 @@ def _choose_new(
     check: Callable[[Sources], None],
     importer: Importer | None,
 ) -> _Choice:
-    """Choose what a new run begins from, and link it into the folder."""
+    """Choose the state from which a new run begins, and link its files into the folder."""
     parent, initial = config.run.parent, config.run.initial
     if parent is not None:
         _check_stop(folder, parent.step, stop_at_step)
@@ -311,7 +311,7 @@ def _choose_new(
 
 
 def _start(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str | None) -> Start:
-    """Where the launch would begin; ``problem`` is what is wrong with contents."""
+    """Return the start of the launch; ``problem`` describes damaged contents, None if undamaged."""
     path = choice.path
     step = int(choice.facts["step"]) if choice.facts else 0
     if path is not None and problem is not None:
@@ -341,7 +341,7 @@ def _start(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str |
 
 
 def _is_first(folder: RunFolder, config: RunConfig) -> bool:
-    """Whether no launch of a branch has come as far as its record, be it that one was killed."""
+    """Return True if no launch of a branch has yet written its record, even if one was killed."""
     return config.run.parent is not None and not folder.run.exists()
 
 
@@ -352,7 +352,7 @@ def _parent_of(config: RunConfig) -> RunConfig | None:
 
 
 def _discarded(config: RunConfig, choice: _Choice, path: Path, problem: str) -> UserError:
-    """Remove what was linked of another run's checkpoint; the refusal of that."""
+    """Remove the linked files of another run's checkpoint; return the error about it."""
     if config.run.parent is not None:
         return discard(path, config.run.parent, problem)
     assert choice.facts is not None

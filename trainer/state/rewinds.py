@@ -1,8 +1,9 @@
-"""Going back to a checkpoint after bad steps, with the batches after it passed over.
+"""Rewind a run to a checkpoint after bad steps, and pass over the batches after it.
 
-``rewinds.json`` in the run's folder has an entry for each time: the ``step`` of the checkpoint, how
-many ``samples`` after it are passed over, and the ``bad_steps``. A launch that begins at that
-checkpoint passes them over (``with_passed``); later ones say it among the mixture's changes.
+``rewinds.json`` in the run's folder has an entry for each rewind: the ``step`` of the checkpoint,
+the number of ``samples`` after it that are passed over, and the ``bad_steps``. A launch that begins
+at that checkpoint passes over these samples (``with_passed``); later launches read them from the
+mixture's changes.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def go_back(
 ) -> None:
     """Let the next launch begin at the newest checkpoint before ``bad_steps``.
 
-    Batches up to the last bad step, or ``skip_batches`` if these are more, are passed over. Every
-    rank calls it.
+    The batches up to the last bad step are passed over, or ``skip_batches`` batches if these are
+    more. Every rank calls this.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -54,7 +55,7 @@ def go_back(
     policy = config.training.bad_steps
     assert policy is not None
     assert policy.rewind is not None
-    if local is not None:  # of steps that will be taken again
+    if local is not None:  # copies of steps that will be repeated
         on_all_ranks(mesh, local.forget, "removing local copies")
     choose = partial(_choose, folder, policy.rewind, batch, bad_steps)
     entry = from_main_rank(mesh, choose, "going back to a checkpoint")
@@ -63,7 +64,7 @@ def go_back(
 
 
 def not_new(config: RunConfig) -> RunConfig:
-    """Return the description of a run whose folder is no longer new."""
+    """Return the config of a run whose folder is no longer new."""
     if config.run.resume != "never":
         return config
     return config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
@@ -84,14 +85,14 @@ def _choose(
     last = max(bad_steps[-1], step + rewind.skip_batches)
     samples = batch.sequences_before(last + 1) - batch.sequences_before(step + 1)
     entry = {"step": step, "samples": samples, "bad_steps": list(bad_steps)}
-    # Killed in between, the run goes on from there, meets the same steps and comes here again.
+    # If killed between these writes, the run repeats the same steps and rewinds again.
     write_atomically(folder.latest, whole[-1].name + "\n")
     _write(folder, [*rewinds(folder), entry])
     return entry
 
 
 def rewinds(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return how a run went back so far.
+    """Return the rewinds of a run so far.
 
     Raises:
         UserError: the file cannot be read.
@@ -116,7 +117,7 @@ def with_passed(folder: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def forget_after(folder: RunFolder, step: int) -> None:
-    """Pass nothing over after the checkpoints past ``step``, to which the run goes back."""
+    """Clear the samples of rewinds past ``step`` when the run is continued from ``step``."""
     found = rewinds(folder)
     if any(one["step"] > step and one["samples"] for one in found):
         _write(folder, [one | {"samples": 0} if one["step"] > step else one for one in found])

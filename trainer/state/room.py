@@ -1,4 +1,4 @@
-"""Which checkpoints a run makes and keeps, and whether its disk has room for them."""
+"""Determine the checkpoints that a run saves and keeps, and check the free disk space."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ from allometry.scaling.inventory import inventory
 from allometry.scaling.update_rules import state_bytes
 
 _FP32 = 4
-_HEADERS = 3 << 10  # of a parameter and its states in torch's files, at least (measured)
+_HEADERS = 3 << 10  # minimum per parameter and its states in torch's files (measured)
 _log = logging.getLogger(__name__)
 
 
 def due(config: CheckpointConfig, step: int) -> bool:
-    """Whether a checkpoint is made at ``step``, though it is not the launch's last."""
+    """Return True if the config requests a checkpoint at ``step``, apart from the launch's last.
+
+    For example, ``every_steps: 100`` requests checkpoints at steps 100, 200 and so on.
+    """
     every = config.every_steps
     return step in config.keep_steps or (every is not None and step % every == 0)
 
 
 def stays(config: CheckpointConfig, step: int) -> bool:
-    """Whether the checkpoint of ``step`` is kept when newer ones are made."""
+    """Return True if the checkpoint of ``step`` is kept when newer ones are saved.
+
+    For example, ``keep_every_steps: 1000`` keeps the checkpoints of steps 1000, 2000 and so on.
+    """
     every = config.keep_every_steps
     return step in config.keep_steps or (every is not None and step % every == 0)
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Bytes of a checkpoint: parameters and what the optimizer keeps of each, in any layout."""
+    """Return the bytes of a checkpoint (parameters and optimizer states), in any layout."""
     total, states = 0, config.parallel.zero.optimizer_states
     values = 1 if states is None or states.update == "exact" else 2
     for spec in inventory(config.model):
@@ -41,9 +47,9 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that the file system of ``path`` has left; None where it does not say.
+    """Return the free bytes of the file system of ``path``; None if unknown.
 
-    A quota is not seen.
+    Quotas are not taken into account.
     """
     try:
         found = os.statvfs(path)
@@ -53,15 +59,15 @@ def free_bytes(path: Path) -> int | None:
 
 
 def megabytes(size: int) -> str:
-    """A size as people read it."""
+    """Format a size, such as "12.5 MB" or "3.2 GB"."""
     return f"{size / 1e6:,.3g} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
 
 
 def check_room(folder: Path, config: RunConfig, there: int, step: int, total_steps: int) -> None:
-    """See that the run, which stands at ``step`` with ``there`` checkpoints, can save.
+    """Check that a run at ``step`` with ``there`` checkpoints has disk space for its saves.
 
-    Warns where the next one fits, but not all that are to lie there at once. Raises UserError: not
-    even that one fits.
+    Logs a warning if the next checkpoint fits but not all that will exist at the same time. Raises
+    UserError if the next checkpoint does not fit.
     """
     needed, free = checkpoint_bytes(config), free_bytes(folder)
     if free is None:
@@ -74,7 +80,7 @@ def check_room(folder: Path, config: RunConfig, there: int, step: int, total_ste
     wanted = config.checkpoint
     made = [s for s in range(step + 1, total_steps + 1) if due(wanted, s) or s == total_steps]
     kept = sum(stays(wanted, s) for s in made)
-    # One more than are kept, while it is being written.
+    # The checkpoint being written needs space in addition to the kept ones.
     count = len(made) if wanted.every_minutes is None else total_steps - step
     most = min(count, kept + max(1, wanted.keep_last + 1 - there))
     if free < most * needed:

@@ -1,4 +1,4 @@
-"""Whether the files that a run reads are those which its steps have read."""
+"""Check that a run still reads the same files as in the steps taken."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from allometry.optim.schedule import schedules_of
 
 
 def check_read(config: RunConfig, facts: dict[str, Any], fingerprints: dict[str, Any]) -> None:
-    """Refuse files that are no longer those which the steps taken have read."""
+    """Raise UserError if the data or the schedule file differ from those of the steps taken."""
     _check_schedule_file(config, facts)
     _check_data(facts, fingerprints)
 
 
 def _check_schedule_file(config: RunConfig, facts: dict[str, Any]) -> None:
-    """Refuse a refined schedule whose file is no longer what the steps taken have read."""
+    """Raise UserError if the file of a refined schedule differs from that of the steps taken."""
     stages = config.of_stages()
     if not any(one.schedule.reads_file for one in stages) or facts.get("weights_only", False):
         return
@@ -36,10 +36,10 @@ def _check_schedule_file(config: RunConfig, facts: dict[str, Any]) -> None:
 
 
 def rates_since(config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
-    """The step after which rates are those of this description, and S1 there.
+    """Return the step after which rates follow this config's schedule, and S1 at that step.
 
-    0 but where a run branched with another ``optimizer.lr`` or ``schedule``, as the facts of its
-    checkpoints say from there on.
+    The step is 0 unless the run branched with another ``optimizer.lr`` or ``schedule``; the facts
+    of its checkpoints then record the step.
     """
     parent = config.run.parent
     if parent is not None and int(facts["step"]) != parent.step:
@@ -59,7 +59,7 @@ def _check_data(facts: dict[str, Any], fingerprints: dict[str, Any]) -> None:
                 "started with (another score file, keep or side); restore it or choose another "
                 "run.folder"
             )
-        if found != known:  # whether one may be missing say the samples
+        if found != known:  # missing sources are checked with the samples
             raise UserError(
                 f"the token files of data source {name!r} are not the ones this run was started "
                 f"with ({found} instead of {known}); restore them or choose "

@@ -1,10 +1,10 @@
-"""Reading shards of a checkpoint without believing what stands in it.
+"""Read shards of an untrusted checkpoint.
 
-torch writes ``.metadata``, which says where each tensor lies, by pickle, and reads it by a call
-that runs whatever a file names. Here only the few classes of which it is made are looked up, and
-what it says is compared with the files of the folder before any tensor is allocated: where every
-piece lies, and that it is as large as its shape asks. What is read of these files is compared
-with ``complete.json`` (``verified.py``).
+torch writes ``.metadata``, the index of the tensors, by pickle, and reads it with a call that can
+execute arbitrary code. This reader unpickles only the few classes used in the index, and checks the
+index against the files of the folder before any tensor is allocated: each piece must be inside its
+file and as large as its shape requires. The bytes read are compared with ``complete.json``
+(``verified.py``).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _CLASSES = {
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
     "collections": {"OrderedDict"},
 }
-"""What torch's metadata of tensors is made of; none of these does anything but hold values."""
+"""Classes in torch's tensor metadata; all of them only store values."""
 
 MOST_METADATA_BYTES = 1 << 30
 
@@ -68,10 +68,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 class ShardReader(FileSystemReader):
-    """torch's reader of the shards in ``path``, for checkpoints that anybody may have written.
+    """torch's reader of the shards in ``path``, for checkpoints from untrusted sources.
 
-    Raises UserError where the metadata cannot be read, name anything but tensors and their places,
-    or do not fit the files; and where a file is not read as it was written.
+    Raises UserError if the metadata cannot be read, contain other objects than tensors and their
+    locations, or do not match the files; and if the bytes read differ from those written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,7 +81,7 @@ class ShardReader(FileSystemReader):
 
     @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return where each tensor lies."""
+        """Return the metadata, with the location of each tensor."""
         place = self._folder / METADATA
         try:
             if place.stat().st_size > MOST_METADATA_BYTES:
@@ -100,9 +100,9 @@ class ShardReader(FileSystemReader):
 
     @override
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill what the plan asks for, file by file and from the beginning of each to its end.
+        """Load the tensors of the plan, reading each file sequentially.
 
-        Takes memory for twice the largest stored tensor, which is a rank's part of one.
+        Needs memory for twice the largest stored tensor, which is one rank's part of a tensor.
         """
         wanted: dict[str, dict[Span, list[ReadItem]]] = defaultdict(lambda: defaultdict(list))
         for item in plan.items:
@@ -129,13 +129,13 @@ class ShardReader(FileSystemReader):
 
 
 def refusal_in(error: CheckpointException) -> UserError | None:
-    """The first UserError among what ranks have met while loading, without torch's words for it."""
+    """Return the first UserError among the failures of all ranks, without torch's wrapping."""
     failures = [failure for failure, _ in error.failures.values()]
     return next((failure for failure in failures if isinstance(failure, UserError)), None)
 
 
 def _fill(planner: LoadPlanner, item: ReadItem, stored: torch.Tensor) -> None:
-    """Copy the part that ``item`` asks for out of what is stored."""
+    """Copy the part of ``stored`` that ``item`` requests into its target."""
     part = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
     target = planner.resolve_tensor(item).detach()
     if target.size() != part.size():
@@ -153,7 +153,7 @@ _MALFORMED = (
 
 
 def _check(found: Any, files: Mapping[str, int]) -> None:
-    """Raise ValueError for metadata that are not those of tensors within ``files``."""
+    """Raise ValueError if the metadata do not describe tensors within ``files``."""
     if not isinstance(found, Metadata):
         raise ValueError(f"it holds a {type(found).__name__}")
     tensors, places = found.state_dict_metadata, found.storage_data

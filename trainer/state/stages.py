@@ -1,4 +1,4 @@
-"""What is said of a run's stages. Without torch."""
+"""Describe the training stages of a run, without importing torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from allometry.scaling.stages import StagePlace
 from allometry.trainer.state.changed import leaves
 
 NOT_CHANGES = ("training.total_steps", "training.total_tokens")
-"""What every stage has of its own."""
+"""Keys that differ in every training stage."""
 
 
 def stage_facts(config: RunConfig, place: StagePlace) -> dict[str, Any]:
-    """Return where a stage lies and what it changes: what the event says with which it begins."""
+    """Return the facts of the event at the beginning of a stage: its steps, tokens and changes."""
     before = config if place.number == 1 else config.of_stages()[place.number - 2]
     was, now = leaves(before.model_dump(mode="json")), leaves(place.config.model_dump(mode="json"))
     changes = {

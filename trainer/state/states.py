@@ -1,5 +1,7 @@
-"""Loading optimizer states that a checkpoint keeps otherwise than this run: fp32, FP8, or FP8 whose
-groups end elsewhere because another layout cut the columns."""
+"""Load optimizer states that a checkpoint stores in another format than the run.
+
+Formats are fp32, FP8, and FP8 with other groups because another layout divided the columns.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,14 @@ from allometry.trainer.state.planners import State
 from allometry.trainer.state.shards import ShardReader
 
 READ_BYTES = 1 << 30
-"""States of a rank that are read before they are converted, at most or one larger."""
+"""Bytes of a rank's states that are read before conversion; a single larger state is allowed."""
 
 
 class Loaded(NamedTuple):
-    """``converted``: how many states, by "from -> to"; the same on all ranks of a stage.
-    ``begun``: parameters of which the checkpoint has no states, as they were frozen.
+    """Result of loading.
+
+    ``converted``: number of states by "from -> to", the same on all ranks of a pipeline stage.
+    ``begun``: parameters without states in the checkpoint, because they were frozen.
     """
 
     converted: dict[str, int]
@@ -36,15 +40,16 @@ class Loaded(NamedTuple):
 
 
 def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> Loaded:
-    """Fill ``state`` in place: all of a run, what its optimizer remembers among it.
+    """Load the full state of a run, including optimizer states, into ``state`` in place.
 
-    ``names`` are those of parameters. Every rank calls this. What the checkpoint keeps in the same
-    way is filled bit by bit; other states are read as they are there and rounded to the nearest,
-    some at a time, whether they lie on the device or in a tier. Parameters of which the checkpoint
-    has no states keep those that they have: they begin as in a first step.
+    ``names`` are the parameters' names. Every rank calls this. States in the same format are loaded
+    bit for bit; other states are read in their stored format, converted and rounded to nearest, a
+    batch at a time, on the device or in an offload tier. Parameters without states in the
+    checkpoint keep their initial states, as in a first step. For example, 8 states of an FP8
+    checkpoint resumed in fp32 give ``converted={"fp8 -> fp32": 8}``.
 
     Raises:
-        UserError: the checkpoint keeps states in FP8, and the engine of the run is DeepSpeed.
+        UserError: the checkpoint stores states in FP8, and the run uses the DeepSpeed engine.
     """
     there = ShardReader(path).read_metadata().state_dict_metadata
     prefixes = {f"optimizer.{name}.": parameter for parameter, name in names.items()}
@@ -53,7 +58,7 @@ def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> L
     away = {f"{other.prefix}{name}" for other in others for name in other.held}
     begun = [prefix for prefix in prefixes if held[prefix] and not saved[prefix]]
     away |= {f"{prefix}{name}" for prefix in begun for name in held[prefix]}
-    # Rounding at random begins to count, and updates begin to come late.
+    # Stochastic rounding starts its step count, and delayed updates begin.
     delayed = [p for p in prefixes if LATE in held[p] and LATE not in saved[p]]
     away |= {f"{p}{LATE}" for p in delayed}
     away |= {f"{p}step" for p in prefixes if "step" in held[p] and "step" not in saved[p]}
@@ -64,7 +69,7 @@ def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> L
         assert isinstance(values, Stored)
         late.write(values.read())
     batches = _batches(others)
-    # All ranks read as often, as each reading is one of all.
+    # All ranks read equally often, because each read is a collective.
     for turn in range(max(mesh.gather_objects(len(batches)))):
         batch = batches[turn] if turn < len(batches) else []
         reads = [other.to_read() for other in batch]
@@ -81,29 +86,29 @@ def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> L
 
 
 class _Other(NamedTuple):
-    """A state of one parameter that is kept otherwise; groups None: in fp32."""
+    """A state of one parameter in another format; groups are None for fp32."""
 
     parameter: Tensor
     key: str
     prefix: str
     saved: Groups | None
     kept: Groups | None
-    held: State  # the optimizer's own tensors of this state, by their names
+    held: State  # the optimizer's tensors of this state, by name
 
     @property
     def nbytes(self) -> int:
-        """About what this rank reads."""
+        """Approximate number of bytes that this rank reads."""
         return local(self.parameter).numel() * (4 if self.saved is None else 1)
 
     def to_read(self) -> dict[str, Tensor]:
-        """Return what the checkpoint fills."""
+        """Return the tensors to be loaded from the checkpoint."""
         if self.saved is None:
             return {self.key: torch.zeros_like(self.parameter)}
         return fp8_states.zeros(self.parameter, self.key, self.saved)
 
     @torch.no_grad()
     def convert(self, read: dict[str, Tensor]) -> None:
-        """Put into ``held`` what was read."""
+        """Convert the tensors ``read`` and store them in ``held``."""
         if self.saved is None:
             values = local(read[self.key]).float()
         else:
@@ -143,7 +148,7 @@ def _others(
 def _of_parameters(
     tensors: Mapping[str, Any], prefixes: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
-    """Return what follows one of the prefixes in names, by prefix."""
+    """Group tensors by the prefix of their names; return the rest of each name."""
     found: dict[str, dict[str, Any]] = {prefix: {} for prefix in prefixes}
     for name, value in tensors.items():
         for end in (i for i, letter in enumerate(name, start=1) if letter == "."):
@@ -153,7 +158,7 @@ def _of_parameters(
 
 
 def _batches(others: Iterable[_Other]) -> list[list[_Other]]:
-    """Return them in order, so many together as ``READ_BYTES`` allows."""
+    """Divide the states, in order, into batches of at most ``READ_BYTES``."""
     batches: list[list[_Other]] = []
     room = 0
     for other in others:

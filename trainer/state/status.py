@@ -1,4 +1,4 @@
-"""How a run stands: nothing but what its folder says. Without torch."""
+"""Report the status of a run from the files in its folder, without importing torch."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _TAIL = 1 << 16
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How the run in ``folder`` stands.
+    """Status of the run in ``folder``.
 
-    ``state``: ``new`` has taken no step; a ``running`` one is held by a live process; of the others
-    the last launch ended the run, was ``stopped`` by a signal or a step, ended as the loss was not
-    finite (``diverged``), or did not say how it ended (``crashed``). ``host``: of the last launch.
-    ``step``, ``tokens`` and ``loss``: of the last recorded step, ``validation``: its held-out
-    losses, if it has them. ``parent`` and ``parent_step``: what it branches from; ``origin``: of a
-    run that began with weights of another run, or of a model, what run.json says of that.
-    ``files``: size on disk of each file, by device and inode, so that what runs share counts once.
+    ``state``: ``new`` has taken no step; ``running`` means that a live process has the lock;
+    otherwise the last launch ended the run (``ended``), was ``stopped`` by a signal or at a step,
+    ended with a loss that was not finite (``diverged``), or ended without an event (``crashed``).
+    ``host``: host of the last launch. ``step``, ``tokens`` and ``loss``: of the last recorded step;
+    ``validation``: its held-out losses, if any. ``parent`` and ``parent_step``: the run and step
+    from which it branches; ``origin``: the origin of imported weights, as in run.json. ``files``:
+    size on disk of each file, keyed by device and inode, so that files shared by runs count once.
     """
 
     folder: Path
@@ -53,20 +53,20 @@ class RunStatus:
 
     @property
     def bytes(self) -> int:
-        """Size on disk, with what it shares with other runs."""
+        """Size on disk, including files shared with other runs."""
         return sum(self.files.values())
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, or that of a branch which has not begun."""
+    """Return True for the folder of a run, or of a branch that has not begun."""
     return any((folder / name).is_file() for name in ("config.yaml", DESCRIBED))
 
 
 def status_of(folder: Path) -> RunStatus:
-    """Return how a run stands, also while it is training.
+    """Return the status of a run, which may be training.
 
     Raises:
-        UserError: what its folder holds cannot be read.
+        UserError: a file of its folder cannot be read.
     """
     begun = (folder / "config.yaml").is_file()
     try:
@@ -104,7 +104,7 @@ def status_of(folder: Path) -> RunStatus:
 
 
 def _number(value: object) -> float | None:
-    """A number of a row; None for what is none, as the row of somebody else may have."""
+    """Return a number of a row; None for a value that is not a number."""
     return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
 
 
@@ -114,9 +114,9 @@ def _count(value: object) -> int:
 
 
 def parents(runs: Sequence[RunStatus]) -> list[int | None]:
-    """Return, for each run, the place of the one that it branches from; None without one here.
+    """Return the index of each run's parent in ``runs``; None if it is not among them.
 
-    It is known by its path, or as the run of that name beside the branch.
+    A parent is found by its path, or by its name in the folder that contains the branch.
     """
     places = {run.folder.resolve(): place for place, run in enumerate(runs)}
     found: list[int | None] = []
@@ -154,7 +154,7 @@ def _checkpoints(folder: Path) -> Iterator[int]:
 
 
 def _files(folder: Path) -> dict[tuple[int, int], int]:
-    """Bytes that each file takes on disk; one that goes meanwhile is left out."""
+    """Return the bytes of each file on disk; files removed meanwhile are omitted."""
     found = {}
     for place, _, names in os.walk(folder):
         for name in names:
@@ -167,7 +167,7 @@ def _files(folder: Path) -> dict[tuple[int, int], int]:
 
 
 def last_row(path: Path) -> dict[str, Any]:
-    """Return the last whole row of metrics.jsonl; empty without one."""
+    """Return the last complete row of metrics.jsonl; empty without one."""
     try:
         size = path.stat().st_size
         file = open(path, "rb")  # noqa: SIM115
@@ -179,7 +179,7 @@ def last_row(path: Path) -> dict[str, Any]:
             tail = min(size, 2 * tail or _TAIL)
             file.seek(size - tail)
             lines = file.read(tail).split(b"\n")
-            # The first may be the end of a row, and what follows the last end of line is torn.
+            # The first line may be partial, and text after the last newline is incomplete.
             whole = lines[:-1] if tail == size else lines[1:-1]
             for line in reversed(whole):
                 with suppress(ValueError):
@@ -188,7 +188,7 @@ def last_row(path: Path) -> dict[str, Any]:
 
 
 def _owner(path: Path) -> tuple[int, str] | None:
-    """Process and host of the last launch, as the run's lock names them."""
+    """Return process id and host of the last launch, as written in the run's lock."""
     try:
         words = path.read_text(encoding="utf-8").split()
         return int(words[1]), words[3]
@@ -197,9 +197,10 @@ def _owner(path: Path) -> tuple[int, str] | None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a live process of this machine, or one of another machine, holds a run's lock.
+    """Return True if a live process on this or another host has the run's lock.
 
-    The lock is only tried where its last owner may live, so that nobody who takes it is disturbed.
+    The lock is tried only if its last owner may still be alive, to avoid disturbing a launch that
+    takes the lock.
     """
     owner = _owner(path)
     if owner is None:

@@ -1,4 +1,4 @@
-"""Sending the files of a folder from one rank to another."""
+"""Send the files of a folder from one rank to another."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PIECE_BYTES = 16 << 20
 
 
 class Parcel(NamedTuple):
-    """A folder's files with their sizes, on their way to or from the rank ``peer``."""
+    """A folder's files with their sizes, sent to or received from rank ``peer``."""
 
     peer: int
     folder: Path
     files: list[tuple[str, int]]
 
     def pieces(self) -> Iterator[tuple[str, int]]:
-        """Yield the name of a file and the bytes of a piece, in the order in which they travel."""
+        """Yield file name and byte count of each piece, in the order of transfer."""
         for name, size in self.files:
             for start in range(0, size, PIECE_BYTES):
                 yield name, min(PIECE_BYTES, size - start)
@@ -35,10 +35,10 @@ def files_of(folder: Path) -> list[tuple[str, int]]:
 def exchange(
     group: dist.ProcessGroup, sent: Parcel | None, received: Parcel | None
 ) -> OSError | None:
-    """Send one folder's files and receive another's, which is made; both ranks of each call this.
+    """Send one folder's files and receive those of another; both ranks of each pair call this.
 
-    What arrives when the disk takes no more is dropped, so that the sender is not kept waiting: the
-    error is returned.
+    The received folder is created. If the disk is full, further data are received and discarded, so
+    that the sender is not blocked, and the error is returned.
     """
     out = sent.pieces() if sent else iter(())
     coming = received.pieces() if received else iter(())
@@ -84,7 +84,7 @@ class _Open:
 
 
 class _Reader(_Open):
-    """Reads pieces; of what cannot be read it gives zeros, which the receiver's check finds."""
+    """Reads pieces; unreadable bytes become zeros, which the receiver's check detects."""
 
     def read(self, name: str, size: int) -> bytearray:
         assert self._parcel is not None
@@ -99,7 +99,7 @@ class _Reader(_Open):
 
 
 class _Writer(_Open):
-    """Makes the folder and its files, empty ones too."""
+    """Creates the folder and its files, including empty files."""
 
     def __init__(self, parcel: Parcel | None) -> None:
         super().__init__(parcel)

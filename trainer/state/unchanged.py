@@ -1,4 +1,4 @@
-"""What may differ between two launches of one run, or between a run and its branch."""
+"""Check the config differences between two launches of a run, or a run and its branch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from allometry.trainer.state.changed import (
     is_possible,
 )
 
-# Which parameters are trained, and how fast, may change where a run goes on, which is an event.
+# The trained parameters and their rates may change in mid-run; the change is an event.
 OVERRIDES = "optimizer.overrides"
 _LENGTHS = ("training.total_steps", "training.total_tokens")
 CONTINUES = "may not change when a run continues; restore it or choose another run.folder"
@@ -33,11 +33,12 @@ CONTINUES = "may not change when a run continues; restore it or choose another r
 def check_unchanged(
     old: RunConfig, new: RunConfig, step: int, sections: tuple[str, ...] | None = None
 ) -> None:
-    """Refuse a change to what a run computes, naming the key; ``step`` steps have been taken.
+    """Raise UserError if a change affects the results of a run that has taken ``step`` steps.
 
-    With ``sections`` only these, or single keys, may not change. The mixture may: samples already
-    read stay what they were, and each source goes on at its next one (``Reading.resumed``). So may
-    ``optimizer.overrides`` (``changed_overrides``) and which steps to come make no update.
+    With ``sections`` only these sections or keys may not change. The mixture may change: samples
+    already read stay the same, and each source continues at its next sample (``Reading.resumed``).
+    ``optimizer.overrides`` (``changed_overrides``) and the choice of future steps without an update
+    may change, too.
     """
     _check_skips(old, new, step, f"with which {old.run.folder} was started")
     for begun, change in _differences_of_stages(old, new, step):
@@ -63,10 +64,10 @@ def check_unchanged(
 
 
 def check_branch(parent: RunConfig, branch: RunConfig, link: Parent) -> None:
-    """Refuse a branch that would not go on from its parent's first steps, or not as it says.
+    """Raise UserError if a branch does not continue its parent's first steps as declared.
 
-    It differs in what ``link.changes`` names alone. Without ``schedule`` among these it would have
-    taken the first ``link.step`` steps at the same fractions of the peak rate.
+    A branch may differ only in the keys of ``link.changes``. Unless these include ``schedule``, its
+    first ``link.step`` steps must have the same fractions of the peak rate.
 
     Raises:
         UserError: names the key that differs, or the first step with another learning rate.
@@ -82,7 +83,7 @@ def check_branch(parent: RunConfig, branch: RunConfig, link: Parent) -> None:
                 "run.parent out"
             )
     changes = branch_changes(parent, branch, step)
-    if place_at(places_of(branch), step).steps_before == step:  # a stage says itself what it has
+    if place_at(places_of(branch), step).steps_before == step:  # a stage declares its own changes
         changes = tuple(change for change in changes if is_possible(change.key))
     check_possible(changes, f"of run.parent.folder={folder}", f"folder: {folder}, step: {step}")
     check_named(changes, link)
@@ -92,7 +93,7 @@ def check_branch(parent: RunConfig, branch: RunConfig, link: Parent) -> None:
             "left to take; raise training.total_steps (or total_tokens) or branch earlier"
         )
     other = None
-    if not link.may_change("schedule"):  # what else the optimizer has is named
+    if not link.may_change("schedule"):  # other optimizer changes are named explicitly
         alike = branch.model_copy(update={"optimizer": parent.optimizer})
         other = rates_part(parent, alike, step)
     if other is not None:
@@ -111,9 +112,9 @@ def check_branch(parent: RunConfig, branch: RunConfig, link: Parent) -> None:
 def branch_changes(
     parent: RunConfig, branch: RunConfig, step: int, *, rates: bool = False
 ) -> tuple[Difference, ...]:
-    """Return what a branch has otherwise than its parent at ``step``, but for where it branches.
+    """Return the config differences of a branch from its parent at ``step``.
 
-    With ``rates`` the length, too, which of a run with stages is that of all of them.
+    With ``rates`` also the length, which with training stages is the total over all stages.
     """
     before, after = _before(parent, branch, step), _at(branch, step)
     found = [one for one in differences(before, after, rates=rates) if _is_of_branch(one)]
@@ -125,7 +126,7 @@ def branch_changes(
 
 
 def _check_skips(old: RunConfig, new: RunConfig, step: int, of: str) -> None:
-    """Refuse another choice of steps that were taken already, or passed over."""
+    """Raise UserError if ``skip_steps`` changes for a step already taken or passed over."""
     was, now = old.training.skip_steps, new.training.skip_steps
     taken = range(1, step + 1) if was != now else ()
     other = next((one for one in taken if names_step(was, one) != names_step(now, one)), None)
@@ -143,8 +144,9 @@ def _is_of_branch(change: Difference) -> bool:
 
 
 def changed_overrides(old: RunConfig, new: RunConfig, step: int) -> dict[str, int]:
-    """How many parameters other ``optimizer.overrides`` freeze, train again and multiply otherwise
-    in the steps after ``step``; empty where none is.
+    """Return the number of parameters that changed ``optimizer.overrides`` affect after ``step``.
+
+    The counts are by change: frozen, trained again, and multiplied differently; empty if all are 0.
     """
     old, new = _before(old, new, step), _at(new, step)
     rules = [Parameterization.of_run(_with_overrides(new, one)) for one in (old, new)]
@@ -160,27 +162,27 @@ def changed_overrides(old: RunConfig, new: RunConfig, step: int) -> dict[str, in
 
 
 def _at(run: RunConfig, step: int) -> RunConfig:
-    """A run as it is after ``step`` steps: in one of its stages."""
+    """Return the config of a run after ``step`` steps, in the current training stage."""
     return place_at(places_of(run), step).config
 
 
 def _before(old: RunConfig, new: RunConfig, step: int) -> RunConfig:
-    """What ``old`` was at ``step`` for ``new`` to differ from.
+    """Return the config of ``old`` at ``step`` with which ``new`` is compared.
 
-    Where a stage ends there and goes on in ``new``, it is that stage, and the next one otherwise.
+    If a stage ends at ``step`` but continues in ``new``, this is the ended stage, else the next.
     """
     goes_on = place_at(places_of(new), step).steps_before < step
     return place_of(old, step).config if goes_on else _at(old, step)
 
 
 def rates_part(old: RunConfig, new: RunConfig, step: int) -> int | None:
-    """The first of ``step`` steps whose learning rates differ between two runs; None if none does.
+    """Return the first of ``step`` steps at which two runs' rates differ; None if all are equal.
 
-    Not the schedule alone: some parameterizations scale rates with the length of the run.
+    Schedules are not sufficient: some parameterizations scale rates with the length of the run.
     """
     was, now = schedules_of(old), schedules_of(new)
     begun, other = was[0].first_step - 1, now[0].first_step - 1
-    if min(step, begun) != min(step, other):  # one of them does not say how its first steps were
+    if min(step, begun) != min(step, other):  # one run does not describe its first steps
         return min(begun, other) + 1
     last = min(step, begun)
     for one, place in zip(places_of(old), places_of(new), strict=False):
@@ -199,7 +201,7 @@ def rates_part(old: RunConfig, new: RunConfig, step: int) -> int | None:
 
 
 class _Begun(NamedTuple):
-    """A stage that had begun, as it was and as it is now; whether it goes on; what to call it."""
+    """A stage that had begun: as it was and as it is now; ``goes_on`` if it continues."""
 
     was: StagePlace
     now: StagePlace
@@ -207,15 +209,15 @@ class _Begun(NamedTuple):
 
     @property
     def at(self) -> str:
-        """Where a key of it is."""
+        """Prefix of a key in messages: the stage, empty without stages."""
         return "" if self.now.name is None else f"stage {self.now.name}: "
 
 
 def _stages_begun(old: RunConfig, new: RunConfig, step: int) -> Iterator[_Begun]:
-    """The stages that had begun by ``step``.
+    """Yield the stages that had begun by ``step``.
 
     Raises:
-        UserError: a stage that had begun is no more, or would have ended at another step.
+        UserError: such a stage was removed, or would have ended at another step.
     """
     was, now = places_of(old), places_of(new)
     for one in was:
@@ -238,14 +240,14 @@ def _stages_begun(old: RunConfig, new: RunConfig, step: int) -> Iterator[_Begun]
 def _differences_of_stages(
     old: RunConfig, new: RunConfig, step: int
 ) -> Iterator[tuple[_Begun, Difference]]:
-    """What the stages begun compute differently."""
+    """Yield the differences of the stages begun that affect results."""
     for begun in _stages_begun(old, new, step):
         for change in differences(begun.was.config, begun.now.config):
             yield begun, change
 
 
 def _check_length(config: RunConfig, step: int) -> int:
-    """The length of a run that has taken ``step`` steps, which may not be less."""
+    """Return the length of a run, which must not be less than the ``step`` steps taken."""
     total = schedules_of(config)[-1].total_steps
     if total < step:
         raise UserError(
@@ -256,8 +258,9 @@ def _check_length(config: RunConfig, step: int) -> int:
 
 
 def _multipliers(config: RunConfig, stage: int) -> list[tuple[float, float, float, float]]:
-    """What multiplies rate, decay, epsilon and 1 - beta2 of each parameter in a stage, overrides
-    aside.
+    """Return the multipliers of rate, weight decay, epsilon and 1 - beta2 in a stage.
+
+    There is a tuple for each parameter; overrides are ignored.
     """
     whole = Parameterization.of_run(config, stage)
     assert whole.optimizer is not None
@@ -268,13 +271,13 @@ def _multipliers(config: RunConfig, stage: int) -> list[tuple[float, float, floa
 
 
 def _with_overrides(config: RunConfig, of: RunConfig) -> RunConfig:
-    """``config`` with the overrides of another run."""
+    """Return ``config`` with the overrides of another run."""
     optimizer = config.optimizer.model_copy(update={"overrides": of.optimizer.overrides})
     return config.model_copy(update={"optimizer": optimizer})
 
 
 def _why(old: RunConfig, new: RunConfig) -> str:
-    """The keys by which the rates of two runs differ."""
+    """Return the keys that cause the difference in the rates of two runs."""
     if _multipliers(old, 0) != _multipliers(new, 0):
         return (
             f"parameterization.kind={new.parameterization.kind} scales learning rates with the "

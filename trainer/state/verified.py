@@ -1,9 +1,9 @@
-"""Reading a checkpoint such that what is used is what was written.
+"""Read a checkpoint and verify the bytes in memory.
 
-A file may be whole when it is checked and still be read wrongly afterwards: by a bad cable, cache
-or network file system. So the bytes that are used are compared with ``complete.json`` in the memory
-into which they were read, and are read from there only. ``complete.json`` needs no checksum of its
-own: one that was read wrongly does not agree with the rest.
+A file can be undamaged when it is checked and still be read incorrectly later: by a faulty cable,
+cache or network file system. The bytes used are therefore compared with ``complete.json`` in the
+memory into which they were read, and are used from there. ``complete.json`` needs no checksum of
+its own, since an incorrectly read copy does not match the other files.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from allometry.trainer.state.integrity import (
 
 
 class Span(NamedTuple):
-    """``size`` bytes of a file from ``start`` on."""
+    """``size`` bytes of a file from offset ``start``."""
 
     start: int
     size: int
 
 
 class VerifiedFiles:
-    """The files of the checkpoint ``folder``.
+    """Files of the checkpoint ``folder``, verified when read.
 
-    What is not as it was written is read once more, from the disk and not from the system's memory.
+    Bytes with a wrong checksum are read once more, from the disk instead of the page cache.
 
     Raises:
-        UserError: it is not then either, cannot be read, or is not listed.
+        UserError: the second read is wrong, too, or the file cannot be read or is not listed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,7 +58,7 @@ class VerifiedFiles:
             raise self.unreadable(COMPLETE, error) from None
 
     def whole(self, name: str) -> bytes:
-        """Return a file that fits into memory; nothing is there unless it is as it was written."""
+        """Return the verified contents of a file that fits into memory."""
         blocks = self._blocks(name)
         for left in reversed(range(TRIES)):
             with self._opened(name) as file:
@@ -75,9 +75,9 @@ class VerifiedFiles:
     def pieces(
         self, name: str, wanted: Iterable[Span], all_spans: Iterable[Span]
     ) -> Iterator[tuple[Span, bytes]]:
-        """Yield the ``wanted`` of ``all_spans``, in which a file's tensors lie, one after another.
+        """Yield the ``wanted`` spans of a file, given ``all_spans`` of its tensors, one by one.
 
-        Files of earlier versions, which have no checksums of tensors, are read once more for that.
+        Files of earlier versions, without checksums of tensors, are read once more to compute them.
         """
         if name not in self._crcs:
             self._crcs[name] = self._known(name, sorted(set(all_spans)))
@@ -107,7 +107,7 @@ class VerifiedFiles:
         return dict(zip(spans, known, strict=True))
 
     def _computed(self, name: str, spans: list[Span]) -> dict[Span, int]:
-        """Return the CRC-32 of each span, from a pass over the file that agrees with its blocks."""
+        """Return the CRC-32 of each span, computed in a pass that verifies the file's blocks."""
         for left in reversed(range(TRIES)):
             found = dict.fromkeys(spans, 0)
             if self._passes(name, found):
@@ -117,7 +117,7 @@ class VerifiedFiles:
         raise self._changed(name)
 
     def _passes(self, name: str, crcs: dict[Span, int]) -> bool:
-        """Read a file once, adding to the CRC-32 of each span; whether all blocks are right."""
+        """Update the CRC-32 of each span in one pass; return True if all blocks are correct."""
         spans = sorted(crcs, reverse=True)
         with self._opened(name) as file:
             for block in self._blocks(name):
@@ -145,7 +145,7 @@ class VerifiedFiles:
     @contextmanager
     def _opened(self, name: str) -> Iterator[FileIO]:
         try:
-            # Without a buffer, which would give the same bytes again when they are read again.
+            # Unbuffered, because a buffer would return the same bytes on a second read.
             file = open(self._folder / name, "rb", buffering=0)  # noqa: SIM115 - closed below
         except OSError as error:
             raise self.unreadable(name, error) from None
@@ -164,7 +164,7 @@ class VerifiedFiles:
             raise self.unreadable(name, error) from None
 
     def unreadable(self, name: str, error: OSError | ValueError) -> UserError:
-        """Return the refusal of a checkpoint of which ``name`` cannot be read."""
+        """Return the error about a checkpoint whose file ``name`` cannot be read."""
         problem = unreadable(name, error)
         return UserError(f"checkpoint {self._folder} is damaged ({problem}); use another one")
 
@@ -180,9 +180,9 @@ class VerifiedFiles:
 
 
 def _add(crcs: dict[Span, int], left: list[Span], at: int, data: memoryview) -> None:
-    """Add the bytes from ``at`` on to the CRC-32 of the spans that they lie in.
+    """Update the CRC-32 of the spans that overlap the bytes from offset ``at``.
 
-    ``left``: the spans that have not ended before, the last one first.
+    ``left``: spans that have not ended yet, the last span first.
     """
     past = at + len(data)
     while left and left[-1].start < past:

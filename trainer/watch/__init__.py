@@ -1,1 +1,1 @@
-"""Watching ranks: what each is doing, who is late, what is said before a hung run ends."""
+"""Watch the ranks: their current work, late ranks, and the report before a hung run ends."""

@@ -1,4 +1,4 @@
-"""What ranks tell one another of themselves, through a store beside the run's messages."""
+"""Exchange heartbeats between ranks, through a store that is separate from the run's messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREFIX = "watch"
 
 @dataclass(frozen=True)
 class Process:
-    """A process of some host. ``began``: when, in the kernel's ticks; its number may come again."""
+    """A process on a host; ``began`` is its start in kernel ticks, since process ids are reused."""
 
     host: str
     number: int
@@ -26,11 +26,11 @@ class Process:
 
     @classmethod
     def own(cls) -> Process:
-        """Return this one."""
+        """Return the current process."""
         return cls(socket.gethostname(), os.getpid(), _stat(os.getpid())[1])
 
     def fate(self) -> str | None:
-        """Return what has become of a process of this host that is silent; None of another's."""
+        """Describe the state of a silent process; None if it runs or is on another host."""
         if self.host != socket.gethostname():
             return None
         state, began = _stat(self.number)
@@ -43,7 +43,7 @@ class Process:
 
 
 def _stat(number: int) -> tuple[str, str]:
-    """Return a process's state, "" if there is none, and when it began."""
+    """Return a process's state and start; "" for both if it does not exist."""
     try:
         with open(f"/proc/{number}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
@@ -54,12 +54,12 @@ def _stat(number: int) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Beat:
-    """A rank's report; ``number`` counts them.
+    """Heartbeat of a rank, numbered by ``number``.
 
-    ``stuck_s``: seconds in which nothing has moved at ``place``. ``stage`` tells ranks apart that
-    have different work. ``samples`` and ``waiting``: how often the rank was looked at in steps, and
-    how often it was then waiting for others. ``seconds`` of its last step. ``ended``: how the
-    launch ended on this rank; "" well.
+    ``stuck_s``: seconds without progress at ``place``. ``stage``: pipeline stage, as ranks of
+    different stages have different work. ``samples`` and ``waiting``: number of samples taken
+    during steps, and of samples in which the rank waited for others. ``seconds``: time of its last
+    step. ``ended``: how the launch ended on this rank, "" without an error.
     """
 
     number: int
@@ -73,12 +73,12 @@ class Beat:
     ended: str | None = None
 
     def dump(self) -> str:
-        """Return JSON."""
+        """Return the heartbeat as JSON."""
         return json.dumps({**asdict(self), "place": self.place.facts()})
 
     @classmethod
     def load(cls, text: bytes | str) -> Beat:
-        """Return what ``dump`` made JSON of."""
+        """Return the heartbeat of a text from ``dump``."""
         facts: dict[str, Any] = json.loads(text)
         process, place = Process(**facts.pop("process")), Place.of(facts.pop("place"))
         return cls(process=process, place=place, **facts)
@@ -86,9 +86,9 @@ class Beat:
 
 @dataclass
 class Board:
-    """The beats of all ranks of a launch, and the one verdict on it.
+    """The heartbeats of all ranks of a launch, and its single verdict.
 
-    ``store`` is used by no collective: it must answer while ranks hang.
+    ``store`` must not be used by collectives, because it must answer while ranks hang.
     """
 
     store: Any
@@ -101,11 +101,11 @@ class Board:
         self._prefix = f"{PREFIX}/{self.attempt}"
 
     def post(self, beat: Beat) -> None:
-        """Tell how this rank is."""
+        """Post this rank's heartbeat."""
         self.store.set(f"{self._prefix}/{self.rank}", beat.dump())
 
     def read(self, ranks: Iterable[int] | None = None) -> dict[int, Beat]:
-        """Return the last beat of each rank (or of these); a rank that has sent none is absent."""
+        """Return the last heartbeat of each rank in ``ranks`` (None: all) that has sent one."""
         ranks = list(range(self.world_size) if ranks is None else ranks)
         keys = [f"{self._prefix}/{rank}" for rank in ranks]
         if not self.store.check(keys):
@@ -115,25 +115,25 @@ class Board:
         return {rank: Beat.load(value) for rank, value in zip(ranks, values, strict=True)}
 
     def settle(self, verdict: str) -> tuple[str, bool]:
-        """Return the one verdict of all ranks, and whether it is this one."""
+        """Return the single verdict of all ranks, and True if it is ``verdict``."""
         settled = self.store.compare_set(f"{self._prefix}/verdict", "", verdict)
         text = settled.decode() if isinstance(settled, bytes) else settled
         return text, text == verdict
 
     def verdict(self) -> str | None:
-        """Return the verdict, if there is one."""
+        """Return the verdict, None without one."""
         key = f"{self._prefix}/verdict"
         return self.store.get(key).decode() if self.store.check([key]) else None
 
     def note_written(self) -> None:
-        """Tell that the verdict is in the run's record."""
+        """Note that the verdict is in the run's record."""
         self.store.set(f"{self._prefix}/written", "1")
 
     def is_written(self) -> bool:
-        """Return whether it is."""
+        """Return True if the verdict is in the run's record."""
         return bool(self.store.check([f"{self._prefix}/written"]))
 
 
 def local_store() -> Any:
-    """Return a store for a rank that is alone."""
+    """Return a store for a single rank."""
     return dist.HashStore()  # type: ignore[attr-defined]

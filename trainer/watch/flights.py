@@ -1,4 +1,4 @@
-"""Torch's flight recorder: the messages that a rank has begun and not ended."""
+"""Read torch's flight recorder: the messages that a rank has begun and not completed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 _NAMES = ("_dump_nccl_trace", "_dump_fr_trace")
-"""NCCL's recorder, and that of the other back ends, of which older versions of torch have none."""
+"""Recorders of NCCL and of other back ends; older versions of torch lack the second."""
 
 
 @dataclass(frozen=True)
 class Flight:
-    """A message under way: torch's name of its group and what that was described as.
+    """A pending message; ``group`` is torch's name of its process group.
 
-    ``number`` counts the messages of a group; ``peer`` is a rank in it, None of collectives.
+    ``described`` is the group's description. ``number`` counts the messages of a group; ``peer`` is
+    a rank in the group, None for collectives.
     """
 
     group: str
@@ -36,9 +37,9 @@ def _function(name: str) -> Callable[..., Any] | None:
 
 
 def record() -> None:
-    """Have torch keep a record of messages; before the first group is opened.
+    """Enable torch's flight recorder; call before the first process group is created.
 
-    What a user has set stands. Newer versions of torch keep one anyway.
+    A user's setting is kept. Newer versions of torch enable the recorder by default.
     """
     known = _function("_dump_fr_trace") is not None
     name = "TORCH_FR_BUFFER_SIZE" if known else "TORCH_NCCL_TRACE_BUFFER_SIZE"
@@ -46,7 +47,7 @@ def record() -> None:
 
 
 def flights() -> list[Flight]:
-    """Return this rank's messages under way, the oldest first; none where torch keeps no record."""
+    """Return this rank's pending messages, the oldest first; empty if torch has no recorder."""
     found: list[Flight] = []
     for name in _NAMES:
         dump = _function(f"{name}_json")
@@ -56,7 +57,7 @@ def flights() -> list[Flight]:
 
 
 def parse(record: dict[str, Any], *, on_device: bool) -> list[Flight]:
-    """Return what a record says to be under way."""
+    """Return the pending messages in a record."""
     found = []
     for entry in record.get("entries", ()):
         if entry.get("retired") or entry.get("state") == "completed":
@@ -72,7 +73,7 @@ def parse(record: dict[str, Any], *, on_device: bool) -> list[Flight]:
 
 
 def dump(path: Path) -> list[Path]:
-    """Write torch's records beside ``path``; torch's own analyser reads these pickles."""
+    """Write torch's records next to ``path``, as pickles for torch's own analyzer."""
     written = []
     for name in _NAMES:
         record = _function(name)

@@ -1,4 +1,4 @@
-"""What a frame of a thread says: the room it is of, the micro-batch, what it waits for."""
+"""Interpret a thread's stack frames: module, micro-batch, and the message it waits for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 OURS = "allometry."
 SEARCHED = 16
-"""Frames, from the innermost outwards, in which the group of a message is looked for."""
+"""Innermost frames that are searched for the process group of a message."""
 _ITERATED = {
     "Accumulation._train": "index",
     "Accumulation.evaluate": "index",
@@ -22,7 +22,7 @@ _ITERATED = {
     "Stage.backward_weight_one_chunk": "bwd_chunk_id",
     "Stage.forward_one_chunk": "fwd_chunk_id",
 }
-"""The local that is the number of the micro-batch."""
+"""Name of the local variable with the micro-batch's number, by function."""
 _NAMED = {
     "_Bucket.wait": "all_reduce",
     "_Hop.wait": "send and recv of keys and values",
@@ -31,14 +31,14 @@ _NAMED = {
     "TiedHead.return_gradient": "send of the tied gradient",
     "StopRequest._read": "all_reduce of signals",
 }
-"""Messages of ours by the function that waits for them."""
+"""Messages of allometry, by the function that waits for them."""
 _PLUMBING = ("torch.", "threading", "queue", "concurrent.", "socket", "selectors", "subprocess")
-"""Modules that say nothing of what is waited for."""
+"""Modules that do not identify the awaited event."""
 _SCHEDULES = "torch.distributed.pipelining.schedules"
 
 
 def outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    """Yield a frame and those that called it."""
+    """Yield a frame and its callers."""
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -52,14 +52,14 @@ def innermost(traceback: TracebackType) -> FrameType:
 
 
 def room_of(frame: FrameType) -> str:
-    """Return the module of a frame of ours, such as ``parallel.reduce``; "" of others'."""
+    """Return the module of an allometry frame, such as ``parallel.reduce``; "" for other frames."""
     name: str = frame.f_globals.get("__name__", "")
     own = name.startswith(OURS) and not name.startswith("allometry.trainer.watch")
     return name.removeprefix(OURS) if own else ""
 
 
 def where_of(stack: Sequence[FrameType], ours: Sequence[FrameType]) -> str:
-    """Return file, line and function of the innermost frame of ours; and of another within it."""
+    """Return file, line and function of the innermost allometry frame, and of a frame inside it."""
     if not stack:
         return ""
     own = ""
@@ -76,7 +76,7 @@ def where_of(stack: Sequence[FrameType], ours: Sequence[FrameType]) -> str:
 
 
 def known(stack: Sequence[FrameType]) -> dict[str, Any]:
-    """Return step, micro-batch, unit and meeting as the frames have them, the innermost first."""
+    """Return step, micro-batch, unit and meeting from the frames; inner frames take precedence."""
     found: dict[str, Any] = {}
     for frame in stack:
         name, room = frame.f_code.co_qualname, room_of(frame)
@@ -101,7 +101,7 @@ def known(stack: Sequence[FrameType]) -> dict[str, Any]:
 
 
 def _of_schedule(frame: FrameType) -> dict[str, Any]:
-    """Return the micro-batch, and the stages of this rank, that a schedule of torch's is at."""
+    """Return micro-batch and stage in a frame of torch's pipeline schedule."""
     values = frame.f_locals
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     names = ("bwd_mb_index", "fwd_mb_index") if "bwd_" in line else ("fwd_mb_index",)
@@ -113,7 +113,7 @@ def _of_schedule(frame: FrameType) -> dict[str, Any]:
 
 
 def helper_of(stack: Sequence[FrameType]) -> threading.Thread | None:
-    """Return the thread of this rank that the stack's waits for; None if it waits for none."""
+    """Return the thread of this rank for which the stack's thread waits; None if there is none."""
     for frame in stack:
         name = frame.f_code.co_qualname
         if name == "Prefetcher.__next__":
@@ -125,12 +125,12 @@ def helper_of(stack: Sequence[FrameType]) -> threading.Thread | None:
 
 
 def _thread(name: str) -> threading.Thread | None:
-    """Return the thread of this name, or whose name begins so."""
+    """Return the thread with this name or name prefix."""
     return next((t for t in threading.enumerate() if name and t.name.startswith(name)), None)
 
 
 def waits(frame: FrameType) -> bool:
-    """Return whether an innermost frame waits for a message in torch's code."""
+    """Return True if an innermost frame waits for a message in torch's code."""
     module: str = frame.f_globals.get("__name__", "")
     if module.startswith("torch.distributed"):
         return True
@@ -140,9 +140,9 @@ def waits(frame: FrameType) -> bool:
 
 
 def may_wait(stack: Sequence[FrameType], ours: Sequence[FrameType]) -> bool:
-    """Return whether frames may wait for a message in an operator of torch that one of ours calls.
+    """Return True if frames may wait for a message in a torch operator called by allometry.
 
-    The tensor that a message fills is waited for wherever it is first read.
+    The tensor that a message fills is waited for in the operator that first reads it.
     """
     if not ours or line_has(ours[0], ("sleep(",)):
         return False
@@ -152,19 +152,19 @@ def may_wait(stack: Sequence[FrameType], ours: Sequence[FrameType]) -> bool:
 
 
 def compiles(stack: Sequence[FrameType]) -> bool:
-    """Return whether torch compiles code in these frames."""
+    """Return True if torch compiles code in these frames."""
     places = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx")
     return any(frame.f_globals.get("__name__", "") in places for frame in stack)
 
 
 def line_has(frame: FrameType, texts: tuple[str, ...]) -> bool:
-    """Return whether the line that a frame is at has one of the texts."""
+    """Return True if the current line of a frame contains one of the texts."""
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     return any(text in line for text in texts)
 
 
 def operation(stack: Sequence[FrameType]) -> str:
-    """Return what the innermost frames call their message."""
+    """Return the name of the message in the innermost frames."""
     for frame in stack[:SEARCHED]:
         module = frame.f_globals.get("__name__")
         if module == "torch.distributed.distributed_c10d":
@@ -177,7 +177,7 @@ def operation(stack: Sequence[FrameType]) -> str:
 
 
 def _staged(frame: FrameType) -> str | None:
-    """Return what a schedule of torch's waits for: activations or gradients of stages."""
+    """Return the message of a pipeline schedule: activations or gradients of stages."""
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     found = re.findall(r"(fwd|bwd)_(send|recv)", line)
     if not found and "in works" in linecache.getline(frame.f_code.co_filename, frame.f_lineno - 1):
@@ -190,17 +190,17 @@ def _staged(frame: FrameType) -> str | None:
 
 
 def marks(stack: Sequence[FrameType]) -> tuple[tuple[int, int], ...]:
-    """Return what stays the same as long as nothing moves."""
+    """Return a mark that changes whenever the thread makes progress."""
     return tuple((id(frame), frame.f_lasti) for frame in stack)
 
 
 def values_of(frames: Sequence[FrameType]) -> tuple[int, ...]:
-    """Return which objects frames have in their locals."""
+    """Return the ids of the objects in the frames' local variables."""
     return tuple(id(value) for frame in frames for value in frame.f_locals.values())
 
 
 def traffic(thread: threading.Thread) -> str:
-    """Return what a thread has read and written: a disk that is slow is not one that hangs."""
+    """Return a thread's I/O counters, to distinguish a slow disk from a hung one."""
     try:
         with open(f"/proc/self/task/{thread.native_id}/io", encoding="ascii") as file:
             return file.read()

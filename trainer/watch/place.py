@@ -1,9 +1,9 @@
-"""Where a rank is, read from the frames of its threads: nothing is noted down in a step.
+"""Locate a rank's work from the frames of its threads, without recording anything in a step.
 
-``sys._current_frames()`` has the frame of every Python thread. The frames of our own rooms say the
-phase, the step, the micro-batch and the unit; the process group that a frame has in its hands, or
-torch's flight recorder, says which ranks a message joins. It costs some 0.1 ms of the interpreter
-for each look, in the watching thread.
+``sys._current_frames()`` returns the frame of every Python thread. Frames of allometry give the
+phase, the step, the micro-batch and the unit; the process group in a frame's variables, or torch's
+flight recorder, gives the ranks of a message. Each look takes about 0.1 ms of the interpreter, in
+the watching thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from allometry.trainer.watch import frames
 from allometry.trainer.watch.flights import Flight
 
 START, STEP, EVALUATION, CHECKPOINT, END = "start", "step", "evaluation", "checkpoint", "end"
-# Axes of the same ranks share a group; the room that sends says which one it means.
+# Axes with the same ranks share a group; the sending module determines the axis.
 _MEANT = {
     "parallel.expert": "ep",
     "parallel.tensor": "tp",
@@ -44,23 +44,23 @@ _DEVICE_WAITS = (".synchronize(", ".tolist(", ".item(", ".cpu(", "elapsed_time("
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that talk: the axes that use the group, by the names of ``AXES``, or what it is for."""
+    """Ranks of a process group; ``axes`` are its axes by the names of ``AXES``, or its purpose."""
 
     axes: tuple[str, ...]
     ranks: tuple[int, ...]
 
     def label(self, room: str) -> str:
-        """Return the axis that ``room`` means by it."""
+        """Return the axis for which ``room`` uses the group."""
         meant = _MEANT.get(room)
         return meant if meant in self.axes else self.axes[0]
 
 
 @dataclass(frozen=True)
 class Wait:
-    """A message that a rank waits for: ``operation`` over ``axis``, which joins ``ranks``.
+    """A message that a rank waits for: ``operation`` over ``axis``, between ``ranks``.
 
-    ``peer``: the one rank that it comes from or goes to, if there is one. ``number``: which message
-    of its group it is, where torch counts them.
+    ``peer``: the other rank of a send or receive, None for collectives. ``number``: the message's
+    number in its group, if torch counts messages.
     """
 
     operation: str
@@ -72,11 +72,11 @@ class Wait:
 
 @dataclass(frozen=True)
 class Place:
-    """What a rank is doing. ``where``: file, line and function of the innermost frame of ours.
+    """The current work of a rank; ``where`` is file, line and function of the innermost own frame.
 
-    ``work``: what slow work it does beside the meetings of ranks (``parallel/agree.py``), or that
-    it waits for data. ``busy``: whether that work is its own, and not another rank's. ``compiles``:
-    whether torch compiles code.
+    ``work``: slow work of one rank while the others synchronize (``parallel/agree.py``), or waiting
+    for data. ``busy``: True if this rank does that work, False if another rank does. ``compiles``:
+    True while torch compiles code.
     """
 
     phase: str
@@ -90,13 +90,13 @@ class Place:
     compiles: bool = False
 
     def facts(self) -> dict[str, Any]:
-        """Return JSON, without what is not known."""
+        """Return the place as JSON, without unknown values."""
         known = asdict(self).items()
         return {key: v for key, v in known if v is not None and v is not False and v != ""}
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Place:
-        """Return what ``facts`` was made from."""
+        """Return the place from its ``facts``."""
         wait = facts.get("wait")
         if wait is not None:
             wait = Wait(**{**wait, "ranks": tuple(wait["ranks"])})
@@ -105,14 +105,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Look:
-    """A place, and a mark that stays the same as long as nothing moves there."""
+    """A place, and a mark that stays the same until the thread makes progress."""
 
     place: Place
     mark: tuple[Any, ...]
 
 
 def groups_of(mesh: Mesh) -> dict[str, Group]:
-    """Return the groups of a mesh by torch's names for them."""
+    """Return the groups of a mesh by torch's names."""
     order = {axis: place for place, axis in enumerate(("tp", "pp", "hdp", "ep", "edp", *AXES))}
     found = {
         dist.group.WORLD.group_name: Group(("all ranks",), tuple(range(mesh.world_size)))  # type: ignore[union-attr]
@@ -126,26 +126,26 @@ def groups_of(mesh: Mesh) -> dict[str, Group]:
 
 
 def is_waiting(thread: int) -> bool:
-    """Return whether a thread waits for a message; some microseconds."""
+    """Return True if a thread waits for a message; takes some microseconds."""
     frame = sys._current_frames().get(thread)
     return frame is not None and frames.waits(frame)
 
 
 class Places:
-    """Looks at the thread that trains. ``groups`` are known once the mesh is open."""
+    """Locates the training thread; ``groups`` are set once the mesh is open."""
 
     def __init__(self, thread: int) -> None:
         self.thread = thread
         self.groups: Mapping[str, Group] = {}
-        self._looped = False  # whether this launch has come to its first step
+        self._looped = False  # True after the launch's first step has begun
 
     def look(self, flights: Sequence[Flight] = (), error: TracebackType | None = None) -> Look:
-        """Return where the thread is; ``flights``: messages that torch knows to be under way.
+        """Return the thread's place; ``flights`` are pending messages according to torch.
 
-        ``error``: the traceback of an exception, for where the thread was when it was raised.
+        ``error``: the traceback of an exception, to locate where it was raised.
         """
         current = sys._current_frames()
-        # With its own frame this one would be a cycle that holds the tensors of all others.
+        # A reference to this frame would form a cycle that keeps the tensors of all frames alive.
         current.pop(threading.get_ident(), None)
         innermost = current.get(self.thread) if error is None else frames.innermost(error)
         stack = list(frames.outwards(innermost))
@@ -172,7 +172,7 @@ class Places:
         mark: tuple[Any, ...] = (place.step, place.micro_batch, place.phase, frames.marks(inner))
         if helper is None:
             mark += (known.get("meetings"),)
-        else:  # the thread that waits for it goes on meeting others
+        else:  # the waiting thread keeps synchronizing with other ranks
             mark += (frames.values_of(ours), frames.traffic(helper))
         return Look(place, mark)
 
@@ -233,20 +233,20 @@ class Places:
         )
 
 
-_BEFORE_MESH = {"default_pg": "all ranks"}  # torch's name for the group that all ranks join first
+_BEFORE_MESH = {"default_pg": "all ranks"}  # torch's name for the default process group
 
 
 def _flight(flights: Sequence[Flight], name: str | None, *, device: bool) -> Flight | None:
-    """Return the oldest message under way, of the group ``name`` where that is known."""
+    """Return the oldest pending message, of the group ``name`` if known."""
     mine = [flight for flight in flights if flight.on_device == device]
     if name is not None:
         mine = [flight for flight in mine if flight.group == name]
-    # Flags of signals may be under way beside all others (trainer/stop.py).
+    # The all-reduce of signal flags may be pending together with others (trainer/stop.py).
     return next((f for f in mine if f.described != SIGNALS), mine[0] if mine else None)
 
 
 def _group_in(frame: FrameType) -> tuple[dist.ProcessGroup, int | None, str] | None:
-    """Return the group that a frame has in its hands, a peer, and the room that sends."""
+    """Return the process group in a frame's variables, a peer, and the sending module."""
     values = frame.f_locals
     owner = values.get("self")
     for value in (*values.values(), *vars(owner).values()) if _plain(owner) else values.values():

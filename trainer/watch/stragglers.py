@@ -1,9 +1,9 @@
-"""Ranks that are slower than others with the same work, from how little they wait.
+"""Detect stragglers: ranks that spend less time waiting in collectives than their peers.
 
-All ranks of a step end it together, so their step times are alike; who is slow shows in who does
-not wait. The watchdog's samples say how often the training thread was waiting for a message: the
-share that is left is what a rank computes. They are of the host, so of a CPU's ranks alone: a GPU's
-host runs ahead of it.
+All ranks end a step together, so their step times are equal; a slow rank is identified by its lack
+of waiting. The watchdog samples how often the training thread waits for a message; the remaining
+share is a rank's computation. Samples describe the host, and are therefore taken on CPU ranks only:
+a GPU's host runs ahead of the device.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from allometry.trainer.record.writer import Row
 from allometry.trainer.watch.board import Beat
 
 SAMPLES = 150
-"""Looks at each rank, in steps, before ranks are compared: a share is then known to 4 %."""
+"""Samples of each rank in steps before ranks are compared; a share is then known to 4 %."""
 CERTAIN = 4.0
-"""Standard deviations of the difference of two shares below which it may be chance."""
+"""Minimum difference of two shares in standard deviations; smaller ones may be random."""
 
 
 @dataclass(frozen=True)
 class Slowest:
-    """The slowest rank of a window: it computes ``percent`` longer than the median of its peers."""
+    """Slowest rank of a window: it computes ``percent`` longer than the median of its peers."""
 
     rank: int
     percent: float
@@ -39,21 +39,22 @@ class Slowest:
 
 @dataclass
 class Stragglers:
-    """Compares ranks, window by window; a rank slow in two that follow one another is reported.
+    """Compares ranks in successive windows; a rank slow in two consecutive windows is reported.
 
-    ``percent``: how much longer than its peers' median a straggler computes. ``events`` are what
-    has not been reported yet.
+    ``percent``: threshold by which a straggler's computation exceeds the median of its peers.
+    ``events``: events not yet reported. For example, a rank that waits in 50 % of its samples while
+    its peers wait in 60 % computes 25 % longer.
     """
 
     percent: float
     slowest: Slowest | None = None
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     _before: dict[int, Beat] = field(default_factory=dict)
-    _suspects: dict[int, int] = field(default_factory=dict)  # slow, since which step
+    _suspects: dict[int, int] = field(default_factory=dict)  # first slow step, by rank
     _said: set[int] = field(default_factory=set)
 
     def see(self, beats: Mapping[int, Beat]) -> None:
-        """Take note of the newest beats of all ranks."""
+        """Process the newest heartbeats of all ranks."""
         if not self._before or self._before.keys() != beats.keys():
             self._before = dict(beats)
             return
@@ -105,7 +106,7 @@ class Stragglers:
 
 
 class RankTimes(Callback):
-    """Reports stragglers and adds ``ranks/`` to rows; ``note`` gets the seconds of each step."""
+    """Reports stragglers and adds ``ranks/`` to rows; stores each step's seconds in ``note``."""
 
     def __init__(self, stragglers: Stragglers | None, note: Any, report: Reporter) -> None:
         self._stragglers, self._note, self._report = stragglers, note, report

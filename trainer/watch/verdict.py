@@ -1,4 +1,4 @@
-"""Who keeps the others waiting, from what each rank last reported."""
+"""Find the ranks that block the others from the last heartbeat of each rank."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from allometry.trainer.watch.place import Place
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a rank: its last beat, None if it never sent one, and whether it is silent.
+    """Last known state of a rank.
 
-    ``fate``: what its host says of a silent process ("died"), if that is known.
+    ``beat`` is None before the first heartbeat; ``silent`` is True once heartbeats have stopped.
+    ``fate``: state of a silent process according to its host ("died"), if known.
     """
 
     beat: Beat | None
@@ -24,28 +25,28 @@ class Report:
 
     @property
     def answers(self) -> bool:
-        """Whether the rank goes on sending beats."""
+        """True if the rank still sends heartbeats."""
         return self.beat is not None and not self.silent and self.beat.ended is None
 
     @property
     def waits(self) -> bool:
-        """Whether it waits for a message, as far as it can tell."""
+        """True if the rank reports that it waits for a message."""
         return self.answers and self.beat is not None and self.beat.place.wait is not None
 
     @property
     def lost(self) -> bool:
-        """Whether nothing more will come of it."""
+        """True if the rank's process has died, is stopped, or has ended."""
         gone = self.silent and self.fate in ("died", "is stopped")
         return gone or (self.beat is not None and self.beat.ended is not None)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Ranks that are late, and the message that ``waiting`` ranks wait for them in.
+    """The late ranks, and the message in which the ``waiting`` ranks wait for them.
 
-    ``late`` is empty where all are in one message, which then does not come through. ``waited_s``:
-    the longest wait; ``place`` of the first that waits (of the late rank, if nobody does).
-    ``ranks``: what each rank last did.
+    ``late`` is empty if all ranks are in the same message, which then does not complete.
+    ``waited_s``: the longest wait; ``place``: of the first waiting rank, or of the late rank if no
+    rank waits. ``ranks``: last activity of each rank.
     """
 
     late: tuple[int, ...]
@@ -56,7 +57,7 @@ class Verdict:
     ranks: Mapping[int, str]
 
     def facts(self) -> dict[str, Any]:
-        """Return JSON for events.jsonl."""
+        """Return the verdict as JSON for events.jsonl."""
         found: dict[str, Any] = {"late": list(self.late), "waiting": list(self.waiting)}
         found |= {"waited_s": round(self.waited_s, 1), "said": self.sentence}
         wait = self.place.wait
@@ -73,16 +74,18 @@ class Verdict:
 
 
 def judge(reports: Mapping[int, Report]) -> Verdict:
-    """Return who is late, of ranks of which one at least has waited for too long.
+    """Return the verdict, given that at least one rank has waited for too long.
 
-    A rank waits for those that its message joins and that are not in that message themselves. Who
-    is waited for, directly or through others, and waits for nobody is late.
+    A rank waits for the members of its message's group that are not in the same message. A rank
+    that others wait for, directly or through other ranks, and that itself waits for no rank, is
+    late. For example, if rank 0 waits for rank 1 and rank 1 for rank 2, which computes, rank 2 is
+    late.
     """
     reports = dict(sorted(reports.items()))
     edges = {rank: _awaited(rank, reports) for rank in reports}
     stuck = [rank for rank, report in reports.items() if report.waits and edges[rank]]
     late = sorted({end for rank in stuck for end in _ends(rank, edges)})
-    if not late and stuck:  # they wait for one another: who is furthest behind?
+    if not late and stuck:  # a cycle of waiting ranks: select those that are furthest behind
         late = _behind(stuck, reports)
     if not late and not any(report.waits for report in reports.values()):
         late = _longest(reports)
@@ -99,7 +102,7 @@ def judge(reports: Mapping[int, Report]) -> Verdict:
 
 
 def _awaited(rank: int, reports: Mapping[int, Report]) -> set[int]:
-    """Return the ranks that one waits for."""
+    """Return the ranks that ``rank`` waits for."""
     report = reports[rank]
     if not report.waits or report.beat is None or report.beat.place.wait is None:
         return set()
@@ -112,7 +115,7 @@ def _awaited(rank: int, reports: Mapping[int, Report]) -> set[int]:
 
 
 def _same(one: Report, other: Report) -> bool:
-    """Return whether two ranks are in the same message."""
+    """Return True if two ranks are in the same message."""
     if not (one.waits and other.waits) or one.beat is None or other.beat is None:
         return False
     first, second = one.beat.place.wait, other.beat.place.wait
@@ -123,7 +126,7 @@ def _same(one: Report, other: Report) -> bool:
 
 
 def _ends(rank: int, edges: Mapping[int, set[int]]) -> set[int]:
-    """Return who, at the end of all that ``rank`` waits for, waits for nobody."""
+    """Return the ranks that block ``rank``, directly or indirectly, and wait for no rank."""
     seen, todo = {rank}, [rank]
     while todo:
         for other in edges[todo.pop()] - seen:
@@ -139,14 +142,14 @@ def _progress(report: Report) -> tuple[int, int, int]:
 
 
 def _behind(ranks: Sequence[int], reports: Mapping[int, Report]) -> list[int]:
-    """Return those of the ranks that are behind the others; none if all have come equally far."""
+    """Return the ranks that are behind the others; empty if all have made equal progress."""
     done = {rank: _progress(reports[rank]) for rank in ranks}
     least = min(done.values())
     return [rank for rank in ranks if done[rank] == least and max(done.values()) > least]
 
 
 def _longest(reports: Mapping[int, Report]) -> list[int]:
-    """Return the ranks that nobody waits for yet, and that have been longest where they are."""
+    """Return the silent ranks, else the ranks that have been at their place the longest."""
     silent = [rank for rank, report in reports.items() if not report.answers]
     if silent:
         return silent
@@ -163,13 +166,13 @@ def _stuck_s(report: Report) -> float:
 
 
 def _with_work(place: Place, late: Iterable[Report]) -> Place:
-    """Return ``place`` with what the late ranks work at, where others wait for that."""
+    """Return ``place`` with the work of the late ranks, if others wait for that work."""
     work = (r.beat.place.work for r in late if r.beat is not None and r.beat.place.busy)
     return replace(place, work=next(work, None))
 
 
 def describe(report: Report) -> str:
-    """Return what a rank last did, in words."""
+    """Describe a rank's last activity in words."""
     beat = report.beat
     if beat is None:
         return "has not come: it has sent no heartbeat since the start"
@@ -187,7 +190,7 @@ def describe(report: Report) -> str:
 
 
 def where(place: Place) -> str:
-    """Return a place in words."""
+    """Describe a place in words."""
     parts = [f"in the {place.phase}" if place.phase != "step" else f"in step {place.step}"]
     if place.phase != "step" and place.step is not None:
         parts[0] += f" of step {place.step}" if place.phase == "checkpoint" else ""

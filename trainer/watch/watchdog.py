@@ -1,10 +1,10 @@
-"""The watchdog of a run: a thread of each rank that sees when nothing moves, and says where.
+"""Watchdog of a run: a thread in each rank that detects a hang and reports its location.
 
-Each rank looks at its own training thread twice a second, and posts where that is (``Beat``). A
-rank that stays at one place beyond the limit of its phase reads all ranks' beats, twice: who is
-silent, who waits for whom (``verdict.py``). The first verdict is that of all ranks. It is written
-to events.jsonl and, with the stacks of all threads, to ``logs/rank-N.log`` of each rank, and only
-then the processes end, with the code ``HUNG``.
+Each rank inspects its training thread twice a second, and posts its place (``Beat``). A rank that
+stays at one place beyond the limit of its phase reads all ranks' heartbeats twice, to find silent
+ranks and the ranks that others wait for (``verdict.py``). The first verdict is valid for all ranks.
+It is written to events.jsonl and, with the stacks of all threads, to ``logs/rank-N.log`` of each
+rank; then the processes exit with the code ``HUNG``.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ SAMPLE_S = 0.1
 BEAT_S = 0.5
 COMPARE_S = 5.0
 _WRITTEN_S = 2.0
-"""Seconds in which the rank that writes the record has done so, or is gone itself."""
+"""Seconds after which the rank that writes the record has done so, or has died."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds that a rank may stay at one place."""
+    """Limits in seconds for a rank's stay at one place."""
 
     start: float
     first_step: float
@@ -58,14 +58,14 @@ class Limits:
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> Limits:
-        """Return those that a run's description asks for."""
+        """Return the limits in a run's config."""
         watch, step = parallel.watch, float(parallel.timeout_s)
         return cls(watch.start_s, max(watch.first_step_s, step), step, watch.checkpoint_s)
 
     def at(self, place: Place, *, first: bool) -> float:
-        """Return the limit at a place; ``first``: of the first step, or evaluation, of a launch."""
+        """Return the limit at a place; ``first``: in the first step, or evaluation, of a launch."""
         if place.work is not None and not place.busy:
-            return self.step  # ranks meet every few seconds while others work
+            return self.step  # ranks synchronize while another rank works
         if place.phase == places.CHECKPOINT:
             return self.checkpoint if place.wait is None or place.busy else self.step
         if place.phase in (places.STEP, places.EVALUATION):
@@ -74,27 +74,30 @@ class Limits:
 
 
 def beat_s(step_limit_s: float, world_size: int) -> float:
-    """Return the seconds between heartbeats: fewer where one store serves thousands of ranks."""
+    """Return the seconds between heartbeats: longer if one store serves thousands of ranks.
+
+    For example, 0.5 s up to 1024 ranks and 2 s with 4096.
+    """
     return min(BEAT_S * max(1.0, world_size / 1024), step_limit_s / 8)
 
 
 def end_process(code: int) -> None:
-    """End this process, whatever its threads wait in; one of them may hold standard output."""
+    """End this process even if its threads are blocked, for example on standard output."""
     os._exit(code)
 
 
 @dataclass
 class Steps:
-    """What the training thread notes down: how far it is, by plain assignments."""
+    """Progress that the training thread stores, by plain assignments."""
 
     seconds: float | None = None
 
 
 class Watchdog:
-    """Watches this rank and, with the others, the run, while the context lasts.
+    """Context manager that watches this rank and, with the others, the run.
 
-    ``launch``: this rank among all; ``folder`` is the run's. Call ``attach`` once the mesh is open.
-    ``end`` ends the process (a test's does not).
+    ``launch``: this rank's position in the launch; ``folder``: the run's folder. Call ``attach``
+    once the mesh is open. ``end`` ends the process (tests replace it).
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class Watchdog:
         self._mark: Any = None
         self._since = self._compared = self._again = time.monotonic()
         self._place = Place(places.START)
-        self._done: set[str] = set()  # phases that this launch has come through once
+        self._done: set[str] = set()  # phases that this launch has completed once
         self._first_step: int | None = None
         self._stop, self._lost = threading.Event(), threading.Event()
         self._jitter = random.Random(self.launch.rank)
@@ -130,10 +133,10 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def attach(self, mesh: Mesh) -> None:
-        """Learn the mesh's groups, by which messages have axes."""
+        """Set the mesh's process groups, which map messages to axes."""
         self._places.groups = groups_of(mesh)
         self._stage, self._on_cuda = mesh.pp.rank, mesh.device.type == "cuda"
-        # Torchrun's store has keys of ranks that it started before; these are this mesh's alone.
+        # torchrun's store keeps keys of earlier restarts; the token makes this mesh's keys unique.
         token = mesh.broadcast_object(uuid.uuid4().hex)
         with self._lock:
             self._attempt, self._board = token, None
@@ -153,7 +156,7 @@ class Watchdog:
     ) -> None:
         alone = self.launch.world_size == 1
         if error is not None and not isinstance(error, UserError) and not alone:
-            # Another rank may have died or ended, of which this error is an echo.
+            # The error may be a consequence of another rank's death or exit.
             with self._looking, suppress(Exception):
                 self._lost.set()
                 self._since = time.monotonic()
@@ -171,17 +174,17 @@ class Watchdog:
         beaten = -math.inf
         asleep = time.monotonic()
         between = min(SAMPLE_S, self.beat_s)
-        # At even intervals a loop of the same length would seem to stay at one place.
+        # At regular intervals a loop of the same period would seem to stay at one place.
         while not self._stop.wait(between * self._jitter.uniform(0.5, 1.5)):
             now = time.monotonic()
             if now - asleep > 2 * self.beat_s + 1.0:
-                self._since = now  # this process was stopped itself: it knows nothing of meanwhile
+                self._since = now  # this process was stopped: it has no samples of that time
             try:
                 self._sample()
                 if now - beaten >= self.beat_s or self._lost.is_set():
                     beaten = now
                     self._turn(now)
-            except Exception as error:  # a run does not end because its watchdog cannot go on
+            except Exception as error:  # a failed watchdog must not end the run
                 _log.debug("the watchdog: %s", error)
             asleep = time.monotonic()
 
@@ -191,7 +194,7 @@ class Watchdog:
             self._waiting += places.is_waiting(self._places.thread)
 
     def _turn(self, now: float) -> None:
-        """Look, tell the others, and find out whether something is wrong."""
+        """Inspect the training thread, post a heartbeat, and check for a hang."""
         board = self._connected()
         stuck_s = self._look(now)
         if board is None:
@@ -208,9 +211,10 @@ class Watchdog:
             self._again = time.monotonic() + 2 * self.beat_s
 
     def _connected(self) -> Board | None:
-        """Return the board; None while its store is not there yet.
+        """Return the board; None while its store does not exist yet.
 
-        Before the ranks have met, restarts are told apart on one node alone (``rendezvous.py``).
+        Before the first synchronization of the ranks, restarts can be distinguished only on a
+        single node (``rendezvous.py``).
         """
         launch = self.launch
         met = dist.is_initialized() or launch.one_node or not launch.shared_store
@@ -220,9 +224,9 @@ class Watchdog:
             return self._board
 
     def _look(self, now: float) -> float:
-        """Note where the training thread is; return the seconds in which nothing has moved."""
+        """Locate the training thread; return the seconds without progress."""
         with self._looking:
-            if not self._lost.is_set():  # after an error it is on its way out
+            if not self._lost.is_set():  # after an error the thread is unwinding
                 self._note(now)
         return now - self._since
 
@@ -234,7 +238,7 @@ class Watchdog:
             self._mark, self._since, self._place = look.mark, now, look.place
             if look.place.phase == places.STEP and self._first_step is None:
                 self._first_step = look.place.step
-        elif now - self._since >= 2 * self.beat_s:  # it may be a message: torch knows which
+        elif now - self._since >= 2 * self.beat_s:  # possibly a message, which torch can identify
             self._place = self._places.look(flights()).place
 
     def _limit(self, place: Place) -> float:
@@ -259,10 +263,10 @@ class Watchdog:
         )
 
     def _alarm(self) -> None:
-        """Ask who is late, and end the run if somebody is for longer than may be."""
+        """Judge the ranks, and end the run if a rank is late beyond its limit."""
         board, rank = self._board, self.launch.rank
         assert board is not None
-        if rank > 0 and board.world_size > 1:  # one rank that reads all is enough
+        if rank > 0 and board.world_size > 1:  # one rank that reads all heartbeats is enough
             time.sleep(self.beat_s * (1 if rank <= 8 else 2))
             if (settled := board.verdict()) is not None:
                 self._close(settled, mine=False)
@@ -297,7 +301,7 @@ class Watchdog:
         return judge(reports), reports
 
     def _close(self, settled: str, *, mine: bool) -> None:
-        """Write the verdict, each rank its log and one the record, and end the process."""
+        """Write the verdict to this rank's log and, if ``mine``, the record; end the process."""
         board = self._board
         assert board is not None
         facts: dict[str, Any] = json.loads(settled)
@@ -310,7 +314,7 @@ class Watchdog:
                 os.write(2, f"allometry: {facts['said']}\n".encode())
             with suppress(Exception):
                 board.note_written()
-            time.sleep(3 * self.beat_s)  # for the others' logs
+            time.sleep(3 * self.beat_s)  # until the others have written their logs
         else:
             until = time.monotonic() + _WRITTEN_S
             with suppress(Exception):
@@ -321,7 +325,7 @@ class Watchdog:
         self._end(HUNG)
 
     def _write_record(self, facts: dict[str, Any]) -> None:
-        """Append the event; and to the logs of ranks that cannot, what was seen of them."""
+        """Append the event, and the last known activity of late ranks to their logs."""
         row = {"event": facts["event"], "time": round(time.time(), 3), **facts}
         with open(self._folder.events, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -333,7 +337,7 @@ class Watchdog:
                     file.write(f"{_now()} rank {self.launch.rank} of rank {rank}: {did[rank]}\n")
 
     def _write_log(self, facts: dict[str, Any]) -> None:
-        """Append the verdict, where this rank is and the stacks of its threads to its log."""
+        """Append the verdict, this rank's place and the stacks of its threads to its log."""
         path = self._folder.log(self.launch.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:

@@ -1,1 +1,1 @@
-"""Commands about a ladder of runs."""
+"""Commands for ladders of runs."""

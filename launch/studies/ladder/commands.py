@@ -1,4 +1,4 @@
-"""Commands about a ladder of runs: ``allometry ladder run|status|fit|predict``."""
+"""Commands for a ladder of runs: ``allometry ladder run|status|fit|predict``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from allometry.launch.command import Command, argument, option
 
 @dataclass(frozen=True, kw_only=True)
 class LadderCommand(Command):
-    """A command about a ladder."""
+    """Base class of the commands for a ladder."""
 
     file: str = argument(
         "a YAML file of kind: ladder, preset:NAME, or a ladder's folder", paths=True
@@ -18,10 +18,10 @@ class LadderCommand(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(LadderCommand):
-    """Train what the ladder lacks, and predict its target before that is trained.
+    """Train the remaining runs of the ladder, and predict its target before training it.
 
-    Safe to interrupt and to run again: finished runs are left alone, others go on from their last
-    checkpoint.
+    Safe to interrupt and to run again: finished runs are not changed, others continue from their
+    last checkpoint.
     """
 
     only: str | None = option("rungs, or target; default: rungs, prediction, target")
@@ -31,7 +31,7 @@ class Run(LadderCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Status(LadderCommand):
-    """Say how far each run of the ladder is, and what is spent and left."""
+    """Print the progress of each run of the ladder, with spent and remaining FLOPs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class Fit(LadderCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(LadderCommand):
-    """Predict the target's loss with an interval; once it is trained, say how right that was.
+    """Predict the target's loss with an interval; compare with the measurement once it is trained.
 
-    The prediction is kept in FOLDER/prediction.json.
+    The prediction is stored in FOLDER/prediction.json.
     """
 
     again: bool = option("predict anew, though the target has been trained", False)

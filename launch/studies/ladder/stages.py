@@ -1,4 +1,4 @@
-"""``allometry ladder``: train a ladder, fit its law, predict its target and hold it to that."""
+"""Stages of ``allometry ladder``: train a ladder, fit its law, predict and verify its target."""
 
 from __future__ import annotations
 
@@ -41,22 +41,25 @@ FIT, PREDICTION, LADDER = "fit.json", "prediction.json", "ladder.yaml"
 
 
 def open_ladder(path: str) -> LadderPlan:
-    """The plan of a ladder's file, or of its folder; raises UserError."""
+    """Return the plan of a ladder's file or folder. Raises UserError.
+
+    For example, ``open_ladder("runs/ladder")`` or ``open_ladder("ladder.yaml")``.
+    """
     if not path.startswith(PRESET) and (Path(path) / LADDER).is_file():
         path = str(Path(path) / LADDER)
     return plan_ladder(*load_ladder(path))
 
 
 def run(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say) -> dict[str, Any]:
-    """Train what is missing: the rungs, then the target, which is predicted in between.
+    """Train the remaining rungs, predict the target, and train the target.
 
-    Returns what ``status`` says afterwards, ``stopped`` by which signal and the ``prediction``.
-    With ``launch.kind: sbatch`` scripts are written instead. Raises UserError: runs failed, or no
-    prediction can be made of the rungs, in which case the target is not trained.
+    Returns ``status`` after training, with the signal that ``stopped`` it and the ``prediction``.
+    With ``launch.kind: sbatch`` scripts are written instead. Raises UserError: runs failed, or the
+    rungs give no prediction, in which case the target is not trained.
     """
     if only == "target" and plan.target is None:
         raise UserError("--only=target: the ladder has no target; add one or leave --only out")
-    for planned in plan.runs:  # before the ladder's description is written over
+    for planned in plan.runs:  # before the ladder's description is overwritten
         check_stored(planned)
     with only_one(plan.folder):
         save_ladder(plan)
@@ -72,7 +75,7 @@ def run(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say) -> 
             ended = _train(plan, plan.rungs, at_once, say)
         if not ended.stopped and plan.target is not None and only != "rungs":
             if only is None:
-                # Before the target, so that nobody can say that its loss was known.
+                # Before the target is trained, so that its loss cannot be known.
                 prediction = predict(plan, again=False)
                 say(text.prediction_text(prediction))
             ended = _train(plan, [plan.target], at_once, say)
@@ -110,7 +113,7 @@ def _scripts(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say
 
 
 def save_ladder(plan: LadderPlan) -> None:
-    """Write the ladder's description into its folder, so that the folder alone says what it is."""
+    """Write the ladder's description, with absolute paths, into its folder."""
     plain = plan.ladder.model_dump(mode="json")
     if not plan.ladder.base.startswith(PRESET):
         plain["base"] = str(Path(plan.ladder.base).resolve())
@@ -118,15 +121,15 @@ def save_ladder(plan: LadderPlan) -> None:
 
 
 def rungs_of_law(plan: LadderPlan) -> list[PlannedRun]:
-    """The rungs with the target's schedule."""
+    """Return the rungs with the target's schedule."""
     schedule = plan.target.schedule if plan.target else plan.rungs[0].schedule
     return [run for run in plan.rungs if run.schedule == schedule]
 
 
 def fitted_rungs(plan: LadderPlan) -> list[PlannedRun]:
-    """The rungs that the law is fitted to: those with the target's schedule.
+    """Return the rungs to which the law is fitted: all rungs with the target's schedule.
 
-    Raises UserError: some of them are not done, or are not what the ladder now says.
+    Raises UserError: a rung is not done, or differs from the ladder's description.
     """
     rungs = rungs_of_law(plan)
     for run in rungs:
@@ -141,7 +144,7 @@ def fitted_rungs(plan: LadderPlan) -> list[PlannedRun]:
 
 
 def fit(plan: LadderPlan) -> dict[str, Any]:
-    """Fit the ladder's law to its rungs and keep it in fit.json; the fit as JSON."""
+    """Fit the ladder's law to its rungs, write fit.json, and return the fit as JSON."""
     ladder = plan.ladder
     rungs = fitted_rungs(plan)
     fitted, resampled = fit_rungs(
@@ -158,12 +161,12 @@ def fit(plan: LadderPlan) -> dict[str, Any]:
 
 
 def predict(plan: LadderPlan, *, again: bool) -> Prediction:
-    """Predict the target's loss and keep that in prediction.json; if it was measured, compare.
+    """Predict the target's loss and write prediction.json; compare with a measured loss.
 
-    A prediction stands once its target is trained: then only the measurement is added, unless a new
-    one is asked for ``again``, which says that it came after. One that stands although the ladder
-    fits another law, or otherwise, or to other rungs since carries a warning, which is not kept.
-    Raises UserError.
+    A prediction is not changed once its target is being trained: only the measurement is added,
+    unless ``again`` requests a new prediction, which then records that it was made afterwards. If
+    the ladder's law, options or rungs have changed since, the returned prediction has a warning,
+    which is not stored. Raises UserError.
     """
     target = plan.target
     if target is None:
@@ -197,7 +200,7 @@ def predict(plan: LadderPlan, *, again: bool) -> Prediction:
 
 
 def _since(plan: LadderPlan, target: PlannedRun, prediction: Prediction) -> dict[str, str]:
-    """What the ladder says otherwise than when the prediction was made: a sentence for each key."""
+    """Return a sentence for each key that has changed in the ladder since the prediction."""
     other = {}
     if prediction.law != plan.ladder.law:
         other["law"] = f"is of law {prediction.law}, and the ladder now says {plan.ladder.law}"
@@ -237,12 +240,12 @@ def _since(plan: LadderPlan, target: PlannedRun, prediction: Prediction) -> dict
 
 
 def _held(fixed: Mapping[str, float] | None) -> str:
-    """Which parameters are not fitted."""
+    """Return the fixed parameters as text."""
     return ", ".join(f"{name}={value:g}" for name, value in (fixed or {}).items()) or "nothing"
 
 
 def describe(plan: LadderPlan, run: PlannedRun) -> dict[str, Any]:
-    """What a law may read of a run that has not been trained, by the names of ``from_runs``."""
+    """Return the inputs of a law for a run before training, named as in ``from_runs``."""
     config = run.config
     counted = count_parameters(config.model)
     batch = BatchPlan(config.batch, config.data.sequence_length)

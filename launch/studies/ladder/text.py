@@ -1,4 +1,4 @@
-"""What the commands of a ladder print."""
+"""Text output of the ladder commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from allometry.studies.ladder.state import RunState, spent, stated
 
 
 def planned_facts(plan: LadderPlan) -> dict[str, Any]:
-    """The ladder and how far it is, as JSON."""
+    """Return the ladder and its progress, as JSON."""
     runs, problems = [], []
     for run in plan.runs:
         state, problem = stated(run)
@@ -60,17 +60,17 @@ def planned_facts(plan: LadderPlan) -> dict[str, Any]:
 
 
 def _final_loss(plan: LadderPlan, run: PlannedRun, state: RunState) -> float | None:
-    """The loss that a law would be fitted to; None for a run that has not finished or lacks it."""
+    """Return the loss to which a law is fitted; None if the run is not finished or lacks it."""
     if state.stage != "done":
         return None
     try:
         return final_loss(read_run(run.folder), LossChoice.parse(plan.ladder.loss))
     except UserError:
-        return None  # the fit will say what is wrong with it
+        return None  # the fit reports the problem
 
 
 def status_text(facts: dict[str, Any]) -> str:
-    """The runs of ``planned_facts``, a line each, and what they cost."""
+    """Return the runs of ``planned_facts``, a line each, and their cost."""
     rows = [
         ["run", "N", "D", "steps", "FLOPs", "", "state", "loss", "", "branches"],
         ["", "", "tokens", "", "added", "", "", "nats/token", "", "from, at step"],
@@ -96,7 +96,7 @@ def status_text(facts: dict[str, Any]) -> str:
 
 
 def _branch(run: dict[str, Any]) -> str:
-    """What a run branches from: the part of that run's name which is not its own too."""
+    """Return a run's parent: the part of its name that differs from the run's own name."""
     if not run["parent"]:
         return ""
     own = run["name"].removeprefix("target-").split("-")
@@ -107,7 +107,7 @@ def _branch(run: dict[str, Any]) -> str:
 
 
 def fit_facts(fit: Fit, resampled: Bootstrap, path: str) -> dict[str, Any]:
-    """A fit as JSON, without its observations."""
+    """Return a fit as JSON, without its observations."""
     plain = fit.to_json()
     return {
         "law": fit.form.name,
@@ -126,7 +126,7 @@ def fit_facts(fit: Fit, resampled: Bootstrap, path: str) -> dict[str, Any]:
 
 
 def fit_text(facts: dict[str, Any]) -> str:
-    """The fit of ``fit_facts``."""
+    """Return the fit of ``fit_facts`` as text."""
     rows = [["parameter", "value", "95 % interval", "unit"]]
     for name, value in facts["values"].items():
         low, high = facts["intervals"][name]
@@ -147,7 +147,7 @@ def _interval(prediction: Prediction) -> str:
 
 
 def prediction_text(prediction: Prediction) -> str:
-    """A prediction in words."""
+    """Return a prediction as text."""
     target = prediction.target
     lines = [
         f"{target['run']} (N {human(target['N'])} parameters, D {human(target['D'])} tokens)",

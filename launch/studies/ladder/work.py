@@ -1,4 +1,4 @@
-"""What the commands of a ladder do: each returns its report."""
+"""Work of the ladder commands: each function returns its report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from allometry.launch.studies.ladder.commands import Fit, LadderCommand, Predict
 
 
 def run(asked: Run) -> Report:
-    """Train what the ladder lacks; what is done is said at once, beside JSON on stderr."""
+    """Train the remaining runs. Progress is printed immediately, on stderr with --json."""
     if asked.only not in (None, "rungs", "target"):
         raise UserError(f"--only={asked.only} is not known; use rungs or target")
     if asked.dry_run:
@@ -25,12 +25,12 @@ def run(asked: Run) -> Report:
     only = cast(stages.Only | None, asked.only)
     facts = stages.run(stages.open_ladder(asked.file), only, asked.parallel, say)
     stopped = facts.get("stopped")
-    code = 128 + signal.Signals[stopped] if stopped else 0  # as shells have it
+    code = 128 + signal.Signals[stopped] if stopped else 0  # as in shells
     return Report(facts, "", passed=not stopped, code=code)
 
 
 def status(asked: LadderCommand) -> Report:
-    """Report how far the ladder is."""
+    """Report the progress of the ladder."""
     facts = text.planned_facts(stages.open_ladder(asked.file))
     return Report(facts, text.status_text(facts))
 
@@ -42,6 +42,6 @@ def fit(asked: Fit) -> Report:
 
 
 def predict(asked: Predict) -> Report:
-    """Predict the target's loss, or compare it with what was measured."""
+    """Predict the target's loss, or compare the prediction with the measured loss."""
     prediction = stages.predict(stages.open_ladder(asked.file), again=asked.again)
     return Report(prediction.describe(), text.prediction_text(prediction))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from allometry.optim import newton_schulz as products
 from allometry.optim.muon import adjustment
 from allometry.optim.newton_schulz import DION, MUON, newton_schulz, newton_schulz_cost
 from rule_groups import SHAPES, by_singular_values, give, normal, optimizer, weights
@@ -53,7 +54,10 @@ def test_costs_of_tall_and_wide_are_the_same() -> None:
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
-def test_equals_torch_bit_by_bit(adjust: str, nesterov: bool) -> None:
+def test_equals_torch_bit_by_bit(
+    adjust: str, nesterov: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "in_fp32", lambda *_: False)
     ours, theirs = weights(SHAPES), weights(SHAPES)
     settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "nesterov": nesterov}
     mine = optimizer("muon", ours, adjust=adjust, **settings)
@@ -65,6 +69,22 @@ def test_equals_torch_bit_by_bit(adjust: str, nesterov: bool) -> None:
         reference.step()
     for name in SHAPES:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (96, 64), (128, 128)])
+def test_products_in_fp32_are_as_exact_as_those_in_bf16(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = normal("x", shape)
+    exact = newton_schulz(matrix.double(), DION, dtype=torch.float64)
+    errors = {}
+    for wide in (True, False):
+        monkeypatch.setattr(products, "in_fp32", lambda *_, wide=wide: wide)
+        found = newton_schulz(matrix, DION)
+        assert found.dtype == torch.bfloat16
+        errors[wide] = float((found.double() - exact).norm() / exact.norm())
+    assert errors[True] == pytest.approx(errors[False], rel=0.02)
+    assert 1e-3 < errors[True] < 1e-2, "each product is rounded to bf16"
 
 
 def test_unadjusted_is_torch_where_the_adjustment_is_one() -> None:
