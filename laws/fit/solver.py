@@ -75,8 +75,7 @@ def minimize(
     searches have no cost.
 
     ``survivors``: successive halving, for many starts of one problem. After each ten iterations the
-    half of the searches with the larger objectives is dropped, as long as ``survivors`` searches
-    remain. None: every search continues to its end.
+    half of the searches with the larger objectives is dropped, down to ``survivors`` (None: no).
     """
     # glibc returns a freed block to the system unless a block of the same size was freed before. A
     # search frees blocks of a few hundred KiB all the time, and page faults for new blocks took two

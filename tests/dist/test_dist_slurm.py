@@ -231,7 +231,12 @@ def test_the_example_of_one_run_goes_on_after_a_node_fails(
     gate.open()
     slurm("scontrol", "update", node, "State=RESUME")
     job(slurm, 1, "COMPLETED")
-    assert kinds(Path(config.run.folder)) == ["started", "resumed", "finished"]
+    # Slurm sends SIGTERM before SIGKILL, so the ranks save and stop where they still can.
+    found = kinds(Path(config.run.folder))
+    assert found in (
+        ["started", "resumed", "finished"],
+        ["started", "stopped", "resumed", "finished"],
+    ), found
     assert [row["step"] for row in rows(Path(config.run.folder))] == list(range(1, 21))
 
 
