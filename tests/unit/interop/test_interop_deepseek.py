@@ -60,6 +60,7 @@ def edit(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+@pytest.mark.slow
 def test_what_only_its_files_have_matters(tiny: Make, tmp_path: Path) -> None:
     """Negative controls: without it logits are others by far."""
     source = save(tmp_path / "hf", "deepseek_v3")
