@@ -46,13 +46,15 @@ class AttentionBackend(NamedTuple):
 
     ``takes``: whether it can do a call on one of its ``devices`` (None: any), ``needs`` the same in
     words; ``windows``: whether it has sliding windows; ``narrow_values``: whether values may be
-    narrower than keys; ``meant``: whether it may be chosen without
-    being named. ``operators``: those of its forward as torch's dispatcher names them; some of them
-    run in each call, and selective checkpointing keeps their results. ``package``: what must be
-    installed beside torch, by import name, and ``install`` how. ``deterministic``: whether its
-    backward can give the same bits twice.
+    narrower than keys; ``meant``: whether it may be chosen without being named. ``operators``:
+    those of its forward as torch's dispatcher names them; some of them run in each call, and
+    selective checkpointing keeps their results. ``package``: what must be installed beside torch,
+    by import name, and ``install`` how. ``deterministic``: whether its backward can give the same
+    bits twice.
     ``kept_bytes(heads, length, compute_bytes)``: bytes for each token that a backward needs beside
-    queries, keys, values and output; the log-sum-exp in fp32 unless said.
+    queries, keys, values, output and a dense mask; the log-sum-exp in fp32 unless said.
+    ``dense_mask``: whether it keeps a mask [L, L] in the compute type: of each sequence, or one of
+    all where documents are not packed.
     """
 
     name: str
@@ -67,6 +69,13 @@ class AttentionBackend(NamedTuple):
     deterministic: bool = True
     windows: bool = False
     narrow_values: bool = False
+    dense_mask: bool = False
+
+    def kept(self, call: AttentionCall, heads: int, compute_bytes: int, sequences: int) -> int:
+        """Return the bytes for each token that a backward of so many sequences needs."""
+        mask = compute_bytes * call.length if self.dense_mask else 0
+        masks = mask if call.packed else mask // sequences
+        return self.kept_bytes(heads, call.length, compute_bytes) + masks
 
     def able(self, call: AttentionCall) -> bool:
         """Whether it can do the call, where its package is installed."""
@@ -172,7 +181,7 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         "packed documents or sliding windows",
         operators=_SDPA,
         windows=True,
-        kept_bytes=lambda heads, length, compute_bytes: 4 * heads + compute_bytes * length,
+        dense_mask=True,
     ),
     AttentionBackend(  # softmax written out: what tests compare the others with
         "reference",

@@ -124,7 +124,8 @@ def estimate_memory(
     """
     stages, pp = (layout.stages, layout.pp) if layout else ((range(model.num_layers),), 1)
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are whole till the end
-    kernels = _kernels(model, compute_bytes, attention, attention_backend, precision)
+    sequences = max(1, micro_batch_tokens // attention.length)
+    kernels = _kernels(model, compute_bytes, attention, attention_backend, precision, sequences)
     frozen = frozen_names(model, optimizer)
 
     def step_of(rank: int) -> Step:
@@ -164,12 +165,13 @@ def _kernels(
     attention: AttentionCall,
     attention_backend: str | None,
     precision: PrecisionConfig,
+    sequences: int,
 ) -> Kernels:
     # On CUDA all layers have one back end, on a CPU each call its own (``trainer/kernels.py``).
     of_all = attention if attention.device == "cuda" else attention._replace(window=None)
     scores, windowed = (
-        (named(attention_backend) if attention_backend else choose_backend(call)).kept_bytes(
-            model.num_heads, call.length, compute_bytes
+        (named(attention_backend) if attention_backend else choose_backend(call)).kept(
+            call, model.num_heads, compute_bytes, sequences
         )
         for call in (of_all, attention)
     )

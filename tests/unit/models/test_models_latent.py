@@ -15,17 +15,15 @@ from torch import Tensor
 
 from allometry.configs.model import DenseModel, StandardParameterization
 from allometry.models.attention import attend
-from allometry.models.build import build_model, torch_dtype
 from allometry.models.documents import Documents
-from allometry.models.init import initialize
 from allometry.models.latent import LatentAttention
-from allometry.models.products import cast_once, stacks
 from allometry.models.rotary import Geometry, turn_of
 from allometry.scaling.count import attention_flops, flops_per_token
 from allometry.scaling.inventory import attention_specs, within
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.saved import Block, Kernels
 from allometry.scaling.shapes import at_width, width_unit
+from kept import kept_of_block
 
 WIDTHS = {"kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
 YARN = {"kind": "yarn", "factor": 4.0, "original_length": 8, "mscale_all_dim": 0.8}
@@ -187,32 +185,14 @@ def test_ranks_grow_with_the_width() -> None:
 )
 def test_the_memory_estimate_is_what_autograd_keeps(latent: dict[str, Any], compute: str) -> None:
     """To the byte, but for copies of gains in the compute type."""
-    config = model(latent=latent, window=None)
-    rules = Parameterization(StandardParameterization(), config)
-    made = build_model(config, rules, compute)
-    initialize(made, rules, seed=0)
-    dtype, block = torch_dtype(compute), made.blocks["0"]
-    x_BLD = torch.randn(4, L, 32, dtype=dtype).requires_grad_()
-    geometry = made._geometry(torch.zeros(4, L, dtype=torch.long), None)
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with cast_once(made, dtype):
-        copies = [s.copy for s in stacks(made) if s.copy is not None]
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            block.attended(x_BLD, geometry)
-        others = [*made.state_dict().values(), *geometry.turn, *copies]
-        owned = {tensor.untyped_storage().data_ptr() for tensor in others}
-    measured = sum(size for place, size in kept.items() if place not in owned)
-    size = dtype.itemsize
-    kernels = Kernels(size, fused_norm=False, scores=4 * config.num_heads)
-    stated = 4 * L * sum(Block(config, 0, kernels)._attention().values())
-    gains = size * sum(p.numel() for p in block.attention.parameters() if p.dim() == 1)
-    gains = (gains + size * config.width) if compute == "bf16" else 0
-    assert measured == stated + gains
+    config = model(latent=latent)
+    tokens_BL = torch.zeros(4, L, dtype=torch.long)
+    measured, of_gains = kept_of_block(
+        config, compute, tokens_BL, lambda block, x, geometry: block.attended(x, geometry)
+    )
+    kernels = Kernels(2 if compute == "bf16" else 4, False, scores=4 * config.num_heads)
+    rows = Block(config, 0, kernels)._attention()
+    assert measured - of_gains == 4 * L * sum(rows.values())
 
 
 @pytest.mark.parametrize(
