@@ -1,15 +1,16 @@
-"""Peak memory of a step, predicted and measured, for many layouts; what a layer keeps by operation.
+"""Compare predicted and measured peak memory of a training step for many layouts.
 
-    python benchmarks/memory.py [--only WORD] [--json FILE [--resume]]
+    python benchmarks/memory.py [--only WORD] [--layers] [--json FILE [--resume]]
 
-Every case takes two real steps on random tokens, on one to four processes of this machine's CPU,
-with every tensor counted from birth to death (``allometry memory --probe``). The prediction is that
-of ``allometry memory --device cpu``, worked out without torch. Bytes of a layer are in units of
-U = tokens x width x 2, those of the COAT paper (arXiv 2410.19313, table 1: 22.66 U in bf16).
+Every case takes two real steps on random tokens, on one to four CPU processes of this machine, and
+tracks every tensor from allocation to release (``allometry memory --probe``). The prediction is the
+output of ``allometry memory --device cpu``, which is computed without torch. The bytes that a layer
+saves for backward, by operation, are given in units of U = tokens x width x 2, as in the COAT paper
+(arXiv 2410.19313, table 1: 22.66 U in bf16).
 
-Then every case is asked whether it fits a limit, at several shares of its measured peak: it is said
-to fit where the prediction and a reserve of it do. FILE is written after every few cases;
-``--resume`` measures what it lacks.
+Each case is then compared with memory limits at several shares of its measured peak: it is
+predicted to fit if the prediction plus a reserve is within the limit. FILE is written after every
+few cases; ``--resume`` measures only the cases that FILE lacks.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ MUONH = {"optimizer.kind": "muonh", "optimizer.weight_decay": 0.0}
 
 @dataclass(frozen=True)
 class Case:
-    """A run: a model, its ranks and what differs from the common settings, by key."""
+    """Run to measure: a model, its ranks and overrides of the common settings, by key."""
 
     name: str
     model: dict[str, Any]
@@ -74,7 +75,7 @@ class Case:
     changes: dict[str, Any]
 
     def config(self) -> RunConfig:
-        """Return the whole description of the run."""
+        """Return the complete config of the run."""
         tree: dict[str, Any] = {
             "run": {"folder": "none"},
             "model": self.model,
@@ -172,7 +173,7 @@ def add_latent(kind: str, model: dict[str, Any], add: Callable[..., None]) -> No
 
 
 def add_precision(add: Callable[..., None]) -> None:
-    """Add the cases of FP8 and of states that travel of one kind of model."""
+    """Add cases with FP8 and with offloaded states, for one kind of model."""
     saved = {"precision__saved_activations": "fp8"}
     full = {"training__activation_checkpointing": "full"}
     add("saved FP8", **saved)
@@ -203,7 +204,7 @@ def add_precision(add: Callable[..., None]) -> None:
 
 
 def add_wide(add: Callable[..., None]) -> None:
-    """Add cases whose peak lies in a block, where FP8 is most of the step."""
+    """Add cases whose peak is inside a block, where FP8 affects most of the step."""
     dense = DENSE | {"ffn_width": 2048, "vocab_size": 256}
     moe = MOE | {"experts": MOE["experts"] | {"width": 1024}, "vocab_size": 256}
     saved = {"saved_activations": "fp8"}
@@ -217,10 +218,10 @@ def add_wide(add: Callable[..., None]) -> None:
 
 
 LIMITS = (0.8, 0.9, 0.95, 1.05, 1.1, 1.25)
-"""Limits that each case is held against, as shares of its measured peak."""
+"""Memory limits compared with each case, as shares of its measured peak."""
 RESERVES = (0.0, 0.02, 0.05)
 AT_ONCE = 8
-"""Cases that the same processes run before FILE is written."""
+"""Number of cases that the same processes run before FILE is written."""
 SELECTIVE = {"training__activation_checkpointing": "selective"}
 FP8_STATES = {"kind": "fp8"}
 TIERS = {"nvme": tempfile.gettempdir(), "cpu": 0.0, "bucket_mib": 1.0}
@@ -228,7 +229,7 @@ TIERS = {"nvme": tempfile.gettempdir(), "cpu": 0.0, "bucket_mib": 1.0}
 
 @dataclass(frozen=True)
 class Result:
-    """A case's fullest rank: bytes predicted and measured, where each peak is, kinds of both."""
+    """Peak of a case's fullest rank: predicted and measured bytes, where, and kinds of tensors."""
 
     name: str
     ranks: int
@@ -242,12 +243,12 @@ class Result:
 
     @property
     def error(self) -> float:
-        """(predicted - measured) / measured."""
+        """Return (predicted - measured) / measured."""
         return self.predicted / self.measured - 1
 
 
 def result_of(case: Case, found: Sequence[Measured]) -> Result:
-    """Return the case's fullest rank beside its prediction."""
+    """Return the peak of the case's fullest rank together with its prediction."""
     fullest = max(found, key=lambda one: one.bytes)
     estimate = predicted(case.config(), case.ranks, "cpu", fullest.rank)
     return Result(
@@ -265,7 +266,7 @@ def result_of(case: Case, found: Sequence[Measured]) -> Result:
 
 @dataclass(frozen=True)
 class Decisions:
-    """How often it was said rightly that cases fit a limit, with this reserve."""
+    """Counts of right and wrong decisions whether cases fit a limit, with this reserve."""
 
     reserve: float
     decisions: int
@@ -274,7 +275,7 @@ class Decisions:
 
     @classmethod
     def of(cls, results: Sequence[Result], reserve: float) -> Decisions:
-        """Count them over ``LIMITS``."""
+        """Count the decisions over ``LIMITS``."""
         refused = let_in = 0
         for result in results:
             for share in LIMITS:
@@ -286,17 +287,17 @@ class Decisions:
 
     @property
     def right(self) -> float:
-        """Share of the decisions that were right."""
+        """Return the share of right decisions."""
         return 1 - (self.refused_what_fits + self.let_in_what_does_not) / self.decisions
 
 
 def layer_table(
     preset: str, saved: Literal["compute", "fp8"], tokens: int = 256
 ) -> dict[str, dict[str, float]]:
-    """Return bytes that a layer of a preset keeps by operation, in U: on a CPU and on CUDA.
+    """Return the bytes that a preset's layer saves by operation, in U, on a CPU and on CUDA.
 
     Measured on two layers with few tokens on this CPU in bf16, where norms are not fused; the
-    others are what ``scaling/saved.py`` says.
+    values for CUDA come from ``scaling/saved.py``.
     """
     small = [
         "data={kind: sequences, sequence_length: 64, packing: concatenated, "
@@ -316,7 +317,7 @@ def layer_table(
     for device, fused in (("cuda", True), ("cpu", False)):
         kernels = Kernels(2, fused, heads, config.precision)
         said[device] = Block(model, 1, kernels).saved(tokens, "none")
-    final = norm(model.width, kernels)  # on a CPU
+    final = norm(model.width, kernels)  # unfused, for a CPU
     rows = {
         operation: {
             "measured on CPU": (measured.saved.get(operation, 0) - tokens * final[operation])
@@ -332,7 +333,7 @@ def layer_table(
 
 
 def measured_in(path: Path | None) -> list[Result]:
-    """Return the results that a file holds."""
+    """Return the results stored in a file; an empty list without a file."""
     if path is None or not path.exists():
         return []
     names = {field.name for field in fields(Result)}
@@ -343,7 +344,7 @@ def measured_in(path: Path | None) -> list[Result]:
 
 
 def write(path: Path, layers: dict[str, Any], results: Sequence[Result]) -> None:
-    """Write everything known so far."""
+    """Write all results so far."""
     facts = {"torch": torch.__version__, "machine": platform.processor(), "layers_in_u": layers}
     facts["cases"] = [{**asdict(result), "error": result.error} for result in results]
     facts["limits"] = list(LIMITS)

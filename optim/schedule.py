@@ -53,9 +53,9 @@ class Schedule:
     consecutive stretches: see ``Decay`` and ``Refined`` for the rates of a stretch.
 
     * ``wsd_s`` (arXiv 2410.05192): one WSD stretch for each decay end e, the last one ending at T.
-      Each decay takes max(1, round(decay_fraction·e)) steps, so up to e the rates of the first
-      stretch are those of a run of ``kind: wsd`` with length e. Later stretches warm up from
-      ``final_fraction`` to the peak in ``rewarmup_steps``.
+      Each decay takes max(1, round(decay_fraction·e)) steps, so up to e the first stretch has the
+      rates of a run of ``kind: wsd`` with length e. Later stretches warm up from ``final_fraction``
+      to the peak in ``rewarmup_steps``.
     * ``continued``: ``before`` as in a run that ends at ``before_steps``, then ``after``, whose
       warm-up starts at the last rate of ``before``.
 

@@ -55,7 +55,7 @@ class TieredOptimizer(RuleOptimizer):
     ``working``: parameters whose fp32 values are offloaded with the states, with their compute
     copies; ``sizes`` includes these values. ``leaving``: parameters whose gradients are stored on
     the host if their states are offloaded, see ``HostGradients``. ``still``: states are not moved,
-    but the collectives are those of the buckets (a dry run). Elementwise-updated parameters larger
+    but the collectives of the buckets are called (a dry run). Elementwise-updated parameters larger
     than a bucket are moved some rows at a time.
 
     Raises:

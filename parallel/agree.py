@@ -59,7 +59,7 @@ def with_heartbeat(mesh: Mesh, work: Callable[[], T], what: str) -> T:
 
     Every rank calls this function, and no rank returns before ``work`` has ended on all ranks.
     ``work`` runs in a thread of its own and must not use ``mesh.host_group``. For example,
-    ``with_heartbeat(mesh, checkpoint.write, "the checkpoint")``.
+    ``with_heartbeat(mesh, lambda: path.read_bytes(), "reading a file")``.
     """
     if mesh.world_size == 1:
         return work()

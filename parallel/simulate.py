@@ -181,7 +181,7 @@ def without_storage() -> FakeTensorMode:
 class EvenExchange(AllToAll):
     """All-to-all of expert parallelism with equal numbers of tokens for all experts.
 
-    Real numbers of tokens depend on data, which a simulation lacks. Sizes are those of the mean.
+    Real numbers of tokens depend on data, which a simulation lacks. Sizes are mean sizes.
     """
 
     @override

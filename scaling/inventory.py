@@ -1,4 +1,4 @@
-"""The parameters of a model, from its description alone: modules are made from it."""
+"""Parameters of a model, derived from its config; modules are built from this list."""
 
 # V vocabulary, D width, N query heads, K key/value heads, H head width, F feed-forward width,
 # E experts
@@ -18,7 +18,7 @@ def matrix(name: str, role: Role, fan_out: int, fan_in: int) -> ParamSpec:
 
 
 def embedding(name: str, rows: int, width: int) -> ParamSpec:
-    """Return the spec of a lookup table [rows, width], whose fan-in (rows) never grows."""
+    """Return the spec of a lookup table [rows, width], whose fan-in (rows) is constant."""
     return ParamSpec(name, Role.INPUT, (rows, width), fan_in=rows, fan_out=width)
 
 
@@ -28,12 +28,12 @@ def vector(name: str, size: int, start: Start = "ones", *, of_heads: bool = Fals
 
 
 def experts(name: str, role: Role, number: int, fan_out: int, fan_in: int) -> ParamSpec:
-    """Return the spec of the same weight of all experts, stored [E, fan_out, fan_in]."""
+    """Return the spec of one weight of all experts, stored [E, fan_out, fan_in]."""
     return ParamSpec(name, role, (number, fan_out, fan_in), fan_in=fan_in, fan_out=fan_out)
 
 
 Specs = Mapping[str, ParamSpec]
-"""Specs by the parameter's name within a module; ``ParamSpec.name`` is the one in the model."""
+"""Specs by parameter name within a module; ``ParamSpec.name`` is the global name."""
 
 
 def inventory(
@@ -43,13 +43,13 @@ def inventory(
     first: bool = True,
     last: bool = True,
 ) -> tuple[ParamSpec, ...]:
-    """Return every parameter a model of this description has, in ``named_parameters()`` order.
+    """Return all parameters of a model with this config, in ``named_parameters()`` order.
 
-    Works without torch, so that a plan for thousands of GPUs can be made on a laptop; modules are
-    made from it. A tied head is the embedding and is listed once.
-
-    Of a part of the model: its ``layers`` (None: all), the embedding with the ``first`` and the
-    head with the ``last``. A tied head away from its embedding has a weight of its own.
+    The function does not need torch, so a laptop can plan a run on thousands of GPUs. A tied head
+    is the embedding and is listed once. For a part of the model: its ``layers`` (None: all), with
+    the embedding if ``first`` and the head if ``last``. A tied head without its embedding has its
+    own weight. For example, ``inventory(model, range(2), last=False)`` lists a first pipeline
+    stage.
     """
     specs = [embedding("embedding.weight", model.vocab_size, model.width)] if first else []
     for layer in range(model.num_layers) if layers is None else layers:
@@ -62,13 +62,13 @@ def inventory(
 
 
 def within(specs: Specs, module: str) -> Specs:
-    """Return the specs of a module in a module, by their names in it."""
+    """Return the specs of a submodule, by name in the submodule."""
     start = f"{module}."
     return {n.removeprefix(start): spec for n, spec in specs.items() if n.startswith(start)}
 
 
 def block_specs(model: ModelConfig, layer: int, prefix: str) -> Iterator[ParamSpec]:
-    """Yield the parameters of a block: each branch between the norms that the model has."""
+    """Yield the parameters of a block: norms and branches in order."""
     for branch in ("attention", "ffn"):
         if model.norms_before:
             yield vector(f"{prefix}.{branch}_norm.weight", model.width)

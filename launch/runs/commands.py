@@ -12,8 +12,8 @@ from allometry.launch.command import REQUIRED, Command, ConfigCommand, argument,
 class Train(ConfigCommand):
     """Train the run that CONFIG describes, or continue it from its last checkpoint.
 
-    Further arguments override single keys: optimizer.lr=3e-4. For several processes: python -m
-    allometry.launch.torchrun --nproc-per-node N -m allometry.launch.train CONFIG ...
+    Further arguments override single keys: optimizer.lr=3e-4. For several processes:
+    python -m allometry.launch.torchrun --nproc-per-node N -m allometry.launch.train CONFIG ...
     """
 
     dry_run: bool = option("validate, print the plan, train nothing", False)

@@ -29,7 +29,8 @@ class SelfTest(ConfigCommand):
 
     Sends, checks and times every message of a step; compares one step's gradients of a small model
     in the same layout with one rank's; measures devices and the disk. Exits with code 1 on any
-    fault. python -m allometry.launch.torchrun ... -m allometry.launch.selftest CONFIG
+    fault. Start it with:
+    python -m allometry.launch.torchrun ... -m allometry.launch.selftest CONFIG
     """
 
     out: Path = option("where the measurements go, JSON", Path("selftest.json"), "-o")
@@ -42,8 +43,8 @@ class Memory(ConfigCommand):
     """Predict the peak memory of CONFIG's fullest rank by kind, and its moment in a step.
 
     --probe takes two real steps on random tokens, not compiled, and prints measured next to
-    predicted bytes: on this machine's CPU or GPU, or on all ranks of a launch: python -m
-    allometry.launch.torchrun ... -m allometry.launch.memory CONFIG --probe
+    predicted bytes: on this machine's CPU or GPU, or on all ranks of a launch:
+    python -m allometry.launch.torchrun ... -m allometry.launch.memory CONFIG --probe
     """
 
     world_size: int | None = option("ranks to predict for; default: 1, or as launched", min=1)

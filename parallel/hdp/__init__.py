@@ -1,1 +1,3 @@
-"""Hybrid data/context parallelism: each document gets the ranks it needs (arXiv 2502.21231)."""
+"""Hybrid data/context parallelism: each document is sharded over the ranks that it needs (arXiv
+2502.21231).
+"""

@@ -4,8 +4,8 @@ NCCL communicators have no tags: between two ranks, the first message is receive
 receive, whatever both are meant for. A communicator also runs one operation at a time: an operation
 of a rank starts after the rank's earlier operations on the communicator have completed, and
 completes when its peers have reached the matching operation. (Messages posted together are one
-operation.) Messages that may be in flight at the same time therefore use different communicators,
-such as those of rings and of pipelines, or are posted in one order on both sides. ``match``
+operation.) Messages that may be in flight at the same time, such as messages of rings and of
+pipelines, therefore use different communicators or are posted in one order on both sides. ``match``
 simulates lists of messages under these rules; ``programs_of`` builds the lists from a plan.
 """
 

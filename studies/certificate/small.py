@@ -98,7 +98,8 @@ def shrunk(config: RunConfig, world_size: int) -> RunConfig:
 
     Widths, heads, vocabulary and sequences become as small as ``tp`` and ``ep`` allow, with only as
     many layers as the pipeline needs. A parameterization may refuse a width, so several are tried.
-    Raises UserError: the configuration's own layout is not possible.
+    Raises UserError: the configuration's own layout is not possible. For example,
+    ``shrunk(config, 8).model.num_layers``.
     """
     degrees = Layout.of(config, world_size).degrees
     failure: Exception | None = None

@@ -33,7 +33,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "norms after": {"norms": "after", "qk_norm": True, "qk_norm_over": "width", "qkv_bias": True},
     "norms on both sides": {"norms": "both", "activation": "gelu_tanh", "qk_norm": True},
     "window": {"window": {"tokens": 16}},
-    "dropout": {"dropout": 0.1},
 }
 
 
