@@ -54,13 +54,8 @@ SHARED = {"experts": MOE["experts"] | {"num_shared_experts": 1}}
 LATENT = {"experts": MOE["experts"] | {"kind": "latent", "latent_width": 96}}
 AFTER = {"norms": "after", "qk_norm": True, "qk_norm_over": "width", "qkv_bias": True}
 BOTH = {"norms": "both", "activation": "gelu_tanh", "qk_norm": True}
-MLA: dict[str, Any] = {
-    "q_lora_rank": 96,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-}
+MLA: dict[str, Any] = {"q_lora_rank": 96, "kv_lora_rank": 64, "v_head_dim": 32,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16}  # fmt: skip
 FEW = {"data.sequence_length": 64, "batch.micro_batch_sequences": 1, "batch.sequences": 2}
 MUONH = {"optimizer.kind": "muonh", "optimizer.weight_decay": 0.0}
 
@@ -116,9 +111,11 @@ def cases() -> list[Case]:
         add(kind, model | BOTH, "norms on both sides")
         add(kind, model | AFTER, "norms after, tp2", 2, parallel__tp=2)
         add(kind, model | {"qkv_bias": True}, "biases")
-        add(kind, model | BOTH, "norms on both sides, hdp2 ZeRO 3", 2, parallel__zero={"stage": 3})
         add(kind, model | {"window": {"tokens": 64, "global_every": 2}}, "windows")
-        add_latent(kind, model, add)
+        latent = model | {"num_kv_heads": None, "latent_attention": MLA}
+        add(kind, latent, "latent attention")
+        add(kind, latent, "latent attention, tp2", 2, parallel__tp=2)
+        add(kind, latent, "latent attention, saved FP8", precision__saved_activations="fp8")
         add(kind, model, "few tokens", **FEW)
         add(kind, model | {"tied_embeddings": True}, "tied, few tokens", **FEW)
         add(kind, model, "MuonH", **MUONH)
@@ -155,21 +152,6 @@ def cases() -> list[Case]:
     add("moe", MOE, "ep2 x tp2, experts whole", 4, parallel__ep=2, parallel__tp=2,
         parallel__expert_tp=1)  # fmt: skip
     return found
-
-
-def add_latent(kind: str, model: dict[str, Any], add: Callable[..., None]) -> None:
-    """Add the cases of multi-head latent attention."""
-    latent = {key: value for key, value in model.items() if key != "num_kv_heads"}
-    latent["latent_attention"] = MLA
-    full = latent | {"latent_attention": MLA | {"q_lora_rank": None}}
-    add(kind, latent, "latent attention")
-    add(kind, latent, "latent attention, fp32", training__compute_dtype="fp32")
-    add(kind, latent, "latent attention, selective", **SELECTIVE)
-    add(kind, latent, "latent attention, saved FP8", precision__saved_activations="fp8")
-    add(kind, full, "latent attention, full queries")
-    add(kind, latent, "latent attention, tp2", 2, parallel__tp=2)
-    add(kind, full, "latent attention, full queries, tp2", 2, parallel__tp=2)
-    add(kind, latent, "latent attention, hdp2 ZeRO 3", 2, parallel__zero={"stage": 3})
 
 
 def add_precision(add: Callable[..., None]) -> None:

@@ -82,16 +82,8 @@ def apply_tensor(
         tp = mesh.device_mesh["tp"]
         for module in list(model.modules()):
             match module:
-                case Attention():
-                    _cut_weights(module, tp, {"wq": 0, "wk": 0, "wv": 0, "wo": 1})
-                    if module.norm_over == "width":
-                        _norm_over_ranks(module, tp)
-                    if chunked:
-                        chunk_attention(module, mesh.tp)
-                    else:
-                        _exchange_around_products(module, tp)
-                case LatentAttention():
-                    _cut_weights(module, tp, {"wq": 0, "wkv": 0, "wo": 1})
+                case Attention() | LatentAttention():
+                    _cut_heads(module, tp)
                     if chunked:
                         chunk_attention(module, mesh.tp)
                     else:
@@ -217,6 +209,16 @@ def _cut_weights(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> N
         if linear.bias is not None:
             assert dim == 0, f"a bias of {name} would be added on every rank"
             _distribute(linear, "bias", mesh, [Shard(0)])
+
+
+def _cut_heads(module: Attention | LatentAttention, mesh: DeviceMesh) -> None:
+    """Shard the products to and from heads; the products to latents stay replicated."""
+    if isinstance(module, LatentAttention):
+        _cut_weights(module, mesh, {"wq": 0, "wkv": 0, "wo": 1})
+        return
+    _cut_weights(module, mesh, {"wq": 0, "wk": 0, "wv": 0, "wo": 1})
+    if module.norm_over == "width":
+        _norm_over_ranks(module, mesh)
 
 
 def _norm_over_ranks(module: Attention, mesh: DeviceMesh) -> None:

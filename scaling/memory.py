@@ -118,8 +118,7 @@ def estimate_memory(
     ZeRO shards as in ``parallel/zero.py`` and ``shards.py``. ``layout`` None: one unsharded stage.
     ``compute_bytes``: per activation element. ``logits_chunk_tokens``: tokens per chunk of the loss
     (None: ``models/loss.py``). ``optimizer`` None: AdamW. ``attention``: defines the device (on a
-    CPU norms save more, gradient buckets stay allocated); ``attention_backend`` None: the first
-    supported.
+    CPU norms and gradient buckets keep more); ``attention_backend`` None: the first supported.
     """
     stages, pp = (layout.stages, layout.pp) if layout else ((range(model.num_layers),), 1)
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are unsharded to the end

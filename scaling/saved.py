@@ -208,14 +208,12 @@ class Block:
         rows[QKV] += of_norms.pop(RESIDUAL, 0)
         rows[QKV] += kernels.compute * latent.qk_rope_head_dim * as_it_is
         rows += of_norms
-        if self.tp > 1:
-            if self._trains("attention.wq", "attention.wkv"):
-                width = latents if rank else latents + self.model.width
-                rows[GATHERED] += kernels.product_input(width, self._recipe())
-        else:
-            for width, name in ((rank, "wq"), (latent.kv_lora_rank, "wkv")):
-                if width and self._trains(f"attention.{name}"):
-                    rows[NORMS] += kernels.product_input(width, self._recipe())
+        if self.tp > 1 and self._trains("attention.wq", "attention.wkv"):
+            width = latents if rank else latents + self.model.width
+            rows[GATHERED] += kernels.product_input(width, self._recipe())
+        for width, name in ((rank, "wq"), (latent.kv_lora_rank, "wkv")) if self.tp == 1 else ():
+            if width and self._trains(f"attention.{name}"):
+                rows[NORMS] += kernels.product_input(width, self._recipe())
         rows[QKV] += 3 * kernels.compute * queries
         rows[ATTENTION] += kernels.compute * queries + self._scores
         # Of narrower values the product reads a copy of the output's first columns.
@@ -367,8 +365,7 @@ class Block:
                 RESIDUAL: (c + made) * width,  # the input, and the output of attention
             }
         )
-        if self.tp > 1:
-            # Branch inputs, and sums before the reduce-scatter.
+        if self.tp > 1:  # branch inputs, and sums before the reduce-scatter
             rows[GATHERED] += c * (3 * width + gathered)
         if self.mixture is None:
             rows[RESIDUAL] += made * width

@@ -73,10 +73,8 @@ def compare(
     places = locate(wanted, stored.shapes, str(folder), tied=tied, left_out=left_out)
     for counterpart in wanted:
         name = counterpart.spec.name
-        there, expected = (
-            counterpart.join(places[name], stored.read),
-            value_of(weights, counterpart),
-        )
+        there = counterpart.join(places[name], stored.read)
+        expected = value_of(weights, counterpart)
         if imported:
             there = unfolded(name, there, folding)
         else:

@@ -138,10 +138,8 @@ def export_hf(
     chosen = choose_family(config.model, family)
     theirs = attention_scale({}, config.model, chosen)
     folding = folds(config.model, Parameterization.of_run(config).forward, theirs)
-    wanted = counterparts(config.model, chosen)
-    weights = CheckpointWeights(path)
-    if not (TRAITS[chosen].latent and balances_by_bias(config.model)):
-        _check_no_bias(config.model, weights, path)
+    wanted, weights = counterparts(config.model, chosen), CheckpointWeights(path)
+    _check_tensors(config.model, chosen, weights, path)
     states = _optimizer_states(path) if optimizer_state else None
     text = tokenizer_of_run(folder.path, config.data)
     text = text.told(tokenizer, end_of_document, config.model.vocab_size)
@@ -183,9 +181,14 @@ def _run(run_folder: str | Path, step: int | None) -> tuple[RunFolder, RunConfig
     return folder, place_of(load(folder.config), step_of(path)).config, path
 
 
-def _check_no_bias(model: ModelConfig, weights: CheckpointWeights, path: Path) -> None:
-    """Refuse a router's bias that is not zero where the family has none or the run reads none."""
-    for name in check_names(model, weights.shapes, str(path)):
+def _check_tensors(
+    model: ModelConfig, family: Family, weights: CheckpointWeights, path: Path
+) -> None:
+    """Refuse tensors that the model lacks, and biases of routers that the family does not read."""
+    biases = check_names(model, weights.shapes, str(path))
+    if TRAITS[family].latent and balances_by_bias(model):
+        return
+    for name in biases:
         if weights.read(name).any():
             raise UserError(
                 f"{path}: {name} is not zero, and models of the family have no bias in their "
