@@ -18,7 +18,9 @@ from allometry.interop.huggingface.config import (
 )
 from allometry.interop.huggingface.convert import export_hf, import_hf
 from allometry.interop.huggingface.deepseek import rows_of
+from allometry.interop.huggingface.weights import CheckpointWeights
 from allometry.models.rotary import attention_factor
+from allometry.trainer.train import train
 from hf_models import logits, save
 from hf_published import DEEPSEEK_V3
 from hf_runs import TOKENS, Make, config_for, largest, our_logits, random_run
@@ -121,6 +123,22 @@ def test_layers_of_multi_token_prediction_are_left_out(tiny: Make, tmp_path: Pat
     assert any(said in note for note in report.notes)
     step = tmp_path / "run" / "checkpoints" / "step-0"
     assert largest(our_logits(config, step), theirs) <= 1e-5 * theirs.abs().max()
+
+
+def test_training_goes_on_with_imported_biases(tiny: Make, tmp_path: Path) -> None:
+    source = save(tmp_path / "hf", "deepseek_v3")
+    config = config_for(tiny, source)
+    import_hf(source, config, tmp_path / "run")
+    folder = config.run.model_copy(update={"folder": str(tmp_path / "run")})
+    config = config.model_copy(update={"run": folder})
+    assert train(config, device=torch.device("cpu"), callbacks=[]).step == 3
+    first, last = (
+        CheckpointWeights(tmp_path / "run" / "checkpoints" / step).read("blocks.1.ffn.router.bias")
+        for step in ("step-0", "step-3")
+    )
+    assert first.abs().max() > 0.05
+    moved = largest(first, last)
+    assert 0 < moved <= 3 * 1e-3 * (1 + 1e-3), "three steps of the balance"
 
 
 def test_biases_that_nothing_would_read_are_refused(tiny: Make, tmp_path: Path) -> None:
