@@ -48,6 +48,28 @@ class Source(Section):
     select: Select | None = Field(
         None, description="which training documents are read; null: all. Held-out ones stay"
     )
+    kind: Literal["natural", "rephrased", "generated"] = Field(
+        "natural",
+        description="natural text; what a model rephrased of another source; or what it wrote "
+        "without one",
+    )
+    parent: str | None = Field(
+        None, description="rephrased: name of the data source that its documents were made from"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind != "natural" and self.validation is not None:
+            raise ValueError(
+                f"kind={self.kind} has validation={self.validation}, but held-out text is natural; "
+                "set validation to null"
+            )
+        if self.parent is not None and self.kind != "rephrased":
+            raise ValueError(
+                f"parent={self.parent} is of what was rephrased, but kind={self.kind}; set kind to "
+                "rephrased, or parent to null"
+            )
+        return self
 
 
 class ReplayChange(Section):
@@ -115,6 +137,14 @@ class _TokenData(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"sources must have different names, but {twice[0]!r} stands twice")
+        kinds = {source.name: source.kind for source in self.sources}
+        for source in self.sources:
+            if source.parent is not None and kinds.get(source.parent) != "natural":
+                is_not = "rephrased or generated" if source.parent in kinds else "none of them"
+                raise ValueError(
+                    f"source {source.name!r} has parent={source.parent}, which is {is_not}; name a "
+                    f"natural one of {', '.join(kinds)}, or set parent to null"
+                )
         if not any(source.weight for source in self.sources):
             raise ValueError("every source has weight 0, so there is nothing to train on")
         if self.replay is not None:

@@ -133,7 +133,10 @@ def put(tree: Tree, key: str, value: Any, place: str) -> None:
 def _section(tree: Tree, path: KeyPath) -> dict[str, Any]:
     section: Any = tree.data
     for key in path:
-        section = section.get(key, {}) if isinstance(section, dict) else {}
+        if isinstance(section, list) and isinstance(key, int) and key < len(section):
+            section = section[key]
+        else:
+            section = section.get(key, {}) if isinstance(section, dict) else {}
     return section if isinstance(section, dict) else {}
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from hashlib import sha256
+from itertools import repeat
 from pathlib import Path
 
 from allometry.configs.errors import UserError
@@ -28,12 +29,22 @@ from allometry.data.kinds import (
     DAMAGE,
     JSON_LINES,
     PARQUET,
+    TEXT,
     SourceFile,
     UnusableError,
     kind_of,
     opened,
 )
-from allometry.data.records import NULL, json_text, parquet_rows, parquet_texts
+from allometry.data.records import (
+    NULL,
+    Key,
+    json_record,
+    parquet_rows,
+    parquet_texts,
+    split_key,
+    text_key,
+    text_of,
+)
 from allometry.data.special_tokens import KNOWN_ENDS
 
 MARKS = (*KNOWN_ENDS, "<doc ")
@@ -42,17 +53,22 @@ _SAY_EVERY_LINES = 1000
 _BLOCK_BYTES = 1 << 20
 
 
-def open_corpus(name: str, text_key: str, separator: str | None = None) -> Corpus:
+def open_corpus(
+    name: str, text: str, separator: str | None = None, split: str | None = None
+) -> Corpus:
     """The corpus that ``name`` names: ``builtin:...``, a file, a folder or a pattern of either.
 
     Folders are searched through, in the order of the paths, links followed; what is found there and
-    not read is in ``left_out``. ``text_key`` is the key (JSON Lines) or column (parquet) of the
-    text, ``meta.text`` a field of a field; ``separator`` stands between documents of a text file.
-    Raises UserError when there is nothing of that name, or nothing that can be read.
+    not read is in ``left_out``. ``text`` is the key (JSON Lines) or column (parquet) of the text,
+    ``meta.text`` a field of a field, and ``split`` that of what decides a document's split;
+    ``separator`` stands between documents of a text file. Raises UserError when there is nothing of
+    that name, nothing that can be read, or a file without fields where ``split`` names one.
     """
     if name.startswith("builtin:"):
+        if split is not None:
+            raise _no_fields(name, split)
         return open_builtin(name)
-    path, found = Path(name), _Found(text_key)
+    path, found = Path(name), _Found(text)
     try:
         if not os.path.lexists(path) and glob.has_magic(name):
             parts = path.parts
@@ -79,7 +95,19 @@ def open_corpus(name: str, text_key: str, separator: str | None = None) -> Corpu
             f" that can be read (left out: {found.left_out})" if found.left_out.counts else ""
         )
         raise UserError(f"input {name} has no files{left_out}; give a path that holds text")
-    return FileCorpus(str(path.absolute()), found.files, found.left_out, text_key, separator)
+    if split is not None:
+        for file in found.files:
+            if file.kind == TEXT:
+                raise _no_fields(str(file.path), split)
+    keys = text_key(text), None if split is None else split_key(split)
+    return FileCorpus(str(path.absolute()), found.files, found.left_out, keys, separator)
+
+
+def _no_fields(where: str, split: str) -> UserError:
+    return UserError(
+        f"--split-key={split} names a field, but {where} has none; give JSON Lines or parquet, or "
+        "prepare it without --split-key"
+    )
 
 
 class _Found:
@@ -141,11 +169,14 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
+_Text = str | BadText | None
+
+
 class FileCorpus(Corpus):
     """Files of the user's: each text file is a document, as is each line or row of the others.
 
     With a ``separator``, so is each stretch of a text file between two of them, without the line
-    ends around it.
+    ends around it. ``keys``: of the text, and of what decides a document's split; None: its text.
     """
 
     def __init__(
@@ -153,13 +184,13 @@ class FileCorpus(Corpus):
         input: str,
         files: list[SourceFile],
         left_out: LeftOut,
-        text_key: str,
+        keys: tuple[Key, Key | None],
         separator: str | None = None,
     ) -> None:
         kinds = Counter(file.kind for file in files)
         super().__init__(input, [file.path for file in files], dict(sorted(kinds.items())))
         self.left_out = left_out
-        self.text_key = text_key
+        self.text_key, self.split_key = keys
         self.separator = separator
         self._sources = files
 
@@ -206,26 +237,44 @@ class FileCorpus(Corpus):
                     read.at(raw.tell())
 
     def _rows(self, path: Path, log: ReadLog) -> Iterator[Document]:
-        for number, text in parquet_texts(path, self.text_key):
-            if number == 0 and isinstance(text, BadText):
-                log.bad(f"input file {path}", text, parquet_rows(path))
-            else:
-                yield from self._record(f"{path}", "row", number, text, log)
+        texts = parquet_texts(path, self.text_key)
+        decide = (
+            repeat((0, None)) if self.split_key is None else parquet_texts(path, self.split_key)
+        )
+        for (number, text), (first, group) in zip(texts, decide, strict=False):
+            missing = text if number == 0 else group if first == 0 else None
+            if isinstance(missing, BadText):
+                log.bad(f"input file {path}", missing, parquet_rows(path))
+                return
+            yield from self._record(f"{path}", "row", number, (text, group), log)
 
     def _record(
-        self, path: str, unit: str, number: int, value: bytes | str | BadText | None, log: ReadLog
+        self, path: str, unit: str, number: int, value: bytes | tuple[_Text, _Text], log: ReadLog
     ) -> Iterator[Document]:
         """The document of one line or row, unless it has none."""
         try:
-            if isinstance(value, BadText):
-                raise value
-            text = json_text(value, self.text_key) if isinstance(value, bytes) else value
+            text, group = self._fields(value) if isinstance(value, bytes) else value
+            if isinstance(text, BadText):
+                raise text
+            if isinstance(group, BadText):
+                raise group
             if text is None:
                 log.left_out.add(NULL, f"{path}:{number}")
-            else:
-                yield Document(f"{path}:{number}", (text,), text_digest(text))
+                return
+            if self.split_key is not None and not group:
+                raise BadText(
+                    f"nothing under {self.split_key.name!r}",
+                    f"has nothing under {self.split_key.name!r}, so that its split is not known; "
+                    "fill it in (a document without a parent: with its own text or id)",
+                )
+            yield Document(f"{path}:{number}", (text,), text_digest(group or text))
         except BadText as error:
             log.bad(f"input file {path}, {unit} {number}", error)
+
+    def _fields(self, line: bytes) -> tuple[str | None, str | None]:
+        record = json_record(line)
+        text = text_of(record, self.text_key)
+        return text, None if self.split_key is None else text_of(record, self.split_key)
 
 
 class _Reading:

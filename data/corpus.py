@@ -173,6 +173,24 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def held_out_below(fraction: float) -> int:
+    """The bound below which the first 64 bits of a group's digest hold a document out."""
+    return round(fraction * 2**64)
+
+
+def is_held_out(group: str, below: int) -> bool:
+    """Whether the documents of a group are held out."""
+    return int(group[:16], 16) < below
+
+
+def held_out(text: str, fraction: float) -> bool:
+    """Whether ``prepare`` holds a document out: for filters of other engines.
+
+    With datatrove: ``LambdaFilter(lambda document: not held_out(document.text, 0.05))``.
+    """
+    return is_held_out(text_digest(text), held_out_below(fraction))
+
+
 def _status(path: Path) -> os.stat_result:
     try:
         return path.stat()

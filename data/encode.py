@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from allometry.configs.errors import UserError
-from allometry.data.corpus import Document, text_digest
+from allometry.data.corpus import Document, is_held_out, text_digest
 from allometry.data.pieces import SPAN, Span, encode_span, spans, stretches
 from allometry.data.processes import end_with_parent
 from allometry.data.special_tokens import END_OF_DOCUMENT, load_encoder, load_watcher
@@ -231,7 +231,7 @@ def encode_chunk(encoding: Encoding, chunk: list[Piece]) -> list[EncodedPiece]:
         if last:
             ids.append(end)
         tokens = np.array(ids, encoding.dtype)
-        held_out = int(group[:16], 16) < encoding.validation_below
+        held_out = is_held_out(group, encoding.validation_below)
         text_bytes = len(text.encode())
         outcomes.append(EncodedPiece(tokens, text_bytes, held_out, last, exact, unknown))
     return outcomes

@@ -25,11 +25,15 @@ class FileRecord(Section):
 
 
 class SplitRecord(Section):
-    """One split of a source; ``bytes`` are of UTF-8 text, end-of-document tokens not counted."""
+    """One split of a source.
+
+    ``bytes`` are of UTF-8 text, end-of-document tokens not counted; None where only tokens were
+    seen.
+    """
 
     documents: int
     tokens: int
-    bytes: int
+    bytes: int | None
     largest_id: int
     files: dict[str, FileRecord]
 
@@ -66,7 +70,7 @@ class Manifest(Section):
 
     kind: Literal["allometry.tokens"] = "allometry.tokens"
     version: Literal[1] = 1
-    dtype: Literal["uint16", "int32"]
+    dtype: Literal["uint8", "int8", "int16", "int32", "int64", "uint16"]
     tokenizer: TokenizerRecord
     sources: dict[str, SourceRecord]
     request: dict[str, Any]
@@ -75,7 +79,7 @@ class Manifest(Section):
     def split(self, stem: str) -> SplitRecord | None:
         """The split whose files are ``stem``.bin and .idx, if it is recorded here."""
         splits = (split for source in self.sources.values() for split in source.splits.values())
-        return next((split for split in splits if f"{stem}.bin" in split.files), None)
+        return next((split for split in splits if f"{stem}.idx" in split.files), None)
 
 
 def read_manifest(folder: Path) -> Manifest | None:

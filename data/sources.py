@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allometry.configs.data import DocumentData, SequenceData, Source
@@ -79,6 +79,11 @@ class Sources(Reading):
     def _epoch_tokens(self, source: int) -> int:
         return self._train[source].store.num_tokens
 
+    def by_kind(self, tokens: Mapping[str, int]) -> dict[str, int]:
+        """Sums by kind of tokens of sources, as a ``ledger`` has them; empty if all is natural."""
+        sums = sums_by_kind({source.name: source.kind for source in self.data.sources}, tokens)
+        return {} if set(sums) <= {"natural"} else sums
+
     @property
     def stores(self) -> tuple[TokenStore, ...]:
         """All token files, training then held-out."""
@@ -115,10 +120,12 @@ class Sources(Reading):
     def describe(self) -> dict[str, Any]:
         """What the data are, for a run's record: sizes, shares and fingerprints (JSON)."""
         sources = {}
+        tags = {source.name: _tags(source) for source in self.data.sources}
         for (name, share), order in zip(self.mixture.shares().items(), self._train, strict=True):
             held_out = self._validation.get(name)
             sources[name] = {
                 "share": share,
+                **tags[name],
                 "train": _describe(order.store),
                 "validation": None if held_out is None else _describe(held_out.store),
             }
@@ -138,6 +145,22 @@ class Sources(Reading):
                 self._validation[name].store.prefix,
             )
         return evenly(available, min(count, available))
+
+
+def sums_by_kind(kinds: Mapping[str, str], tokens: Mapping[str, int]) -> dict[str, int]:
+    """Tokens of each kind, of sources' tokens."""
+    sums: dict[str, int] = {}
+    for name, count in tokens.items():
+        kind = kinds.get(name, "natural")
+        sums[kind] = sums.get(kind, 0) + count
+    return sums
+
+
+def _tags(source: Source) -> dict[str, str]:
+    """What a record says of text that is not natural."""
+    if source.kind == "natural":
+        return {}
+    return {"kind": source.kind} | ({} if source.parent is None else {"parent": source.parent})
 
 
 def evenly(available: int, count: int) -> list[int]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from allometry.configs.errors import RankError, UserError
 from allometry.data.manifest import manifest_of
+from allometry.data.shards import ENDING, TokenLine, read_shards, shard_files, shards_path
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -35,8 +36,12 @@ _SAMPLE_BLOCKS = 512
 _BLOCK_TOKENS = 1 << 16
 
 
+class EmptyStoreError(UserError):
+    """Token files without documents or without tokens."""
+
+
 class TokenStore:
-    """The documents of ``prefix``.bin and ``prefix``.idx.
+    """The documents of ``prefix``.bin and ``prefix``.idx, or of ``prefix``.shards.json and .idx.
 
     A document is what the document indices say, however many sequences it was written in. Opening
     reads the index and checks it against the size of the .bin file; tokens are read when asked
@@ -52,8 +57,9 @@ class TokenStore:
                 f"token files are named without their ending: write {self.prefix[:-4]} instead of "
                 f"{self.prefix}"
             )
-        self._bin = Path(self.prefix + ".bin")
         self._idx = Path(self.prefix + ".idx")
+        listed = shards_path(self.prefix)
+        self._bin = listed if listed.is_file() else Path(self.prefix + ".bin")
         for path in (self._bin, self._idx):
             if not path.is_file():
                 raise UserError(
@@ -64,9 +70,8 @@ class TokenStore:
         self.starts: NDArray[np.int64] = starts
         """Where each document begins when they stand end to end, and the end (documents + 1)."""
         self._offsets: NDArray[np.int64] = starts[:-1]
-        """Where each begins in the .bin file, in tokens."""
-        # A plain array: np.memmap's own slicing costs more than the copy of a short document.
-        self._tokens: NDArray[Any] = np.memmap(self._bin, self.dtype, mode="r").view(np.ndarray)
+        """Where each begins in the .bin files, end to end, in tokens."""
+        self._tokens = self._open_tokens(int(starts[-1]))
 
     def _read_index(self) -> tuple[np.dtype[Any], NDArray[np.int64]]:
         """Type of the tokens and document starts, checked against the .bin file."""
@@ -103,20 +108,31 @@ class TokenStore:
         num_tokens = int(ends[-1])
         if num_tokens == 0:
             raise self._empty()
-        expected, num_bytes = num_tokens * dtype.itemsize, self._bin.stat().st_size
-        if num_bytes != expected:
+        return dtype, np.concatenate(([0], ends))[indices]
+
+    def _open_tokens(self, num_tokens: int) -> TokenLine:
+        """The files of the tokens, whose sizes are what the index says."""
+        if self._bin.name.endswith(ENDING):
+            listed = read_shards(self._bin)
+            counts = [shard.tokens for shard in listed.shards]
+            files = shard_files(self._bin, listed)
+            num_bytes = sum(shard.file.bytes for shard in listed.shards)
+        else:
+            counts, files, num_bytes = [num_tokens], [self._bin], self._bin.stat().st_size
+        expected = num_tokens * self.dtype.itemsize
+        if num_bytes != expected or sum(counts) != num_tokens:
             raise UserError(
                 f"token file {self._bin} has {num_bytes} bytes, but its index {self._idx} says "
                 f"{expected}: it was cut short or belongs to another index; prepare or copy both "
                 "files again"
             )
-        return dtype, np.concatenate(([0], ends))[indices]
+        return TokenLine(files, counts, self.dtype)
 
     def _damaged(self, how: str) -> UserError:
         return UserError(f"token index {self._idx} {how}; prepare or copy both files again")
 
     def _empty(self) -> UserError:
-        return UserError(
+        return EmptyStoreError(
             f"token file {self._bin} holds no documents or no tokens; prepare it from a corpus "
             "that is not empty, or take this source out of the configuration"
         )
@@ -169,7 +185,7 @@ class TokenStore:
         length = int(self.starts[document + 1] - self.starts[document])
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length
-        return self._checked(self._tokens[begin + start : begin + stop])
+        return self._checked(self._tokens.read(begin + start, begin + stop))
 
     def read_into(
         self,
@@ -182,10 +198,11 @@ class TokenStore:
 
         Raises RankError as ``read`` does.
         """
-        begins = (self._offsets[documents] + offsets).tolist()
-        tokens, at = self._tokens, 0
-        for begin, length in zip(begins, lengths.tolist(), strict=True):
-            out[at : at + length] = tokens[begin : begin + length]
+        files, begins = self._tokens.find(self._offsets[documents] + offsets)
+        at, tokens = 0, {file: self._tokens.tokens(file) for file in set(files.tolist())}
+        runs = zip(files.tolist(), begins.tolist(), lengths.tolist(), strict=True)
+        for file, begin, length in runs:
+            out[at : at + length] = tokens[file][begin : begin + length]
             at += length
         assert at == len(out)
         self._checked(out)
@@ -228,7 +245,8 @@ class TokenStore:
         chosen = np.linspace(0, blocks - 1, _SAMPLE_BLOCKS if sampled else blocks).astype(np.int64)
         largest, smallest = 0, 0
         for block in chosen.tolist():
-            part = tokens[block * _BLOCK_TOKENS : (block + 1) * _BLOCK_TOKENS]
+            start = block * _BLOCK_TOKENS
+            part = tokens.read(start, min(start + _BLOCK_TOKENS, len(tokens)))
             largest, smallest = max(largest, int(part.max())), min(smallest, int(part.min()))
         if smallest < 0:
             raise UserError(

@@ -29,6 +29,7 @@ COMMANDS: Commands = {
     "runs": (runs.Runs, "runs.listing:listed"),
     "branch": (runs.Branch, "runs.branch:branched"),
     "prepare": (runs.Prepare, "runs.prepare:prepared"),
+    "adopt": (runs.Adopt, "runs.adopt:adopted"),
     "convert": (runs.Convert, "runs.convert:converted"),
     "fetch": (runs.Fetch, "runs.fetch:fetched"),
     "evaluate": (runs.Evaluate, "runs.evaluate:evaluated"),
@@ -65,6 +66,8 @@ SELECT: Commands = {
     "import": (select.Import, "select.show:imported"),
     "random": (select.Random, "select.show:random"),
     "perplexity": (select.Perplexity, "select.perplexity:scored"),
+    "betr": (select.Betr, "select.near:near_targets"),
+    "prototypes": (select.Prototypes, "select.near:near_centres"),
 }
 LADDER: Commands = {
     "run": (ladder.Run, "studies.ladder.work:run"),

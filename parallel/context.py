@@ -17,8 +17,7 @@ from allometry.parallel.mesh import Mesh
 
 
 class ContextAttention:
-    """Replacement of ``Attention.core``: ring attention if documents have a ring, else local
-    attention.
+    """Replacement of ``Attention.core``: ring attention for sharded documents, else local.
 
     ``here`` computes local attention.
     """

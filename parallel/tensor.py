@@ -76,7 +76,8 @@ def apply_tensor(
     documents; the residual stream, which pipeline stages exchange, is [B, L/tp, D]. tp must divide
     heads, hidden widths and L; the vocabulary may have any size that gives each rank at least one
     row. Losses cover all tokens and are the same on all ranks of a tensor-parallel group: count
-    them once. Logits are unsharded on all ranks.
+    them once. Logits are unsharded on all ranks. For example, tp = 2 gives each rank half of the
+    heads and of the feed-forward width.
     """
     if mesh.tp.size > 1:
         tp = mesh.device_mesh["tp"]
@@ -181,7 +182,10 @@ def gather(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
 
 
 def gather_tokens(x_BlD: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return [B, L, D]; a single sequence is gathered without a copy, several need one."""
+    """Return [B, L, D]; a single sequence is gathered without a copy, several need one.
+
+    For example, tp = 4 gathers 4 parts [B, 256, D] into [B, 1024, D].
+    """
     if len(x_BlD) == 1:
         return gather(x_BlD[0], mesh, dim=0)[None]
     return gather(x_BlD, mesh, dim=1)
@@ -251,8 +255,7 @@ def _norm_over_ranks(module: Attention, mesh: DeviceMesh) -> None:
 
 
 def _exchange_around_products(module: Attention | LatentAttention, mesh: DeviceMesh) -> None:
-    """Make attention [B, l, D] -> [B, l, D] all-gather tokens as rows and reduce-scatter sums as
-    rows.
+    """Make attention [B, l, D] -> [B, l, D] gather tokens as rows and scatter sums as rows.
 
     Rows are in rank order, as in ``_exchange_rows``. Only the inputs and outputs of attention
     itself, 1/tp of the full width, are copied to sequence order and back. Latent attention

@@ -1,5 +1,4 @@
-"""Tied embeddings in a pipeline: the head of the last stage is a copy of the first stage's
-embedding.
+"""Tied embeddings in a pipeline: the last stage's head is a copy of the embedding.
 
 The embedding owns the weight. Before a step computes, the embedding's value is sent to the head,
 the mirror; after the gradients of the step are reduced, the mirror's gradient is sent back and
@@ -55,9 +54,7 @@ class TiedHead:
 
     @torch.no_grad()
     def return_gradient(self) -> None:
-        """Add the mirror's reduced gradient to the owner's and drop it; skipped if either is
-        frozen.
-        """
+        """Add the mirror's reduced gradient to the owner's, then drop it; skip frozen weights."""
         ends = [module for module in (self._owner, self._mirror) if module is not None]
         if not all(_weight(module).requires_grad for module in ends):
             return

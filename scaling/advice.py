@@ -36,9 +36,7 @@ def advice(config: RunConfig, plan: RunPlan, node_ranks: int = NODE_RANKS) -> di
 
 
 def stage_higher_than_needed(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """Stages 2 and 3 communicate more in every micro-batch; the lowest stage that fits is the
-    fastest.
-    """
+    """Advise a lower ZeRO stage: stages 2 and 3 communicate in every micro-batch."""
     zero, count = config.parallel.zero, plan.micro_batches(plan.total_steps)
     if plan.hdp == 1 or plan.layout.pp > 1 or count == 1 or zero.stage < 2:
         return None
@@ -55,7 +53,7 @@ def stage_higher_than_needed(config: RunConfig, plan: RunPlan, _: int) -> str | 
 
 
 def regathers_in_a_pipeline(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """Every micro-batch gathers all parameters twice."""
+    """Advise ``regather: step``: every micro-batch gathers all parameters twice."""
     zero, pp = config.parallel.zero, plan.layout.pp
     if pp == 1 or plan.hdp == 1 or not zero.frees(pp):
         return None
@@ -71,7 +69,7 @@ def regathers_in_a_pipeline(config: RunConfig, plan: RunPlan, _: int) -> str | N
 
 
 def does_not_fit(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """The first step would run out of memory."""
+    """Advise settings that fit: the first step would run out of memory."""
     if plan.memory.total <= DEVICE_BYTES:
         return None
     zero = config.parallel.zero
@@ -101,7 +99,7 @@ def does_not_fit(config: RunConfig, plan: RunPlan, _: int) -> str | None:
 
 
 def recomputes_though_memory_is_ample(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """Full checkpointing computes each forward twice, about a third more FLOPs."""
+    """Advise milder checkpointing: 'full' computes each forward twice, a third more FLOPs."""
     kind, share = config.training.activation_checkpointing, config.training.activation_offload
     if kind != "full":
         return None
@@ -120,9 +118,7 @@ def recomputes_though_memory_is_ample(config: RunConfig, plan: RunPlan, _: int) 
 
 
 def offloads_though_memory_is_ample(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """Parameters and gradients are copied to the host and back, and the host runs the optimizer
-    step.
-    """
+    """Advise no offload: parameters and gradients move, and the host runs the optimizer step."""
     zero = config.parallel.zero
     if zero.offload == "none":
         return None
@@ -138,7 +134,7 @@ def offloads_though_memory_is_ample(config: RunConfig, plan: RunPlan, _: int) ->
 def activations_leave_though_memory_is_ample(
     config: RunConfig, plan: RunPlan, _: int
 ) -> str | None:
-    """Offloading uses memory bandwidth and pinned host memory without need."""
+    """Advise no offload: transfers use memory bandwidth and pinned host memory."""
     if plan.activation_traffic is None:
         return None
     need = _needs(config, plan, training={"activation_offload": 0.0})
@@ -149,9 +145,10 @@ def activations_leave_though_memory_is_ample(
 
 
 def copies_of_activations_do_not_hide(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """A layer's memory is released after the next layer has run: a slower copy stalls the device.
+    """Advise smaller transfers: a copy slower than a layer's forward stalls the device.
 
-    If a copy takes longer than the forward of a layer, each offloaded layer costs the difference.
+    A layer's memory is released after the next layer has run. Each offloaded layer costs the
+    difference between copy and forward.
     """
     traffic = plan.activation_traffic
     if traffic is None or traffic.hides:
@@ -175,7 +172,7 @@ def copies_of_activations_do_not_hide(config: RunConfig, plan: RunPlan, _: int) 
 
 
 def tp_across_nodes(config: RunConfig, plan: RunPlan, node_ranks: int) -> str | None:
-    """Each block waits for eight messages of all its tokens, which should stay within a node."""
+    """Advise tp within a node: each block waits for eight messages of all its tokens."""
     tp = plan.layout.degrees.tp
     if tp == 1 or node_ranks % tp == 0 or plan.world_size <= node_ranks:
         return None
@@ -187,7 +184,7 @@ def tp_across_nodes(config: RunConfig, plan: RunPlan, node_ranks: int) -> str | 
 
 
 def pipeline_mostly_waits(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """Ranks idle while the pipeline fills and drains (arXiv 2104.04473, section 2.2)."""
+    """Advise a fuller pipeline: ranks idle at its ends (arXiv 2104.04473, section 2.2)."""
     layout, count = plan.layout, plan.micro_batches(plan.total_steps)
     if layout.pp == 1 or _splits(config):
         return None
@@ -202,7 +199,7 @@ def pipeline_mostly_waits(config: RunConfig, plan: RunPlan, _: int) -> str | Non
 
 
 def experts_cut_too_thin(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """Products of few columns use only part of a tile, and their tokens must be gathered."""
+    """Advise ``expert_tp: 1``: products of few columns use part of a tile and gather tokens."""
     model, degrees = config.model, plan.layout.degrees
     if not isinstance(model, MoEModel) or degrees.tp == 1 or degrees.whole_experts:
         return None

@@ -231,7 +231,10 @@ def worth_measuring(call: AttentionCall, is_installed: Installed = installed) ->
 
 
 def refusal(name: str, call: AttentionCall, is_installed: Installed = installed) -> str | None:
-    """Return the reason why a back end does not support a call, with a remedy; None if it does."""
+    """Return the reason why a back end does not support a call, with a remedy; None if it does.
+
+    For example, ``refusal("flash2", call)`` of a call on a CPU names the devices of ``flash2``.
+    """
     backend = named(name)
     able = [b.name for b in BACKENDS if b.able(call) and is_installed(b.package)]
     others = f"use {', '.join(able)}"

@@ -118,6 +118,8 @@ class BatchPlan:
 def total_steps(training: TrainingConfig, plan: BatchPlan) -> int:
     """Return the length of the run in steps; a token budget is rounded up to complete steps.
 
+    For example, 10,000 tokens in steps of 4,096 tokens are 3 steps.
+
     Raises:
         UserError: the run has more than ``MOST_STEPS`` steps or ``MOST_TOKENS`` tokens.
     """

@@ -46,9 +46,7 @@ class RankBlocks:
         return self._of_kind[self._kind(layer)]
 
     def saved(self, layer: int, how: Checkpointing | None = None) -> Counter[str]:
-        """Return bytes saved by one micro-batch in a layer, by operation; ``how`` None: as
-        configured.
-        """
+        """Return bytes saved by a micro-batch in a layer, by operation; ``how`` None: as set."""
         return self._kept[self._kind(layer), how or self.checkpointing]
 
     def staying(self) -> Counter[str]:

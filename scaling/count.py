@@ -72,7 +72,8 @@ def attention_flops(model: ModelConfig, sequence_length: int, window: int | None
 
     2·N·H for the score and 2·N·V for the weighted value, of width V, for each key of a query: on
     average (L+1)/2 keys with the causal mask. With a window W < L the first W queries have the same
-    number of keys and all others have W, on average W - W(W-1)/2L.
+    number of keys and all others have W, on average W - W(W-1)/2L. For example, N·H = N·V = 8
+    features and L = 3 without a window give 64.
     """
     features, length = _score_features(model), sequence_length
     if window is None or window >= length:
@@ -111,6 +112,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
     RoPE, softmax, and recomputation by kernels or activation checkpointing are not counted: the
     result is the numerator of MFU (PaLM, arXiv 2204.02311, appendix B, with the causal half counted
     once). The result is for one document per sequence; for packed documents see ``DocumentFlops``.
+    For example, ``flops_per_token(model, 4096).total * tokens`` for a run of such sequences.
     """
     assert sequence_length > 0, sequence_length
     products = sum(active_numel(model, spec) for spec in inventory(model) if spec.role in MATRICES)

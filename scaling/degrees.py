@@ -86,7 +86,10 @@ def check_divides(key: str, value: int, name: str, whole: int, common: int | Non
 
 
 def divisors(number: int) -> list[int]:
-    """Return all divisors in ascending order."""
+    """Return all divisors in ascending order.
+
+    For example, 12 has 1, 2, 3, 4, 6 and 12.
+    """
     return [d for d in range(1, number + 1) if number % d == 0]
 
 

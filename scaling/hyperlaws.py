@@ -48,8 +48,7 @@ class Target:
         parameters: int | None = None,
         loss: float | None = None,
     ) -> Target:
-        """Return the target of a run of ``model``, or of a similar model with ``parameters``
-        parameters.
+        """Return the target of ``model``, or of a similar model with ``parameters`` parameters.
 
         The similar model keeps the share of active parameters and the ratio of width to depth, so
         its number of layers grows as the cube root of N; its C is 6 x active x tokens, without
@@ -165,7 +164,10 @@ def step_law(parameters: float, tokens: float) -> tuple[float, float]:
 
 
 def deepseek_law(flops: float) -> tuple[float, float]:
-    """Return (learning rate, batch in tokens) of DeepSeek LLM, arXiv 2401.02954, eq. 1."""
+    """Return (learning rate, batch in tokens) of DeepSeek LLM, arXiv 2401.02954, eq. 1.
+
+    For example, C = 1e20 gives 9.86e-4 and 1.02e6.
+    """
     return 0.3118 * flops**-0.1250, 0.2920 * flops**0.3271
 
 
@@ -180,9 +182,7 @@ def minicpm_batch(loss: float) -> float:
 
 
 def hyperp_base_lr(tokens: float) -> float:
-    """Return HyperP's best learning rate at 8 layers and 2²¹ tokens per step, arXiv 2603.28743, eq.
-    8.
-    """
+    """Return HyperP's best rate at 8 layers and 2²¹ tokens per step, arXiv 2603.28743, eq. 8."""
     return float(24.27 * tokens**-0.320)
 
 
@@ -267,7 +267,10 @@ LAWS: tuple[Law, ...] = (
 
 
 def suggest(target: Target, laws: Sequence[Law] = LAWS) -> tuple[Suggestion, ...]:
-    """Return the suggestions of all laws for the target, in the order of the laws."""
+    """Return the suggestions of all laws for the target, in the order of the laws.
+
+    For example, ``suggest(Target.of(model, 10**10, 4096))``.
+    """
     suggestions = []
     for law in laws:
         ranges = law.fitted.get(target.kind, ())

@@ -13,7 +13,10 @@ from allometry.scaling.roles import ParamSpec, Role, Start
 
 
 def matrix(name: str, role: Role, fan_out: int, fan_in: int) -> ParamSpec:
-    """Return the spec of a weight stored [fan_out, fan_in], used as ``x @ weight.T``."""
+    """Return the spec of a weight stored [fan_out, fan_in], used as ``x @ weight.T``.
+
+    For example, ``matrix("head.weight", Role.OUTPUT, V, D)``.
+    """
     return ParamSpec(name, role, (fan_out, fan_in), fan_in=fan_in, fan_out=fan_out)
 
 

@@ -270,7 +270,10 @@ def _check_micro_batches(config: RunConfig, degrees: Degrees) -> None:
 
 
 def least_micro_batches(schedule: str, pp: int) -> int:
-    """Return the smallest supported number of micro-batches of a schedule, in rounds of ``pp``."""
+    """Return the smallest supported number of micro-batches of a schedule, in rounds of ``pp``.
+
+    For example, 1f1b on 4 ranks needs 4.
+    """
     fits, _ = _rule(schedule, pp)
     return next(number for number in (1, pp, 2 * pp) if fits(number))
 

@@ -193,7 +193,7 @@ def _different(
 ) -> list[int]:
     """Return pipeline ranks, without ranks that are equal to an earlier one.
 
-    No rank has more micro-batches in flight than an earlier rank.
+    No rank has more micro-batches in flight than an earlier rank, so the earlier one is kept.
     """
     if layout is None:
         return [0]

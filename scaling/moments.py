@@ -100,9 +100,7 @@ class Step:
         return math.ceil(self.part.model.vocab_size / self.part.tp)
 
     def _ends(self) -> Counter[str]:
-        """Return bytes saved by the final norm and, in a pipeline, of sent and received
-        activations.
-        """
+        """Return bytes saved by the final norm and, in a pipeline, of received and sent tensors."""
         model, part = self.part.model, self.part
         c, local = self.kernels.compute, self.tokens // part.tp
         kept: Counter[str] = Counter()
@@ -189,8 +187,9 @@ class Step:
         return min(-(-self.tokens // (count * 64)) * 64, chunk, self.tokens)
 
     def _forward(self) -> list[Moment]:
-        """Return the moment of rounding gate and up of the last block; without FP8 the head is
-        larger.
+        """Return the moment of rounding gate and up of the last block.
+
+        Without FP8 the list is empty, since the head needs more memory.
         """
         block = self._blocks.block(self._blocks.layers[-1])
         if not self._rounding(block):
@@ -295,8 +294,7 @@ class Step:
         return head * (_FP32 if self.zero.stage == 0 else self.kernels.compute)
 
     def _gathered(self, layer: int | None, *, after: bool = False) -> int:
-        """Return bytes of gathered weights at stages 1 to 3 during, or after, the backward of a
-        block.
+        """Return bytes of gathered weights, at stages 1 to 3, in or after a block's backward.
 
         ``layer`` None: during the backward of the head, when the last block is still gathered.
         """
@@ -316,9 +314,7 @@ class Step:
         return head + sum(self.gathered[i] for i in (here[-1:] if layer is None else here))
 
     def _reduced(self, size: int, copies: int, gradients: int, saved: Mapping[str, int]) -> Moment:
-        """Return the moment of FSDP2's reduction of ``size`` elements, with the previous unit's
-        buffer.
-        """
+        """Return the moment of FSDP2's reduction of ``size`` elements, with the previous buffer."""
         before = max(self.part.units.values(), default=0)
         kinds = self._base(copies, max(self._added_up, gradients))
         kinds[WORKSPACE] = _FP32 * (size + before)
@@ -355,9 +351,7 @@ class Step:
         return max(found)
 
     def _end(self) -> Moment:
-        """Return the moment after the last block's backward: embedding gradient, pending
-        reductions.
-        """
+        """Return the moment after the last block's backward, with pending reductions."""
         part, c = self.part, self.kernels.compute
         trained = part.first and any(spec.role is Role.INPUT for spec in self.part.trained)
         embedding = self._vocabulary * part.model.width if trained else 0

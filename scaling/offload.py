@@ -31,7 +31,10 @@ def offloaded_layers(share: float, layers: int) -> int:
 
 
 def offloaded(share: float, stages: Sequence[range]) -> frozenset[int]:
-    """Return the offloaded layers, which are the first ones of each stage."""
+    """Return the offloaded layers, which are the first ones of each stage.
+
+    For example, a share of 0.5 of one stage of 10 layers gives layers 0 to 3.
+    """
     return frozenset(
         layer for stage in stages for layer in stage[: offloaded_layers(share, len(stage))]
     )
@@ -96,9 +99,7 @@ class Traffic:
         in_flight: int,
         costs: ContextCosts,
     ) -> Traffic:
-        """Return the estimate for ``travelling`` bytes of all ``layers`` per micro-batch of
-        ``tokens``.
-        """
+        """Return the estimate for ``travelling`` bytes of all ``layers`` per micro-batch."""
         number = len(layers)
         flops = layer_flops(model, sequence_length)[1:-1]
         slow = 1 / costs.attention_efficiency - 1

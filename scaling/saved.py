@@ -85,14 +85,16 @@ class Kernels:
 
 
 def fp8_bytes(width: int, rows: int = 1) -> int:
-    """Return bytes of ``width`` elements, in ``rows`` rows, that are saved in FP8."""
+    """Return bytes of ``width`` elements, in ``rows`` rows, that are saved in FP8.
+
+    For example, 32 elements in one row take 36 bytes.
+    """
     return width + 2 * rows * -(-width // rows // SAVED_GROUP)
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One block of a model on one of ``tp`` ranks; ``ep`` > 1: rows are sent to experts of other
-    ranks.
+    """One block of a model on one of ``tp`` ranks; ``ep`` > 1: experts on other ranks.
 
     ``whole_experts``: rows are also sent over tp. ``frozen``: parameters without gradients, by name
     in the block without ".weight"; their products do not save an input.
@@ -245,9 +247,7 @@ class Block:
 
     @property
     def _norms_over_ranks(self) -> bool:
-        """True if the norm of queries and keys needs heads of other ranks, which no fused kernel
-        supports.
-        """
+        """True if the norm of queries and keys needs heads of other ranks; never fused."""
         return self.model.qk_norm_over == "width" and self.tp > 1
 
     def _qk_norm(self) -> Counter[str]:
@@ -342,9 +342,7 @@ class Block:
         return Counter({name: self.kernels.product_input(self.model.width, self._recipe())})
 
     def _selected(self) -> Counter[str]:
-        """Return bytes saved by selective checkpointing: results of products, attention and
-        collectives.
-        """
+        """Return bytes that selective checkpointing saves: products, attention, collectives."""
         c, width = self.kernels.compute, self.model.width
         queries, keys = self._features
         made, up, down = (

@@ -39,8 +39,7 @@ class Axis(StrEnum):
 
 
 def at_width(model: ModelConfig, width: int) -> ModelConfig:
-    """Return the same model at another width, with all widths in proportion and the same head
-    width.
+    """Return the same model at another width, all widths in proportion, head width constant.
 
     The numbers of experts and of visited experts are constant; expert widths grow. Raises UserError
     if heads or a feed-forward cannot be scaled to integers. For example, doubling the width doubles
@@ -117,7 +116,10 @@ def at_regime(model: ModelConfig, number: int, *, widen_experts: bool) -> ModelC
 
 
 def resize(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
-    """Return the model at ``size`` of an axis; horizon and batch do not change the model."""
+    """Return the model at ``size`` of an axis; horizon and batch do not change the model.
+
+    For example, ``resize(model, Axis.WIDTH, 1024)``.
+    """
     match axis:
         case Axis.WIDTH:
             return at_width(model, size)

@@ -25,8 +25,9 @@ PREFETCHED = 2
 
 
 def tensor_dim(spec: ParamSpec) -> int | None:
-    """Return the dimension sharded by tensor parallelism; None if the parameter is replicated over
-    tp.
+    """Return the dimension that tensor parallelism shards; None for replicated parameters.
+
+    For example, 0 for ``wq.weight`` and 1 for ``wo.weight``.
     """
     if spec.role in EXPERTS:
         return 1 if spec.role is Role.EXPERT_UP else 2
@@ -64,7 +65,10 @@ def part_before_zero(
 
 
 def shard(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """Return the shape of the first rank's ZeRO shard of a part."""
+    """Return the shape of the first rank's ZeRO shard of a part.
+
+    For example, (6, 4) over 4 ranks gives (2, 4).
+    """
     dim = zero_dim(shape, ranks)
     return (*shape[:dim], -(-shape[dim] // ranks), *shape[dim + 1 :])
 

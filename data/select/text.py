@@ -19,15 +19,21 @@ def decoder(path: Path) -> Decode:
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def decoder_of(prefix: str, given: str | Path | None = None) -> Decode | None:
-    """The decoder of a store: by the tokenizer ``given``, else by that of its manifest; or None."""
+def tokenizer_path(prefix: str, given: str | Path | None = None) -> Path | None:
+    """The tokenizer.json of a store: the one ``given``, else that of its manifest; or None."""
     if given is not None:
-        return decoder(tokenizer_file(given))
+        return tokenizer_file(given)
     recorded = manifest_of(prefix)
     if recorded is None:
         return None
     path = Path(prefix).parent / recorded[0].tokenizer.file
-    return decoder(path) if path.is_file() else None
+    return path if path.is_file() else None
+
+
+def decoder_of(prefix: str, given: str | Path | None = None) -> Decode | None:
+    """The decoder of a store: by the tokenizer ``given``, else by that of its manifest; or None."""
+    path = tokenizer_path(prefix, given)
+    return None if path is None else decoder(path)
 
 
 def line_of(text: str, most: int = 120) -> str:

@@ -53,6 +53,10 @@ class Prepare(Command):
         "share of the documents held out, chosen by their hash", 0.05
     )
     text_key: str = option("field that holds the text; meta.text: a field in a field", "text")
+    split_key: str | None = option(
+        "field whose hash decides what is held out: the text or id that a document was made from; "
+        "default: the text itself"
+    )
     separator: str | None = option(
         "what stands between the documents of a text file; default: each file is one document"
     )
@@ -62,6 +66,30 @@ class Prepare(Command):
     max_bad_lines: int = option("stop all the same after this many in a source", 1000, min=0)
     max_documents: int | None = option("read at most this many documents of each source")
     processes: int | None = option("worker processes; default: cores")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adopt(Command):
+    """Make one source of token files that others wrote in shards, without a copy of them.
+
+    Shards are pairs of .bin and .idx as Megatron, datatrove or NeMo Curator write them. Each is
+    read once and checked; an interrupted command goes on when it is given again.
+    """
+
+    shards: tuple[str, ...] = argument(
+        "NAME=PATTERN or PATTERN of .idx files, or their folder: web='shards/*.idx'", paths=True
+    )
+    out: Path = option("folder for the index, the list of shards and manifest.json", REQUIRED, "-o")
+    tokenizer: Path = option("tokenizer.json that they were made with", REQUIRED)
+    validation: tuple[str, ...] = option(
+        "NAME=PATTERN of shards that are held out; repeat for more", (), paths=True
+    )
+    end_of_document: str | None = option(
+        "token of --tokenizer that ends documents; default: its eos_token, or a well-known name"
+    )
+    allow_inner_ends: bool = option("take documents that hold the end-of-document token", False)
+    allow_missing_ends: bool = option("take documents that do not end with it", False)
+    processes: int | None = option("worker processes; default: cores", min=1)
 
 
 @dataclass(frozen=True, kw_only=True)

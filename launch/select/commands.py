@@ -54,3 +54,50 @@ class Random(Command):
     store: Path = argument("token files, without .bin/.idx")
     seed: int = option("of the numbers", 0, min=0)
     name: str = option("name of the scores", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Betr(Command):
+    """Score the documents of STORE by how near they are to examples of a target (2507.12466).
+
+    Never give test sets. Needs the extra: pip install 'allometry[select]'.
+    """
+
+    store: Path = argument("token files, without .bin/.idx")
+    targets: tuple[str, ...] = option(
+        "JSON Lines of examples, or a store without .bin/.idx; repeat for more",
+        (),
+        "--target",
+        paths=True,
+    )
+    target_keys: tuple[str, ...] = option(
+        "fields of an example, which are one text; repeat for more; default: text",
+        (),
+        "--target-key",
+    )
+    sample: int = option("documents that are ranked", 1_000_000, min=2)
+    top: float = option("share of these that count as near", 0.1)
+    embedder: str = option("tfidf, or static:FOLDER (.safetensors and tokenizer.json)", "tfidf")
+    keep: float | None = option("also say what this share of the tokens keeps, at --side top")
+    tokenizer: Path | None = option("tokenizer.json of STORE; default: the one beside it")
+    seed: int = option("of the sample", 0, min=0)
+    name: str = option("name of the scores", "betr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prototypes(Command):
+    """Score the documents of STORE by their distance to the nearest of K cluster centres.
+
+    Near duplicates get no score, so that no share keeps them (arXiv 2206.14486, 2308.12284). Needs
+    the extra: pip install 'allometry[select]'.
+    """
+
+    store: Path = argument("token files, without .bin/.idx")
+    k: int = option("clusters", 1000, min=1)
+    sample: int = option("documents that centres are made of", 1_000_000, min=2)
+    embedder: str = option("tfidf, or static:FOLDER (.safetensors and tokenizer.json)", "tfidf")
+    duplicates: float = option("cosine from which documents are duplicates; above 1: none", 0.95)
+    keep: float | None = option("also say what this share of the tokens keeps")
+    side: str | None = option("of it: top (far from centres, hard), middle or bottom (easy)")
+    seed: int = option("of the sample and the clusters", 0, min=0)
+    name: str = option("name of the scores", "prototypes")

@@ -55,7 +55,7 @@ def match(programs: Programs, blocking: Collection[str] = ()) -> int:
     """Simulate the messages; return the number of received messages.
 
     On communicators in ``blocking`` a rank waits for each post immediately, as NCCL does when two
-    ranks communicate for the first time.
+    ranks communicate for the first time. For example, ``match(programs_of(plan, orders))``.
 
     Raises:
         PlanError: a message would be received in place of another, or ranks deadlock.
@@ -180,7 +180,8 @@ def programs_of(
     """Return the posts and waits of every rank in one step of a plan.
 
     ``orders`` as in ``replay``; ``layers`` is the number of attention layers of a stage.
-    ``communicators`` maps "ring" and "pipeline" to communicator names; None: "hdp" and "pp".
+    ``communicators`` maps "ring" and "pipeline" to communicator names; None: "hdp" and "pp". For
+    example, ``orders`` is ``lambda count: schedule_orders("1f1b", 2, 1, count)``.
     """
     names = communicators or {"ring": "hdp", "pipeline": "pp"}
     programs: dict[Rank, list[Step]] = {}

@@ -127,9 +127,7 @@ class _Hop:
     def __init__(
         self, ring: Ring, group: dist.ProcessGroup, sent_2SKH: Tensor, rows: int, channel: int
     ) -> None:
-        """Post both messages and receive ``rows`` rows; ``sent_2SKH`` must not change until
-        ``wait``.
-        """
+        """Post both messages, to receive ``rows``; keep ``sent_2SKH`` unchanged until ``wait``."""
         _, _, K, H = sent_2SKH.shape
         self._sent, self._received = sent_2SKH, sent_2SKH.new_empty(2, rows, K, H)
         tag = ring.tag * _CHANNELS + channel

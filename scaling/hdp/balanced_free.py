@@ -55,9 +55,7 @@ class Timeline:
         self.gaps: list[Gap] = []
 
     def place_costly(self, documents: Sequence[int], goal: float) -> None:
-        """Place documents on the fewest ranks with which each ends by ``goal``, or soon after it
-        can.
-        """
+        """Place documents on the fewest ranks with which each ends by ``goal``, or soon after."""
         problem = self._problem
         for document in documents:
             tokens, pairs = problem.tokens[document], problem.pairs[document]

@@ -49,8 +49,7 @@ class Waves:
         self.rings.append(tuple(np.sort(ranks).tolist()))
 
     def fill(self, drafts: Sequence[Draft]) -> None:
-        """Place single-rank units, most expensive first, in free places of the most expensive
-        waves.
+        """Place single-rank units, most expensive first, in the most expensive waves.
 
         Further waves are opened when no free place is left.
         """
@@ -114,8 +113,7 @@ def place_in_turn(problem: Problem, rings: Sequence[Draft], singles: Sequence[Dr
 
 
 def place_balanced_lockstep(problem: Problem) -> Placed:
-    """Place rings of similar cost in one wave, and other documents (longest first) in balanced
-    waves.
+    """Place rings of similar cost in one wave, and the other documents in balanced waves.
 
     The time of a step is the sum of its waves' most expensive units. Rings are therefore placed
     most expensive first (first-fit decreasing height, as in strip packing), and single-rank

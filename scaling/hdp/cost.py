@@ -134,8 +134,7 @@ class CostModel:
         return float(self.times(s.sum(), (s * (s + 1)).sum(), degree))
 
     def ring_bytes(self, tokens: int, degree: int) -> tuple[float, float]:
-        """Return the bytes that all members of a ring send in forward and in backward, over all
-        layers.
+        """Return the bytes that a ring sends in forward and in backward, over all layers.
 
         Keys and values of every token make n - 1 hops, and their gradients as many in backward.
         """

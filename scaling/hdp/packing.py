@@ -57,7 +57,7 @@ def even_bins(
     """Pack items in order into ``count`` bins of similar weight, each into the lightest bin.
 
     A bin is closed when an item does not fit. Returns None if the bins are too few; empty bins are
-    omitted.
+    omitted. For example, sizes and weights 3, 2, 1 in two bins give [[0], [1, 2]].
     """
     bins: list[list[int]] = [[] for _ in range(count)]
     rooms = [capacity] * count

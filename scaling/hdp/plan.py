@@ -120,7 +120,7 @@ def make_plan(
     includes padding. Except in free mode the number of micro-batches of each rank is a multiple of
     ``round_count`` and at least ``least``, with dummies at the end; each rank has at least one
     micro-batch. ``pp``: pipeline ranks, each of which waits once for the most expensive
-    micro-batch.
+    micro-batch. For example, ``make_plan([4096, 512, 512], 2, context, cost, "free", layers=8)``.
 
     Raises:
         UserError: a document does not fit the ranks.

@@ -130,9 +130,7 @@ class Multipliers(ABC):
         return 1.0
 
     def growth(self, quantity: Literal["batch_tokens", "total_tokens"], base: int | None) -> float:
-        """Return the run's ``scale`` in this quantity divided by ``base``; 1 if one of them is
-        None.
-        """
+        """Return the run's ``scale`` in this quantity over ``base``; 1 if either is None."""
         return getattr(self.scale, quantity) / base if self.scale and base else 1.0
 
     def alike(self, spec: ParamSpec) -> bool:

@@ -159,6 +159,7 @@ def predict(belief: Calibration, cases: Cases) -> Prediction:
 
     An interval combines the uncertainty of the constants with the scatter of runs around the own
     constants of sources. ``unseen``: a card, precision or kind of model without calibration data.
+    For example, ``predict(published(hardware), cases).seconds``.
     """
     logs = logs_of(belief.mean, cases)
     center = errors(cases, logs, np.zeros(len(cases)))
@@ -173,7 +174,8 @@ def adapt(belief: Calibration, cases: Cases, seconds: Floats) -> Calibration:
     """Update a distribution with a few measured steps of one framework.
 
     At first only errors far beyond the prior uncertainty are down-weighted, at the end errors far
-    beyond ``NOISE`` from the consensus of the other runs.
+    beyond ``NOISE`` from the consensus of the other runs. For example,
+    ``adapt(published(hardware), cases, seconds)`` with a few runs of one's own.
     """
     from scipy.optimize import least_squares  # imports take half a second, not needed in training
 

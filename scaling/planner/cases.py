@@ -79,11 +79,10 @@ class Cases:
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], hardware: Mapping[str, HardwareConfig]) -> Cases:
-        """Build cases from rows with ``COLUMNS``, ``hardware``, ``precision``, ``recompute``,
-        ``schedule``.
+        """Build cases from rows of ``COLUMNS`` and of further keys.
 
-        Raises UserError for a missing or unknown value, or a precision for which a card has no
-        rate.
+        These are ``hardware`` (required), ``precision``, ``recompute`` and ``schedule``. Raises
+        UserError for a missing or unknown value, or a precision for which a card has no rate.
         """
         for index, row in enumerate(rows):
             _check(index, row, hardware)
@@ -117,9 +116,7 @@ class Cases:
 
     @property
     def kinds(self) -> list[tuple[str, str, str]]:
-        """Card, class of precision and class of model of each configuration: the key of calibration
-        data.
-        """
+        """Card, class of precision and class of model by configuration: key of calibration data."""
         wide = np.where(np.isin(self.precision, ("fp16", "bf16")), "16 bit", self.precision)
         model = np.where(self.n["experts"] > 0, "experts", "dense")
         return list(zip(self.hardware.tolist(), wide.tolist(), model.tolist(), strict=True))

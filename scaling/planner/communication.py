@@ -16,8 +16,7 @@ BACKWARD = 2 / 3  # of a micro-batch's computation
 
 
 def tensor(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
-    """Return seconds of a layer's tensor parallelism: (transfer, latency of ring steps); 0 for
-    tp=1.
+    """Return seconds of a layer's tensor parallelism: (transfer, latency); 0 for tp=1.
 
     An all-gather or reduce-scatter takes t-1 steps, an all-reduce twice as many of the same size.
     """
@@ -58,8 +57,7 @@ def experts(cases: Cases, constants: Constants) -> Floats:
 
 
 def context(cases: Cases, constants: Constants, attention: Floats) -> Floats:
-    """Return seconds of ring attention's messages that attention does not hide, forward; 0 for
-    cp=1.
+    """Return exposed seconds of ring attention's messages, forward; 0 for cp=1.
 
     Without document data; a plan of hybrid data parallelism is timed by its own makespan.
     """
@@ -158,8 +156,7 @@ def _rate(cases: Cases, constants: Constants, ranks: Floats, inner: Floats) -> F
 def _steps(
     cases: Cases, constants: Constants, ranks: Floats, inner: Floats, summed: Floats | bool
 ) -> Floats:
-    """Return one-way latency seconds of a message between ``ranks`` at a distance of ``inner``
-    ranks.
+    """Return one-way latency in seconds between ``ranks``, each ``inner`` ranks apart.
 
     All-gather and reduce-scatter use a ring of all ranks. An all-reduce (``summed``) may use a tree
     of nodes with a chain inside each node instead (NCCL chooses the faster one).

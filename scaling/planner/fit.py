@@ -27,7 +27,8 @@ def calibrate(cases: Cases, seconds: Floats, sources: Floats) -> Calibration:
     Least squares of logarithms with a loss that flattens beyond ``NOISE``. Each source and each
     card generation has deviations from the common constants, with prior widths (``Constants``:
     ``between``, ``card``), which separates a framework's own deviations. Constants without data
-    keep the prior. Raises UserError for times that are not positive.
+    keep the prior. Raises UserError for times that are not positive. For example,
+    ``calibrate(cases, seconds, np.full(len(cases), "our runs"))``.
     """
     check_seconds(seconds)
     names, index, counts = np.unique(sources, return_inverse=True, return_counts=True)

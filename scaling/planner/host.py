@@ -14,8 +14,7 @@ MASTER = 4  # bytes of a parameter that the host updates, in each direction
 
 
 def states(cases: Cases) -> Floats:
-    """Return seconds per step of state transfers and CPU updates; 0 if all states are on the
-    device.
+    """Return seconds per step of state transfers and CPU updates; 0 for states on the device.
 
     Buckets are transferred in both directions at once over a rank's host link. States on disk are
     also read and written, by all ranks of a node from one disk. An update on the host transfers

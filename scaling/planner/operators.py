@@ -17,9 +17,7 @@ reads both directions with one scale. Calculated, not measured on a GPU yet.
 
 
 def product_time(rows: Floats, k: Floats, n: Floats, rate: Floats, constants: Constants) -> Floats:
-    """Return seconds of (rows, k) @ (k, n); the rate decreases for few rows or small weight
-    dimensions.
-    """
+    """Return seconds of (rows, k) @ (k, n); slower for few rows or small weight dimensions."""
     slow = (1 + constants.rows_half / np.maximum(rows, 1)) * (
         1 + constants.width_half / np.maximum(np.minimum(k, n), 1)
     )
@@ -77,8 +75,9 @@ def ffn_products(cases: Cases, constants: Constants) -> Floats:
 
 
 def scores(cases: Cases, constants: Constants) -> Floats:
-    """Return seconds of causal attention of one layer, forward; unfused: twice the FLOPs, and
-    traffic.
+    """Return seconds of one layer's causal attention, forward.
+
+    Unfused attention needs twice the FLOPs, and memory traffic.
     """
     n, rows = cases.n, rank_tokens(cases)
     inner = n["heads"] * n["head_dim"] / n["tp"]
@@ -134,8 +133,7 @@ def head(cases: Cases, constants: Constants) -> Floats:
 
 
 def collectives(cases: Cases) -> Floats:
-    """Return the number of tensor-parallel collectives of a layer, forward and backward; 0 for
-    tp=1.
+    """Return the number of tensor-parallel collectives of a layer, both passes; 0 for tp=1.
 
     One all-reduce after attention and one after the feed-forward, in both passes; with sequence
     parallelism (arXiv 2205.05198) an all-gather and a reduce-scatter for each, and inputs are

@@ -49,8 +49,7 @@ def bubble(
 
 
 def bottleneck(layer: Floats, layers: Floats, head: Floats, p: Floats, even: Floats) -> Floats:
-    """Return seconds of the slowest stage for a micro-batch; ``head``: extra time of the last
-    stage.
+    """Return seconds of the slowest stage; ``head``: extra time of the last stage.
 
     ``even``: every stage has the same number of layers; otherwise the last stage has the number of
     layers that minimizes the slowest stage, and the others share the rest.

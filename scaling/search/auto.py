@@ -41,7 +41,8 @@ def settle(
     The function is pure: all ranks get the same result. ``device``: cuda or cpu. ``recorded``: the
     choice recorded by an earlier launch; it is kept if the question and the number of ranks are the
     same, so a continued run keeps its layout. The batch is never changed. Raises UserError if no
-    layout fits, or none is valid for this number of ranks.
+    layout fits, or none is valid for this number of ranks. For example,
+    ``config, choice = settle(config, 8, "cuda")``.
     """
     auto = config.parallel.auto
     if auto is None:

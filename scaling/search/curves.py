@@ -50,6 +50,7 @@ def scale_curve(
 
     ``strong``: the batch is constant. ``weak``: the batch grows with the number of GPUs from the
     run's own at ``at`` GPUs, without a ramp; numbers with a fractional batch have a reason instead.
+    For example, ``scale_curve(config, asked, "strong", at=8)``.
     """
     points = []
     for number in sorted(gpus):
@@ -72,7 +73,10 @@ def scale_curve(
 
 
 def grown(config: RunConfig, at: int, gpus: int) -> tuple[RunConfig | None, str]:
-    """Return the run with a batch proportional to the GPUs, or the reason why it is fractional."""
+    """Return the run with a batch proportional to the GPUs, or the reason why it is fractional.
+
+    For example, 256 sequences at 8 GPUs become 512 at 16.
+    """
     sequences, rest = divmod(config.batch.sequences * gpus, at)
     if rest or not sequences:
         share = config.batch.sequences / at

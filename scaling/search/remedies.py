@@ -81,7 +81,10 @@ def near_counts(config: RunConfig, gpus: int, asked: Asked, tries: int = 24) -> 
 
 
 def changed(config: RunConfig, change: Mapping[str, Any]) -> RunConfig | None:
-    """Return the run with changed keys; None if the change is invalid for the run."""
+    """Return the run with changed keys; None if the change is invalid for the run.
+
+    For example, ``changed(config, {"optimizer.states": {"kind": "fp8"}})``.
+    """
     data = config.model_dump(mode="json")
     for key, value in change.items():
         *path, last = key.split(".")

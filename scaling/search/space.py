@@ -99,7 +99,8 @@ def applied(config: RunConfig, choice: Choice, world_size: int, *, check: bool =
     """Return the run with this layout.
 
     With ``check`` the sections are validated as when a config is read, and invalid ones raise
-    UserError; ``Layout.of`` checks the rest.
+    UserError; ``Layout.of`` checks the rest. For example,
+    ``applied(config, search.best(1)[0], 8)``.
     """
     sections = choice.sections(world_size)
     asked, parallel = sections["parallel"], config.parallel
@@ -152,9 +153,7 @@ class Space:
             yield from self.of_core(core)
 
     def cores(self) -> Iterator[Core]:
-        """Yield degrees whose product is the number of ranks, by ascending ZeRO stage for equal
-        degrees.
-        """
+        """Yield degrees whose product is the number of ranks, in ascending order of ZeRO stages."""
         number, model = self.world_size, self.config.model
         experts = model.experts.num_experts if isinstance(model, MoEModel) else 1
         within = [tp for tp in divisors(number) if tp <= self.node and model.num_heads % tp == 0]
@@ -220,7 +219,7 @@ class Space:
         return [(name, n) for name, n in found if pp * n <= layers and stays(name, n)]
 
     def _sequences(self) -> int:
-        """Return a common divisor of all batch sizes of the run."""
+        """Return the greatest common divisor of the run's batch sizes."""
         batch = self.config.batch
         if batch.ramp is None:
             return batch.sequences

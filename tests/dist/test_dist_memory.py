@@ -1,4 +1,4 @@
-"""The memory that a plan states, worked out without torch, is that of the real sharded model."""
+"""The plan's memory, computed without torch, equals that of the real sharded model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Held = dict[str, int]
 
 
 def sharded_model(config: RunConfig, plan: RunPlan, pp_rank: int) -> Held:
-    """Bytes of the model that the trainer would make on the first rank of a pipeline stage."""
+    """Return the bytes of the trainer's model on the first rank of a pipeline stage."""
 
     def build(part: Part) -> Transformer:
         with torch.device("meta"):
@@ -59,7 +59,7 @@ def sharded_model(config: RunConfig, plan: RunPlan, pp_rank: int) -> Held:
             init_states(optimizer)
             here = [p for part in parallel.parts.values() for p in part.parameters()]
             states = [value for state in optimizer.state.values() for value in state.values()]
-            # A gradient is as large as its parameter: that of real steps is in other tests.
+            # A gradient is as large as its parameter; other tests check this with real steps.
             return {
                 "parameters": nbytes(here),
                 "gradients": nbytes(here),
@@ -115,7 +115,7 @@ def test_every_preset(preset: str, world_size: int) -> None:
         fits = "parallel.context.capacity_tokens=4096"
     config = load(f"preset:{preset}", [fits])
     if config.stages is not None:
-        config = config.of_stages()[0]  # which alone has that batch
+        config = config.of_stages()[0]  # the only stage with that batch
     if world_size < config.parallel.ep:
         with pytest.raises(UserError, match=r"parallel\.ep=8 must divide hdp=1"):
             RunPlan.of(config, world_size)
@@ -155,7 +155,7 @@ def test_no_message_is_larger_where_there_are_more_ranks_than_experts() -> None:
     largest = max(call.bytes for call, _ in report.collectives if call.kind == "all-gather")
     blocks = tiny.build(run(MOE, "fp32")).blocks.values()
     whole = 4 * max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    # Rows of norms, of the router and of the attention are padded to the ranks, experts are not.
+    # Rows of norms, router and attention are padded to the number of ranks, experts are not.
     assert whole <= largest < 1.1 * whole
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of each family, as transformers makes and saves them."""
+"""Tiny random models of each family, created and saved by transformers."""
 
 from __future__ import annotations
 
@@ -137,11 +137,11 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "deepseek_v3_full_queries": ("deepseek_v3", {**_DEEPSEEK, "q_lora_rank": None}),
     "qwen3_moe_plain": ("qwen3_moe", {**_QWEN_MOE, "mlp_only_layers": []}),
 }
-"""Name of a case -> family, and what its configuration has besides the common sizes."""
+"""Family of each case, and its config values beyond the common sizes."""
 
 
 def make(case: str, std: float = 0.3, **more: Any) -> Any:
-    """Return a model of transformers whose every weight, norms included, is random."""
+    """Return a transformers model in which every weight, norms included, is random."""
     import transformers
 
     family, own = CASES[case]
@@ -170,7 +170,7 @@ def save(folder: Path, case: str, **more: Any) -> Path:
 
 
 def logits(folder: Path, tokens_BL: torch.Tensor) -> torch.Tensor:
-    """Return the logits of the model that transformers loads from ``folder``, in fp32."""
+    """Return the fp32 logits of the model that transformers loads from ``folder``."""
     from transformers import AutoModelForCausalLM
 
     model, loading = AutoModelForCausalLM.from_pretrained(

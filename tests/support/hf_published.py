@@ -1,4 +1,4 @@
-"""Descriptions of models as their authors published them, and small models of each family."""
+"""Published model configs, and small models of each family."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from allometry.interop.huggingface.families import Family
 
-# As the models' authors published them, less what has no effect.
+# As published by the models' authors, without keys that have no effect.
 LLAMA_2: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "bos_token_id": 1,

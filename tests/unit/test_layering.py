@@ -37,7 +37,9 @@ SUB_ROOM_MAY_IMPORT = {
         *("scaling.hdp", "scaling.context", "scaling.inventory", "scaling.offload"),
         *("scaling.stages", "scaling.update_rules"),
     },
-    "data.select": {"data.store", "data.manifest", "data.special_tokens", "data.tokenizer"},
+    "data.select": {
+        *("data.store", "data.manifest", "data.special_tokens", "data.tokenizer", "data.order"),
+    },
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
     "parallel.hdp": set(),

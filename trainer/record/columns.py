@@ -179,6 +179,12 @@ _LOOP = (
         lambda s: {name: account.epochs for name, account in s.accounts.items()},
     ),
     Column(
+        "kind_tokens/KIND",
+        "tokens",
+        "read so far of natural, rephrased and generated sources, where not all are natural",
+        lambda s: s.stream.by_kind({name: one.tokens for name, one in s.accounts.items()}),
+    ),
+    Column(
         "validation/SOURCE",
         "nats",
         "mean loss of held-out tokens after this step, every evaluation.every_steps and at the end",

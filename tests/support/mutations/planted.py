@@ -1,6 +1,6 @@
-"""Faults written by hand: what a parallel or a numerical step is most likely to get wrong.
+"""Hand-written faults: likely errors of parallel and numerical steps.
 
-Each is a snippet that its file has exactly once, and what takes its place.
+Each is a snippet that occurs exactly once in its file, and its replacement.
 """
 
 from __future__ import annotations

@@ -171,6 +171,7 @@ def test_no_argument_that_is_a_path_is_forgotten() -> None:
         if _paths(command, name)
     }
     assert marked == {
+        *("Adopt.shards", "Adopt.validation", "Betr.targets"),
         *("Prepare.inputs", "Fit.sources", "Compare.sources", "Predict.arguments"),
         *("IsoFlop.sources", "Sweeps.sources", "MixBest.fits", "MixCritical.sources"),
         "MixFilterRate.fits",

@@ -101,6 +101,8 @@ def test_what_runs_write_is_declared_and_what_is_declared_is_written(
     written: set[str] = set()
     for name, settings in RUNS.items():
         common = ("schedule.warmup_steps=1", NEVER if name == "forecast" else MONITORS, *settings)
+        sources = ("data.sources.1.validation=null", "data.sources.1.kind=generated")
+        common += sources if name == "experts" else ()
         written |= keys_of(tiny(*common, folder=tmp_path / name))
     written |= {*of_ranks(), *of_cards()}
     assert undeclared(written) == []

@@ -1,0 +1,118 @@
+"""Token files that lie end to end: one .bin, or the shards that a list names.
+
+``PREFIX.shards.json`` stands in place of ``PREFIX.bin`` where the tokens are in several files; it
+names them. ``PREFIX.idx`` is then the index of all of them, one after another.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from allometry.configs import json_file
+from allometry.configs.base import Section
+from allometry.configs.errors import UserError
+from allometry.data.manifest import FileRecord
+
+ENDING = ".shards.json"
+
+
+class Shard(Section):
+    """One .bin: its path (relative to the list's folder, or absolute) and what it holds."""
+
+    path: str
+    documents: int
+    tokens: int
+    file: FileRecord
+
+
+class ShardList(Section):
+    """The .bin files of a store, in the order of its documents."""
+
+    kind: Literal["allometry.shards"] = "allometry.shards"
+    version: Literal[1] = 1
+    dtype: str
+    shards: tuple[Shard, ...]
+
+
+def shards_path(prefix: str | Path) -> Path:
+    """Where the list of the shards of ``prefix`` lies."""
+    return Path(f"{prefix}{ENDING}")
+
+
+def read_shards(path: Path) -> ShardList:
+    """The list in ``path``. Raises UserError for one that cannot be read."""
+    try:
+        return ShardList.model_validate(json_file.read_object(path))
+    except (OSError, ValueError) as error:  # a ValidationError is a ValueError
+        first = str(error).splitlines()[0]
+        if isinstance(error, ValidationError):
+            first = f"{error.errors()[0]['msg']} at {'.'.join(map(str, error.errors()[0]['loc']))}"
+        raise UserError(
+            f"list of shards {path} cannot be read ({first}); adopt the shards again into another "
+            "folder"
+        ) from None
+
+
+def shard_files(path: Path, listed: ShardList) -> list[Path]:
+    """The .bin files of a list. Raises UserError for one that is not there or of another size."""
+    files = [path.parent / shard.path for shard in listed.shards]
+    for file, shard in zip(files, listed.shards, strict=True):
+        try:
+            size: int | None = os.stat(file).st_size
+        except OSError:
+            size = None
+        if size != shard.file.bytes:
+            problem = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(
+                f"shard {file} {problem}, but {path} recorded {shard.file.bytes} bytes; bring it "
+                "back, or adopt the shards again into another folder"
+            )
+    return files
+
+
+class TokenLine:
+    """The tokens of ``files``, which have ``counts`` tokens each, end to end; mapped when read."""
+
+    def __init__(self, files: Sequence[Path], counts: Sequence[int], dtype: np.dtype[Any]) -> None:
+        self.files = tuple(files)
+        self.dtype = dtype
+        self._starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+        self._mapped: list[NDArray[Any] | None] = [None] * len(files)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def find(self, places: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+        """The file that each of ``places`` is in, and the token's number there."""
+        found = np.searchsorted(self._starts[1:-1], places, side="right")
+        return found, places - self._starts[found]
+
+    def tokens(self, file: int) -> NDArray[Any]:
+        """All tokens of a file: a view of it."""
+        mapped = self._mapped[file]
+        if mapped is None:
+            # A plain array: np.memmap's own slicing costs more than the copy of a short document.
+            mapped = np.memmap(self.files[file], self.dtype, mode="r").view(np.ndarray)
+            self._mapped[file] = mapped
+        return mapped
+
+    def read(self, begin: int, end: int) -> NDArray[Any]:
+        """Tokens ``begin`` to ``end`` (exclusive): a view where they lie in one file."""
+        first = int(np.searchsorted(self._starts[1:-1], begin, side="right"))
+        base = int(self._starts[first])
+        if end <= self._starts[first + 1]:
+            return self.tokens(first)[begin - base : end - base]
+        parts = []
+        while begin < end:
+            stop = min(end, int(self._starts[first + 1]))
+            base = int(self._starts[first])
+            parts.append(self.tokens(first)[begin - base : stop - base])
+            begin, first = stop, first + 1
+        return np.concatenate(parts)
