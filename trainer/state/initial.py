@@ -18,7 +18,8 @@ from allometry.configs.lineage import Initial
 from allometry.configs.run import RunConfig
 from allometry.data.run_tokenizer import tokenizer_that_agrees
 from allometry.scaling.inventory import inventory
-from allometry.scaling.parameterization import ForwardScales, Parameterization
+from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.stages import place_of
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import Taken, link_files, stored_config
