@@ -70,10 +70,10 @@ class Prepare(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Adopt(Command):
-    """Make one source of token files that others wrote in shards, without a copy of them.
+    """Create one source from shards of token files, without copying the shards.
 
-    Shards are pairs of .bin and .idx as Megatron, datatrove or NeMo Curator write them. Each is
-    read once and checked; an interrupted command goes on when it is given again.
+    Shards are pairs of .bin and .idx as written by Megatron, datatrove or NeMo Curator. Each shard
+    is read once and checked; repeat an interrupted command to continue it.
     """
 
     shards: tuple[str, ...] = argument(

@@ -174,7 +174,7 @@ def test_training_does_not_begin_where_a_conversion_was_refused(tiny: Make, tmp_
     converted(Convert(source=source, out=out, config=str(file)))
     assert not (out / "conversion_refused.json").exists()
     assert train(config, device=CPU, callbacks=[]).step == 1
-    refused("is not empty", source, out=out, config=str(file))  # a run is there, and goes on
+    refused("is not empty", source, out=out, config=str(file))  # an existing run, which continues
     assert not (out / "conversion_refused.json").exists()
 
 
