@@ -173,6 +173,13 @@ class Decoder(Section):
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on each branch's output")
     norm_eps: float = Field(1e-5, gt=0.0, description="epsilon inside RMSNorm")
     rope_theta: float = Field(10_000.0, gt=0.0, description="base of the rotary frequencies")
+    rope_fraction: float = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="fraction of each head that turns: its first components; the others have no "
+        "position (Ling 2.0, arXiv 2510.22115)",
+    )
     rope_scaling: RopeScaling | None = Field(
         None, description="rotary frequencies of a model that goes on with longer sequences"
     )
@@ -211,13 +218,15 @@ class Decoder(Section):
 
     @property
     def rotary_width(self) -> int:
-        """Numbers of a query that are rotated."""
+        """Components of a head that are rotated with its position: the first ones."""
         latent = self.latent_attention
-        return self.head_width if latent is None else latent.qk_rope_head_dim
+        if latent is not None:
+            return latent.qk_rope_head_dim
+        return round(self.rope_fraction * self.head_width)
 
     @property
     def score_factor(self) -> float:
-        """What ``rope_scaling`` multiplies all scores by."""
+        """Factor of all scores by ``rope_scaling``: 1 except with YaRN's ``mscale_all_dim``."""
         scaling = self.rope_scaling
         if not isinstance(scaling, YarnScaling):
             return 1.0
@@ -251,7 +260,8 @@ class Decoder(Section):
     def _check_latent(self) -> Self:
         if self.latent_attention is None:
             return self
-        for key, usual in (("head_dim", None), ("qkv_bias", False), ("qk_norm", False)):
+        usual_of = {"head_dim": None, "qkv_bias": False, "qk_norm": False, "rope_fraction": 1.0}
+        for key, usual in usual_of.items():
             if getattr(self, key) != usual:
                 raise ValueError(
                     f"{key}={getattr(self, key)} has no place in latent_attention, which has "
@@ -283,6 +293,11 @@ class Decoder(Section):
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}")
-        if self.rotary_width % 2:
-            raise ValueError(f"head_dim={self.head_width} must be even, as RoPE turns pairs")
+        turned = self.rope_fraction * self.head_width
+        if not latent and (abs(turned - self.rotary_width) > 1e-6 or self.rotary_width % 2):
+            raise ValueError(
+                f"rope_fraction={self.rope_fraction} of head_dim={self.head_width} is {turned:g} "
+                "components, which must be an even number, as RoPE turns pairs; use a multiple of "
+                f"{2 / self.head_width:g}"
+            )
         return self

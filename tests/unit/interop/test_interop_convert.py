@@ -1,4 +1,4 @@
-"""Runs and Hugging Face folders: the same function on both sides, and nothing half done."""
+"""Runs and Hugging Face folders compute the same function, and a conversion is never partial."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ MUP = "parameterization={kind: mup, base_width: 8, base_head_dim: 4}"
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_of_fresh_models_agree_absolutely(case: str, tiny: Make, tmp_path: Path) -> None:
-    """With weights as they are usually drawn (σ 0.02); the others here are larger, to show more."""
+    """With usual initial weights (σ 0.02); other tests use larger ones to show differences."""
     source = save(tmp_path / "hf", case, std=0.02)
     config = config_for(tiny, source)
     import_hf(source, config, tmp_path / "run")
@@ -58,7 +58,7 @@ def test_there_and_back(case: str, tiny: Make, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     for name in before:
         if TRAITS[report.family].gain_offset and name.endswith("norm.weight"):
-            # One added, and taken away: what was below the last digit of the sum is gone.
+            # 1 is added and subtracted: digits below the last one of the sum are lost.
             assert largest(before[name], after[name]) <= 2**-23
         else:
             assert torch.equal(before[name], after[name]), name
@@ -67,7 +67,7 @@ def test_there_and_back(case: str, tiny: Make, tmp_path: Path) -> None:
 
 
 def test_gemmas_scale_of_scores_is_folded(tiny: Make, tmp_path: Path) -> None:
-    """As 27B has it: 168, where heads are 128 wide."""
+    """As in Gemma 27B: 168, with heads of width 128."""
     source = save(tmp_path / "hf", "gemma3_text", query_pre_attn_scalar=10)
     config = config_for(tiny, source)
     report = import_hf(source, config, tmp_path / "run", check=True)
@@ -116,7 +116,7 @@ def test_a_run_exported(family: str, mup: bool, tiny: Make, tmp_path: Path) -> N
     theirs = logits(tmp_path / "hf", TOKENS)
     ours = our_logits(config, folder / "checkpoints" / "step-4")
     assert largest(ours, theirs) <= 1e-5 * theirs.abs().max()
-    if mup:  # what is folded matters: without it the functions differ
+    if mup:  # folding matters: without it the functions differ
         plain = our_logits(tiny(*RUNS[family]), folder / "checkpoints" / "step-4")
         assert largest(plain, theirs) > 1e-2 * theirs.abs().max()
 

@@ -1,4 +1,4 @@
-"""Names and descriptions: what corresponds, and a sentence for everything that does not."""
+"""Names and configs: correspondences, and one sentence for unsupported values."""
 
 from typing import Any
 
@@ -191,6 +191,7 @@ def test_what_we_lack_is_said(family: Family, change: dict[str, Any], said: str)
         ),
         ("gemma3_text", {"embedding_scale": 1.0}, None, "model.embedding_scale=1.0"),
         ("gemma3_text", {"tied_embeddings": True}, "olmo3", "--family=olmo3 cannot hold"),
+        ("llama", {"rope_fraction": 0.5}, None, "model.rope_fraction=0.5 has no counterpart in Ll"),
         ("llama", {"norms": "both"}, None, "model.norms=both"),
         ("llama", {"activation": "gelu_tanh"}, None, "model.activation=gelu_tanh"),
         ("llama", {"embedding_scale": 2.0}, None, "model.embedding_scale=2.0"),
@@ -243,7 +244,7 @@ def test_equal_gates_are_equal() -> None:
 
 
 def tensors(family: Family) -> dict[str, torch.Tensor]:
-    """Our parameters and biases of routers, each number its own."""
+    """Return our parameters and biases of routers with random values."""
     generator = torch.Generator().manual_seed(0)
     specs = [c.spec for c in counterparts(model(family), family)]
     assert [s for s in specs if not s.name.endswith("router.bias")] == [*inventory(model(family))]
@@ -261,7 +262,7 @@ def test_split_and_join_are_inverse(family: Family) -> None:
     for counterpart in wanted:
         name = counterpart.spec.name
         joined = counterpart.join(places[name], theirs.__getitem__)
-        if counterpart.offset:  # rounded where it was taken away
+        if counterpart.offset:  # rounded when it was subtracted
             assert torch.equal(joined, counterpart.kept(ours[name], torch.float32))
             assert (joined - ours[name]).abs().max() <= 2**-23
         else:

@@ -1,4 +1,4 @@
-"""How many kernels and products a compiled block is: each pass over the activations is one."""
+"""Number of kernels and products in a compiled block: each pass over activations is one kernel."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MODEL = DenseModel(
 
 
 def counts(dtype: str) -> list[tuple[int, int]]:
-    """Products, and fused kernels, of forward and backward."""
+    """Return the numbers of products and of fused kernels, in forward and backward."""
     torch._dynamo.reset()
     rules = Parameterization(StandardParameterization(), MODEL)
     model = build_model(MODEL, rules, dtype)
     initialize(model, rules, seed=0)
     block = model.blocks["0"]
     block.compile(fullgraph=True)
-    # Longer than what attention does in products of its own.
+    # Longer than the inputs for which attention uses its own products.
     x_BLD = torch.randn(1, 1280, 64, dtype=model.compute_dtype).requires_grad_()
     geometry = model._geometry(torch.zeros(1, 1280, dtype=torch.long), None)
 

@@ -1,4 +1,5 @@
-"""Several weights as one product: the same numbers, gradients to each, nothing kept for nothing."""
+"""Several weights as one product: the same numbers, separate gradients, no
+unneeded tensors saved."""
 
 from __future__ import annotations
 
