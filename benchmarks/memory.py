@@ -10,7 +10,8 @@ saves for backward, by operation, are given in units of U = tokens x width x 2, 
 
 Each case is then compared with memory limits at several shares of its measured peak: it is
 predicted to fit if the prediction plus a reserve is within the limit. FILE is written after every
-few cases; ``--resume`` measures only the cases that FILE lacks.
+few cases; ``--resume`` measures only the cases that FILE lacks. For example, ``--only "saved FP8"``
+runs the cases with saved FP8 in their name.
 """
 
 from __future__ import annotations

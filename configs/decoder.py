@@ -127,6 +127,13 @@ class Decoder(Section):
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on each branch's output")
     norm_eps: float = Field(1e-5, gt=0.0, description="epsilon inside RMSNorm")
     rope_theta: float = Field(10_000.0, gt=0.0, description="base of the rotary frequencies")
+    rope_fraction: float = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="fraction of each head that turns: its first components; the others have no "
+        "position (Ling 2.0, arXiv 2510.22115)",
+    )
     rope_scaling: RopeScaling | None = Field(
         None, description="rotary frequencies of a model that goes on with longer sequences"
     )
@@ -154,6 +161,11 @@ class Decoder(Section):
     def head_width(self) -> int:
         """Width of one head, with the default filled in."""
         return self.head_dim or self.width // self.num_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Components of a head that turn with its position, the first ones."""
+        return round(self.rope_fraction * self.head_width)
 
     def windowed(self, layer: int) -> bool:
         """Whether this layer (counted from 0) has a window."""
@@ -199,4 +211,11 @@ class Decoder(Section):
             raise ValueError(f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}")
         if self.head_width % 2:
             raise ValueError(f"head_dim={self.head_width} must be even, as RoPE turns pairs")
+        turned = self.rope_fraction * self.head_width
+        if abs(turned - self.rotary_width) > 1e-6 or self.rotary_width % 2:
+            raise ValueError(
+                f"rope_fraction={self.rope_fraction} of head_dim={self.head_width} is {turned:g} "
+                "components, which must be an even number, as RoPE turns pairs; use a multiple of "
+                f"{2 / self.head_width:g}"
+            )
         return self

@@ -88,7 +88,7 @@ class StackedModel:
             balance = router.config.balance
             if isinstance(balance, BiasBalance) and router.weight.requires_grad:
                 bias = self.buffers[self._buffer(layer, "bias")]
-                bias.add_(wanted_of(counts[layer]).to(bias.dtype), alpha=balance.rate)
+                bias.add_(wanted_of(counts[layer], balance).to(bias.dtype), alpha=balance.rate)
 
     @staticmethod
     def _buffer(layer: int, name: str) -> str:

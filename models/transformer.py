@@ -208,7 +208,7 @@ class Transformer(nn.Module):
         self.part = part
         self.compute_dtype = compute_dtype
         self.call_block: CallBlock = call_block
-        self._turn = partial(turn_of, head_width=model.head_width, dtype=compute_dtype)
+        self._turn = partial(turn_of, rotary_width=model.rotary_width, dtype=compute_dtype)
         self.rope = (model.rope_theta, model.rope_scaling)
         local = model.window and model.window.rope_theta
         self.rope_windowed = (local, None) if local else self.rope

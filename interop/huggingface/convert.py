@@ -144,7 +144,7 @@ def export_hf(
     text = text.told(tokenizer, end_of_document, config.model.vocab_size)
     longest, torch_dtype = config.data.sequence_length, _TORCH[dtype]
     name, end_id = str(torch_dtype).removeprefix("torch."), text.end[1] if text.end else None
-    with _target(out) as (final, partial):
+    with new_folder(out) as (final, partial):
         parts = [_part(counterpart, weights, folding, torch_dtype) for counterpart in wanted]
         files = write_safetensors(partial, parts, shard_bytes)
         write_json(partial / CONFIG, to_hf(config.model, chosen, name, Text(longest, end_id)))
@@ -219,7 +219,7 @@ def import_hf(
     source, origin = model.source, model.said
     states = states_to_keep(source, origin, config) if optimizer_state else None
     config = _placed(config, out, source)
-    with _target(out) as (final, partial):
+    with new_folder(out) as (final, partial):
         step = RunFolder(partial).checkpoints / "step-0"
         step.mkdir(parents=True)
         files = model.write(step, states)
@@ -264,7 +264,7 @@ def _placed(config: RunConfig, out: str | Path, source: Path) -> RunConfig:
 
 
 @contextmanager
-def _target(out: str | Path) -> Iterator[tuple[Path, Path]]:
+def new_folder(out: str | Path) -> Iterator[tuple[Path, Path]]:
     """Yield the final path and the folder to write; rename it at the end, remove it on failure."""
     final = Path(os.path.abspath(out))
     refused = final / REFUSED
@@ -275,7 +275,7 @@ def _target(out: str | Path) -> Iterator[tuple[Path, Path]]:
         partial.mkdir(parents=True)
     except FileExistsError:
         raise UserError(
-            f"{partial} is there, from a conversion that runs or was interrupted; remove it or "
+            f"{partial} is there, from a command that runs or was interrupted; remove it or "
             "choose another --out"
         ) from None
     except OSError as error:

@@ -240,6 +240,8 @@ def windowed_theta(model: ModelConfig) -> float | None:
 def lacks_of_positions(model: ModelConfig, family: Family) -> Iterator[tuple[str, Any, str]]:
     """Yield (key, value, reason) for what ``family`` lacks of the model's windows."""
     has, window = TRAITS[family], model.window
+    if model.rope_fraction != 1.0:
+        yield "rope_fraction", model.rope_fraction, "its heads turn whole"
     if window is None or not model.num_windowed:
         return
     if has.windows is None:

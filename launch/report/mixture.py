@@ -45,14 +45,14 @@ def ledger(inputs: Inputs) -> Section:
 
 
 def _kind(one: Shown, name: str) -> str:
-    """The kind of a source, and what it was made from."""
+    """Return the kind of a source, and its origin."""
     source = (one.run.record.get("data", {}).get("sources") or {}).get(name) or {}
     kind, parent = source.get("kind", "natural"), source.get("parent")
     return str(kind) if parent is None else f"{kind} from {parent}"
 
 
 def _kind_rows(one: Shown) -> list[tuple[str, ...]]:
-    """Tokens of each kind, of runs that read text of models."""
+    """Return the tokens of each kind, for runs with synthetic text."""
     found = {
         key.partition("/")[2]: float(column[-1])
         for key, column in one.metrics.items()

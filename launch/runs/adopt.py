@@ -1,4 +1,4 @@
-"""``allometry adopt``: shards of token files as one source, and what it prints."""
+"""One source from shards of token files: ``allometry adopt``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from allometry.launch.runs.prepare import manifest_report
 
 
 def adopted(asked: Adopt) -> Report:
-    """Adopt; the facts are the manifest."""
+    """Adopt the shards; the facts are the manifest."""
     request = AdoptRequest(
         shards=asked.shards,
         out=str(asked.out),

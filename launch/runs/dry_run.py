@@ -289,7 +289,7 @@ def _data(data: dict[str, Any]) -> list[str]:
 
 
 def _kinds(kinds: dict[str, int]) -> list[str]:
-    """Shares of kinds of text, where not all is natural."""
+    """Return a line of shares of kinds of text, if not all text is natural."""
     if not kinds:
         return []
     total = max(1, sum(kinds.values()))

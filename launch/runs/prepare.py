@@ -34,7 +34,7 @@ def prepared(asked: Prepare) -> Report:
 
 
 def manifest_report(manifest: Manifest, out: Path) -> Report:
-    """What a folder of token files holds, as a table."""
+    """Return the content of a folder of token files, as a table."""
     rows = [["source", "split", "documents", "tokens"]]
     rows += [
         [name, split, f"{record.documents:,}", f"{record.tokens:,}"]

@@ -58,9 +58,9 @@ class Random(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Betr(Command):
-    """Score the documents of STORE by how near they are to examples of a target (2507.12466).
+    """Score the documents of STORE by similarity to examples of a target (2507.12466).
 
-    Never give test sets. Needs the extra: pip install 'allometry[select]'.
+    Never use test sets as targets. Requires the extra: pip install 'allometry[select]'.
     """
 
     store: Path = argument("token files, without .bin/.idx")
@@ -88,8 +88,8 @@ class Betr(Command):
 class Prototypes(Command):
     """Score the documents of STORE by their distance to the nearest of K cluster centres.
 
-    Near duplicates get no score, so that no share keeps them (arXiv 2206.14486, 2308.12284). Needs
-    the extra: pip install 'allometry[select]'.
+    Near duplicates get no score, so that no share keeps them (arXiv 2206.14486, 2308.12284).
+    Requires the extra: pip install 'allometry[select]'.
     """
 
     store: Path = argument("token files, without .bin/.idx")

@@ -1,4 +1,4 @@
-"""``allometry select betr`` and ``prototypes``: documents by what they are near to."""
+"""Scores of documents by distances of embeddings: ``allometry select betr``, ``prototypes``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from allometry.launch.select.show import check_share, shown
 
 
 def near_targets(asked: Betr) -> Report:
-    """Score by nearness to targets. Raises UserError for targets or documents that do not do."""
+    """Score by similarity to targets. Raises UserError: targets or documents cannot be used."""
     require("sklearn")
     side = None if asked.keep is None else "top"
     check_share(asked.keep, side)
@@ -55,7 +55,7 @@ def near_targets(asked: Betr) -> Report:
 
 
 def near_centres(asked: Prototypes) -> Report:
-    """Score by distance to centres. Raises UserError for too few documents."""
+    """Score by distance to cluster centres. Raises UserError: there are too few documents."""
     require("sklearn")
     check_share(asked.keep, asked.side)
     store = TokenStore(asked.store)
@@ -85,7 +85,7 @@ def near_centres(asked: Prototypes) -> Report:
 
 
 class _Encode:
-    """Text to the ids of a store, its tokenizer loaded when it is first needed."""
+    """Encoder of text with a store's tokenizer, which is loaded at the first call."""
 
     def __init__(self, store: TokenStore, given: Path | None) -> None:
         self._store, self._given = store, given
@@ -116,7 +116,7 @@ def _written(
     what: str,
     side: str | None,
 ) -> Report:
-    """Write scores and look at what a share keeps."""
+    """Write scores and show the documents that a share keeps."""
     versions = {"scikit-learn": require("sklearn").__version__}
     out = write_scores(store, asked.name, scores, settings, seconds=seconds, versions=versions)
     report = shown(Show(store=asked.store, scores=out.path, keep=asked.keep, side=side))

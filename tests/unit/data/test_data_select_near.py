@@ -33,7 +33,7 @@ def near(rng: np.random.Generator, length: int = 60) -> NDArray[np.int64]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> TokenStore:
-    """A tenth of the documents are near the target; one is empty; 40 is 20 with one id changed."""
+    """Return a store with a tenth near the target; one is empty; 40 is 20 with one id changed."""
     rng = np.random.default_rng(0)
     documents = [rng.integers(1, 200, 60) if k % EVERY else near(rng) for k in range(COUNT)]
     documents[40] = documents[20].copy()
@@ -46,7 +46,7 @@ def store(tmp_path: Path) -> TokenStore:
 
 
 def plain_places(documents: NDArray[Any], examples: NDArray[Any]) -> list[int]:
-    """The places by their definition, one pair at a time."""
+    """Return the places by their definition, one pair at a time."""
     keys = []
     for j in range(len(documents)):
         ranks, cosines = [], []

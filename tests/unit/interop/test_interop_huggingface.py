@@ -160,6 +160,7 @@ def test_what_we_lack_is_said(family: Family, change: dict[str, Any], said: str)
         ),
         ("gemma3_text", {"embedding_scale": 1.0}, None, "model.embedding_scale=1.0"),
         ("gemma3_text", {"tied_embeddings": True}, "olmo3", "--family=olmo3 cannot hold"),
+        ("llama", {"rope_fraction": 0.5}, None, "model.rope_fraction=0.5 has no counterpart in Ll"),
         ("llama", {"norms": "both"}, None, "model.norms=both"),
         ("llama", {"activation": "gelu_tanh"}, None, "model.activation=gelu_tanh"),
         ("llama", {"embedding_scale": 2.0}, None, "model.embedding_scale=2.0"),

@@ -1,4 +1,4 @@
-"""The table of attention's back ends, and the memory estimate that reads it."""
+"""The table of attention back ends, and the memory estimate that uses it."""
 
 import pytest
 
@@ -35,9 +35,9 @@ def activations(call: AttentionCall) -> int:
 @pytest.mark.parametrize(
     ("changes", "more_bytes"),
     [
-        ({}, 0),  # flash: a log-sum-exp for each head, whatever the length
+        ({}, 0),  # flash: a log-sum-exp per head, for any length
         ({"packed": True}, 0),  # a kernel for documents of any lengths
-        ({"packed": True, "dtype": "fp32"}, 4 * LENGTH),  # a mask, which is kept
+        ({"packed": True, "dtype": "fp32"}, 4 * LENGTH),  # a saved mask
         ({"packed": True, "dtype": "fp32", "device": "cpu"}, 0),
     ],
 )
