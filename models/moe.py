@@ -26,8 +26,9 @@ from allometry.models.grouped import Tokens, multiply_groups
 from allometry.models.layers import Linear, gated
 from allometry.models.parameters import OwnsParameters
 from allometry.models.products import Stacked
+from allometry.models.rotary import Geometry
 from allometry.models.router import Router, RouterStatistics
-from allometry.models.transformer import Block, FeedForward, Geometry, Transformer
+from allometry.models.transformer import Block, FeedForward, Transformer
 from allometry.models.visits import gather_rows, sort_by_expert, spread_rows
 from allometry.scaling.inventory import Specs, within
 from allometry.scaling.parameterizations.base import ForwardScales

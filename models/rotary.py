@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from allometry.configs.decoder import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from allometry.models.documents import Documents
 
 
 class Turn(NamedTuple):
@@ -18,6 +20,19 @@ class Turn(NamedTuple):
 
     cos_BL1h: Tensor
     sin_BL1h: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Geometry:
+    """Where tokens are; the same for all blocks. ``windowed``: how those with a window turn.
+
+    Not a tuple on purpose: FSDP2 casts every float tensor that it finds among a module's inputs,
+    and the rotary tables must stay wide.
+    """
+
+    turn: Turn
+    windowed: Turn
+    documents: Documents | None
 
 
 def turn_of(
@@ -59,7 +74,11 @@ def rotary_angles(
 def frequencies(
     rotary_width: int, theta: float, scaling: RopeScaling | None, device: torch.device
 ) -> Tensor:
-    """Return fp64 [h]: theta**(-i/h), or what ``scaling`` makes of it."""
+    """Return fp64 [h]: f_i = theta**(-2i/H), or what ``scaling`` makes of it.
+
+    linear: f_i / s (arXiv 2306.15595). llama3 and yarn: f_i (k_i + (1 - k_i) / s), with the share
+    k_i in [0, 1] that ``_kept_by_wavelength`` and ``_kept_by_turns`` give; s is ``factor``.
+    """
     even = torch.arange(0, rotary_width, 2, device=device, dtype=torch.float64)
     plain_h = theta ** (-even / rotary_width)
     match scaling:
@@ -84,7 +103,12 @@ def _kept_by_wavelength(plain_h: Tensor, scaling: Llama3Scaling) -> Tensor:
 def _kept_by_turns(
     rotary_width: int, theta: float, scaling: YarnScaling, device: torch.device
 ) -> Tensor:
-    """The same of YaRN (arXiv 2309.00071, section 3.2): a ramp over the numbers of frequencies."""
+    """Return the share k_i [h] of each frequency that is kept (YaRN, arXiv 2309.00071, eq. 17-23).
+
+    The frequency of number d(t) = H ln(M / (2 pi t)) / (2 ln theta) turns t times in the M tokens
+    of ``original_length``. k_i = 1 - clamp((i - low) / (high - low), 0, 1) between low =
+    d(``beta_fast``) and high = d(``beta_slow``), rounded down and up where ``truncate`` is set.
+    """
 
     def number_with(turns: float) -> float:
         ratio = scaling.original_length / (turns * 2 * math.pi)

@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from allometry.configs.errors import UserError
 from allometry.configs.json_file import read_object
+from allometry.interop.huggingface.names import Counterpart
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.identity import problem_of
@@ -69,6 +70,14 @@ class CheckpointWeights:
         except dcp.CheckpointException as error:
             raise (refusal_in(error) or error) from None
         return tensor
+
+
+def value_of(weights: CheckpointWeights, counterpart: Counterpart) -> Tensor:
+    """Return our parameter, or a router's bias, which is zero where a checkpoint has none."""
+    name = counterpart.spec.name
+    if counterpart.buffer and name not in weights.shapes:
+        return torch.zeros(counterpart.spec.shape)
+    return weights.read(name)
 
 
 class FolderWeights:

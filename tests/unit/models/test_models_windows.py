@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from allometry.configs.decoder import RopeScaling
+from allometry.configs.decoder import RopeScaling, YarnScaling
 from allometry.configs.model import DenseModel
 from allometry.models.attention import attend, backend_of
 from allometry.models.documents import Documents
@@ -145,6 +146,29 @@ def test_yarn_ramps_between_its_bounds() -> None:
         for s in (None, chosen)
     )
     assert scaled.cos_BL1h == pytest.approx(plain.cos_BL1h * attention_factor(chosen))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"factor": 4.0},
+        {"factor": 40.0, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+        {"factor": 8.0, "attention_factor": 1.3},
+        {"factor": 1.0},
+    ],
+)
+def test_yarn_is_that_of_transformers(values: dict[str, Any]) -> None:
+    """``_compute_yarn_parameters``, which computes in fp32."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    chosen = scaling(kind="yarn", original_length=4096, **values)
+    theirs = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 4096}
+    config = LlamaConfig(head_dim=128, rope_parameters=theirs | values)
+    inverse_h, factor = ROPE_INIT_FUNCTIONS["yarn"](config, CPU)
+    torch.testing.assert_close(frequencies(128, 1e4, chosen, CPU).float(), inverse_h)
+    assert isinstance(chosen, YarnScaling)
+    assert attention_factor(chosen) == pytest.approx(factor, rel=1e-12)
 
 
 @pytest.mark.parametrize(

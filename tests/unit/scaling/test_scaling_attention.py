@@ -43,7 +43,7 @@ def activations(call: AttentionCall) -> int:
 )
 def test_memory_is_what_the_back_end_keeps(changes: dict[str, object], more_bytes: int) -> None:
     call = FUSED_ATTENTION._replace(length=LENGTH, **changes)
-    assert choose_backend(call).kept_bytes(4, LENGTH, 4) == 4 * 4 + more_bytes
+    assert choose_backend(call).kept(call, 4, 4, sequences=1) == 4 * 4 + more_bytes
     fused = FUSED_ATTENTION._replace(device=call.device)
     assert activations(call) - activations(fused) == 3 * TOKENS * more_bytes
 

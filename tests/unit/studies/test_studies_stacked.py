@@ -44,6 +44,10 @@ MODEL = DenseModel(**DENSE, qk_norm=True, z_loss=1e-3)
 TIED = DenseModel(**DENSE, tied_embeddings=True)
 AFTER = {"qkv_bias": True, "qk_norm": True, "qk_norm_over": "width", "norms": "after"}
 YARN = {"kind": "yarn", "factor": 2.0, "original_length": 6}
+LATENTS = {
+    **{"q_lora_rank": 8, "kv_lora_rank": 6, "v_head_dim": 4},
+    **{"qk_nope_head_dim": 4, "qk_rope_head_dim": 2},
+}
 BOTH = {
     "norms": "both",
     "activation": "gelu_tanh",
@@ -153,6 +157,10 @@ CASES = {
         DenseModel.model_validate({**DENSE, **AFTER, "rope_scaling": YARN}),
         *(MUP, AdamW(lr=1.0, weight_decay=0.1), 2.0**-7),
     ),
+    "latent attention": (
+        DenseModel.model_validate({**DENSE, "num_kv_heads": None, "latent_attention": LATENTS}),
+        *(HYPERP, MuonH(lr=1.0, weight_decay=0.0), 2.0**-5),
+    ),
     "mixture, families": (
         MoEModel.model_validate(MIXTURE.model_dump() | BOTH),
         *(MUP, AdamW(lr=1.0, weight_decay=0.1), 2.0**-7),
@@ -161,7 +169,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case == "latent attention" else ())
+        for case in CASES
+    ],
+)
 def test_stacked_runs_are_the_runs_alone(case: str) -> None:
     model, how, optimizer, lr = CASES[case]
     runs: Runs = [(lr * factor, seed) for factor in (0.5, 1.0, 2.0) for seed in SEEDS]
