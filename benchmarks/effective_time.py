@@ -14,7 +14,8 @@ copies, every failure does. A restart as measured by ``faults.py`` (from the kil
 includes loading its small state, so load time is added only for the additional bytes of a rank of
 the large run.
 
-Each number of the result is marked as measured here or assumed, with its source.
+Each number of the result is marked as measured here or assumed, with its source. For example,
+``--restart-s 60`` replaces the measured restart by one of a minute.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Mutate configs of runs and ladders; each must give a plan or an error of one sentence.
 
     python benchmarks/fuzz.py [--count 10000] [--first 0] [--seconds 240] [--out FILE]
+    python benchmarks/fuzz.py --show N
 
 Case N is generated from the seed N alone: the text or the tree of a preset (keys removed,
 duplicated, renamed or moved, values of other types, hostile YAML), with or without overrides. Each
 case passes through the loader, the plan and the checks of ``--dry-run``, or through the ladder's
 plan. The script prints one example of each kind of failure: a traceback, a hang longer than
 ``LIMIT_S``, or a message that is not a sentence. It exits with code 1 if there is any. ``--first``
-continues where an earlier call ended.
+continues where an earlier call ended: for example, ``--first 10000 --count 500`` runs the cases
+10000 to 10499. ``--show N`` prints case N and raises its error.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Each case starts two ranks through ``allometry.launch.torchrun``; one rank is st
 sleeps, or is killed inside a chosen function. A case passes if events.jsonl reports the rank, the
 axis of the collective in which the other rank waits, and the step within ``timeout_s`` + 5 seconds;
 if each rank's log contains the report; and if the launch exits with a nonzero code and leaves no
-process. Cases already in ``--out`` are skipped.
+process. Cases already in ``--out`` are skipped. For example, ``--only tp2`` runs the cases with tp2
+in their name.
 """
 
 from __future__ import annotations

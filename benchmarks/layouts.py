@@ -1,6 +1,6 @@
 """Measure training speed of each parallel layout on two CPU processes, and the grouped product.
 
-    python benchmarks/layouts.py [--quick] [--only PART] [--rounds 5] [--json FILE]
+    python benchmarks/layouts.py [--quick] [--only PART]... [--rounds 5] [--json FILE]
 
 Every run has its own process group (two processes with one thread each, gloo, the same allocator,
 no compilation). In each round all layouts run once in alternating order, together with plain FSDP2

@@ -54,6 +54,9 @@ SHARED = {"experts": MOE["experts"] | {"num_shared_experts": 1}}
 LATENT = {"experts": MOE["experts"] | {"kind": "latent", "latent_width": 96}}
 AFTER = {"norms": "after", "qk_norm": True, "qk_norm_over": "width", "qkv_bias": True}
 BOTH = {"norms": "both", "activation": "gelu_tanh", "qk_norm": True}
+MLA = {"q_lora_rank": 96, "kv_lora_rank": 64, "v_head_dim": 32,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16}  # fmt: skip
+LATENTS = {"num_kv_heads": None, "latent_attention": MLA}
 FEW = {"data.sequence_length": 64, "batch.micro_batch_sequences": 1, "batch.sequences": 2}
 MUONH = {"optimizer.kind": "muonh", "optimizer.weight_decay": 0.0}
 
@@ -108,7 +111,10 @@ def cases() -> list[Case]:
         add(kind, model | AFTER, "norms after")
         add(kind, model | BOTH, "norms on both sides")
         add(kind, model | AFTER, "norms after, tp2", 2, parallel__tp=2)
+        add(kind, model | {"qkv_bias": True}, "biases")
         add(kind, model | {"window": {"tokens": 64, "global_every": 2}}, "windows")
+        add(kind, model | LATENTS, "latent attention")
+        add(kind, model | LATENTS, "latent attention, tp2", 2, parallel__tp=2)
         add(kind, model, "few tokens", **FEW)
         add(kind, model | {"tied_embeddings": True}, "tied, few tokens", **FEW)
         add(kind, model, "MuonH", **MUONH)
@@ -186,6 +192,7 @@ def add_wide(add: Callable[..., None]) -> None:
     add("dense", dense, "wide feed-forward")
     for kind, model in (("dense", dense), ("moe", moe)):
         add(kind, model, "wide feed-forward, saved FP8", precision=saved)
+        add(kind, model | LATENTS, "latent attention, saved FP8", precision=saved)
         for recipe in ("fp8_rowwise", "fp8_blockwise"):
             linears: dict[str, Any] = {"linears": recipe}
             add(kind, model, f"wide feed-forward, {recipe}", precision=linears)

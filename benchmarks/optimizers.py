@@ -1,6 +1,6 @@
 """Compare update rules: final loss, bytes of state, seconds of a step, division over ranks.
 
-    python benchmarks/optimizers.py [--quick] [--only PART] [--processes 2] [--work DIR]
+    python benchmarks/optimizers.py [--quick] [--only PART]... [--processes 2] [--work DIR]
 
 Trains a byte model of 10.6M parameters on Python's library. The learning rate of each rule is tuned
 in whole octaves with one seed; the best rate is then run with the other seeds, on equal tokens. The

@@ -1,6 +1,6 @@
 """Measure the loss of quality and the memory saved by low-precision states, on a CPU.
 
-    python benchmarks/precision.py [--only PART] [--size 10m] [--kinds dense,moe] [--seeds 3]
+    python benchmarks/precision.py [--only PART]... [--size 10m] [--kinds dense,moe] [--seeds 3]
 
 `format` (seconds): random moments in E4M3, with and without expansion, rounded once and after each
 step of an average.

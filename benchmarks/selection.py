@@ -1,6 +1,6 @@
 """Held-out loss of a target by how documents were chosen from a noisy pool, at equal tokens.
 
-    python benchmarks/selection.py [--out results.json] [--seeds 3] [--steps 120]
+    python benchmarks/selection.py [--out results.json] [--prepared FOLDER] [--seeds 3] [--steps 80]
 
 The pool holds docstrings of the built-in corpus (the target's kind), the same with their tokens
 shuffled, near duplicates of a few of them (5 % of the tokens changed), and source code (off
@@ -30,6 +30,7 @@ from scipy import stats
 from allometry.configs.loader import load
 from allometry.data.prepare import PrepareRequest, prepare
 from allometry.data.select.betr import Target, betr
+from allometry.data.select.features import require
 from allometry.data.select.kept import kept_documents
 from allometry.data.select.prototypes import prototypes
 from allometry.data.select.scores import write_scores
@@ -42,7 +43,7 @@ from allometry.trainer.train import train
 
 KINDS = ("target's kind", "shuffled", "near duplicates", "off target")
 SHARES = (0.3, 0.2, 0.25, 0.25)
-POOL_TOKENS, LONGEST, KEEP, CLUSTERS = 600_000, 400, 0.25, 40
+POOL_TOKENS, LONGEST, KEEP, CLUSTERS = 400_000, 400, 0.25, 40
 VOCABULARY, LENGTH, SEQUENCES = 1024, 128, 8
 CHANGED = 0.05
 Documents = list[NDArray[np.int64]]
@@ -61,20 +62,25 @@ def cut(store: TokenStore, tokens: int, rng: np.random.Generator) -> Documents:
     return chosen
 
 
-def write_pool(folder: Path) -> tuple[TokenStore, NDArray[np.int64], Target]:
-    """The pool, the kind of each of its documents, and the examples of the target."""
+def prepared(folder: Path) -> Path:
+    """The built-in corpora as token files."""
     inputs = ("builtin:python-prose", "builtin:python-code")
     made = PrepareRequest(
         inputs=inputs,
         out=str(folder / "made"),
         vocab_size=VOCABULARY,
         validation_fraction=0.15,
-        max_bytes=3_000_000,
+        max_bytes=2_000_000,
         processes=1,
     )
     prepare(made, quiet=True)
+    return folder / "made"
+
+
+def write_pool(folder: Path, made: Path) -> tuple[TokenStore, NDArray[np.int64], Target]:
+    """The pool, the kind of each of its documents, and the examples of the target."""
     rng = np.random.default_rng(0)
-    prose = TokenStore(folder / "made/python-prose.train")
+    prose = TokenStore(made / "python-prose.train")
     wanted = [share * POOL_TOKENS for share in SHARES]
     good = cut(prose, int(wanted[0] + wanted[1]), rng)
     ends = np.cumsum([len(one) for one in good])
@@ -85,13 +91,13 @@ def write_pool(folder: Path) -> tuple[TokenStore, NDArray[np.int64], Target]:
     for _ in range(20):
         for one in few:
             changed = rng.random(len(one)) < CHANGED
-            again.append(np.where(changed, rng.integers(1, VOCABULARY, len(one)), one))
-    code = cut(TokenStore(folder / "made/python-code.train"), int(wanted[3]), rng)
+            again.append(np.where(changed, rng.integers(1, prose.vocab_bound, len(one)), one))
+    code = cut(TokenStore(made / "python-code.train"), int(wanted[3]), rng)
     documents = [*good[:at], *shuffled, *again, *code]
     kinds = np.repeat(np.arange(4), [at, len(shuffled), len(again), len(code)])
     order = rng.permutation(len(documents))
     write_store(folder / "pool", [documents[number] for number in order.tolist()])
-    held = cut(TokenStore(folder / "made/python-prose.validation"), POOL_TOKENS, rng)
+    held = cut(TokenStore(made / "python-prose.validation"), POOL_TOKENS, rng)
     write_store(folder / "held", held[::2])
     return TokenStore(folder / "pool"), kinds[order], Target("prose", held[1::2])
 
@@ -108,15 +114,15 @@ def run(folder: Path, name: str, seed: int, steps: int, select: dict[str, Any] |
             f"data.sources={json.dumps([source])}",
             "data.tokenizer=null",
             f"data.sequence_length={LENGTH}",
-            f"model.vocab_size={VOCABULARY}",
-            *("model.width=96", "model.num_layers=2", "model.num_heads=3", "model.num_kv_heads=3"),
-            "model.ffn_width=256",
+            f"model.vocab_size={TokenStore(folder / 'pool').vocab_bound}",
+            *("model.width=64", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=2"),
+            "model.ffn_width=192",
             *(f"batch.sequences={SEQUENCES}", f"batch.micro_batch_sequences={SEQUENCES}"),
             *(f"training.total_steps={steps}", "training.compile=false"),
             "training.compute_dtype=fp32",
             f"schedule.warmup_steps={max(2, steps // 10)}",
             f"evaluation.every_steps={steps}",
-            "evaluation.sequences_per_source=256",
+            "evaluation.sequences_per_source=128",
             f"checkpoint.every_steps={steps}",
             "record.tensorboard=false",
         ],
@@ -130,6 +136,8 @@ def score(
     folder: Path, pool: TokenStore, target: Target, steps: int
 ) -> dict[str, tuple[str, list[str], float]]:
     """Write scores by each scorer: their path, the sides to try, seconds per million tokens."""
+    for module in ("sklearn.linear_model", "sklearn.cluster", "sklearn.feature_extraction.text"):
+        require(module)  # its import is no part of scoring
     million = pool.num_tokens / 1e6
     found: dict[str, tuple[str, list[str], float]] = {}
     begun = time.perf_counter()
@@ -171,8 +179,8 @@ def interval(values: list[float]) -> list[float]:
     return [round(float(np.mean(values)), 4), round(float(half), 4)]
 
 
-def compared(folder: Path, seeds: int, steps: int) -> dict[str, Any]:
-    pool, kinds, target = write_pool(folder)
+def compared(folder: Path, made: Path | None, seeds: int, steps: int) -> dict[str, Any]:
+    pool, kinds, target = write_pool(folder, made or prepared(folder))
     scorers = score(folder, pool, target, steps)
     oracle = str(write_scores(pool, "oracle", np.where(kinds == 0, 1.0, 0.0), {}).path)
     ways = [("oracle", oracle, "top", 0.0)]
@@ -212,12 +220,13 @@ def compared(folder: Path, seeds: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--prepared", type=Path, help="token files of both built-in corpora")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=80)
     given = parser.parse_args()
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        found = compared(Path(folder), given.seeds, given.steps)
+        found = compared(Path(folder), given.prepared, given.seeds, given.steps)
     found |= {
         "seconds": round(time.perf_counter() - begun),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

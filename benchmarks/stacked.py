@@ -6,7 +6,8 @@ Trains a byte model of 2 layers on random bytes, 8 sequences of 64 tokens per st
 CPU each variant uses one thread. ``alone`` is the run of one sweep process; ``stacked`` trains all
 runs as one model. Both alternate within a round; a ratio is the time of R runs alone over R runs
 stacked, as the median over rounds. Peak memory is measured in a separate process (on CUDA:
-allocated memory). On CUDA ``alone`` is a stack of one run, and ``--runs`` defaults to 24.
+allocated memory). On CUDA ``alone`` is a stack of one run, and ``--runs`` defaults to 24. For
+example, ``--runs 6 --widths 64`` compares six runs of width 64.
 """
 
 from __future__ import annotations

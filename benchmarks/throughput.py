@@ -1,6 +1,6 @@
 """Compare training speed with hand-written loops and transformers' Trainer, on this CPU.
 
-    python benchmarks/throughput.py [--quick] [--only bf16|fp32|two] [--rounds 5] [--json FILE]
+    python benchmarks/throughput.py [--quick] [--only bf16|fp32|two]... [--rounds 5] [--json FILE]
 
 Every run is a separate process; in each round all contenders run once, in alternating order. The
 result of a run is the median over its timed steps; a result is the median over rounds of the ratio

@@ -1,8 +1,8 @@
 """Test whether learning rates found on small models transfer to large ones, by parameterization.
 
-    python benchmarks/transfer.py [--quick] [--only PART ...] [--processes 2] [--work DIR]
+    python benchmarks/transfer.py [--quick] [--only PART]... [--processes 2] [--work DIR]
     python benchmarks/transfer.py --size real --dry-run
-    python benchmarks/transfer.py --size real [--only PART ...] [--most-hours 1]
+    python benchmarks/transfer.py --size real [--only PART]... [--most-hours 1]
 
 ``--size bytes`` (the default): a byte model on Python's library with heads of 16, qk-norm, fp32.
 ``coordinates``: size of activation changes; ``rates``: best rates over widths; ``depth``: over 2 to
@@ -17,7 +17,8 @@ whose runs take longer. ``--size small`` is a cut of it that takes minutes; it o
 code runs.
 
 The loss of each trial is stored in --work when the trial ends, so that the same command continues
-after an interruption; a final call without --only combines all parts into one result.
+after an interruption; a final call without --only combines all parts into one result. For example,
+``--only rates --only depth`` runs two parts.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -59,6 +60,12 @@ class YarnScaling(Section):
         gt=0.0,
         description="multiplies rotated queries and keys; null: 0.1 ln(factor) + 1",
     )
+    mscale_all_dim: float = Field(
+        0.0,
+        ge=0.0,
+        description="multiplies all scores by (0.1 x this x ln(factor) + 1)^2, of numbers that are "
+        "not rotated, too (DeepSeek-V3)",
+    )
     truncate: bool = Field(
         True, description="bounds of the mixture are rounded outwards to whole frequencies"
     )
@@ -68,6 +75,11 @@ class YarnScaling(Section):
         if self.beta_slow >= self.beta_fast:
             raise ValueError(f"beta_slow={self.beta_slow} must be below beta_fast={self.beta_fast}")
         return self
+
+
+def mscale(factor: float, by: float) -> float:
+    """Return 0.1 ``by`` ln(``factor``) + 1 (arXiv 2309.00071, section 3.4, where ``by`` is 1)."""
+    return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
 
 
 RopeScaling = Annotated[LinearScaling | Llama3Scaling | YarnScaling, Field(discriminator="kind")]
@@ -91,6 +103,37 @@ class SlidingWindow(Section):
     )
 
 
+class LatentAttention(Section):
+    """Multi-head latent attention (arXiv 2405.04434, eq. 37-47): queries, keys, values of low rank.
+
+    A key is ``qk_nope_head_dim`` numbers of each head and ``qk_rope_head_dim`` rotated ones that
+    all heads share.
+    """
+
+    q_lora_rank: Count | None = Field(
+        None, gt=0, description="width of the queries' latent; null: queries are a full product"
+    )
+    kv_lora_rank: Count = Field(gt=0, description="width of the latent of keys and values")
+    qk_nope_head_dim: Count = Field(gt=0, description="numbers of a query that are not rotated")
+    qk_rope_head_dim: Count = Field(gt=0, description="numbers of a query that are rotated")
+    v_head_dim: Count = Field(gt=0, description="width of a value")
+    norm_eps: float = Field(1e-6, gt=0.0, description="epsilon inside the RMSNorm of latents")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(
+                f"qk_rope_head_dim={self.qk_rope_head_dim} must be even, as RoPE turns pairs"
+            )
+        if self.v_head_dim > self.qk_nope_head_dim + self.qk_rope_head_dim:
+            raise ValueError(
+                f"v_head_dim={self.v_head_dim} must not exceed qk_nope_head_dim="
+                f"{self.qk_nope_head_dim} + qk_rope_head_dim={self.qk_rope_head_dim}, the width "
+                "that kernels of attention give to values as well"
+            )
+        return self
+
+
 class Decoder(Section):
     """What all decoder-only transformers share: RMSNorm, RoPE, grouped-query attention.
 
@@ -103,6 +146,9 @@ class Decoder(Section):
     num_heads: Count = Field(gt=0, description="query heads")
     num_kv_heads: Count | None = Field(None, gt=0, description="key/value heads; null: num_heads")
     head_dim: Count | None = Field(None, gt=0, description="width of a head; null: width/num_heads")
+    latent_attention: LatentAttention | None = Field(
+        None, description="multi-head latent attention in every block; null: grouped queries"
+    )
     qkv_bias: bool = Field(False, description="biases of the products to queries, keys and values")
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys")
     qk_norm_over: NormOver = Field(
@@ -127,6 +173,13 @@ class Decoder(Section):
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on each branch's output")
     norm_eps: float = Field(1e-5, gt=0.0, description="epsilon inside RMSNorm")
     rope_theta: float = Field(10_000.0, gt=0.0, description="base of the rotary frequencies")
+    rope_fraction: float = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="fraction of each head that turns: its first components; the others have no "
+        "position (Ling 2.0, arXiv 2510.22115)",
+    )
     rope_scaling: RopeScaling | None = Field(
         None, description="rotary frequencies of a model that goes on with longer sequences"
     )
@@ -152,8 +205,32 @@ class Decoder(Section):
 
     @property
     def head_width(self) -> int:
-        """Width of one head, with the default filled in."""
+        """Width of one head's queries and keys, with the default filled in."""
+        if self.latent_attention is not None:
+            return self.latent_attention.qk_nope_head_dim + self.latent_attention.qk_rope_head_dim
         return self.head_dim or self.width // self.num_heads
+
+    @property
+    def value_width(self) -> int:
+        """Width of one head's values."""
+        latent = self.latent_attention
+        return self.head_width if latent is None else latent.v_head_dim
+
+    @property
+    def rotary_width(self) -> int:
+        """Components of a head that are rotated with its position: the first ones."""
+        latent = self.latent_attention
+        if latent is not None:
+            return latent.qk_rope_head_dim
+        return round(self.rope_fraction * self.head_width)
+
+    @property
+    def score_factor(self) -> float:
+        """Factor of all scores by ``rope_scaling``: 1 except with YaRN's ``mscale_all_dim``."""
+        scaling = self.rope_scaling
+        if not isinstance(scaling, YarnScaling):
+            return 1.0
+        return mscale(scaling.factor, scaling.mscale_all_dim) ** 2
 
     def windowed(self, layer: int) -> bool:
         """Whether this layer (counted from 0) has a window."""
@@ -180,8 +257,27 @@ class Decoder(Section):
         return self.num_layers - (self.num_layers // every if every else 0)
 
     @model_validator(mode="after")
+    def _check_latent(self) -> Self:
+        if self.latent_attention is None:
+            return self
+        usual_of = {"head_dim": None, "qkv_bias": False, "qk_norm": False, "rope_fraction": 1.0}
+        for key, usual in usual_of.items():
+            if getattr(self, key) != usual:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} has no place in latent_attention, which has "
+                    f"widths and norms of its own; leave {key} out"
+                )
+        if self.kv_heads != self.num_heads:
+            raise ValueError(
+                f"num_kv_heads={self.kv_heads}: with latent_attention each of num_heads="
+                f"{self.num_heads} heads has keys of its own; leave num_kv_heads out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.head_dim is None and self.width % self.num_heads:
+        latent = self.latent_attention is not None
+        if self.head_dim is None and not latent and self.width % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must divide width={self.width}; "
                 "change one of them or set head_dim"
@@ -197,6 +293,11 @@ class Decoder(Section):
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}")
-        if self.head_width % 2:
-            raise ValueError(f"head_dim={self.head_width} must be even, as RoPE turns pairs")
+        turned = self.rope_fraction * self.head_width
+        if not latent and (abs(turned - self.rotary_width) > 1e-6 or self.rotary_width % 2):
+            raise ValueError(
+                f"rope_fraction={self.rope_fraction} of head_dim={self.head_width} is {turned:g} "
+                "components, which must be an even number, as RoPE turns pairs; use a multiple of "
+                f"{2 / self.head_width:g}"
+            )
         return self

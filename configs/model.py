@@ -75,6 +75,11 @@ class BiasBalance(Section):
 
     kind: Literal["bias"] = "bias"
     rate: float = Field(1e-3, gt=0.0, description="what a step adds to or takes from a bias")
+    centered: bool = Field(
+        False,
+        description="take the mean over experts out of each step's changes, so that biases do not "
+        "drift; the experts chosen are the same (arXiv 2510.22115)",
+    )
 
 
 BalanceConfig = Annotated[NoBalance | AuxiliaryBalance | BiasBalance, Field(discriminator="kind")]

@@ -32,6 +32,7 @@ COMMANDS: Commands = {
     "adopt": (runs.Adopt, "runs.adopt:adopted"),
     "convert": (runs.Convert, "runs.convert:converted"),
     "fetch": (runs.Fetch, "runs.fetch:fetched"),
+    "merge": (runs.Merge, "runs.merge:merged"),
     "evaluate": (runs.Evaluate, "runs.evaluate:evaluated"),
     "verify": (studies.Verify, "studies.verify:verified"),
     "selftest": (studies.SelfTest, "studies.selftest:tested"),

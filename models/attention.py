@@ -16,7 +16,13 @@ from allometry.models import attention_cuda
 from allometry.models.attention_blocked import blocked_attention
 from allometry.models.attention_packed import packed_attention
 from allometry.models.documents import Documents, causal_mask
-from allometry.scaling.attention import AttentionBackend, AttentionCall, choose_backend, installed
+from allometry.scaling.attention import (
+    AttentionBackend,
+    AttentionCall,
+    choose_backend,
+    installed,
+    named,
+)
 
 
 class Attend(Protocol):
@@ -59,7 +65,8 @@ def attend(
     Without ``documents`` each sequence is one document. With a ``window`` query i meets keys
     i - window + 1 to i (arXiv 2004.05150). Query head n uses key/value head
     n // (N/K) (arXiv 2305.13245). ``backend``: a name in ``scaling.attention.BACKENDS``; None: the
-    first of them that suits.
+    first of them that suits. Values may be narrower than keys: they are filled up with zeros for a
+    back end whose kernel wants one width.
     """
     assert q_BLNH.shape[2] % k_BLKH.shape[2] == 0, (q_BLNH.shape, k_BLKH.shape)
     if window is not None and window >= q_BLNH.shape[1]:
@@ -67,9 +74,17 @@ def attend(
     if backend is None:
         compiling = torch.compiler.is_compiling()
         backend = backend_of(q_BLNH, documents, compiled=compiling, window=window).name
-    if window is None:
-        return RUN[backend](q_BLNH, k_BLKH, v_BLKH, documents, scale)
-    return RUN[backend](q_BLNH, k_BLKH, v_BLKH, documents, scale, window=window)
+    run = RUN[backend] if window is None else partial(RUN[backend], window=window)
+    width = v_BLKH.shape[-1]
+    if width == q_BLNH.shape[-1] or named(backend).narrow_values:
+        return run(q_BLNH, k_BLKH, v_BLKH, documents, scale)
+    wide_BLKH = filled(v_BLKH, q_BLNH.shape[-1])
+    return run(q_BLNH, k_BLKH, wide_BLKH, documents, scale)[..., :width]
+
+
+def filled(v_BLKH: Tensor, width: int) -> Tensor:
+    """Return values with zeros after them up to this width, and nothing changed before."""
+    return F.pad(v_BLKH, (0, width - v_BLKH.shape[-1]))
 
 
 def attend_by(backend: str | None) -> Attend:

@@ -26,8 +26,9 @@ from allometry.models.grouped import Tokens, multiply_groups
 from allometry.models.layers import Linear, gated
 from allometry.models.parameters import OwnsParameters
 from allometry.models.products import Stacked
+from allometry.models.rotary import Geometry
 from allometry.models.router import Router, RouterStatistics
-from allometry.models.transformer import Block, FeedForward, Geometry, Transformer
+from allometry.models.transformer import Block, FeedForward, Transformer
 from allometry.models.visits import gather_rows, sort_by_expert, spread_rows
 from allometry.scaling.inventory import Specs, within
 from allometry.scaling.parameterizations.base import ForwardScales
@@ -215,7 +216,7 @@ def end_step(model: Transformer, counts: Mapping[int, Tensor]) -> None:
     for layer, router in routers(model).items():
         balance = router.config.balance
         if isinstance(balance, BiasBalance) and router.weight.requires_grad:
-            wanted_E = wanted_of(counts[layer].to(router.bias.device))
+            wanted_E = wanted_of(counts[layer].to(router.bias.device), balance)
             router.bias.add_(wanted_E.to(router.bias.dtype), alpha=balance.rate)
 
 
@@ -225,10 +226,14 @@ def loads_of(counts_E: Tensor) -> Tensor:
     return wide_E / wide_E.sum(-1, keepdim=True)
 
 
-def wanted_of(counts_E: Tensor) -> Tensor:
-    """Return 1 for experts that had fewer visits [..., E] than the mean, -1 for more, fp64."""
+def wanted_of(counts_E: Tensor, balance: BiasBalance) -> Tensor:
+    """Return 1 for experts that had fewer visits [..., E] than the mean, -1 for more, fp64.
+
+    Less the mean of these over experts, where ``balance`` centers them (Ling 2.0).
+    """
     wide_E = counts_E.double()
-    return (wide_E.mean(-1, keepdim=True) - wide_E).sign()
+    wanted_E = (wide_E.mean(-1, keepdim=True) - wide_E).sign()
+    return wanted_E - wanted_E.mean(-1, keepdim=True) if balance.centered else wanted_E
 
 
 def balance_record(statistics: RouterStatistics, model: MoEModel) -> dict[str, float | list[float]]:

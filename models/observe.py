@@ -24,7 +24,8 @@ from allometry.models.attention import Attend
 from allometry.models.documents import Documents
 from allometry.models.precision import inputs_by_role
 from allometry.models.products import Stacked
-from allometry.models.transformer import Block, Geometry, Transformer
+from allometry.models.rotary import Geometry
+from allometry.models.transformer import Block, Transformer
 from allometry.scaling.roles import Role
 
 SUMS = (

@@ -1,16 +1,18 @@
 """Rotary positions (RoFormer, arXiv 2104.09864), and frequencies for longer sequences."""
 
-# B batch, L length, N heads, H head width, h = H/2
+# B batch, L length, N heads, H head width, h: pairs of a head that turn, at most H/2
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from allometry.configs.decoder import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from allometry.models.documents import Documents
 
 
 class Turn(NamedTuple):
@@ -20,19 +22,32 @@ class Turn(NamedTuple):
     sin_BL1h: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Geometry:
+    """Where tokens are; the same for all blocks. ``windowed``: how those with a window turn.
+
+    Not a tuple on purpose: FSDP2 casts every float tensor that it finds among a module's inputs,
+    and the rotary tables must stay wide.
+    """
+
+    turn: Turn
+    windowed: Turn
+    documents: Documents | None
+
+
 def turn_of(
     positions_BL: Tensor,
     theta: float,
     scaling: RopeScaling | None,
     *,
-    head_width: int,
+    rotary_width: int,
     dtype: torch.dtype,
 ) -> Turn:
     """Return what ``rotate`` turns tokens at these positions by.
 
     YaRN's attention factor is in both, so that it multiplies queries and keys.
     """
-    angles = rotary_angles(positions_BL, head_width, theta, dtype, scaling)[:, :, None]
+    angles = rotary_angles(positions_BL, rotary_width, theta, dtype, scaling)[:, :, None]
     cos, sin = angles.cos(), angles.sin()
     if isinstance(scaling, YarnScaling):
         cos, sin = cos * attention_factor(scaling), sin * attention_factor(scaling)
@@ -41,7 +56,7 @@ def turn_of(
 
 def rotary_angles(
     positions: Tensor,
-    head_width: int,
+    rotary_width: int,
     theta: float,
     dtype: torch.dtype,
     scaling: RopeScaling | None = None,
@@ -52,16 +67,20 @@ def rotary_angles(
     meta device and any position is allowed.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    frequencies_h = frequencies(head_width, theta, scaling, positions.device).to(wide)
+    frequencies_h = frequencies(rotary_width, theta, scaling, positions.device).to(wide)
     return positions[..., None].to(wide) * frequencies_h
 
 
 def frequencies(
-    head_width: int, theta: float, scaling: RopeScaling | None, device: torch.device
+    rotary_width: int, theta: float, scaling: RopeScaling | None, device: torch.device
 ) -> Tensor:
-    """Return fp64 [h]: theta**(-2i/H), or what ``scaling`` makes of it."""
-    even = torch.arange(0, head_width, 2, device=device, dtype=torch.float64)
-    plain_h = theta ** (-even / head_width)
+    """Return fp64 [h]: f_i = theta**(-2i/H), or what ``scaling`` makes of it.
+
+    linear: f_i / s (arXiv 2306.15595). llama3 and yarn: f_i (k_i + (1 - k_i) / s), with the share
+    k_i in [0, 1] that ``_kept_by_wavelength`` and ``_kept_by_turns`` give; s is ``factor``.
+    """
+    even = torch.arange(0, rotary_width, 2, device=device, dtype=torch.float64)
+    plain_h = theta ** (-even / rotary_width)
     match scaling:
         case None:
             return plain_h
@@ -70,7 +89,7 @@ def frequencies(
         case Llama3Scaling():
             kept_h = _kept_by_wavelength(plain_h, scaling)
         case YarnScaling():
-            kept_h = _kept_by_turns(head_width, theta, scaling, device)
+            kept_h = _kept_by_turns(rotary_width, theta, scaling, device)
     return plain_h * (kept_h + (1.0 - kept_h) / scaling.factor)
 
 
@@ -82,19 +101,24 @@ def _kept_by_wavelength(plain_h: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 def _kept_by_turns(
-    head_width: int, theta: float, scaling: YarnScaling, device: torch.device
+    rotary_width: int, theta: float, scaling: YarnScaling, device: torch.device
 ) -> Tensor:
-    """The same of YaRN (arXiv 2309.00071, section 3.2): a ramp over the numbers of frequencies."""
+    """Return the share k_i [h] of each frequency that is kept (YaRN, arXiv 2309.00071, eq. 17-23).
+
+    The frequency of number d(t) = H ln(M / (2 pi t)) / (2 ln theta) turns t times in the M tokens
+    of ``original_length``. k_i = 1 - clamp((i - low) / (high - low), 0, 1) between low =
+    d(``beta_fast``) and high = d(``beta_slow``), rounded down and up where ``truncate`` is set.
+    """
 
     def number_with(turns: float) -> float:
         ratio = scaling.original_length / (turns * 2 * math.pi)
-        return head_width * math.log(ratio) / (2 * math.log(theta))
+        return rotary_width * math.log(ratio) / (2 * math.log(theta))
 
     low, high = number_with(scaling.beta_fast), number_with(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_width - 1)
-    number_h = torch.arange(head_width // 2, device=device, dtype=torch.float64)
+    low, high = max(low, 0), min(high, rotary_width - 1)
+    number_h = torch.arange(rotary_width // 2, device=device, dtype=torch.float64)
     return 1.0 - ((number_h - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
 
 
@@ -106,13 +130,17 @@ def attention_factor(scaling: YarnScaling) -> float:
 
 
 def rotate(x_BLNH: Tensor, cos_BL1h: Tensor, sin_BL1h: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + H/2]) by its angle: the halves convention of Llama in HF.
+    """Turn each pair (x[i], x[i + h]) by its angle: the halves convention of Llama in HF.
 
+    Where 2h is below H, components from 2h on stay as they are (``partial_rotary_factor`` in HF).
     Computed in the type of ``cos``: in bf16 the angle of a far position would be lost.
     """
-    first, second = x_BLNH.chunk(2, dim=-1)
+    turning = 2 * cos_BL1h.shape[-1]
+    first, second = x_BLNH[..., :turning].chunk(2, dim=-1)
     turned = (
         first * cos_BL1h - second * sin_BL1h,
         second * cos_BL1h + first * sin_BL1h,
     )
+    if turning < x_BLNH.shape[-1]:
+        turned = (*turned, x_BLNH[..., turning:])
     return torch.cat(turned, dim=-1).to(x_BLNH.dtype)

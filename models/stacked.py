@@ -25,6 +25,7 @@ from allometry.models.documents import Documents
 from allometry.models.fp8 import Quantised
 from allometry.models.grouped import grouped_linear
 from allometry.models.head import Losses
+from allometry.models.latent import LatentAttention
 from allometry.models.layers import gated
 from allometry.models.loss import linear_cross_entropy, reference_cross_entropy
 from allometry.models.moe import Experts, loads_of, routers, wanted_of
@@ -44,7 +45,7 @@ class StackedModel:
     def __init__(self, model: Transformer, runs: int, device: torch.device) -> None:
         self.model, self.runs = model, runs
         for module in model.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, Attention | LatentAttention):
                 module.core = _attend
             elif isinstance(module, Experts):
                 module.forward = partial(_experts, module)  # type: ignore[method-assign]
@@ -88,7 +89,7 @@ class StackedModel:
             balance = router.config.balance
             if isinstance(balance, BiasBalance) and router.weight.requires_grad:
                 bias = self.buffers[self._buffer(layer, "bias")]
-                bias.add_(wanted_of(counts[layer]).to(bias.dtype), alpha=balance.rate)
+                bias.add_(wanted_of(counts[layer], balance).to(bias.dtype), alpha=balance.rate)
 
     @staticmethod
     def _buffer(layer: int, name: str) -> str:

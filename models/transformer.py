@@ -25,25 +25,13 @@ from allometry.configs.model import ModelConfig
 from allometry.models.attention import Attend, attend
 from allometry.models.documents import Documents
 from allometry.models.head import Losses, OutputHead
+from allometry.models.latent import LatentAttention
 from allometry.models.layers import GATES, Embedding, Linear, RMSNorm, gated
 from allometry.models.products import Stacked, multiply, separate
-from allometry.models.rotary import Turn, rotate, turn_of
+from allometry.models.rotary import Geometry, rotate, turn_of
 from allometry.models.router import RouterStatistics
 from allometry.scaling.inventory import Specs, inventory, within
 from allometry.scaling.parameterizations.base import ForwardScales
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Geometry:
-    """Where tokens are; the same for all blocks. ``windowed``: how those with a window turn.
-
-    Not a tuple on purpose: FSDP2 casts every float tensor that it finds among a module's inputs,
-    and the rotary tables must stay wide.
-    """
-
-    turn: Turn
-    windowed: Turn
-    documents: Documents | None
 
 
 class Attention(nn.Module):
@@ -140,7 +128,8 @@ class Block(nn.Module):
             return nn.Identity() if spec is None else RMSNorm(spec, model.norm_eps)
 
         self.attention_norm = norm("attention_norm")
-        self.attention = Attention(within(specs, "attention"), model, scales.attention, layer)
+        attention = Attention if model.latent_attention is None else LatentAttention
+        self.attention = attention(within(specs, "attention"), model, scales.attention, layer)
         self.attention_post_norm = norm("attention_post_norm")
         self.ffn_norm = norm("ffn_norm")
         self.ffn = ffn
@@ -208,7 +197,7 @@ class Transformer(nn.Module):
         self.part = part
         self.compute_dtype = compute_dtype
         self.call_block: CallBlock = call_block
-        self._turn = partial(turn_of, head_width=model.head_width, dtype=compute_dtype)
+        self._turn = partial(turn_of, rotary_width=model.rotary_width, dtype=compute_dtype)
         self.rope = (model.rope_theta, model.rope_scaling)
         local = model.window and model.window.rope_theta
         self.rope_windowed = (local, None) if local else self.rope

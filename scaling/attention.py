@@ -45,12 +45,15 @@ class AttentionBackend(NamedTuple):
     """An implementation of causal attention within documents.
 
     ``takes``: True if it supports a call on one of its ``devices`` (None: any); ``needs`` describes
-    this condition; ``windows``: supports sliding windows; ``meant``: True if it may be selected
-    automatically. ``operators``: dispatcher names of its forward; each call runs some of these, and
-    selective checkpointing saves their results. ``package``: import name of a package required in
-    addition to torch; ``install``: command to install the package. ``deterministic``: the backward
-    can be deterministic. ``kept_bytes(heads, length, compute_bytes)``: bytes per token saved for
-    backward in addition to queries, keys, values and output; by default the log-sum-exp in fp32.
+    this condition; ``windows``: supports sliding windows; ``narrow_values``: supports values that
+    are narrower than keys; ``meant``: True if it may be selected automatically. ``operators``:
+    dispatcher names of its forward; each call runs some of these, and selective checkpointing saves
+    their results. ``package``: import name of a package required in addition to torch; ``install``:
+    command to install the package. ``deterministic``: the backward can be deterministic.
+    ``kept_bytes(heads, length, compute_bytes)``: bytes per token saved for backward in addition to
+    queries, keys, values, output and a mask; by default the log-sum-exp in fp32. ``dense_mask``:
+    saves a mask [L, L] in the compute type, of each sequence if documents are packed, else one for
+    all sequences.
     """
 
     name: str
@@ -64,6 +67,14 @@ class AttentionBackend(NamedTuple):
     install: str = ""
     deterministic: bool = True
     windows: bool = False
+    narrow_values: bool = False
+    dense_mask: bool = False
+
+    def kept(self, call: AttentionCall, heads: int, compute_bytes: int, sequences: int) -> int:
+        """Return the bytes per token saved for the backward of a call with ``sequences``."""
+        mask = compute_bytes * call.length if self.dense_mask else 0
+        masks = mask if call.packed else mask // sequences
+        return self.kept_bytes(heads, call.length, compute_bytes) + masks
 
     def able(self, call: AttentionCall) -> bool:
         """Return True if the back end supports the call, provided that its package is installed."""
@@ -107,6 +118,7 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         kept_bytes=lambda heads, length, compute_bytes: compute_bytes * heads * length,
         devices=("cpu",),
         windows=True,
+        narrow_values=True,
     ),
     AttentionBackend(  # torch's flash kernel; another SDPA kernel for wide types on CUDA
         "flash",
@@ -170,7 +182,7 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         "packed documents or sliding windows",
         operators=_SDPA,
         windows=True,
-        kept_bytes=lambda heads, length, compute_bytes: 4 * heads + compute_bytes * length,
+        dense_mask=True,
     ),
     AttentionBackend(  # explicit softmax: the reference of the tests
         "reference",
@@ -179,6 +191,7 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         operators=("aten::bmm",),
         meant=lambda call: False,
         windows=True,
+        narrow_values=True,
         kept_bytes=lambda heads, length, compute_bytes: max(4, compute_bytes) * heads * length,
     ),
 )

@@ -1,6 +1,6 @@
 """Count parameters and floating-point operations."""
 
-# L tokens in a sequence, N query heads, H head width, V vocabulary, D width
+# L tokens in a sequence, N query heads, H width of a query, V width of a value
 
 from __future__ import annotations
 
@@ -70,14 +70,20 @@ def active_numel(model: ModelConfig, spec: ParamSpec) -> int:
 def attention_flops(model: ModelConfig, sequence_length: int, window: int | None = None) -> int:
     """Return forward FLOPs per token of scores and weighted values of one layer, rounded down.
 
-    4·N·H for each key of a query: on average (L+1)/2 keys with the causal mask. With a window W < L
-    the first W queries have the same number of keys and all others have W, on average W -
-    W(W-1)/2L. For example, N·H = 8 features and L = 3 without a window give 64.
+    2·N·H for the score and 2·N·V for the weighted value, of width V, for each key of a query: on
+    average (L+1)/2 keys with the causal mask. With a window W < L the first W queries have the same
+    number of keys and all others have W, on average W - W(W-1)/2L. For example, N·H = N·V = 8
+    features and L = 3 without a window give 64.
     """
-    features, length = model.num_heads * model.head_width, sequence_length
+    features, length = _score_features(model), sequence_length
     if window is None or window >= length:
-        return 2 * features * (length + 1)
-    return 2 * features * window * (2 * length - window + 1) // length
+        return features * (length + 1)
+    return features * window * (2 * length - window + 1) // length
+
+
+def _score_features(model: ModelConfig) -> int:
+    """Return the multiply-adds of a query and one of its keys: N (H + V)."""
+    return model.num_heads * (model.head_width + model.value_width)
 
 
 @lru_cache(maxsize=64)
@@ -100,7 +106,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
     """Return the model FLOPs of training per token, for sequences of ``sequence_length`` tokens.
 
     Forward = 2 x (weights of every matrix product, including a tied head, and only the routed
-    experts that a token visits) + ``attention_flops`` of each layer: 2·N·H for the scores and 2·N·H
+    experts that a token visits) + ``attention_flops`` of each layer: 2·N·H for the scores and 2·N·V
     for the weighted values of each key that a query attends to, with the causal mask (position p
     attends to p) or a window. Backward = 2 x forward, one product for each operand. Lookups, norms,
     RoPE, softmax, and recomputation by kernels or activation checkpointing are not counted: the
@@ -137,7 +143,7 @@ class DocumentFlops:
     def of(cls, model: ModelConfig) -> DocumentFlops:
         """Return the coefficients of ``model``."""
         one = flops_per_token(model, 1)
-        each = 3 * 4 * model.num_heads * model.head_width
+        each = 3 * 2 * _score_features(model)
         windowed = model.num_windowed
         return cls(
             one.total - one.attention,

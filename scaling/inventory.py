@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from allometry.configs.decoder import LatentAttention
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.scaling.roles import ParamSpec, Role, Start
 
@@ -86,7 +87,10 @@ def block_specs(model: ModelConfig, layer: int, prefix: str) -> Iterator[ParamSp
 
 
 def attention_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
-    """Yield the parameters of grouped-query attention."""
+    """Yield the parameters of attention: grouped-query, or latent."""
+    if model.latent_attention is not None:
+        yield from latent_attention_specs(model, model.latent_attention, prefix)
+        return
     width, head_width = model.width, model.head_width
     queries, keys = model.num_heads * head_width, model.kv_heads * head_width
     for name, fan_out in (("wq", queries), ("wk", keys), ("wv", keys)):
@@ -99,6 +103,23 @@ def attention_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
             size = features if whole else head_width
             yield vector(f"{prefix}.{name}.weight", size, of_heads=whole)
     yield matrix(f"{prefix}.wo.weight", Role.HIDDEN, width, queries)
+
+
+def latent_attention_specs(
+    model: ModelConfig, latent: LatentAttention, prefix: str
+) -> Iterator[ParamSpec]:
+    """Yield the parameters of multi-head latent attention; ranks grow with the width, as heads."""
+    heads, width, rank = model.num_heads, model.width, latent.q_lora_rank
+    if rank is not None:
+        yield matrix(f"{prefix}.latent_q.weight", Role.HIDDEN, rank, width)
+        yield vector(f"{prefix}.q_norm.weight", rank)
+    yield matrix(f"{prefix}.wq.weight", Role.HIDDEN, heads * model.head_width, rank or width)
+    shared = latent.kv_lora_rank + latent.qk_rope_head_dim
+    yield matrix(f"{prefix}.latent_kv.weight", Role.HIDDEN, shared, width)
+    yield vector(f"{prefix}.kv_norm.weight", latent.kv_lora_rank)
+    own = latent.qk_nope_head_dim + latent.v_head_dim
+    yield matrix(f"{prefix}.wkv.weight", Role.HIDDEN, heads * own, latent.kv_lora_rank)
+    yield matrix(f"{prefix}.wo.weight", Role.HIDDEN, width, heads * latent.v_head_dim)
 
 
 def ffn_specs(width: int, ffn_width: int, prefix: str) -> Iterator[ParamSpec]:

@@ -118,12 +118,12 @@ def estimate_memory(
     ZeRO shards as in ``parallel/zero.py`` and ``shards.py``. ``layout`` None: one unsharded stage.
     ``compute_bytes``: per activation element. ``logits_chunk_tokens``: tokens per chunk of the loss
     (None: ``models/loss.py``). ``optimizer`` None: AdamW. ``attention``: defines the device (on a
-    CPU norms save more, gradient buckets stay allocated); ``attention_backend`` None: the first
-    supported.
+    CPU norms and gradient buckets keep more); ``attention_backend`` None: the first supported.
     """
     stages, pp = (layout.stages, layout.pp) if layout else ((range(model.num_layers),), 1)
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are unsharded to the end
-    kernels = _kernels(model, compute_bytes, attention, attention_backend, precision)
+    sequences = max(1, micro_batch_tokens // attention.length)
+    kernels = _kernels(model, compute_bytes, attention, attention_backend, precision, sequences)
     frozen = frozen_names(model, optimizer)
 
     def step_of(rank: int) -> Step:
@@ -163,13 +163,14 @@ def _kernels(
     attention: AttentionCall,
     attention_backend: str | None,
     precision: PrecisionConfig,
+    sequences: int,
 ) -> Kernels:
     # On CUDA all layers share one back end, on a CPU each call has its own
     # (``trainer/kernels.py``).
     of_all = attention if attention.device == "cuda" else attention._replace(window=None)
     scores, windowed = (
-        (named(attention_backend) if attention_backend else choose_backend(call)).kept_bytes(
-            model.num_heads, call.length, compute_bytes
+        (named(attention_backend) if attention_backend else choose_backend(call)).kept(
+            call, model.num_heads, compute_bytes, sequences
         )
         for call in (of_all, attention)
     )

@@ -20,7 +20,9 @@ _BLOCK = 128
 
 def cut_widths(model: ModelConfig) -> dict[str, int]:
     """Return the widths that tensor parallelism shards and products sum over, by key."""
-    cut = {"model.num_heads x model.head_dim": model.num_heads * model.head_width}
+    latent = model.latent_attention is not None
+    values = "model.latent_attention.v_head_dim" if latent else "model.head_dim"
+    cut = {f"model.num_heads x {values}": model.num_heads * model.value_width}
     if model.ffn_width is not None:
         cut["model.ffn_width"] = model.ffn_width
     if isinstance(model, MoEModel):

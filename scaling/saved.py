@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from allometry.configs.decoder import LatentAttention
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.configs.precision import PrecisionConfig
 from allometry.scaling.precision import SAVED_GROUP
@@ -171,6 +172,8 @@ class Block:
         return model.num_heads * model.head_width, model.kv_heads * model.head_width
 
     def _attention(self) -> Counter[str]:
+        if self.model.latent_attention is not None:
+            return self._latent_attention(self.model.latent_attention)
         kernels = self.kernels
         queries, keys = self._features
         rows = self._norms("attention") + self._branch_input(
@@ -189,9 +192,47 @@ class Block:
                 if kernels.fused_norm and not self._norms_over_ranks:
                     normed[NORMS] -= kernels.compute * (queries + keys)
             rows += Counter({QKV: normed.pop(RESIDUAL, 0)}) + normed
-        if self.model.dropout:
-            rows[RESIDUAL] += 2 * self.model.width  # a one-byte mask for each branch
-        return rows
+        return rows + self._dropout()
+
+    def _latent_attention(self, latent: LatentAttention) -> Counter[str]:
+        """Return bytes of latent attention, with values padded to the width of keys."""
+        kernels, queries = self.kernels, self._features[0]
+        rank, latents = latent.q_lora_rank or 0, self._latents(latent)
+        rows = self._norms("attention") + self._branch_input(
+            "attention.latent_q", "attention.latent_kv", *(() if rank else ("attention.wq",))
+        )
+        of_norms = Counter[str]()
+        for width, name in ((rank, "q_norm"), (latent.kv_lora_rank, "kv_norm")):
+            if width:
+                of_norms += norm(width, kernels, trained=self._trains(f"attention.{name}"))
+        # What norms read as it is are parts of products' results, with what is to be rotated.
+        as_it_is = not kernels.saves and (kernels.fused_norm or kernels.compute == kernels.wide)
+        rows[QKV] += of_norms.pop(RESIDUAL, 0)
+        rows[QKV] += kernels.compute * latent.qk_rope_head_dim * as_it_is
+        rows += of_norms
+        if self.tp > 1 and self._trains("attention.wq", "attention.wkv"):
+            width = latents if rank else latents + self.model.width
+            rows[GATHERED] += kernels.product_input(width, self._recipe())
+        for width, name in ((rank, "wq"), (latent.kv_lora_rank, "wkv")) if self.tp == 1 else ():
+            if width and self._trains(f"attention.{name}"):
+                rows[NORMS] += kernels.product_input(width, self._recipe())
+        rows[QKV] += 3 * kernels.compute * queries
+        rows[ATTENTION] += kernels.compute * queries + self._scores
+        # Of narrower values the product reads a copy of the output's first columns.
+        copied = kernels.saves or latent.v_head_dim < self.model.head_width
+        if copied and self._trains("attention.wo"):
+            values = self.model.num_heads * latent.v_head_dim
+            rows[ATTENTION] += kernels.product_input(values, self._recipe())
+        return rows + self._dropout()
+
+    @staticmethod
+    def _latents(latent: LatentAttention) -> int:
+        """Return the elements per token of the latents and of the rotated part of keys."""
+        return (latent.q_lora_rank or 0) + latent.kv_lora_rank + latent.qk_rope_head_dim
+
+    def _dropout(self) -> Counter[str]:
+        """Return the bytes of a one-byte mask for each branch."""
+        return Counter({RESIDUAL: 2 * self.model.width} if self.model.dropout else {})
 
     def _norms(self, branch: str) -> Counter[str]:
         """Return bytes of the norms before and after a branch, if present."""
@@ -308,16 +349,22 @@ class Block:
             self.kernels.product(self._recipe(role))
             for role in (Role.HIDDEN, Role.EXPERT_UP, Role.EXPERT_DOWN)
         )
+        latent, gathered = self.model.latent_attention, width
+        projected = queries + 2 * keys
+        if latent is not None:
+            own = latent.qk_nope_head_dim + latent.v_head_dim
+            projected = queries + self.model.num_heads * own + self._latents(latent)
+            gathered = self._latents(latent) + (0 if latent.q_lora_rank else width)
         rows: Counter[str] = Counter(
             {
-                QKV: made * (queries + 2 * keys),
+                QKV: made * projected,
                 ATTENTION: c * queries + self._scores,
                 GATE_UP: 2 * made * self.hidden,
                 RESIDUAL: (c + made) * width,  # the input, and the output of attention
             }
         )
-        if self.tp > 1:
-            rows[GATHERED] += 4 * c * width  # branch inputs, and sums before the reduce-scatter
+        if self.tp > 1:  # branch inputs, and sums before the reduce-scatter
+            rows[GATHERED] += c * (3 * width + gathered)
         if self.mixture is None:
             rows[RESIDUAL] += made * width
             return rows

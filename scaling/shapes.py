@@ -45,8 +45,9 @@ def at_width(model: ModelConfig, width: int) -> ModelConfig:
     if heads or a feed-forward cannot be scaled to integers. For example, doubling the width doubles
     ``num_heads`` and ``ffn_width``.
     """
-    changes: dict[str, Any] = {"head_dim": model.head_width}
-    experts: dict[str, Any] = {}
+    latent = model.latent_attention
+    changes: dict[str, Any] = {} if latent is not None else {"head_dim": model.head_width}
+    inner: dict[str, dict[str, Any]] = {"": changes, "experts": {}, "latent_attention": {}}
     for key, size in _widths(model).items():
         scaled, rest = divmod(size * width, model.width)
         if rest or not scaled:
@@ -54,10 +55,12 @@ def at_width(model: ModelConfig, width: int) -> ModelConfig:
                 f"model.{key}={size} cannot be scaled from width={model.width} to width={width}; "
                 f"choose multiples of {width_unit(model)}"
             )
-        section = experts if key.startswith("experts.") else changes
-        section[key.removeprefix("experts.")] = scaled
+        section, _, name = key.rpartition(".")
+        inner[section][name] = scaled
     if isinstance(model, MoEModel):
-        changes["experts"] = model.experts.model_copy(update=experts)
+        changes["experts"] = model.experts.model_copy(update=inner["experts"])
+    if latent is not None:
+        changes["latent_attention"] = latent.model_copy(update=inner["latent_attention"])
     return model.model_copy(update=changes)
 
 
@@ -180,6 +183,11 @@ def _mixture(model: ModelConfig) -> MoEModel:
 def _widths(model: ModelConfig) -> dict[str, int]:
     """Return the dimensions proportional to the width, by key of the model section."""
     sizes = {"width": model.width, "num_heads": model.num_heads, "num_kv_heads": model.kv_heads}
+    latent = model.latent_attention
+    if latent is not None:
+        sizes["latent_attention.kv_lora_rank"] = latent.kv_lora_rank
+        if latent.q_lora_rank is not None:
+            sizes["latent_attention.q_lora_rank"] = latent.q_lora_rank
     if model.ffn_width is not None:
         sizes["ffn_width"] = model.ffn_width
     if isinstance(model, MoEModel):

@@ -1,6 +1,6 @@
 """Measure speed and peak memory with states, fp32 parameters and gradients off one GPU.
 
-    python benchmarks/gpu/offload.py [--seconds 470] [--only PART ...] [--out FILE] [--check]
+    python benchmarks/gpu/offload.py [--seconds 470] [--only PART]... [--out FILE] [--check]
 
 Parts are runs of ``python -m allometry.launch.train``, with the options and method of
 ``throughput.py``: all tensors on the GPU; 25 and 100 per cent of states, fp32 parameters and

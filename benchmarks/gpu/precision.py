@@ -1,6 +1,6 @@
 """Compare FP8 with bf16 on one GPU: speed, MFU relative to the bf16 peak, peak memory.
 
-    python benchmarks/gpu/precision.py [--seconds 470] [--only PART ...] [--out FILE] [--check]
+    python benchmarks/gpu/precision.py [--seconds 470] [--only PART]... [--out FILE] [--check]
 
 Parts are runs of ``python -m allometry.launch.train``, with the options and method of
 ``throughput.py``: bf16, FP8 saved activations, and each recipe of FP8 products with them, at the

@@ -1,6 +1,6 @@
 """Compare training speed on one GPU with torchtitan and transformers' Llama and Trainer.
 
-    python benchmarks/gpu/throughput.py [--seconds 470] [--only PART ...] [--out FILE] [--check]
+    python benchmarks/gpu/throughput.py [--seconds 470] [--only PART]... [--out FILE] [--check]
 
 Parts run in order of importance, each in a separate process as its user would start it, in bf16,
 compiled, with 131k tokens per step; our parts are runs of ``python -m allometry.launch.train`` with

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from allometry.configs.decoder import Activation, YarnScaling
 from allometry.configs.errors import UserError
 from allometry.configs.model import DenseModel, ModelConfig, MoEModel
+from allometry.interop.huggingface import deepseek
 from allometry.interop.huggingface.families import (
     FAMILIES,
     TRAITS,
@@ -99,6 +100,7 @@ _OWN_KEYS: Mapping[Family, frozenset[str]] = {
             "mlp_only_layers",
         ]
     ),
+    "deepseek_v3": deepseek.OWN_KEYS,
 }
 # What training uses and a forward pass with given weights does not.
 _TRAINING_ONLY = ("dropout", "z_loss", "router.balance", "router.z_loss")
@@ -172,6 +174,9 @@ def to_hf(model: ModelConfig, family: Family, dtype: str, text: Text) -> dict[st
     values |= positions_to(model, family)
     if isinstance(model, DenseModel):
         return values | {"intermediate_size": model.ffn_width}
+    if family == "deepseek_v3":
+        del values["head_dim"]
+        return values | deepseek.written(model)
     experts = model.experts
     values["num_experts_per_tok"] = experts.experts_per_token
     if family == "mixtral":
@@ -260,6 +265,8 @@ def _need(values: Mapping[str, Any], key: str, where: str) -> Any:
 
 def _experts(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """Return the keys of ``MoEModel`` that a dense model lacks."""
+    if family == "deepseek_v3":
+        return deepseek.described(values, lambda values, key: _need(values, key, where))
     visits = _need(values, "num_experts_per_tok", where)
     experts: dict[str, Any] = {"kind": "swiglu", "experts_per_token": visits}
     if family == "mixtral":
@@ -287,7 +294,8 @@ def _experts(values: Mapping[str, Any], family: Family, where: str) -> dict[str,
 
 def _check_features(values: Mapping[str, Any], family: Family, where: str) -> None:
     """Raise UserError for a key that our models cannot honour or do not know."""
-    for key, allowed in _FIXED.items():
+    fixed = {**_FIXED, **(deepseek.FIXED if family == "deepseek_v3" else {})}
+    for key, allowed in fixed.items():
         if key in values and values[key] not in allowed:
             raise UserError(
                 f"{where}: {key}={values[key]!r} is not supported; only {allowed[0]!r} is"
@@ -308,9 +316,13 @@ def _check_features(values: Mapping[str, Any], family: Family, where: str) -> No
             )
 
 
-def attention_scale(values: Mapping[str, Any], model: ModelConfig) -> float:
-    """Return what theirs multiplies scores by, which Gemma's files may choose."""
-    return 1.0 / math.sqrt(values.get("query_pre_attn_scalar") or model.head_width)
+def attention_scale(values: Mapping[str, Any], model: ModelConfig, family: Family) -> float:
+    """Return what theirs multiplies scores by: Gemma's files may choose, DeepSeek has YaRN's too.
+
+    ``values``: of ``config.json``, as it is or will be.
+    """
+    plain = 1.0 / math.sqrt(values.get("query_pre_attn_scalar") or model.head_width)
+    return plain * model.score_factor if TRAITS[family].latent else plain
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
@@ -342,7 +354,8 @@ def _function(model: ModelConfig) -> dict[str, Any]:
         flat["window.global_every"] = every if every and every <= model.num_layers else None
         flat["window.rope_theta"] = windowed_theta(model)
     if isinstance(model.rope_scaling, YarnScaling):
-        flat["rope_scaling.attention_factor"] = attention_factor(model.rope_scaling)
+        # DeepSeek's files have quotients of it.
+        flat["rope_scaling.attention_factor"] = round(attention_factor(model.rope_scaling), 12)
     if isinstance(model, MoEModel):
         flat["router.gate"], flat["router.normalize"] = gate_of(model)
         if model.router.groups_per_token in (None, model.router.num_groups):

@@ -27,9 +27,9 @@ from allometry.data.run_tokenizer import (
 )
 from allometry.interop.huggingface import compare
 from allometry.interop.huggingface.compare import Comparison
-from allometry.interop.huggingface.config import Text, choose_family, to_hf
-from allometry.interop.huggingface.families import Family
-from allometry.interop.huggingface.model import open_model
+from allometry.interop.huggingface.config import Text, attention_scale, choose_family, to_hf
+from allometry.interop.huggingface.families import TRAITS, Family
+from allometry.interop.huggingface.model import balances_by_bias, open_model
 from allometry.interop.huggingface.names import (
     Counterpart,
     Fold,
@@ -54,6 +54,7 @@ from allometry.interop.huggingface.weights import (
     OPTIMIZER,
     CheckpointWeights,
     chosen_checkpoint,
+    value_of,
     write_safetensors,
     write_states,
 )
@@ -135,16 +136,16 @@ def export_hf(
         compare.require_transformers()
     folder, config, path = _run(run_folder, step)
     chosen = choose_family(config.model, family)
-    folding = folds(config.model, Parameterization.of_run(config).forward)
-    wanted = counterparts(config.model, chosen)
-    weights = CheckpointWeights(path)
-    _check_no_bias(config.model, weights, path)
+    theirs = attention_scale({}, config.model, chosen)
+    folding = folds(config.model, Parameterization.of_run(config).forward, theirs)
+    wanted, weights = counterparts(config.model, chosen), CheckpointWeights(path)
+    _check_tensors(config.model, chosen, weights, path)
     states = _optimizer_states(path) if optimizer_state else None
     text = tokenizer_of_run(folder.path, config.data)
     text = text.told(tokenizer, end_of_document, config.model.vocab_size)
     longest, torch_dtype = config.data.sequence_length, _TORCH[dtype]
     name, end_id = str(torch_dtype).removeprefix("torch."), text.end[1] if text.end else None
-    with _target(out) as (final, partial):
+    with new_folder(out) as (final, partial):
         parts = [_part(counterpart, weights, folding, torch_dtype) for counterpart in wanted]
         files = write_safetensors(partial, parts, shard_bytes)
         write_json(partial / CONFIG, to_hf(config.model, chosen, name, Text(longest, end_id)))
@@ -180,13 +181,18 @@ def _run(run_folder: str | Path, step: int | None) -> tuple[RunFolder, RunConfig
     return folder, place_of(load(folder.config), step_of(path)).config, path
 
 
-def _check_no_bias(model: ModelConfig, weights: CheckpointWeights, path: Path) -> None:
-    """Refuse a router's bias that is not zero, which no family has a place for."""
-    for name in check_names(model, weights.shapes, str(path)):
+def _check_tensors(
+    model: ModelConfig, family: Family, weights: CheckpointWeights, path: Path
+) -> None:
+    """Refuse tensors that the model lacks, and biases of routers that the family does not read."""
+    biases = check_names(model, weights.shapes, str(path))
+    if TRAITS[family].latent and balances_by_bias(model):
+        return
+    for name in biases:
         if weights.read(name).any():
             raise UserError(
-                f"{path}: {name} is not zero, and models of Hugging Face's families have no bias "
-                "in their routers; nothing was written"
+                f"{path}: {name} is not zero, and models of the family have no bias in their "
+                "routers, or model.router.balance.kind is not bias; nothing was written"
             )
 
 
@@ -219,7 +225,7 @@ def import_hf(
     source, origin = model.source, model.said
     states = states_to_keep(source, origin, config) if optimizer_state else None
     config = _placed(config, out, source)
-    with _target(out) as (final, partial):
+    with new_folder(out) as (final, partial):
         step = RunFolder(partial).checkpoints / "step-0"
         step.mkdir(parents=True)
         files = model.write(step, states)
@@ -236,12 +242,17 @@ def import_hf(
             parameters=len(model.wanted),
             unfolds=[fold.describe() for fold in model.folding],
             tokenizer=str(model.tokenizer) if model.tokenizer else None,
-            notes=[*notes(origin, config), *unsure(config, source, model.tokenizer)],
+            notes=[
+                *notes(origin, config),
+                *unsure(config, source, model.tokenizer),
+                *model.left_out_lines(),
+            ],
             check=compare.compare(
                 *(config.of_stages()[0], CheckpointWeights(step)),
                 *(source, model.wanted, model.folding),
                 torch.float32,
                 imported=True,
+                left_out=model.left_out,
             )
             if check
             else None,
@@ -264,7 +275,7 @@ def _placed(config: RunConfig, out: str | Path, source: Path) -> RunConfig:
 
 
 @contextmanager
-def _target(out: str | Path) -> Iterator[tuple[Path, Path]]:
+def new_folder(out: str | Path) -> Iterator[tuple[Path, Path]]:
     """Yield the final path and the folder to write; rename it at the end, remove it on failure."""
     final = Path(os.path.abspath(out))
     refused = final / REFUSED
@@ -275,7 +286,7 @@ def _target(out: str | Path) -> Iterator[tuple[Path, Path]]:
         partial.mkdir(parents=True)
     except FileExistsError:
         raise UserError(
-            f"{partial} is there, from a conversion that runs or was interrupted; remove it or "
+            f"{partial} is there, from a command that runs or was interrupted; remove it or "
             "choose another --out"
         ) from None
     except OSError as error:
@@ -299,8 +310,9 @@ def _part(
 ) -> tuple[list[tuple[str, int]], Callable[[], dict[str, Tensor]]]:
     """One parameter as ``write_safetensors`` takes it: names and sizes now, tensors when asked."""
     name = counterpart.spec.name
-    nbytes = counterpart.spec.numel * dtype.itemsize // len(counterpart.written)
+    stored = counterpart.stored_as(dtype)
+    nbytes = counterpart.spec.numel * stored.itemsize // len(counterpart.written)
     return (
         [(written, nbytes) for written in counterpart.written],
-        lambda: counterpart.split(folded(name, weights.read(name), folding), dtype),
+        lambda: counterpart.split(folded(name, value_of(weights, counterpart), folding), dtype),
     )

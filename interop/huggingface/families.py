@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from allometry.configs.decoder import Activation, NormOver, NormPlaces
 from allometry.configs.model import ModelConfig, MoEModel
+from allometry.interop.huggingface import deepseek
 
 Family = Literal[
     "llama",
@@ -20,6 +21,7 @@ Family = Literal[
     "gemma3_text",
     "mixtral",
     "qwen3_moe",
+    "deepseek_v3",
 ]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
@@ -31,7 +33,9 @@ class Traits:
     ``scaled_embedding``: embedded tokens are multiplied by the root of the width. ``gain_offset``:
     its norms multiply by this plus what is stored. ``heads_divide``: its number of heads must
     divide the width. ``dense_first``: blocks without experts may be the first. ``any_gate``: the
-    gates of the chosen experts may be left undivided by their sum.
+    gates of the chosen experts may be left undivided by their sum. ``latent``: its attention is
+    latent, its router and its shared experts are DeepSeek-V3's (``deepseek.py``), and YaRN may
+    multiply scores.
 
     ``windows``: all layers have one wherever it is set, layers that are listed, or these where a
     switch says so. ``own_rope``: layers with a window have rotary positions of their own, unscaled,
@@ -50,6 +54,7 @@ class Traits:
     heads_divide: bool = False
     dense_first: bool = False
     any_gate: bool = False
+    latent: bool = False
     windows: Literal["all", "by_layer", "switched"] | None = None
     own_rope: bool = False
     windowed_theta: float | None = None
@@ -94,18 +99,31 @@ TRAITS: Mapping[Family, Traits] = {
     "qwen3_moe": Traits(
         "Qwen3MoeForCausalLM", experts=True, qk_norm="head", dense_first=True, any_gate=True
     ),
+    "deepseek_v3": Traits(
+        "DeepseekV3ForCausalLM",
+        experts=True,
+        dense_first=True,
+        any_gate=True,
+        latent=True,
+        rope_theta=10_000.0,
+    ),
 }
 """In order of preference: of several that compute what a model does, the first is written."""
 
 
 def lacks(model: ModelConfig, family: Family) -> list[tuple[str, Any, str]]:
     """Return (key, value, reason) for every choice of ``model`` that ``family`` lacks."""
-    return [*_of_blocks(model, TRAITS[family]), *_of_experts(model, TRAITS[family])]
+    has = TRAITS[family]
+    own = deepseek.lacks(model) if has.latent else _of_router(model, has)
+    return [*_of_blocks(model, has), *_of_experts(model, has), *own]
 
 
 def _of_blocks(model: ModelConfig, has: Traits) -> Iterator[tuple[str, Any, str]]:
     if isinstance(model, MoEModel) != has.experts:
         yield "kind", model.kind, "it has experts" if has.experts else "it has no experts"
+    if (model.latent_attention is not None) != has.latent:
+        value = None if has.latent else "{...}"
+        yield "latent_attention", value, "it has one" if has.latent else "it has none"
     if model.qkv_bias != has.qkv_bias:
         yield "qkv_bias", model.qkv_bias, "it has biases" if has.qkv_bias else "it has no biases"
     if model.qk_norm != (has.qk_norm is not None):
@@ -126,13 +144,19 @@ def _of_blocks(model: ModelConfig, has: Traits) -> Iterator[tuple[str, Any, str]
 def _of_experts(model: ModelConfig, has: Traits) -> Iterator[tuple[str, Any, str]]:
     if not isinstance(model, MoEModel) or not has.experts:
         return
-    experts, router = model.experts, model.router
+    experts = model.experts
     if experts.kind != "swiglu":
         yield "experts.kind", experts.kind, "its experts read the residual stream"
-    if experts.num_shared_experts:
-        yield "experts.num_shared_experts", experts.num_shared_experts, "it has none"
     if model.first_dense_layers and not has.dense_first:
         yield "first_dense_layers", model.first_dense_layers, "it has none"
+
+
+def _of_router(model: ModelConfig, has: Traits) -> Iterator[tuple[str, Any, str]]:
+    if not isinstance(model, MoEModel) or not has.experts:
+        return
+    experts, router = model.experts, model.router
+    if experts.num_shared_experts:
+        yield "experts.num_shared_experts", experts.num_shared_experts, "it has none"
     gate = gate_of(model)
     if gate[0] != "softmax":
         yield "router.gate", router.gate, "its gate is a softmax"

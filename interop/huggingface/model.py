@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from allometry.configs.errors import UserError
-from allometry.configs.model import ModelConfig
+from allometry.configs.model import ModelConfig, MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.run_tokenizer import tokenizer_that_agrees
+from allometry.interop.huggingface import deepseek
 from allometry.interop.huggingface.config import attention_scale, differences, from_hf
-from allometry.interop.huggingface.families import Family
+from allometry.interop.huggingface.families import TRAITS, Family
 from allometry.interop.huggingface.names import (
     HEAD,
     Counterpart,
@@ -44,6 +45,7 @@ class HFModel:
     """A model that is that of a run: ``wanted`` has where each of our parameters is there.
 
     ``folding`` is divided out of weights; ``said`` is what an export of ours says of its run.
+    ``left_out``: tensors there of layers of multi-token prediction.
     """
 
     source: Path
@@ -54,6 +56,7 @@ class HFModel:
     folding: tuple[Fold, ...]
     tokenizer: Path | None
     said: dict[str, Any] | None
+    left_out: tuple[str, ...] = ()
 
     def write(self, shards: Path, states: CheckpointWeights | None = None) -> Files:
         """Write the shards of a checkpoint, one parameter at a time; sizes and checksums."""
@@ -69,7 +72,18 @@ class HFModel:
 
     def origin(self) -> dict[str, Any]:
         """What run.json says of where its weights come from (JSON)."""
-        return {**kept_origin(self.source, self.family, self.said), "hash": hash_of(self.source)}
+        kept = kept_origin(self.source, self.family, self.said)
+        left_out = {"left_out": self.left_out_lines()} if self.left_out else {}
+        return {**kept, "hash": hash_of(self.source), **left_out}
+
+    def left_out_lines(self) -> list[str]:
+        """Say what of the folder is not imported."""
+        if not self.left_out:
+            return []
+        return [
+            f"multi-token prediction: {len(self.left_out)} tensors of layers after the model's own "
+            f"are left out ({self.left_out[0]} the first)"
+        ]
 
 
 def open_model(source: Path, config: RunConfig) -> HFModel:
@@ -84,7 +98,10 @@ def open_model(source: Path, config: RunConfig) -> HFModel:
     _check_agreement(config, theirs, source)
     wanted = counterparts(config.model, family)
     weights = FolderWeights(source)
-    places = locate(wanted, weights.shapes, str(source), tied=config.model.tied_embeddings)
+    tied = config.model.tied_embeddings
+    left_out = deepseek.beyond(said, weights.shapes) if TRAITS[family].latent else ()
+    places = locate(wanted, weights.shapes, str(source), tied=tied, left_out=left_out)
+    _check_biases(config.model, wanted, places, weights)
     if config.model.tied_embeddings and HEAD in weights.shapes:
         _check_tied(weights, wanted[0].written[0])
     return HFModel(
@@ -96,10 +113,11 @@ def open_model(source: Path, config: RunConfig) -> HFModel:
         folding=folds(
             config.model,
             Parameterization.of_run(config).forward,
-            attention_scale(said, config.model),
+            attention_scale(said, config.model, family),
         ),
         tokenizer=tokenizer_that_agrees(config.data, source),
         said=read_origin(source),
+        left_out=left_out,
     )
 
 
@@ -124,6 +142,27 @@ def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> No
             f"the configuration describes another model than {source}: {listed}; set these keys "
             f"to the values there (allometry convert {source} --print-model prints them all)"
         )
+
+
+def balances_by_bias(model: ModelConfig) -> bool:
+    """Return whether routers of the model choose experts with their bias."""
+    return isinstance(model, MoEModel) and model.router.balance.kind == "bias"
+
+
+def _check_biases(
+    model: ModelConfig,
+    wanted: Sequence[Counterpart],
+    places: Mapping[str, Source],
+    weights: FolderWeights,
+) -> None:
+    """Refuse a router's bias that the run would not read."""
+    for counterpart in wanted if not balances_by_bias(model) else ():
+        source = places[counterpart.spec.name]
+        if counterpart.buffer and counterpart.join(source, weights.read).any():
+            raise UserError(
+                f"{weights.folder}: {source.names[0]} is not zero, and only "
+                "model.router.balance={kind: bias} chooses experts with it; set that"
+            )
 
 
 def _check_tied(folder: FolderWeights, embedding: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor
 from allometry.configs.decoder import NormPlaces
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, MoEModel
+from allometry.interop.huggingface import deepseek
 from allometry.interop.huggingface.families import TRAITS, Family
-from allometry.scaling.inventory import inventory
+from allometry.scaling.inventory import inventory, vector
 from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.roles import ParamSpec
 
@@ -61,6 +62,7 @@ _NORMS: Mapping[NormPlaces, Mapping[str, str]] = {
 _EXPERTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "mixtral": ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
     "qwen3_moe": ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
+    "deepseek_v3": ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
 }
 HEAD = "lm_head.weight"
 # Tables that old files hold and that every model computes by itself.
@@ -90,12 +92,20 @@ class Source:
 class Counterpart:
     """One parameter of ours and where theirs holds it; ``sources[0]`` is how files are written.
 
-    ``offset``: what theirs adds to what is stored.
+    ``offset``: what theirs adds to what is stored. ``rows``: which row of theirs each of ours is;
+    None: they are in one order. ``buffer``: it is a router's bias, which is no parameter of ours
+    and stays in fp32.
     """
 
     spec: ParamSpec
     sources: tuple[Source, ...]
     offset: float = 0.0
+    rows: tuple[int, ...] | None = None
+    buffer: bool = False
+
+    def stored_as(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the type that it is written in, of a model in ``dtype``."""
+        return torch.float32 if self.buffer else dtype
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -114,7 +124,9 @@ class Counterpart:
     def split(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Return the tensors to write of ours in fp32, each with storage of its own."""
         assert tuple(tensor.shape) == self.spec.shape, (self.spec.name, tensor.shape)
-        tensor = (tensor - self.offset if self.offset else tensor).to(dtype)
+        tensor = (tensor - self.offset if self.offset else tensor).to(self.stored_as(dtype))
+        if self.rows is not None:
+            tensor = tensor[torch.tensor(self.rows).argsort()]
         if not self.sources[0].stacked:
             return {self.written[0]: tensor.contiguous()}
         return {name: part.clone() for name, part in zip(self.written, tensor, strict=True)}
@@ -122,7 +134,7 @@ class Counterpart:
     def kept(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Return in fp32 what ``split`` to this type keeps of ours."""
         if not self.offset:
-            return tensor.to(dtype).float()
+            return tensor.to(self.stored_as(dtype)).float()
         return (tensor - self.offset).to(dtype).float() + self.offset
 
     def join(self, source: Source, read: Read) -> Tensor:
@@ -136,6 +148,8 @@ class Counterpart:
         if source.half is not None:
             tensor = tensor.chunk(2, dim=1)[source.half]
         tensor = tensor.to(torch.float32).contiguous()
+        if self.rows is not None:
+            tensor = tensor[torch.tensor(self.rows)]
         return tensor + self.offset if self.offset else tensor
 
 
@@ -144,20 +158,44 @@ def counterparts(model: ModelConfig, family: Family) -> tuple[Counterpart, ...]:
 
     Raises UserError with the name of a parameter that it has no place for.
     """
-    offset = TRAITS[family].gain_offset
-    return tuple(
-        Counterpart(spec, _sources(spec, family), offset if spec.start == "ones" else 0.0)
+    has = TRAITS[family]
+    found = [
+        Counterpart(
+            spec,
+            _sources(spec, model, family),
+            has.gain_offset if spec.start == "ones" else 0.0,
+            deepseek.rows_of(model, spec.name) if has.latent else None,
+        )
         for spec in inventory(model)
-    )
+    ]
+    return (*found, *(_router_biases(model) if has.latent else ()))
 
 
-def _sources(spec: ParamSpec, family: Family) -> tuple[Source, ...]:
+def _router_biases(model: ModelConfig) -> Iterator[Counterpart]:
+    """Buffers of routers that a forward pass of DeepSeek-V3's reads."""
+    assert isinstance(model, MoEModel)
+    for layer in filter(model.has_experts, range(model.num_layers)):
+        spec = vector(f"blocks.{layer}.ffn.router.bias", model.experts.num_experts, "zeros")
+        name = f"model.layers.{layer}.{deepseek.ROUTER_BIAS}"
+        yield Counterpart(spec, (Source((name,)),), buffer=True)
+
+
+def _modules(model: ModelConfig, family: Family) -> dict[str, str]:
+    """Their names of modules of a block by ours."""
+    has = TRAITS[family]
+    own = dict(deepseek.NAMES) if has.latent else {}
+    if model.latent_attention is not None and model.latent_attention.q_lora_rank is None:
+        own.pop("attention.wq", None)  # a full product has the usual name
+    return {**_INNER, **_NORMS[has.norms], **own}
+
+
+def _sources(spec: ParamSpec, model: ModelConfig, family: Family) -> tuple[Source, ...]:
     if spec.name in _OUTER:
         return (Source((_OUTER[spec.name],)),)
     match = re.fullmatch(r"blocks\.(\d+)\.(.+?)(?:\.(weight|bias))?", spec.name)
     if match is not None:
         layer, inner, kind = f"model.layers.{match[1]}", match[2], match[3]
-        modules = {**_INNER, **_NORMS[TRAITS[family].norms]}
+        modules = _modules(model, family)
         if inner in modules:
             return (Source((f"{layer}.{modules[inner]}.{kind}",)),)
         if family in _EXPERTS:
@@ -185,11 +223,13 @@ def locate(
     where: str,
     *,
     tied: bool,
+    left_out: Collection[str] = (),
 ) -> dict[str, Source]:
     """Return which source holds each parameter of ours, given their names and shapes.
 
-    Raises UserError naming tensors that are missing, left over or of another shape. A tied model
-    may hold the head too; whether it equals the embedding is for the caller to see.
+    Raises UserError naming tensors that are missing, left over (but for what is ``left_out``) or of
+    another shape. A tied model may hold the head too; whether it equals the embedding is for the
+    caller to see.
     """
     places: dict[str, Source] = {}
     missing: list[str] = []
@@ -207,6 +247,7 @@ def locate(
                 )
     used = {name for source in places.values() for name in source.names}
     used |= {HEAD} if tied else set()
+    used |= set(left_out)
     extra = [name for name in present if name not in used and not _COMPUTED.search(name)]
     for problem, names in (("is missing", missing), ("has no counterpart in our models", extra)):
         if names:
@@ -221,7 +262,7 @@ def check_names(
     """Raise UserError unless ``present`` are the parameters of ``model``; return the router biases.
 
     ``present``: names and shapes of what a checkpoint holds of the model, buffers included. The
-    biases returned must be zero, as no family of theirs has them.
+    biases returned must be zero where the family has none.
     """
     specs = {spec.name: spec for spec in inventory(model)}
     biases = tuple(name for name in present if _ROUTER_BIAS.search(name))
@@ -309,6 +350,8 @@ def _ends_of_branches(model: ModelConfig) -> tuple[str, ...]:
     targets = ["attention.wo"]
     if isinstance(model, MoEModel):
         targets.append("ffn.experts.down")
+        if model.experts.num_shared_experts:
+            targets.append("ffn.shared.down")
     if not isinstance(model, MoEModel) or model.first_dense_layers:
         targets.append("ffn.down")
     return tuple(targets)

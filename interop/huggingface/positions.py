@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from allometry.configs.decoder import Llama3Scaling, RopeScaling, YarnScaling
+from allometry.configs.decoder import Llama3Scaling, RopeScaling, YarnScaling, mscale
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig
 from allometry.interop.huggingface.families import TRAITS, Family
+from allometry.models.rotary import attention_factor
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 KEYS = frozenset(
@@ -58,6 +59,8 @@ def positions_of(values: Mapping[str, Any], family: Family, where: str) -> dict[
     if theta is None:
         raise UserError(f"{where}: rope_theta is missing; add it")
     scaling = _scaling_of(full, values, where)
+    if scaling is not None and scaling["kind"] == "yarn" and TRAITS[family].latent:
+        scaling["mscale_all_dim"] = full.get("mscale_all_dim") or 0.0
     found = {"rope_theta": float(theta), "rope_scaling": scaling, "window": None}
     window = _window_of(values, family, where)
     if window is None:
@@ -117,18 +120,13 @@ def _scaling_of(
     if kind == "yarn" and "factor" not in said and longest is not None:
         said["factor"] = longest / said["original_max_position_embeddings"]
     if kind == "yarn" and "attention_factor" not in said and all(said.get(m) for m in _MSCALE):
-        one, all_dims = (_mscale(said["factor"], said[m]) for m in _MSCALE)
+        one, all_dims = (mscale(said["factor"], said[m]) for m in _MSCALE)
         said["attention_factor"] = one / all_dims
     ours = {names[name]: value for name, value in said.items() if name in names}
     for name in ("factor", "original_length"):
         if name in names.values() and ours.get(name) is None:
             raise UserError(f"{where}: rope_type={kind!r} without {name} is not known; add it")
     return {"kind": kind, **ours}
-
-
-def _mscale(factor: float, by: float) -> float:
-    """YaRN's attention factor of a model whose own is ``by`` times as strong (arXiv 2405.04434)."""
-    return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
 
 
 def _window_of(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any] | None:
@@ -188,6 +186,8 @@ def positions_to(model: ModelConfig, family: Family) -> dict[str, Any]:
     Old keys, and the new nested ones where layers with a window turn otherwise.
     """
     has, scaling = TRAITS[family], _scaling_to(model.rope_scaling)
+    if has.latent and isinstance(model.rope_scaling, YarnScaling):
+        scaling = _as_mscale(model.rope_scaling, scaling)
     values: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_scaling": scaling}
     kinds = [SLIDING if model.windowed(layer) else FULL for layer in range(model.num_layers)]
     tokens = model.window_tokens
@@ -220,6 +220,24 @@ def _scaling_to(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return {"rope_type": scaling.kind, **{k: v for k, v in kept.items() if v is not None}}
 
 
+def _as_mscale(scaling: YarnScaling, values: dict[str, Any] | None) -> dict[str, Any]:
+    """Return YaRN's keys as DeepSeek's files have them, where they can say the same.
+
+    The factor of rotated numbers is mscale's over mscale_all_dim's, which all scores get squared.
+    """
+    assert values is not None
+    if not scaling.mscale_all_dim:
+        return values
+    said = {**values, "mscale_all_dim": scaling.mscale_all_dim}
+    if scaling.factor <= 1:
+        return said
+    own = attention_factor(scaling) * mscale(scaling.factor, scaling.mscale_all_dim)
+    by = round((own - 1.0) / (0.1 * math.log(scaling.factor)), 12)
+    if by <= 0:
+        return {**said, "attention_factor": attention_factor(scaling)}
+    return {k: v for k, v in said.items() if k != "attention_factor"} | {"mscale": by}
+
+
 def longest_of(model: ModelConfig, longest: int) -> int:
     """Return ``max_position_embeddings``, which some readers take YaRN's factor from."""
     scaling = model.rope_scaling
@@ -240,6 +258,8 @@ def windowed_theta(model: ModelConfig) -> float | None:
 def lacks_of_positions(model: ModelConfig, family: Family) -> Iterator[tuple[str, Any, str]]:
     """Yield (key, value, reason) for what ``family`` lacks of the model's windows."""
     has, window = TRAITS[family], model.window
+    if model.rope_fraction != 1.0:
+        yield "rope_fraction", model.rope_fraction, "its heads turn whole"
     if window is None or not model.num_windowed:
         return
     if has.windows is None:

@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from allometry.configs.errors import UserError
 from allometry.configs.json_file import read_object
+from allometry.interop.huggingface.names import Counterpart
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.identity import problem_of
@@ -69,6 +70,14 @@ class CheckpointWeights:
         except dcp.CheckpointException as error:
             raise (refusal_in(error) or error) from None
         return tensor
+
+
+def value_of(weights: CheckpointWeights, counterpart: Counterpart) -> Tensor:
+    """Return our parameter, or a router's bias, which is zero where a checkpoint has none."""
+    name = counterpart.spec.name
+    if counterpart.buffer and name not in weights.shapes:
+        return torch.zeros(counterpart.spec.shape)
+    return weights.read(name)
 
 
 class FolderWeights:
@@ -255,12 +264,14 @@ def write_checkpoint(
             return states.read(name.removeprefix(OPTIMIZER))
         return read(name.removeprefix(MODEL))
 
-    return _written(path, state, part)
+    return write_tensors(path, state, part)
 
 
 def write_states(path: Path, states: CheckpointWeights) -> None:
     """Write an optimizer's states alone, for ``CheckpointWeights(path, OPTIMIZER)``."""
-    files = _written(path, _planned(states), lambda name: states.read(name.removeprefix(OPTIMIZER)))
+    files = write_tensors(
+        path, _planned(states), lambda name: states.read(name.removeprefix(OPTIMIZER))
+    )
     step = step_named(states.path) or 0
     seal(path, step, files, {"step": step})
 
@@ -273,10 +284,17 @@ def _planned(states: CheckpointWeights) -> dict[str, Tensor]:
     }
 
 
-def _written(path: Path, state: dict[str, Tensor], read: Callable[[str], Tensor]) -> Files:
+def write_tensors(path: Path, state: dict[str, Tensor], read: Callable[[str], Tensor]) -> Files:
+    """Write the shards of a checkpoint with tensors like those of ``state``, on the meta device.
+
+    ``read`` is asked for one at a time, by the name there. Returns sizes and checksums.
+    """
     writer = ShardWriter(path)
-    with _alone():
-        dcp.save(state, storage_writer=writer, planner=_OneByOne(read), no_dist=True)
+    try:
+        with _alone():
+            dcp.save(state, storage_writer=writer, planner=_OneByOne(read), no_dist=True)
+    except dcp.CheckpointException as error:  # what ``read`` refused
+        raise (refusal_in(error) or error) from None
     return writer.files
 
 

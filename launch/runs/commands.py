@@ -115,6 +115,32 @@ class Convert(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merge(Command):
+    """Merge the last checkpoints of RUN into one, in place of a decay of the learning rate.
+
+    Makes a run folder whose step 0 are the merged weights, to evaluate, convert or begin runs with
+    (run.initial.folder). With --forecast nothing is made: the held-out losses of merges, beside
+    what the law of ``allometry forecast`` says of decays over the same steps.
+    """
+
+    run: Path = argument("run folder, trained at a constant rate")
+    last: int = option("checkpoints to merge, the newest ones", 8)
+    decay: str = option(
+        "shape of the decay in whose place they are: linear, cosine, sqrt (1 - "
+        "sqrt), or mean: all alike",
+        "linear",
+    )
+    step: int | None = option("the newest checkpoint to merge; default: the run's newest", min=1)
+    out: Path | None = option("folder to make; it must not hold anything", None, "-o")
+    forecast: bool = option("measure merges of the last 2, 4, 8, ... checkpoints", False)
+    against: tuple[str, ...] = option(
+        "with --forecast: a branch of RUN that decayed, measured on the same tokens (repeat)", ()
+    )
+    like: Path | None = option("with --forecast: take what a decay gains from this run's curve")
+    device: str | None = option("with --forecast: cpu, cuda; default: a GPU where there is one")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate(Command):
     """Score checkpoints of a run, or a Hugging Face model, with the lm-evaluation-harness.
 

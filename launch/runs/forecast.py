@@ -35,7 +35,9 @@ _LAST = 0.02  # share of a finished run's rows whose mean is its final loss
 
 
 @dataclass(frozen=True)
-class _Read:
+class RunCurve:
+    """A run, its configuration, and its losses with the learning rate of each step."""
+
     run: Run
     config: RunConfig
     curve: Curve
@@ -60,8 +62,8 @@ def forecasted(asked: ForecastCommand) -> Report:
                 "--decay-now out"
             )
     choice = LossChoice.parse(asked.loss)
-    first = _read(asked.folder, choice, asked.at_step)
-    others = [_read(folder, choice) for folder in asked.others]
+    first = read_curve(asked.folder, choice, asked.at_step)
+    others = [read_curve(folder, choice) for folder in asked.others]
     for other in others:
         check_comparable([first.run, other.run], choice)
         for section in SAME:
@@ -74,7 +76,7 @@ def forecasted(asked: ForecastCommand) -> Report:
     target, words = _target(asked, first)
     prior = PUBLISHED
     if asked.like is not None:
-        prior = borrowed([_read(asked.like, choice).curve], target, str(asked.like))
+        prior = borrowed([read_curve(asked.like, choice).curve], target, str(asked.like))
     curves = [first.curve, *(other.curve for other in others)]
     result = forecast(curves, target, prior=prior, level=asked.level)
     last = first.curve.losses_n[-max(1, int(_LAST * len(first.curve.losses_n))) :]
@@ -93,7 +95,7 @@ def forecasted(asked: ForecastCommand) -> Report:
     return Report(facts, _text(first, which, words, result, (float(last.mean()), len(last))))
 
 
-def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read:
+def read_curve(folder: Path, choice: LossChoice, at_step: int | None = None) -> RunCurve:
     """Return a run with the curve of its loss and the learning rate of each of its steps."""
     run = read_run(folder)
     config = load(Path(folder) / "config.yaml")
@@ -127,7 +129,7 @@ def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read
         begin, _, rates = one_curve(config, min(at_step or recorded[-1], recorded[-1]) - 1)
         here = (steps_n >= begin) & (steps_n <= len(rates.rates))
         steps_n, losses_n = steps_n[here], losses_n[here]
-    return _Read(run, config, Curve(str(folder), steps_n, losses_n, rates))
+    return RunCurve(run, config, Curve(str(folder), steps_n, losses_n, rates))
 
 
 def _as_recorded(rates: LearningRates, run: Run, config: RunConfig) -> LearningRates:
@@ -136,7 +138,7 @@ def _as_recorded(rates: LearningRates, run: Run, config: RunConfig) -> LearningR
     return with_history(rates, config.run.branched_at, steps_n, run.metrics["lr"])
 
 
-def _target(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
+def _target(asked: ForecastCommand, first: RunCurve) -> tuple[LearningRates, str]:
     """Return the learning rates of the requested run, and a description of the run."""
     if asked.decay_now:
         return _decayed(asked, first)
@@ -198,7 +200,7 @@ def _in_flags(message: str, asked: ForecastCommand, overrides: list[str]) -> str
     return f"{' '.join(flags)}: {message}"
 
 
-def _section(asked: ForecastCommand, first: _Read, given: dict[str, Any]) -> dict[str, Any]:
+def _section(asked: ForecastCommand, first: RunCurve, given: dict[str, Any]) -> dict[str, Any]:
     """Return the requested schedule section."""
     own = first.config.schedule
     if asked.schedule not in (None, own.kind, *KINDS):
@@ -214,7 +216,7 @@ def _section(asked: ForecastCommand, first: _Read, given: dict[str, Any]) -> dic
     return {"kind": asked.schedule, **kept, **given}
 
 
-def _decayed(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
+def _decayed(asked: ForecastCommand, first: RunCurve) -> tuple[LearningRates, str]:
     """Return the learning rates of the steps so far and of a decay from the last of them."""
     share = 0.1 if asked.decay_fraction is None else asked.decay_fraction
     if not 0.0 < share < 1.0:
@@ -248,7 +250,9 @@ def _decayed(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
     return LearningRates(rates, first.curve.rates.warmup_steps), words
 
 
-def _text(first: _Read, which: str, words: str, result: Forecast, last: tuple[float, int]) -> str:
+def _text(
+    first: RunCurve, which: str, words: str, result: Forecast, last: tuple[float, int]
+) -> str:
     """Return the forecast as text.
 
     ``which``: name of the loss, ``last``: its mean over the last rows and the number of these rows.

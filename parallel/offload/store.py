@@ -41,8 +41,9 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from allometry.models.products import stacks
+from allometry.models.rotary import Geometry
 from allometry.models.router import RouterStatistics
-from allometry.models.transformer import Geometry, Transformer
+from allometry.models.transformer import Transformer
 from allometry.parallel.offload.lanes import Lane, Transfer, lanes_of
 from allometry.parallel.offload.pool import HostPool, Region
 from allometry.scaling.offload import offloaded_layers

@@ -181,10 +181,14 @@ class Multipliers(ABC):
             )
 
     def scores(self, base_head_dim: int | None) -> float:
-        """Return the multiplier of q·k: √base/H, which is 1/√H for a constant head width."""
+        """Return the multiplier of q·k: √base/H, which is 1/√H for a constant head width.
+
+        The result includes the factor of scores of ``rope_scaling``.
+        """
         width = self.model.head_width
         base = base_head_dim or width
-        return 1.0 / math.sqrt(width) if base == width else math.sqrt(base) / width
+        plain = 1.0 / math.sqrt(width) if base == width else math.sqrt(base) / width
+        return plain * self.model.score_factor
 
 
 def muon_rate(spec: ParamSpec, m: Fraction, optimizer: OptimizerConfig | None) -> float:

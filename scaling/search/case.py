@@ -125,6 +125,9 @@ def model_columns(model: ModelConfig) -> dict[str, Any]:
         "vocab": model.vocab_size,
         "tied": int(model.tied_embeddings),
     }
+    if model.latent_attention is not None:
+        latent = model.latent_attention
+        columns |= {"q_rank": latent.q_lora_rank or 0, "kv_rank": latent.kv_lora_rank}
     if isinstance(model, MoEModel):
         columns |= {
             "experts": model.experts.num_experts,
@@ -206,6 +209,15 @@ def left_out(config: RunConfig) -> Iterator[str]:
             yield f"{key}={value}"
     if isinstance(model, MoEModel) and isinstance(model.experts, LatentExperts):
         yield "model.experts.latent_width: experts are timed at the model's width"
+    if model.latent_attention is not None:
+        latent = model.latent_attention
+        if latent.q_lora_rank is None:
+            yield "model.latent_attention.q_lora_rank=null: the product to queries is not timed"
+        if not latent.qk_nope_head_dim == latent.v_head_dim == 2 * latent.qk_rope_head_dim:
+            yield (
+                "widths in model.latent_attention: products are timed as if two thirds of a head "
+                "were not rotated, and values as wide as these"
+            )
     if model.norms == "both":
         yield "model.norms=both: blocks are timed with two norms, not four"
     if model.qkv_bias:

@@ -30,10 +30,11 @@ BOTH = {
     "embedding_scale": 3.5,
     "window": {"tokens": 5, "global_every": 2, "rope_theta": 100.0},
 }
+PARTIAL = {"rope_fraction": 2 / 3}  # 4 components of 6
 MODELS = {
     "after": DENSE | AFTER,
-    "both": DENSE | BOTH,
-    "experts": MOE | BOTH | {"qk_norm_over": "width", "qkv_bias": True},
+    "both": DENSE | BOTH | PARTIAL,
+    "experts": MOE | BOTH | PARTIAL | {"qk_norm_over": "width", "qkv_bias": True},
 }
 PLAIN = DENSE | {"qk_norm": False}
 YARN = {"kind": "yarn", "factor": 4.0, "original_length": 8}

@@ -60,7 +60,7 @@ LATENT = {
         "scale": 1.5,
         "num_groups": 2,
         "groups_per_token": 1,
-        "balance": {"kind": "bias"},
+        "balance": {"kind": "bias", "centered": True},
     },
 }
 

@@ -1,4 +1,4 @@
-"""The table of a step's kernels: names are told apart, and the rehearsal runs on a CPU."""
+"""The table of a step's kernels: classification of names, and the rehearsal on a CPU."""
 
 from __future__ import annotations
 

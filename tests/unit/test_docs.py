@@ -1,4 +1,4 @@
-"""The documentation's links lead somewhere, and what it names exists."""
+"""Links of the documentation are valid, and the names in it exist."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/configuration.md has every key of a run, as the models have it now."""
+"""docs/configuration.md contains every key of a run in its current form."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "configuration.md"
 
 
 def row(key: str) -> str:
-    """The row of a key on the page."""
+    """Return the row of a key on the page."""
     return next(line for line in reference.page().splitlines() if line.startswith(f"| `{key}` |"))
 
 

@@ -1,4 +1,4 @@
-"""Shards that become one source without a copy: the same documents, checked, safe to run twice."""
+"""Shards adopted as one source without a copy: the same documents, checked, safe to repeat."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ END = 0
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One store of all texts, made in one process."""
+    """Return a store of all texts, made in one process."""
     folder = tmp_path_factory.mktemp("prepared")
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     (folder / "web.jsonl").write_text(lines)
@@ -53,7 +53,7 @@ def documents(store: TokenStore) -> list[list[int]]:
 
 @pytest.fixture
 def shards(prepared: Path, tmp_path: Path) -> Path:
-    """The same documents in shards, three of each split and one without documents."""
+    """Write the same documents in shards, three per split, plus an empty one."""
     for split in ("train", "validation"):
         (tmp_path / split).mkdir()
         whole = documents(TokenStore(prepared / f"web.{split}"))

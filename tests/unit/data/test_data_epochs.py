@@ -15,7 +15,7 @@ LENGTH, WINDOWS, EPOCHS = 4, 40, 5
 
 @pytest.fixture
 def store(tmp_path: Path) -> TokenStore:
-    write_store(tmp_path / "store", [[1] * 16] * 10)  # windows lie in the same places each epoch
+    write_store(tmp_path / "store", [[1] * 16] * 10)  # windows have fixed positions in all epochs
     return TokenStore(tmp_path / "store")
 
 

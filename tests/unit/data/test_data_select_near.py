@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
+from allometry.data.encode import train_tokenizer
 from allometry.data.select.betr import Target, best_ranks, betr, equal_examples, read_target
 from allometry.data.select.features import TfIdf, embedder, hashed_bigrams, require
 from allometry.data.select.kept import kept_documents
@@ -31,7 +33,7 @@ def near(rng: np.random.Generator, length: int = 60) -> NDArray[np.int64]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> TokenStore:
-    """A tenth of the documents are near the target; one is empty; 40 is 20 with one id changed."""
+    """Return a store with a tenth near the target; one is empty; 40 is 20 with one id changed."""
     rng = np.random.default_rng(0)
     documents = [rng.integers(1, 200, 60) if k % EVERY else near(rng) for k in range(COUNT)]
     documents[40] = documents[20].copy()
@@ -44,7 +46,7 @@ def store(tmp_path: Path) -> TokenStore:
 
 
 def plain_places(documents: NDArray[Any], examples: NDArray[Any]) -> list[int]:
-    """The places by their definition, one pair at a time."""
+    """Return the places by their definition, one pair at a time."""
     keys = []
     for j in range(len(documents)):
         ranks, cosines = [], []
@@ -236,3 +238,36 @@ def test_hard_examples_win_where_data_abound_and_easy_ones_where_scarce() -> Non
         found = {name: np.mean(values) for name, values in errors.items()}
         for name, value in (("hard", hard), ("easy", easy), ("random", random)):
             assert found[name] == pytest.approx(value, rel=0.15), (per_weight, name, found)
+
+
+@pytest.mark.slow
+def test_pieces_of_a_package_are_found_in_the_standard_library(tmp_path: Path) -> None:
+    """40 of a package's pieces of 2,000 characters are the target, a quarter is the sample."""
+    from sklearn.metrics import roc_auc_score
+
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    pieces, packages = [], []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if not left_out & set(parts):
+            text = path.read_bytes().decode("utf-8", "replace")
+            cut = [text[at : at + 2000] for at in range(0, len(text), 2000)]
+            kept = [one for one in cut if len(one) >= 200]
+            pieces += kept
+            packages += [parts[0]] * len(kept)
+    tokenizer = train_tokenizer(pieces[::10], 4096)
+    ids = [np.array(one.ids) for one in tokenizer.encode_batch_fast(pieces)]
+    for package in ("asyncio", "email"):
+        of = np.flatnonzero(np.array(packages) == package)
+        chosen = np.random.default_rng(0).choice(of, 40, replace=False)
+        rest = np.setdiff1d(np.arange(len(ids)), chosen)
+        write_store(tmp_path / package, [ids[number] for number in rest])
+        store, wanted = TokenStore(tmp_path / package), np.array(packages)[rest] == package
+        target = Target(package, [ids[number] for number in chosen])
+        found = betr(store, [target], sample=len(ids) // 4)
+        sampled = wanted[found.sampled]
+        assert sampled[found.near].mean() > 6 * sampled.mean()
+        assert sampled[found.near].sum() >= 0.85 * sampled.sum()
+        others = np.setdiff1d(np.arange(len(rest)), found.sampled)
+        assert roc_auc_score(wanted[others], found.scores[others]) > 0.93

@@ -90,7 +90,7 @@ def test_wrong_exports(trained: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "file").write_text("mine")
     refused("exists and is not empty", trained, out=tmp_path / "file")
     (tmp_path / "out.partial").mkdir()
-    refused("conversion that runs or was interrupted", trained, out=out)
+    refused("command that runs or was interrupted", trained, out=out)
     (tmp_path / "out.partial").rmdir()
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
     refused("transformers, which is not installed", trained, out=out, check=True)
@@ -174,7 +174,7 @@ def test_training_does_not_begin_where_a_conversion_was_refused(tiny: Make, tmp_
     converted(Convert(source=source, out=out, config=str(file)))
     assert not (out / "conversion_refused.json").exists()
     assert train(config, device=CPU, callbacks=[]).step == 1
-    refused("is not empty", source, out=out, config=str(file))  # a run is there, and goes on
+    refused("is not empty", source, out=out, config=str(file))  # an existing run, which continues
     assert not (out / "conversion_refused.json").exists()
 
 

@@ -112,7 +112,7 @@ def test_published_critical_ratios(size: str, share: float) -> None:
 def test_critical_ratios_are_found_again() -> None:
     law = form_named("cmr_critical")
     for true in law.published.values():
-        tokens = Observations.of({"D": np.geomspace(4e9, 20e9, 15)})  # where all are above 0
+        tokens = Observations.of({"D": np.geomspace(4e9, 20e9, 15)})  # where all are positive
         shares = predict(law, true, tokens)
         shares += 0.001 * np.random.default_rng(0).standard_normal(15)
         found = fit(law, Observations.of({**tokens.columns, "R": shares}), FitOptions(starts=32))

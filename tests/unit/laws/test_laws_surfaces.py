@@ -91,7 +91,7 @@ def test_noise_does_not_flatten_the_bowl() -> None:
 def test_a_cubic_does_not_lean_where_a_parabola_does() -> None:
     columns = bowl(1.7e-3, 3.1e5)
     u = np.log2(columns["lr"] / 1.7e-3)
-    columns["loss"] = columns["loss"] + 0.0012 * u**3  # steeper towards high rates, as real ones
+    columns["loss"] = columns["loss"] + 0.0012 * u**3  # steeper towards high rates, like real ones
     rows = Observations.of(columns)
     by_parabola, by_cubic = (fit_surface(rows, order=order).best["lr"] for order in (2, 3))
     assert math.log2(by_parabola / 1.7e-3) < -0.05

@@ -176,7 +176,7 @@ def test_a_step_of_a_model(name, linears, monkeypatch):
     )
     for kernel in ("torch", "triton"):
         made = build_model(model, rules, "fp32")
-        initialize(made, rules, seed=1)  # with 0, a number lies 1e-7 from a tie and goes either way
+        initialize(made, rules, seed=1)  # with 0, a number is 1e-7 from a tie
         use_precision(made, PrecisionConfig(saved_activations="fp8", linears=linears))
         use_kernels(made, quantise=kernel)
         begin_step(made, 16)

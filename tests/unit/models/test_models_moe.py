@@ -282,7 +282,7 @@ def test_routers_do_not_see_filling():
     positions = torch.arange(L).expand(B, L)
     keeps = torch.zeros(B, L, dtype=torch.bool)
     cuts = [0]
-    for row in range(B):  # other numbers of tokens in each sequence, the rest a document of its own
+    for row in range(B):  # different numbers of tokens; the padding is its own document
         kept = L - 1 - row
         keeps[row, :kept] = True
         cuts += [row * L + kept, (row + 1) * L]

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, NoBalance, RouterConfig
-from allometry.models.router import Router, _best
+from allometry.models.moe import wanted_of
+from allometry.models.router import Router, _best, select
 from allometry.scaling.inventory import matrix
 from allometry.scaling.roles import Role
 
@@ -317,3 +318,33 @@ def test_compiled_it_is_the_same_without_scatters(gate):
         router.weight.grad = None
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [(1, None), (4, 2)])
+def test_centered_biases_select_what_others_do(groups):
+    """A common shift changes neither the best experts nor the best groups; any other one does."""
+    plain = BiasBalance(rate=0.02)
+    centered = BiasBalance(rate=0.02, centered=True)
+    biases = {one.centered: torch.zeros(E, dtype=torch.float64) for one in (plain, centered)}
+    config = RouterConfig(gate="sigmoid", num_groups=groups[0], groups_per_token=groups[1])
+    generator = torch.Generator().manual_seed(3)
+    moved = 0
+    for step in range(40):
+        logits_TE = torch.randn(T, E, generator=generator, dtype=torch.float64)
+        logits_TE += torch.linspace(0, 3, E) ** 2  # most experts have less than the mean
+        scores_TE = logits_TE.sigmoid()
+        chosen = {c: select(scores_TE, bias_E, config, K) for c, bias_E in biases.items()}
+        assert torch.equal(chosen[True], chosen[False]), step
+        alone = select(scores_TE, None, config, K)
+        moved += int((alone != chosen[True]).any())
+        counts_E = torch.bincount(chosen[True].flatten(), minlength=E)
+        for balance in (plain, centered):
+            biases[balance.centered] += balance.rate * wanted_of(counts_E, balance)
+    assert moved > 10, "biases change what is selected"
+    assert biases[True].mean().abs() < 1e-12
+    assert biases[False].mean().abs() > 0.01, "others drift"
+    apart_E = biases[False] - biases[True]
+    torch.testing.assert_close(apart_E, apart_E.mean().expand(E), rtol=0, atol=1e-12)
+    one_sided = biases[True].clone()
+    one_sided[0] += float(biases[False].mean().abs()) + 0.3  # the negative control
+    assert not torch.equal(select(scores_TE, one_sided, config, K), chosen[True])

@@ -191,7 +191,7 @@ def plain_attention(
     scales: ForwardScales,
 ) -> Tensor:
     """Compute one head and one query of a document at a time."""
-    half, windowed = model.head_width // 2, model.windowed(layer)
+    width, half, windowed = model.head_width, model.rotary_width // 2, model.windowed(layer)
 
     def norm(x: Tensor, name: str) -> Tensor:
         gain = state[f"{at}attention.{name}_norm.weight"]
@@ -204,13 +204,13 @@ def plain_attention(
         if model.rope_scaling is not None and not own:
             frequencies = frequencies / model.rope_scaling.factor
         angle = torch.arange(len(x))[:, None] * frequencies
-        z = torch.complex(x[:, :half], x[:, half:]) * torch.exp(1j * angle)
-        return torch.cat([z.real, z.imag], dim=1)
+        z = torch.complex(x[:, :half], x[:, half : 2 * half]) * torch.exp(1j * angle)
+        return torch.cat([z.real, z.imag, x[:, 2 * half :]], dim=1)
 
     heads = []
     for n in range(model.num_heads):
         kv = n // (model.num_heads // model.kv_heads)
-        own, shared = (slice(i * half * 2, (i + 1) * half * 2) for i in (n, kv))
+        own, shared = (slice(i * width, (i + 1) * width) for i in (n, kv))
         q, k, v = qkv[0][:, own], qkv[1][:, shared], qkv[2][:, shared]
         if model.qk_norm and model.qk_norm_over == "head":
             q, k = norm(q, "q"), norm(k, "k")
@@ -282,8 +282,9 @@ def plain(state: dict[str, Tensor], model: DenseModel, scales: ForwardScales) ->
             "window": {"tokens": 5, "global_every": 2, "rope_theta": 9.0},
             "rope_scaling": {"kind": "linear", "factor": 2.0},
         },
+        {"rope_fraction": 0.5, "qk_norm": True},
     ],
-    ids=["plain", "tied", "qk_norm", "bias", "after", "both", "windows", "local"],
+    ids=["plain", "tied", "qk_norm", "bias", "after", "both", "windows", "local", "partial"],
 )
 def test_equals_the_formulas(options):
     """Logits, loss and every gradient, with each multiplier different from one."""

@@ -5,17 +5,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from allometry.configs.decoder import RopeScaling
+from allometry.configs.decoder import RopeScaling, YarnScaling
 from allometry.configs.model import DenseModel
 from allometry.models.attention import attend, backend_of
 from allometry.models.documents import Documents
-from allometry.models.rotary import attention_factor, frequencies, turn_of
+from allometry.models.rotary import attention_factor, frequencies, rotate, turn_of
 from allometry.scaling.attention import AttentionCall, choose_backend, refusal, worth_measuring
 
 L, LENGTHS = 40, [13, 27, 40]
@@ -141,10 +142,33 @@ def test_yarn_ramps_between_its_bounds() -> None:
     assert share_h[11] < 1.0
     assert attention_factor(chosen) == pytest.approx(0.1 * math.log(4) + 1)
     plain, scaled = (
-        turn_of(torch.zeros(1, 1), 1e4, s, head_width=8, dtype=torch.float64)
+        turn_of(torch.zeros(1, 1), 1e4, s, rotary_width=8, dtype=torch.float64)
         for s in (None, chosen)
     )
     assert scaled.cos_BL1h == pytest.approx(plain.cos_BL1h * attention_factor(chosen))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"factor": 4.0},
+        {"factor": 40.0, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+        {"factor": 8.0, "attention_factor": 1.3},
+        {"factor": 1.0},
+    ],
+)
+def test_yarn_is_that_of_transformers(values: dict[str, Any]) -> None:
+    """``_compute_yarn_parameters``, which computes in fp32."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    chosen = scaling(kind="yarn", original_length=4096, **values)
+    theirs = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 4096}
+    config = LlamaConfig(head_dim=128, rope_parameters=theirs | values)
+    inverse_h, factor = ROPE_INIT_FUNCTIONS["yarn"](config, CPU)
+    torch.testing.assert_close(frequencies(128, 1e4, chosen, CPU).float(), inverse_h)
+    assert isinstance(chosen, YarnScaling)
+    assert attention_factor(chosen) == pytest.approx(factor, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -159,3 +183,34 @@ def test_yarn_ramps_between_its_bounds() -> None:
 def test_scalings_that_are_none_are_refused(values: dict[str, object], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         scaling(**values)
+
+
+def test_a_part_of_a_head_turns_as_glm_does() -> None:
+    """transformers' GLM 4.5 turns the first half of a head, in pairs of its quarters."""
+    glm = pytest.importorskip("transformers.models.glm4_moe.modeling_glm4_moe")
+    q_BLNH, k_BLKH, _ = inputs()
+    positions_BL = documents().positions_BL
+    turn = turn_of(positions_BL, 1e4, None, rotary_width=4, dtype=torch.float64)
+    cos, sin = (torch.cat([t[:, :, 0], t[:, :, 0]], dim=-1) for t in turn)
+    theirs = glm.apply_rotary_pos_emb(q_BLNH, k_BLKH, cos, sin, unsqueeze_dim=2)
+    for x, other in zip((q_BLNH, k_BLKH), theirs, strict=True):
+        got = rotate(x, *turn)
+        torch.testing.assert_close(got, other, rtol=1e-14, atol=1e-15)
+        assert torch.equal(got[..., 4:], x[..., 4:])
+        whole = turn_of(positions_BL, 1e4, None, rotary_width=8, dtype=torch.float64)
+        assert not torch.allclose(rotate(x, *whole), other)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "said"),
+    [
+        (0.3, "is 2.4 components, which must be an even"),
+        (0.375, "is 3 comp"),
+        (0.0, "greater than 0"),
+    ],
+)
+def test_fractions_that_cut_pairs_are_refused(fraction: float, said: str) -> None:
+    sizes = {"vocab_size": 8, "width": 16, "num_layers": 1, "num_heads": 2, "ffn_width": 16}
+    assert DenseModel(**sizes, rope_fraction=0.25).rotary_width == 2
+    with pytest.raises(ValidationError, match=said):
+        DenseModel(**sizes, rope_fraction=fraction)

@@ -61,7 +61,7 @@ def plain(rule: str, kinds: type[torch.optim.Optimizer]) -> list[dict[str, Tenso
         seen = {name: each.clone().requires_grad_() for name, each in now.items()}
         gradients = torch.autograd.grad(loss_of(seen, step), list(seen.values()))
         norm = torch.stack([g.norm() for g in gradients]).norm()
-        now = {name: each.detach().clone() for name, each in ahead.items()}  # all before this one
+        now = {name: each.detach().clone() for name, each in ahead.items()}  # all earlier updates
         for each, gradient in zip(ahead.values(), gradients, strict=True):
             each.grad = gradient * min(1.0, CLIP / (float(norm) + 1e-6))
         optimizer.param_groups[0]["lr"] = 0.02 * rate

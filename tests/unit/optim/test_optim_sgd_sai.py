@@ -29,7 +29,7 @@ def test_twenty_steps_equal_the_package() -> None:
     for step in range(STEPS):
         for parameters in (ours, theirs):
             give(parameters, step, scale=1e-2)
-        give(other, step + 1, scale=1e-2)  # another first gradient, another scale for good
+        give(other, step + 1, scale=1e-2)  # another first gradient: another permanent scale
         with contextlib.redirect_stdout(io.StringIO()):  # it prints at its first step
             reference.step()
         mine.step()

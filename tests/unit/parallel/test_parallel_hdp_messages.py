@@ -98,7 +98,7 @@ def test_rings_in_another_order_are_caught() -> None:
     plan = Plan(
         lengths=[12, 12], ranks=2, mode="free", units=units, orders=((0, 1), (1, 0)), capacity=12
     )
-    # With equal sizes they would be exchanged silently, giving wrong gradients without a hang.
+    # With equal sizes, one would be taken for the other: wrong gradients without a hang.
     with pytest.raises(PlanError, match=r"on communicator hdp rank .* takes .* for "):
         match(programs_of(plan, partial(schedule_orders, "gpipe", 1, 1)))
 

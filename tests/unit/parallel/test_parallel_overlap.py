@@ -115,7 +115,7 @@ def test_gathers_are_two_blocks_ahead() -> None:
     third = next(m for m in log.messages if m.owner == "gather blocks.2")
     first = next(m for m in log.messages if m.owner == "gather blocks.0")
     assert first.behind == 0
-    # All computation of the block before it and of the preceding block.
+    # All computation of the two blocks before it.
     fourth = next(m for m in log.messages if m.owner == "gather blocks.3")
     assert third.behind == 2 * (fourth.begun - third.begun) > 0
 

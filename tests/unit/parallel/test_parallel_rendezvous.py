@@ -48,7 +48,7 @@ def test_the_first_rank_hears_of_the_failures_of_all_nodes() -> None:
 
 
 def test_a_token_that_an_earlier_rank_left_is_nobody_s() -> None:
-    """Ranks 1 and 2 meet; rank 2 is present only through its earlier token."""
+    """Ranks 1 and 2 rendezvous; rank 2 is present only through its earlier token."""
     store = dist.HashStore()
     store.set_timeout(TIMEOUT)
     meeting(store, [Restart()] * 3)

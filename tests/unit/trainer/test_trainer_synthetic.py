@@ -1,4 +1,4 @@
-"""Tags of text that models wrote: sums by kind, advice, and children of held-out parents."""
+"""Tags of model-generated text: sums by kind, advice, and children of held-out parents."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def lines(path: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def split_of(path: Path, key: str | None) -> dict[str, bool]:
-    """Whether each document of a file is held out."""
+    """Return whether each document of a file belongs to the held-out split."""
     below = held_out_below(FRACTION)
     corpus = open_corpus(str(path), "text", split=key)
     return {
