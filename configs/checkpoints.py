@@ -11,8 +11,8 @@ from allometry.configs.base import Count, PathText, Section
 Minutes = Annotated[float, Field(gt=0.0)] | Literal["auto"]
 """Minutes between saves; ``auto`` computes them from the cost of a save and the failure rate."""
 MINUTES = (
-    "minutes between them, on the main rank's clock; auto: what costs least, from the time that a "
-    "save takes and the rate of failures"
+    "minutes between saves on the main rank's clock; null: no saves by time; auto: the interval of "
+    "least cost, from the duration of a save and the rate of failures"
 )
 
 

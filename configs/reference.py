@@ -1,4 +1,4 @@
-"""The configuration reference: every key of a run as Markdown, from the pydantic models.
+"""Generate the configuration reference, every key of a run as Markdown, from the models.
 
 ``python -m allometry.configs.reference docs/configuration.md`` writes the page.
 """
@@ -39,7 +39,7 @@ _BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 
 
 def page() -> str:
-    """Return the whole page."""
+    """Return the complete page."""
     parts = [HEADER]
     for name, field in RunConfig.model_fields.items():
         parts.append(f"## {name}\n")
@@ -50,7 +50,7 @@ def page() -> str:
 
 
 def _section_text(name: str, field: FieldInfo) -> Iterator[str]:
-    """Yield what the page says of a section of the run, for each kind that it has."""
+    """Yield the text of a section of the run, for each of its kinds."""
     path = f"{name}.N" if get_origin(_without_none(field.annotation)) is tuple else name
     models = list(_models(field.annotation))
     shared = _shared(models)
@@ -66,7 +66,7 @@ def _section_text(name: str, field: FieldInfo) -> Iterator[str]:
 
 
 def _presence(field: FieldInfo) -> str:
-    """Say whether the section must be given, or what stands for it."""
+    """Return whether the section is required, or its default."""
     if field.is_required():
         return "Required."
     kind = getattr(field.get_default(call_default_factory=True), "kind", None)
@@ -74,13 +74,13 @@ def _presence(field: FieldInfo) -> str:
 
 
 def _kind(model: type[BaseModel]) -> str | None:
-    """Return the ``kind`` of a section, None for one without."""
+    """Return the ``kind`` of a section, None for a section without kinds."""
     field = model.model_fields.get("kind")
     return None if field is None else str(get_args(field.annotation)[0])
 
 
 def _shared(models: list[type[BaseModel]]) -> list[str]:
-    """Return the keys that are the same in all kinds of a section."""
+    """Return the keys that are equal in all kinds of a section."""
     if len(models) < 2:
         return []
     first, *others = models
@@ -93,14 +93,14 @@ def _shared(models: list[type[BaseModel]]) -> list[str]:
 
 
 def _table(path: str, fields: dict[str, FieldInfo]) -> str:
-    """Return the rows of these keys and of all below them."""
+    """Return the table rows of these keys and of all nested keys."""
     rows = "\n".join(line for key, field in fields.items() for line in _rows(path, key, field))
     head = "| key | type | default | what it sets |\n|---|---|---|---|\n"
     return head + rows + "\n"
 
 
 def _rows(path: str, key: str, field: FieldInfo, note: str = "") -> Iterator[str]:
-    """Yield the row of a key and those of the section that it may be."""
+    """Yield the row of a key and the rows of its nested section."""
     yield _row(path, key, field, note)
     inner = f"{path}.{key}"
     bare = _without_none(field.annotation)
@@ -122,7 +122,7 @@ def _rows(path: str, key: str, field: FieldInfo, note: str = "") -> Iterator[str
 
 
 def _section_of(models: list[type[BaseModel]]) -> str | None:
-    """Return the section of a run with which these share a table, if they stand elsewhere too."""
+    """Return the section of a run that also contains these models, None if there is none."""
     sections = RunConfig.model_fields.items()
     tables = ((name, set(_models(field.annotation))) for name, field in sections)
     return next((name for name, own in tables if own.intersection(models)), None)
@@ -138,14 +138,14 @@ def _row(path: str, key: str, field: FieldInfo, note: str = "") -> str:
 
 
 def _marked(text: str) -> str:
-    """Return a text as Markdown: code in single backticks, asterisks that are meant."""
+    """Return a text as Markdown: code in single backticks, literal asterisks escaped."""
     parts = text.replace("``", "`").split("`")
     parts[::2] = [part.replace("*", "\\*") for part in parts[::2]]
     return "`".join(parts)
 
 
 def _described_by(field: FieldInfo) -> str:
-    """Return what a section without a description says of itself."""
+    """Return the summary of a nested section as the description of its key."""
     models = list(_models(field.annotation))
     return _docstring(models[0]).partition("\n")[0] if len(models) == 1 else ""
 
@@ -161,7 +161,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type(field: FieldInfo) -> str:
-    """Return the type of a key's values, with its bounds."""
+    """Return the type of a key's values, with bounds."""
     return _named(field.annotation, field.metadata)
 
 
@@ -210,7 +210,7 @@ def _lengths(metadata: Any) -> str:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the sections that a value may be, in their order."""
+    """Yield the section classes in an annotation, in order."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):

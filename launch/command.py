@@ -92,7 +92,7 @@ class Command:
 class ConfigCommand(Command):
     """Command about the run that CONFIG describes; further arguments override single keys."""
 
-    config: str = argument("a YAML file, or preset:NAME")
+    config: str = argument("YAML file, or preset:NAME")
     overrides: tuple[str, ...] = ()
 
     def load(self, *, stages: bool = False) -> RunConfig:
