@@ -1,4 +1,4 @@
-"""Whether token files hold what their manifest recorded, from a sample of each file."""
+"""Comparison of token files with their manifest by a sample of each file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from allometry.data.store import TokenStore
 SAMPLES = 16
 SAMPLE_BYTES = 1 << 16
 WHOLE_BYTES = 1 << 24
-"""Files of manifests without ``sampled_sha256`` are read as a whole up to here."""
+"""Largest file that is read completely if its manifest has no ``sampled_sha256``."""
 SHARDS = 16
-"""Shards of a store that are sampled, evenly spread."""
+"""Number of shards of a store that are sampled, evenly spaced."""
 
 
 def sampled_sha256(path: Path) -> str:
-    """SHA-256 of a file's size and of ``SAMPLES`` blocks, evenly spread, its ends among them."""
+    """Return the SHA-256 of a file's size and of ``SAMPLES`` blocks, evenly spaced up to its end.
+    """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     last = max(0, size - SAMPLE_BYTES)
@@ -34,15 +35,15 @@ def sampled_sha256(path: Path) -> str:
 
 
 def check_contents(stores: Iterable[TokenStore]) -> None:
-    """Raise UserError unless token files are those that their manifests recorded, as far as seen.
+    """Raise UserError if a sample of the token files differs from their manifest.
 
-    Of a file a MiB is read at most (16 MiB of one whose manifest has no ``sampled_sha256``), and of
-    a store that was adopted ``SHARDS`` files at most; files without a manifest of ours are not
-    compared.
+    At most 1 MiB of a file is read (16 MiB if the manifest has no ``sampled_sha256``), and at most
+    ``SHARDS`` files of an adopted store. Files without a manifest of ``prepare`` or ``adopt`` are
+    not checked.
     """
     for store in stores:
         folder = Path(store.prefix).parent
-        recorded = manifest_of(store.prefix)  # compares sizes
+        recorded = manifest_of(store.prefix)  # compares file sizes
         for name, record in () if recorded is None else recorded[1].files.items():
             _check(folder / name, record, folder / MANIFEST)
         shards = shards_path(store.prefix)

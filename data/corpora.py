@@ -1,4 +1,4 @@
-"""Where documents come from: text files, JSON Lines, parquet and what Python brings along."""
+"""Corpora that documents are read from: text, JSON Lines, parquet, Python's own sources."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from allometry.data.records import (
 from allometry.data.special_tokens import KNOWN_ENDS
 
 MARKS = (*KNOWN_ENDS, "<doc ")
-"""What separates documents in text files of others."""
+"""Document separators that are common in text files from other tools."""
 _SAY_EVERY_LINES = 1000
 _BLOCK_BYTES = 1 << 20
 
@@ -56,13 +56,17 @@ _BLOCK_BYTES = 1 << 20
 def open_corpus(
     name: str, text: str, separator: str | None = None, split: str | None = None
 ) -> Corpus:
-    """The corpus that ``name`` names: ``builtin:...``, a file, a folder or a pattern of either.
+    """Open the corpus ``name``: ``builtin:...``, a file, a folder, or a glob pattern.
 
-    Folders are searched through, in the order of the paths, links followed; what is found there and
-    not read is in ``left_out``. ``text`` is the key (JSON Lines) or column (parquet) of the text,
-    ``meta.text`` a field of a field, and ``split`` that of what decides a document's split;
-    ``separator`` stands between documents of a text file. Raises UserError when there is nothing of
-    that name, nothing that can be read, or a file without fields where ``split`` names one.
+    Folders are searched recursively in path order, and links are followed; entries that are not
+    read are listed in ``left_out``. ``text`` names the field (JSON Lines) or column (parquet) of
+    the text, where ``meta.text`` is a nested field, and ``split`` the field that decides a
+    document's split. ``separator`` separates the documents of a text file. For example,
+    ``open_corpus("crawl/**/*.jsonl.gz", "text")`` reads all compressed JSON Lines under crawl/.
+
+    Raises:
+        UserError: the input does not exist, contains no readable file, or has files without fields
+            although ``split`` names a field.
     """
     if name.startswith("builtin:"):
         if split is not None:
@@ -111,7 +115,7 @@ def _no_fields(where: str, split: str) -> UserError:
 
 
 class _Found:
-    """Files to read under a folder, and the entries that are skipped."""
+    """Readable files under a folder, and the entries that are skipped."""
 
     def __init__(self, text_key: str) -> None:
         self.files: list[SourceFile] = []
@@ -120,9 +124,10 @@ class _Found:
         self._seen: dict[tuple[int, int], Path] = {}
 
     def look_at(self, start: Path, pattern: tuple[str, ...] = ()) -> None:
-        """Take a file, or the files in a folder; each only once, whatever links lead to it.
+        """Take a file, or all files in a folder; a file reached over several links is taken once.
 
-        ``pattern``: the parts that a path goes on with, ``**`` being any number of folders.
+        ``pattern``: the remaining parts of the path pattern, where ``**`` matches any number of
+        folders.
         """
         waiting = [start]
         while waiting:
@@ -152,7 +157,7 @@ class _Found:
                 self.left_out.add(f"unreadable ({error.strerror})", str(path))
 
     def take(self, path: Path) -> None:
-        """Add one file. Raises UnusableError for one that cannot be read."""
+        """Add one file. Raises UnusableError if the file cannot be read as text."""
         if not stat.S_ISREG(path.stat().st_mode):
             raise UnusableError(
                 "not a regular file", "give a file, as inputs are read more than once"
@@ -161,7 +166,7 @@ class _Found:
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether a path, or a folder that it is in, matches."""
+    """Return True if the path, or a folder that contains it, matches the pattern."""
     if not pattern:
         return True
     if pattern[0] == "**":
@@ -173,10 +178,11 @@ _Text = str | BadText | None
 
 
 class FileCorpus(Corpus):
-    """Files of the user's: each text file is a document, as is each line or row of the others.
+    """User files: a text file is one document; in other kinds, each line or row is one document.
 
-    With a ``separator``, so is each stretch of a text file between two of them, without the line
-    ends around it. ``keys``: of the text, and of what decides a document's split; None: its text.
+    With a ``separator``, a text file is split there, and each part is a document without the line
+    ends at its beginning and end. ``keys``: the field of the text, and the field that decides a
+    document's split (None: the text decides).
     """
 
     def __init__(
@@ -213,7 +219,7 @@ class FileCorpus(Corpus):
             read.finish()
 
     def _texts(self, file: SourceFile, read: _Reading, log: ReadLog) -> Iterator[Document]:
-        """The document of a text file, read once to see that it is text and to name its split."""
+        """Yield the documents of a text file after a first pass that checks and hashes the text."""
         digest, first, count = sha256(), "", 0
         for block in _blocks(file, lambda place: None):
             digest.update(block.encode())
@@ -251,7 +257,7 @@ class FileCorpus(Corpus):
     def _record(
         self, path: str, unit: str, number: int, value: bytes | tuple[_Text, _Text], log: ReadLog
     ) -> Iterator[Document]:
-        """The document of one line or row, unless it has none."""
+        """Yield the document of one line or row; null text is counted, and bad text is reported."""
         try:
             text, group = self._fields(value) if isinstance(value, bytes) else value
             if isinstance(text, BadText):
@@ -278,7 +284,7 @@ class FileCorpus(Corpus):
 
 
 class _Reading:
-    """How far a file was read, told in bytes on disk."""
+    """Read position in a file, reported in bytes on disk."""
 
     def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
         self._size = path.stat().st_size
@@ -294,7 +300,10 @@ class _Reading:
 
 
 def _blocks(file: SourceFile, at: Callable[[int], None]) -> Iterator[str]:
-    """The text of a file. Raises BadText at bytes that are not UTF-8 text, NUL included."""
+    """Yield the text of a file in blocks.
+
+    Raises BadText for bytes that are not UTF-8 text; NUL is refused too.
+    """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     before = 0
     with opened(file) as (stream, raw):
@@ -318,7 +327,10 @@ def _not_utf8(what: str, place: int) -> BadText:
 
 
 class _Again:
-    """The text of a file that was read before, read anew each time so that it need not be held."""
+    """Text of a file that was read before; each iteration reads the file again.
+
+    So the text of a large file is never in memory as one string.
+    """
 
     def __init__(self, file: SourceFile, read: _Reading) -> None:
         self._file = file
@@ -346,10 +358,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def named_input(value: str) -> tuple[str, str]:
-    """Split ``name=input``; without a name, one is made from the input.
+    """Split ``name=input``; without a name, derive one from the input.
 
-    A path whose first folder is called ``lang=en``, or a pattern that one matches (``lang=*``), has
-    no name in front.
+    If the first folder of the path is itself called ``lang=en``, or matches a pattern like
+    ``lang=*``, the value is a path without a name. For example, ``named_input("web=crawl/")``
+    returns ("web", "crawl/") and ``named_input("notes.txt")`` returns ("notes", "notes.txt").
     """
     if not value.strip():
         raise UserError(

@@ -1,4 +1,4 @@
-"""The text of a record: a line of JSON, a row of parquet."""
+"""Extraction of a record's text from a line of JSON or a row of parquet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from allometry.data.corpus import BadText
 
 
 class Key(NamedTuple):
-    """A field of records, and the option that names it; ``numbers``: it may hold whole numbers."""
+    """Field of a record and the option that names the field; ``numbers``: integers are accepted."""
 
     name: str
     option: str
@@ -19,12 +19,12 @@ class Key(NamedTuple):
 
 
 def text_key(name: str) -> Key:
-    """The field of the text."""
+    """Return the key of the text, set by ``--text-key``."""
     return Key(name, "--text-key")
 
 
 def split_key(name: str) -> Key:
-    """The field that decides a document's split: its parent's text, or an id."""
+    """Return the key that decides a document's split: its parent's text, or an id."""
     return Key(name, "--split-key", numbers=True)
 
 
@@ -34,7 +34,7 @@ NULL = "text is null"
 
 
 def json_record(line: bytes) -> dict[str, Any]:
-    """The object on one line. Raises BadText."""
+    """Parse the JSON object on one line. Raises BadText."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -53,7 +53,10 @@ def json_record(line: bytes) -> dict[str, Any]:
 
 
 def text_of(record: dict[str, Any], key: Key) -> str | None:
-    """The text under ``key``; None where it is null. Raises BadText."""
+    """Return the text under ``key``, or None if the value is null. Raises BadText.
+
+    For example, ``text_of({"meta": {"text": "a"}}, text_key("meta.text"))`` returns "a".
+    """
     text = _value_at(record, key)
     if text is None:
         return None
@@ -71,7 +74,7 @@ def text_of(record: dict[str, Any], key: Key) -> str | None:
 
 
 def _value_at(record: dict[str, Any], key: Key) -> Any:
-    """``record[key]``; without such a key, ``record["meta"]["text"]`` for ``meta.text``."""
+    """Return ``record[key]``; if that is absent, follow the dots of ``key`` into nested objects."""
     if key.name in record:
         return record[key.name]
     value: Any = record
@@ -93,10 +96,11 @@ def _names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def parquet_texts(path: Path, key: Key) -> Iterator[tuple[int, str | BadText | None]]:
-    """The text in column ``key`` of each row, by the row's number from 1.
+    """Yield the row number, counted from 1, and the text in column ``key`` of each row.
 
-    None where it is null. ``key`` may be a field in a struct: ``meta.text``. Where no row has it,
-    BadText stands for all of them, under the number 0. Raises OSError for a damaged file.
+    The text is None if the value is null. ``key`` may name a field of a struct: ``meta.text``. If
+    the file has no such column, one BadText is yielded for all rows, under row number 0. Raises
+    OSError for a damaged file.
     """
     import pyarrow
     from pyarrow import parquet
@@ -117,14 +121,14 @@ def parquet_texts(path: Path, key: Key) -> Iterator[tuple[int, str | BadText | N
 
 
 def parquet_rows(path: Path) -> int:
-    """The number of rows that a parquet file says it has."""
+    """Return the number of rows in a parquet file's metadata."""
     from pyarrow import parquet
 
     return int(parquet.read_metadata(path).num_rows)
 
 
 def _column(schema: Any, key: Key) -> list[str] | BadText:
-    """The names that lead to a column of text, or why there is none."""
+    """Return the path of field names to a text column, or BadText if there is no such column."""
     from pyarrow import types
 
     names = [key.name] if key.name in schema.names else key.name.split(".")
@@ -156,7 +160,7 @@ def _leaves(fields: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _strings(batch: Any, names: list[str]) -> Any:
-    """The column as bytes, as a string of arrow's may hold what is not UTF-8."""
+    """Return the column as bytes, because arrow does not check that its strings are UTF-8."""
     import pyarrow
     from pyarrow import compute, types
 

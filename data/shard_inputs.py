@@ -1,4 +1,4 @@
-"""The shards that a request names: which files they are, and whether any is missing a part."""
+"""Resolution of shard patterns to files, with checks for incomplete shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from allometry.data.manifest import Split
 
 @dataclass
 class SplitShards:
-    """The shards of one split of a source, in the order of their names."""
+    """Shards of one split of a source, in the order of their names."""
 
     name: str
     split: Split
@@ -26,23 +26,23 @@ class SplitShards:
 
     @property
     def stem(self) -> str:
-        """Name of the split's files."""
+        """File name of the split without ending, such as "web.train"."""
         return f"{self.name}.{self.split}"
 
     @property
     def filled(self) -> list[tuple[Path, Examination]]:
-        """The shards that hold tokens."""
+        """Shards that contain tokens."""
         pairs = zip(self.prefixes, self.found, strict=True)
         return [(prefix, one) for prefix, one in pairs if one.tokens]
 
     @property
     def empty(self) -> list[str]:
-        """The others."""
+        """Shards without tokens."""
         pairs = zip(self.prefixes, self.found, strict=True)
         return [str(prefix) for prefix, one in pairs if not one.tokens]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the shards' names, sizes and times of change."""
+        """Return the SHA-256 of the shards' names, sizes and modification times."""
         digest = hashlib.sha256()
         for prefix in self.prefixes:
             digest.update(f"{prefix}\0{state_of(prefix)}\n".encode())
@@ -50,9 +50,13 @@ class SplitShards:
 
 
 def find_shards(shards: tuple[str, ...], validation: tuple[str, ...]) -> list[SplitShards]:
-    """The shards that patterns name.
+    """Return the shards that match the patterns, by split and source.
 
-    Raises UserError where there are none, parts of one, or one that both splits have.
+    For example, ``find_shards(("web=shards/*.idx",), ())`` returns the training split of source
+    "web".
+
+    Raises:
+        UserError: no shard matches, a shard lacks its .bin or .idx, or a shard is in both splits.
     """
     splits: dict[str, SplitShards] = {}
     both: tuple[tuple[Split, tuple[str, ...]], ...] = (
@@ -88,7 +92,7 @@ def find_shards(shards: tuple[str, ...], validation: tuple[str, ...]) -> list[Sp
 
 
 def _prefixes(pattern: str) -> list[Path]:
-    """The shards of a pattern of .idx files or of a folder, by name."""
+    """Return the prefixes of the shards of a pattern of .idx files or of a folder, by name."""
     where = f"{pattern}/**/*.idx" if Path(pattern).is_dir() else pattern
     if not where.endswith(".idx"):
         raise UserError(f"shards {pattern} are named by their indices; give {pattern}*.idx")
@@ -113,7 +117,9 @@ def _stems(pattern: str, ending: str) -> set[str]:
 
 
 def state_of(prefix: Path) -> str:
-    """Sizes and times of change of a shard's files. Raises UserError where one is not there."""
+    """Return sizes and modification times of a shard's files. Raises UserError if a file is
+    missing.
+    """
     parts = []
     for ending in (".bin", ".idx"):
         try:

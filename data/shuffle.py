@@ -1,4 +1,4 @@
-"""A permutation of range(n) that is looked up, not stored."""
+"""Permutation of range(n) that is computed on request instead of stored."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ _AT_ONCE = 1 << 20
 
 
 class Shuffle:
-    """A bijection of range(``size``) that follows from ``key`` alone, in O(1) time and memory.
+    """Bijection of range(``size``) that depends on ``key`` alone, in O(1) time and memory.
 
-    A Feistel network over the smallest even number of bits that holds ``size``, walked along its
-    cycle until it lands inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002);
-    its round function is the finaliser of splitmix64 under round keys from SHA-256.
+    A Feistel network over the smallest even number of bits that can represent range(``size``); it
+    is applied again until the result is below ``size`` (cycle walking; Black and Rogaway, "Ciphers
+    with arbitrary finite domains", 2002). The round function is the finaliser of splitmix64 with
+    round keys from SHA-512.
+
+    For example, ``shuffle = Shuffle("epoch 0", 10)``; ``shuffle.inverse(shuffle(3))`` is 3.
     """
 
     def __init__(self, key: str, size: int) -> None:
@@ -30,15 +33,15 @@ class Shuffle:
         self._keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
 
     def __call__(self, index: int) -> int:
-        """Where ``index`` goes."""
+        """Return the image of ``index``."""
         return self._walk(index, self._forward)
 
     def inverse(self, image: int) -> int:
-        """What goes to ``image``."""
+        """Return the index that is mapped to ``image``."""
         return self._walk(image, self._backward)
 
     def images(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Where each of ``start`` to ``stop`` (exclusive) goes: the same, many at a time."""
+        """Return the images of ``start`` to ``stop`` (exclusive), vectorized (int64)."""
         found = np.empty(stop - start, np.int64)
         for at in range(0, len(found), _AT_ONCE):
             end = min(at + _AT_ONCE, len(found))
@@ -76,7 +79,7 @@ class Shuffle:
 
 
 def _mixed(value: int) -> int:
-    """Return splitmix64's finaliser of a number, taken modulo 2**64."""
+    """Return splitmix64's finaliser of a number modulo 2**64."""
     value &= _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -84,7 +87,7 @@ def _mixed(value: int) -> int:
 
 
 def _mixed_many(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """``_mixed`` of an array, whose products wrap around by themselves."""
+    """Return ``_mixed`` of a uint64 array, whose products wrap around without a mask."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
