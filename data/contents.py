@@ -22,7 +22,9 @@ SHARDS = 16
 
 
 def sampled_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's size and of ``SAMPLES`` blocks, evenly spaced up to its end.
+    """Return the SHA-256 of a file's size and of ``SAMPLES`` evenly spaced blocks.
+
+    The first and the last block of the file are among them.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

@@ -221,8 +221,7 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 @lru_cache(maxsize=1)
 def _loaded(path: str, sha256: str, end: int) -> Encoder:
-    """Return an encoder, cached per process; ``sha256`` detects a changed file under the same path.
-    """
+    """Return the encoder of ``path``, cached per process; ``sha256`` detects a changed file."""
     return Encoder(path, end)
 
 

@@ -24,8 +24,7 @@ def ended_with_this() -> dict[str, str]:
 
 
 def end_with_launcher() -> None:
-    """Let the kernel kill this process when its parent ends, if the parent is torchrun or set
-    LAUNCHER.
+    """Let the kernel kill this process when its parent ends, if that is torchrun or set LAUNCHER.
 
     Other parents, such as a shell, may end before their children. The call has an effect on Linux
     only. A parent that ended before this call is detected only if LAUNCHER has its id and it is in

@@ -31,8 +31,7 @@ from allometry.data.lines import Part
 
 @dataclass(frozen=True)
 class Account:
-    """Amount read of a source: ``tokens`` by this run, and ``unique_tokens`` read for the first
-    time.
+    """Tokens read of a source: ``tokens`` by this run, ``unique_tokens`` for the first time.
 
     ``epochs`` is the number of passes over the source and ``samples`` the number of its samples, by
     this run and the runs that it continues. Both are positions in the source, so skipped samples
@@ -46,8 +45,7 @@ class Account:
 
 
 def samples_read(run: Mapping[str, Any], name: str) -> int | None:
-    """Return the samples of a source that a run has read by its export; None if it is not recorded.
-    """
+    """Return the samples that a run has read of a source, from its export; None if unknown."""
     state = run.get("reading")
     return None if state is None else int(state["ledger"].get(name, {"samples": 0})["samples"])
 
@@ -75,8 +73,7 @@ class Reading(ABC):
         self._inherited: dict[str, list[Part]] = {}  # lengths of those samples
 
     def in_stage(self, number: int) -> Self:
-        """Return a copy for the samples of a stage, with the sequence length and limits of the
-        stage.
+        """Return a copy for the samples of a stage, with that stage's sequence length and limits.
         """
         made = copy.copy(self)
         made.data = self.stages[number].data
@@ -119,12 +116,10 @@ class Reading(ABC):
 
     @abstractmethod
     def fingerprints(self) -> dict[str, str]:
-        """Return an identifier of the contents and the selection of each source's training files.
-        """
+        """Return an identifier of the contents and selection of each source's training files."""
 
     def samples(self, position: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the source of ``count`` samples from ``position`` on, and the number within the
-        source.
+        """Return the source of ``count`` samples from ``position`` on, and their numbers in it.
 
         Source and number (both int64) identify a sample: they determine its tokens.
         """
@@ -191,8 +186,7 @@ class Reading(ABC):
         return {name: self._epoch_tokens(source) for source, name in enumerate(self.sources)}
 
     def state(self, position: int) -> dict[str, Any]:
-        """Return the checkpoint's record of the data read in the first ``position`` samples (JSON).
-        """
+        """Return the checkpoint's record of data read in the first ``position`` samples (JSON)."""
         return {
             "mixture": [change.describe() for change in self.mixture.changes],
             "starts": dict(zip(self.sources, self.starts.tolist(), strict=True)),
@@ -240,8 +234,7 @@ class Reading(ABC):
         return self._with(changes, starts, self._inherited)
 
     def after(self, ancestors: Sequence[Mapping[str, Any]]) -> Self:
-        """Return a copy in which each source continues after the samples that ``ancestors`` have
-        read.
+        """Return a copy in which each source continues after the samples read by ``ancestors``.
 
         ``ancestors`` are the records of earlier runs from exports. A source that they have not read
         begins at its first sample.
@@ -269,8 +262,7 @@ class Reading(ABC):
         return self._with(self.mixture.changes, starts, inherited)
 
     def _read_of(self, run: Mapping[str, Any], name: str, here: list[str]) -> int:
-        """Return the samples that an ancestor has read of source ``name``, whose files ``here``
-        has.
+        """Return the samples that an ancestor has read of source ``name``; ``here`` has its files.
         """
         state, problem = run.get("reading"), None
         order, now = (state or {}).get("order", {}), self._order()
@@ -315,8 +307,8 @@ class Reading(ABC):
         """Check a run of ``samples`` samples before its first step, from the configuration alone.
 
         Raises:
-            UserError: a source would be read more often than its ``max_epochs``; a change of ``replay`` is
-                past the end; shares do not sum to 1.
+            UserError: a source would be read more often than its ``max_epochs``; a change of
+                ``replay`` is past the end; shares do not sum to 1.
         """
         for stage in self.stages:
             check_sum(stage.data)
@@ -353,8 +345,7 @@ def same_files(one: str, other: str) -> bool:
 
 
 def _parts_of(state: Mapping[str, Any], name: str, samples: int) -> list[Part]:
-    """Return the lengths of the first ``samples`` samples of a source from a checkpoint's record.
-    """
+    """Return the lengths of a source's first ``samples`` samples from a checkpoint's record."""
     if "parts" in state:
         return [Part(**part) for part in state["parts"].get(name, ()) if part["first"] < samples]
     order = state.get("order", {})  # format before stages had their own lengths

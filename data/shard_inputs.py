@@ -117,8 +117,9 @@ def _stems(pattern: str, ending: str) -> set[str]:
 
 
 def state_of(prefix: Path) -> str:
-    """Return sizes and modification times of a shard's files. Raises UserError if a file is
-    missing.
+    """Return sizes and modification times of a shard's files.
+
+    Raises UserError if a file is missing.
     """
     parts = []
     for ending in (".bin", ".idx"):

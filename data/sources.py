@@ -141,7 +141,9 @@ class Sources(Reading):
         return {**settings, "sources": sources, "mixture": mixture}
 
     def _held_out_windows(self, name: str, available: int, count: int) -> list[int]:
-        """Return ``count`` evenly spaced windows of a held-out split; if it has fewer, all, logged.
+        """Return ``count`` evenly spaced windows of a held-out split, or all if it has fewer.
+
+        Fewer windows than ``count`` are logged.
         """
         if available < count:
             _log.warning(

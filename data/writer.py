@@ -64,8 +64,7 @@ class TokenWriter:
         self._begun = 0
 
     def finish(self) -> SplitRecord | None:
-        """Close the files and return their record; without documents, delete them and return None.
-        """
+        """Close the files and return their record; without documents, delete them (None)."""
         self._builder.finalize(str(self._idx))
         if self.documents == 0:
             self._bin.unlink()
