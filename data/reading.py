@@ -45,7 +45,7 @@ class Account:
 
 
 def samples_read(run: Mapping[str, Any], name: str) -> int | None:
-    """Return the samples that a run has read of a source, from its export; None if unknown."""
+    """Return the number of samples that a run has read of a source; None if its export lacks it."""
     state = run.get("reading")
     return None if state is None else int(state["ledger"].get(name, {"samples": 0})["samples"])
 
@@ -73,8 +73,7 @@ class Reading(ABC):
         self._inherited: dict[str, list[Part]] = {}  # lengths of those samples
 
     def in_stage(self, number: int) -> Self:
-        """Return a copy for the samples of a stage, with that stage's sequence length and limits.
-        """
+        """Return a copy for the samples of a stage, with its sequence length and limits."""
         made = copy.copy(self)
         made.data = self.stages[number].data
         made.sequence_length = made.data.sequence_length
@@ -225,9 +224,10 @@ class Reading(ABC):
         return self._with(followed(known, declared(*self.stages), position), starts, inherited)
 
     def passing_over(self, position: int, samples: int) -> Self:
-        """Return a copy that skips ``samples`` samples at ``position``.
+        """Return a copy that skips ``samples`` samples at ``position``; they are never read.
 
-        For example, ``passing_over(1000, 64)`` skips the 64 samples of a step that diverged.
+        After ``passing_over(1000, 64)``, for example, position 1000 has the sample that was at
+        1064.
         """
         starts = dict(zip(self.sources, self.starts.tolist(), strict=True))
         changes = passing_over(self.mixture.changes, position, samples)
@@ -262,7 +262,9 @@ class Reading(ABC):
         return self._with(self.mixture.changes, starts, inherited)
 
     def _read_of(self, run: Mapping[str, Any], name: str, here: list[str]) -> int:
-        """Return the samples that an ancestor has read of source ``name``; ``here`` has its files.
+        """Return the number of samples of source ``name`` that an ancestor has read.
+
+        ``here``: the sources of this run with the same files.
         """
         state, problem = run.get("reading"), None
         order, now = (state or {}).get("order", {}), self._order()
