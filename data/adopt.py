@@ -1,5 +1,4 @@
-"""Implementation of ``allometry adopt``: shards become one source without a copy of their tokens.
-"""
+"""Implementation of ``allometry adopt``: shards become one source; tokens are not copied."""
 
 from __future__ import annotations
 

@@ -117,9 +117,7 @@ class _Cut:
     read: int = 0
 
     def read_before(self, place: int) -> int:
-        """Return how many tokens of the cut document are read by pieces that begin before
-        ``place``.
-        """
+        """Return the tokens of the cut document that are read by pieces before ``place``."""
         begun = -(-(place - self.start - self.read) // self.stream.limit)
         return min(self.read + max(0, begun) * self.stream.limit, self.end - self.start)
 
@@ -199,8 +197,7 @@ class CutStream:
         return self._places[at] + (sample - self._firsts[at]) * self.parts[at].length
 
     def tokens_before(self, place: int) -> list[tuple[int, int]]:
-        """Return the tokens of pieces that begin before ``place``, and those of an epoch, per cut.
-        """
+        """Return the tokens of pieces that begin before ``place`` and of an epoch, for each cut."""
         ends = [*(cut.place for cut in self._cuts[1:]), max(place, self._cuts[-1].place)]
         return [
             (cut.tokens_before(min(end, place)), cut.stream.epoch_tokens)

@@ -72,7 +72,9 @@ class TokenStore:
                 )
         self.dtype, starts = self._read_index()
         self.starts: NDArray[np.int64] = starts
-        """First token of each document in the concatenated documents, and the end (documents + 1).
+        """First token of each document in the concatenated documents, and their end.
+
+        int64, num_documents + 1.
         """
         self._offsets: NDArray[np.int64] = starts[:-1]
         """First token of each document in the concatenated .bin files."""
