@@ -65,8 +65,7 @@ def whole_file(file: Path) -> int:
 
 
 def resume(mesh: Mesh, folder: RunFolder, state: dict[str, torch.Tensor], kind: str) -> None:
-    """Select, verify and load a checkpoint like a launch, or let the main rank
-    verify its contents."""
+    """Select, verify and load a checkpoint like a launch, or let the main rank verify it."""
 
     def choose() -> Path:
         path = checkpoint.choose(folder, "auto")

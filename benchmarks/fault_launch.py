@@ -113,8 +113,7 @@ class Launch:
 
     @cached_property
     def orphans(self) -> int:
-        """Wait for the launcher's end; return the number of processes still running ORPHANS_S
-        later."""
+        """Wait for the launcher's end; count the processes still running ORPHANS_S later."""
         self.process.wait()
         until = time.time() + ORPHANS_S
         while self.alive() and time.time() < until:

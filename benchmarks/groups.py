@@ -189,8 +189,7 @@ def simulated(world: int, kind: str) -> dict[str, Any]:
 
 
 def cut(size: tuple[int, int, int], dims: Sequence[tuple[int, int]], replicas: int) -> Placed:
-    """Return a parameter sharded over ``dims`` (dimension, parts), outermost
-    first, with replicas."""
+    """Return a parameter sharded over ``dims`` (dimension, parts), outermost first."""
     boxes = [tuple((0, n) for n in size)]
     for dim, parts in dims:
         boxes = [

@@ -120,8 +120,7 @@ class Race:
     def start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str]
     ) -> tuple[float, float]:
-        """Run ``command`` to its end; return its seconds and the cores' share
-        of other processes."""
+        """Run ``command`` to its end; return its seconds and the load of other processes."""
         busy, begun = _busy_seconds(), time.perf_counter()
         finished = subprocess.run(
             command,

@@ -152,8 +152,7 @@ def row_of(entry: Entry, found: Transfer, compared: Transfer | None) -> dict[str
 
 
 def gate(regrets: Mapping[int, Regret], base: int) -> Verdict:
-    """Return whether each regret up to ``OVER`` times the base is within
-    bounds, given the seeds."""
+    """Return whether the regrets up to ``OVER`` times the base are within bounds."""
     verdicts = {regret.verdict() for size, regret in regrets.items() if size <= OVER * base}
     for verdict in ("missed", "undecided"):
         if verdict in verdicts:

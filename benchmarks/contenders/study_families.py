@@ -278,8 +278,7 @@ def _runs(cut: Cut) -> Iterator[Entry]:
 
 
 def _experts(cut: Cut) -> Iterator[Entry]:
-    """Yield rows with more experts of the same width at constant work per
-    token: top-1 and top-4."""
+    """Yield rows with more experts of constant width and work per token: top-1 and top-4."""
     width, alike = cut.widths[0], ("sp", "mup", "completep")
     for visits, numbers in ((1, cut.experts), (4, cut.several)):
         wide = width * 5 // 2 // visits // 8 * 8 or 8
@@ -289,8 +288,7 @@ def _experts(cut: Cut) -> Iterator[Entry]:
 
 
 def _mssp(cut: Cut) -> Iterator[Entry]:
-    """Yield regime I over widths with 4 experts, II and III over experts; sp on
-    the same families."""
+    """Yield regime I over widths with 4 experts, II and III over experts; sp as control."""
     first, half = cut.widths[0], cut.widths[0] // 2
     families = (
         ("I", mixture(cut, first, 4, 1, first, "sigmoid"), Axis.WIDTH, cut.widths),

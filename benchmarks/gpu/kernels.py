@@ -83,8 +83,7 @@ def kind_of(name: str) -> str:
 
 
 def shares(kernels: Iterable[tuple[str, float]], wall: float) -> dict[str, float]:
-    """Convert seconds by name to shares of wall-clock time by kind, largest
-    first, then ``idle``."""
+    """Convert seconds by name to wall-clock shares by kind, largest first, then ``idle``."""
     sums: dict[str, float] = {}
     for name, seconds in kernels:
         kind = kind_of(name)

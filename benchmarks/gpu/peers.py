@@ -32,8 +32,7 @@ BETAS, EPS, WEIGHT_DECAY, LR, CLIP = (0.9, 0.95), 1e-8, 0.1, 3e-4, 1.0
 
 @dataclass(frozen=True)
 class Task:
-    """``steps`` of ``sequences`` in micro-batches of ``micro_batch``, of a
-    Llama with these sizes."""
+    """``steps`` of ``sequences`` in micro-batches of ``micro_batch``, of a given Llama."""
 
     contender: str
     vocab_size: int

@@ -1,5 +1,4 @@
-"""Substitute for the parts of NVIDIA's apex that a run calls, in torch on a
-CPU, with call counts."""
+"""Substitute for the parts of NVIDIA's apex that a run calls, in torch, with call counts."""
 
 from __future__ import annotations
 

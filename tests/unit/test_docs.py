@@ -43,3 +43,10 @@ def test_page(page: Path) -> None:
 
 def test_there_are_pages() -> None:
     assert {"README.md", "architecture.md", "resume.md"} <= {page.name for page in PAGES}
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    """`make site` refuses a page that is missing there."""
+    pages = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
+    listed = names(r"(?m): ((?:decisions/)?[\w-]+\.md)$", ROOT / "mkdocs.yml")
+    assert sorted(listed) == sorted(pages)

@@ -140,8 +140,8 @@ PLANTED = (
     Plant(
         "models/moe.py",
         "biases away from the mean load",
-        "return (wide_E.mean(-1, keepdim=True) - wide_E).sign()",
-        "return (wide_E - wide_E.mean(-1, keepdim=True)).sign()",
+        "wanted_E = (wide_E.mean(-1, keepdim=True) - wide_E).sign()",
+        "wanted_E = (wide_E - wide_E.mean(-1, keepdim=True)).sign()",
     ),
     Plant(
         "models/router.py",

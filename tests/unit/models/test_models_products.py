@@ -1,5 +1,4 @@
-"""Several weights as one product: the same numbers, separate gradients, no
-unneeded tensors saved."""
+"""Several weights as one product: equal numbers, separate gradients, minimal saved tensors."""
 
 from __future__ import annotations
 
