@@ -202,6 +202,7 @@ def test_the_memory_estimate_is_what_autograd_keeps(latent: dict[str, Any], comp
         ({"head_dim": 8}, "head_dim=8 has no place in latent_attention"),
         ({"qk_norm": True}, "qk_norm=True has no place"),
         ({"qkv_bias": True}, "qkv_bias=True has no place"),
+        ({"rope_fraction": 0.5}, "rope_fraction=0.5 has no place"),
         ({"latent": {"v_head_dim": 11}}, "v_head_dim=11 must not exceed"),
         ({"latent": {"qk_rope_head_dim": 3}}, "qk_rope_head_dim=3 must be even"),
     ],
