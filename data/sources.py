@@ -44,7 +44,7 @@ class Sources(Reading):
         """``whole``: omit documents with fewer than two tokens, which have no target."""
         super().__init__(data, seed, stages)
         self.selections: dict[str, Selection] = {}
-        """What is kept of the training documents of sources that have a ``select``."""
+        """Selected training documents of sources with a ``select``."""
         self._train = [
             DocumentOrder(_checked(self._documents(source), whole=whole), source.name, seed)
             for source in data.sources

@@ -51,7 +51,7 @@ class TokenStore:
 
     def __init__(self, prefix: str | Path) -> None:
         self.vocab_size: int | None = None
-        """Where it is set, what is read must be below."""
+        """Exclusive upper bound of the ids that are read; None: not checked."""
         self.prefix = str(prefix)
         if self.prefix.endswith((".bin", ".idx")):
             raise UserError(
@@ -69,9 +69,9 @@ class TokenStore:
                 )
         self.dtype, starts = self._read_index()
         self.starts: NDArray[np.int64] = starts
-        """Where each document begins when they stand end to end, and the end (documents + 1)."""
+        """Start of each document in the concatenated documents, and the end (documents + 1)."""
         self._offsets: NDArray[np.int64] = starts[:-1]
-        """Where each begins in the .bin files, end to end, in tokens."""
+        """Start of each document in the concatenated .bin files, in tokens."""
         self._tokens = self._open_tokens(int(starts[-1]))
 
     def _read_index(self) -> tuple[np.dtype[Any], NDArray[np.int64]]:
