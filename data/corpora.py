@@ -214,8 +214,10 @@ class FileCorpus(Corpus):
             read.finish()
 
     def _texts(self, file: SourceFile, read: _Reading, log: ReadLog) -> Iterator[Document]:
-        """Yield the documents of a text file, read once before to validate it and name its
-        split."""
+        """Yield the documents of a text file, after a first read that validates it.
+
+        The first read also computes the digest that determines the split.
+        """
         digest, first, count = sha256(), "", 0
         for block in _blocks(file, lambda place: None):
             digest.update(block.encode())

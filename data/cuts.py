@@ -101,11 +101,11 @@ class PieceStream:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Pieces from ``place`` of a source's stream on, up to the next cut.
+    """Pieces from ``place`` in a source's stream, up to the next cut.
 
-    A document that lies across ``place`` ends at ``end`` (no document: ``place``), is ``document``
-    and begins at ``start``; the pieces before have read it up to its token ``read``, and the rest
-    is cut from there.
+    A document across ``place`` is ``document``, begins at ``start`` and ends at ``end`` (equal to
+    ``place`` if there is none); earlier pieces have read its first ``read`` tokens, and the
+    remaining tokens are cut from there.
     """
 
     place: int

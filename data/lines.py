@@ -51,8 +51,10 @@ class Line(ABC):
 
     @abstractmethod
     def runs(self, place: int, count: int) -> Iterator[tuple[int, int]]:
-        """Return where ``count`` tokens from ``place`` are in the source's own line: places,
-        counts."""
+        """Return the runs of ``count`` tokens from ``place`` in the source's own line.
+
+        Returns positions and counts; adjacent runs are merged.
+        """
 
     def windows(self, stretch: int, length: int) -> tuple[int, Shuffle]:
         """Return the first window that starts in a stretch, and the order of its windows."""
@@ -69,11 +71,11 @@ class Line(ABC):
 
 
 class Rest(Line):
-    """What ``samples`` windows of ``length`` tokens have left of a line: unread windows, then all.
+    """The remainder of a line after ``samples`` windows of ``length`` tokens.
 
-    The unread windows of the stretch that was begun come first, end to end in the order of their
-    places, and are a stretch; then the line goes on behind the windows of that stretch. Nothing is
-    left out and nothing comes twice, whatever the length that this line is read with.
+    The unread windows of the current stretch come first, concatenated in order of their positions,
+    as one stretch; then the line continues after the windows of that stretch. Every token is read
+    exactly once, for any window length of this line.
     """
 
     def __init__(self, below: Line, length: int, samples: int) -> None:
@@ -177,11 +179,12 @@ class Windows:
     def unique(
         self, samples: int, places_of: Callable[[NDArray[np.int64]], NDArray[np.int64]]
     ) -> int:
-        """Different tokens among those of the first ``samples`` samples, exactly.
+        """Return the exact number of distinct tokens in the first ``samples`` samples.
 
-        The windows that start in the first epoch hold each of its tokens once, and what the last
-        ones have of the epochs after it: tokens that come twice once both samples are read.
-        ``places_of`` returns where the tokens at places of the line lie in its first epoch.
+        The windows that start in the first epoch contain each of its tokens once; the last ones
+        also contain tokens of later epochs, which are duplicates once both samples are read.
+        ``places_of`` returns the positions in the first epoch of the tokens at given positions of
+        the line.
         """
         if self._through is None:
             self._through = self._first_epoch()

@@ -91,24 +91,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def load_encoder(path: str | Path, end: int) -> Tokenizer:
-    """The tokenizer in ``path``, set to encode plain text, which never becomes a special token.
+    """Return the tokenizer in ``path`` for plain text, which never becomes a special token.
 
-    Nothing is padded, cut, dropped at random or added around the text. ``end`` is the id of the
-    token that ends documents. The special tokens keep their ids under names drawn anew, which no
-    text can spell: neither the added tokens nor the model's own vocabulary then hold what a text
-    spells out, so that it is encoded from smaller parts. A byte's token (``<0x0A>``), which keeps
-    its name, is cut where a text spells it. Other text has the ids that it always has.
+    The text is not padded, truncated, subject to dropout or surrounded by added tokens. ``end``: id
+    of the end-of-document token. Special tokens keep their ids under random names, which no text
+    can spell: neither the added tokens nor the model's vocabulary then contain their spelling, so
+    that such text is encoded from smaller parts. Byte tokens (``<0x0A>``) keep their names, and
+    text that spells one is split. All other text keeps its ids.
     """
     return _loaded(path, json.dumps(_of_plain_text(path, end)), plain=True)
 
 
 def load_watcher(path: str | Path, end: int) -> tuple[Tokenizer, int, str | None] | None:
-    """What shows that a text holds what the tokenizer in ``path`` has no token for.
+    """Return a tokenizer that detects text for which the one in ``path`` has no token.
 
-    It encodes plain text, with the id that it gives in place of what is unknown, and the token of
-    that id: then it is as ``load_encoder`` has it. Without such a token, what is unknown is dropped
-    by the tokenizer, and the other ids of the watcher mean nothing. None: all text has tokens, or
-    what has none is an error.
+    Returns this tokenizer of plain text, the id that it gives to unknown text, and the token of
+    that id; its ids are then those of ``load_encoder``. Without such a token (None) the tokenizer
+    in ``path`` drops unknown text, and other ids of the watcher have no meaning. Returns None if
+    all text has tokens, or unknown text is an error.
     """
     values = _of_plain_text(path, end)
     model, plain = values["model"], _canonical(path)["model"]
@@ -137,7 +137,7 @@ def _knows_all_bytes(values: Mapping[str, Any]) -> bool:
 
 
 def _of_plain_text(path: str | Path, end: int) -> dict[str, Any]:
-    """The tokenizer of ``load_encoder`` as JSON."""
+    """Return the tokenizer of ``load_encoder`` as JSON."""
     values = _canonical(path)
     names = _special(path, values) | {str(load_tokenizer(path).id_to_token(end))}
     hidden = {name: f"{uuid.uuid4().hex}{uuid.uuid4().hex}" for name in names}
@@ -222,7 +222,7 @@ def _hide(model: dict[str, Any], hidden: Mapping[str, str]) -> None:
 
 
 def _keep_bytes_apart(values: dict[str, Any]) -> None:
-    """Keep what a text spells from the tokens of bytes, which the model finds by their names."""
+    """Prevent text from becoming byte tokens, which the model finds by their names."""
     model = values["model"]
     values["added_tokens"] = [
         token for token in values["added_tokens"] if not _BYTE.fullmatch(token["content"])
