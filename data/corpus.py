@@ -112,9 +112,9 @@ class ReadLog:
         """Told how many more bytes of the corpus' files were read."""
         self.left_out = LeftOut()
         self.marks: Counter[str] = Counter()
-        """How often what separates documents elsewhere stands in text files."""
+        """Occurrences in text files of common separators of documents."""
         self.separators = 0
-        """How often the separator that was asked for stands there."""
+        """Occurrences of the requested separator."""
         self._on_bad_line = on_bad_line
         self._max_bad_lines = max_bad_lines
         self._bad = 0

@@ -196,7 +196,7 @@ class CutStream:
         return self._places[at] + (sample - self._firsts[at]) * self.parts[at].length
 
     def tokens_before(self, place: int) -> list[tuple[int, int]]:
-        """Tokens of the pieces that begin before ``place``, by cut, beside those of an epoch."""
+        """Return the tokens of pieces that begin before ``place``, and of an epoch, by cut."""
         ends = [*(cut.place for cut in self._cuts[1:]), max(place, self._cuts[-1].place)]
         return [
             (cut.tokens_before(min(end, place)), cut.stream.epoch_tokens)
@@ -205,7 +205,10 @@ class CutStream:
         ]
 
     def unique_before(self, place: int) -> int:
-        """Return the number of distinct ones of these tokens; pieces end with their epoch."""
+        """Return the number of distinct tokens among those of ``tokens_before``.
+
+        A piece never extends into the next epoch.
+        """
         period = self.order.store.num_tokens
         tokens = sum(number for number, _ in self.tokens_before(min(place, period)))
         if place <= period or len(self._cuts) == 1:
@@ -215,7 +218,7 @@ class CutStream:
         return tokens + int(np.searchsorted(self._late, place))
 
     def _find_late(self) -> NDArray[np.int64]:
-        """Where pieces begin that read a last token which earlier cuts had left out, ascending."""
+        """Return, ascending, the starts of pieces with last tokens that earlier cuts omitted."""
         period, late = self.order.store.num_tokens, []
         known = np.zeros(self.order.store.num_documents, np.bool_)
         for epoch in range(self._cuts[-1].place // period + 2):

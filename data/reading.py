@@ -68,7 +68,7 @@ class Reading(ABC):
         self.sources = tuple(source.name for source in data.sources)
         self.mixture = ChangingMixture(declared(*self.stages), self.sources)
         self.starts = np.zeros(len(self.sources), np.int64)
-        """Samples of each source that this run goes on after [S]."""
+        """Samples of each source read before this run [S]."""
         self._inherited: dict[str, list[Part]] = {}  # how these were read
 
     def in_stage(self, number: int) -> Self:
