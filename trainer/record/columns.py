@@ -223,10 +223,10 @@ _PLANS = tuple(
     for name, unit, meaning in (
         ("micro_batches", "1", "micro-batches of all hdp ranks, dummies included"),
         ("waves", "1", "maximum number of micro-batches of a rank"),
-        ("dummies", "1", "micro-batches without targets, which fill idle ranks"),
-        ("degree/DEGREE", "1", "documents that are split over DEGREE ranks"),
+        ("dummies", "1", "micro-batches without documents"),
+        ("degree/DEGREE", "1", "documents that DEGREE ranks process together"),
         ("balance", "1", "planned time of the step divided by the mean busy time of the ranks"),
-        ("bytes_sent", "bytes", "bytes that one tp rank sends in rings, forward and backward"),
+        ("bytes_sent", "bytes", "bytes sent in all rings, forward and backward, per tp rank"),
         (
             "offloaded",
             "1",
