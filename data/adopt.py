@@ -1,4 +1,4 @@
-"""Implementation of ``allometry adopt``: shards become one source; tokens are not copied."""
+"""``allometry adopt``: create one source from shards of token files, without copying them."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ _PLACES_KEPT = 5
 
 @dataclass(frozen=True)
 class AdoptRequest:
-    """Request of ``adopt``.
+    """A request to adopt shards.
 
-    ``shards`` are ``name=pattern`` or ``pattern`` of .idx files, or a folder of them, as written by
-    Megatron, datatrove and NeMo Curator; ``validation`` are held-out shards of sources that
-    ``shards`` names. ``tokenizer``: the tokenizer.json of the shards. ``processes`` None uses all
-    cores.
+    ``shards``: ``name=pattern`` or ``pattern`` of .idx files, or a folder of such files, as written
+    by Megatron, datatrove and NeMo Curator. ``validation``: likewise, held-out shards of sources
+    named in ``shards``. ``tokenizer``: tokenizer.json with which the shards were made.
+    ``processes``: None uses all cores.
     """
 
     shards: tuple[str, ...]
@@ -67,12 +67,12 @@ class AdoptRequest:
 def adopt(request: AdoptRequest, quiet: bool = False) -> Manifest:
     """Write ``out``/NAME.<train|validation>.{idx,shards.json}, tokenizer.json and manifest.json.
 
-    Each shard is read once: index, sizes, ids and document ends are checked, and its SHA-256 is
-    recorded. Shards are not moved or copied. A repeated request returns the manifest; an
-    interrupted request continues with the shards that were not read.
+    Reads each shard once: checks its index and sizes, inspects its ids and document ends, and
+    records its SHA-256. The shards are not moved. Repeating a finished request does nothing; an
+    interrupted request continues with the remaining shards.
 
     Raises:
-        UserError: shards cannot be used, or ``out`` has files of another request.
+        UserError: shards cannot be used, or the folder contains other files.
     """
     splits = find_shards(request.shards, request.validation)
     out = Path(request.out)
@@ -81,7 +81,7 @@ def adopt(request: AdoptRequest, quiet: bool = False) -> Manifest:
 
 
 class _Adoption:
-    """One run of ``adopt``; ``partial`` keeps the results of examined shards over interruptions."""
+    """One run of ``adopt``; ``partial`` keeps the results of shards over interruptions."""
 
     def __init__(
         self, request: AdoptRequest, splits: list[SplitShards], out: Path, report: ProgressReport
@@ -115,7 +115,7 @@ class _Adoption:
         return manifest
 
     def _identity(self, tokenizer: TokenizerRecord) -> dict[str, Any]:
-        """Return the parts of a request that determine its files (JSON)."""
+        """Return the settings that determine the files of a request (JSON)."""
         return {
             "inputs": {split.stem: f"shards {split.pattern}" for split in self.splits},
             "shards": {split.stem: split.fingerprint() for split in self.splits},
@@ -141,7 +141,7 @@ class _Adoption:
         return manifest
 
     def _examine(self, tokenizer: TokenizerRecord) -> None:
-        """Examine each shard that is not in the journal."""
+        """Examine each shard that is not in the journal yet."""
         prefixes = list(dict.fromkeys(one for split in self.splits for one in split.prefixes))
         known = self._journal(tokenizer)
         states = {prefix: state_of(prefix) for prefix in prefixes}
@@ -157,7 +157,7 @@ class _Adoption:
             (self.partial / _JOURNAL).open("a", encoding="utf-8") as journal,
             Workers(min(processes, max(1, len(missing)))) as workers,
         ):
-            journal.write("\n")  # ends a line that was cut by an interruption
+            journal.write("\n")  # after a line that was being written
             for prefix, one in zip(missing, workers.map(look, iter(missing)), strict=True):
                 found[prefix] = one
                 row = {"shard": str(prefix), "state": states[prefix], **asdict(one)}
@@ -170,7 +170,7 @@ class _Adoption:
         self._check_dtypes()
 
     def _check_dtypes(self) -> None:
-        """Raise UserError unless all shards have the same dtype."""
+        """Raise UserError unless all shards have the same token type."""
         filled = [pair for split in self.splits for pair in split.filled]
         first, one = filled[0]
         for prefix, other in filled:
@@ -181,7 +181,7 @@ class _Adoption:
                 )
 
     def _journal(self, tokenizer: TokenizerRecord) -> dict[tuple[str, str], Examination]:
-        """Read the results of examined shards, by name and state."""
+        """Return the results of examined shards, by name and state."""
         known: dict[tuple[str, str], Examination] = {}
         path = self.partial / _JOURNAL
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -191,7 +191,7 @@ class _Adoption:
                 shard = row.pop("shard"), row.pop("state")
                 if told == _told(tokenizer):
                     known[shard] = Examination(**row)
-            except (ValueError, KeyError, TypeError):  # line that was cut by an interruption
+            except (ValueError, KeyError, TypeError):  # the line that was being written
                 continue
         return known
 
@@ -218,7 +218,7 @@ class _Adoption:
     def _check_ends(
         self, split: SplitShards, counts: dict[Path, int], what: str, option: str, *, allowed: bool
     ) -> None:
-        """Report wrong document ends with their number, or raise UserError unless ``allowed``."""
+        """Report the kind and number of wrong document ends; raise UserError unless allowed."""
         total = sum(counts.values())
         if not total:
             return
@@ -261,7 +261,7 @@ class _Adoption:
         return manifest
 
     def _write_split(self, split: SplitShards) -> SplitRecord:
-        """Write the joined index and the list of the shards."""
+        """Write the index of all shards, and the list of shards."""
         filled = split.filled
         index = self.partial / f"{split.stem}.idx"
         write_joined_index(index, [Path(f"{prefix}.idx") for prefix, _ in filled])
@@ -295,15 +295,12 @@ class _Adoption:
 
 
 def _told(tokenizer: TokenizerRecord) -> dict[str, int]:
-    """Return the settings that an examination depends on, besides the shard."""
+    """Return the settings of an examination, other than the shard."""
     return {"end": tokenizer.end_of_document_id, "ids": tokenizer.vocab_size}
 
 
 def _path_from(folder: Path, file: Path) -> str:
-    """Return the path of ``file`` for a list in ``folder``.
-
-    The path is relative if both are in the parent of ``folder``, else absolute.
-    """
+    """Return the path of a file as stored in a list in ``folder``: relative within one folder."""
     here, there = folder.resolve(), file.resolve()
     inside = there.is_relative_to(here.parent) and here.parent != Path(here.anchor)
     return os.path.relpath(there, here) if inside else str(there)

@@ -1,4 +1,4 @@
-"""Comparison of token files with their manifest by a sample of each file."""
+"""Check token files against their manifest, on a sample of each file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from allometry.data.store import TokenStore
 SAMPLES = 16
 SAMPLE_BYTES = 1 << 16
 WHOLE_BYTES = 1 << 24
-"""Largest file that is read completely if its manifest has no ``sampled_sha256``."""
+"""Maximum size at which files of manifests without ``sampled_sha256`` are read completely."""
 SHARDS = 16
-"""Number of shards of a store that are sampled, evenly spaced."""
+"""Number of sampled shards of a store, evenly spaced."""
 
 
 def sampled_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's size and of ``SAMPLES`` evenly spaced blocks.
 
-    The first and the last block of the file are among them.
+    The first and the last block of the file are included.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -37,15 +37,14 @@ def sampled_sha256(path: Path) -> str:
 
 
 def check_contents(stores: Iterable[TokenStore]) -> None:
-    """Raise UserError if a sample of the token files differs from their manifest.
+    """Raise UserError if sampled contents of token files differ from their manifests.
 
-    At most 1 MiB of a file is read (16 MiB if the manifest has no ``sampled_sha256``), and at most
-    ``SHARDS`` files of an adopted store. Files without a manifest of ``prepare`` or ``adopt`` are
-    not checked.
+    Reads at most one MiB of a file (16 MiB if its manifest has no ``sampled_sha256``), and at most
+    ``SHARDS`` files of an adopted store. Files without a manifest of this package are not compared.
     """
     for store in stores:
         folder = Path(store.prefix).parent
-        recorded = manifest_of(store.prefix)  # compares file sizes
+        recorded = manifest_of(store.prefix)  # compares sizes
         for name, record in () if recorded is None else recorded[1].files.items():
             _check(folder / name, record, folder / MANIFEST)
         shards = shards_path(store.prefix)

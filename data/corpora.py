@@ -1,4 +1,4 @@
-"""Corpora that documents are read from: text, JSON Lines, parquet, Python's own sources."""
+"""Sources of documents: text files, JSON Lines, parquet, and corpora included in Python."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from allometry.data.records import (
 from allometry.data.special_tokens import KNOWN_ENDS
 
 MARKS = (*KNOWN_ENDS, "<doc ")
-"""Document separators that are common in text files from other tools."""
+"""Common separators of documents in text files."""
 _SAY_EVERY_LINES = 1000
 _BLOCK_BYTES = 1 << 20
 
@@ -56,17 +56,13 @@ _BLOCK_BYTES = 1 << 20
 def open_corpus(
     name: str, text: str, separator: str | None = None, split: str | None = None
 ) -> Corpus:
-    """Open the corpus ``name``: ``builtin:...``, a file, a folder, or a glob pattern.
+    """Return the corpus ``name``: ``builtin:...``, a file, a folder or a pattern of these.
 
-    Folders are searched recursively in path order, and links are followed; entries that are not
-    read are listed in ``left_out``. ``text`` names the field (JSON Lines) or column (parquet) of
-    the text, where ``meta.text`` is a nested field, and ``split`` the field that decides a
-    document's split. ``separator`` separates the documents of a text file. For example,
-    ``open_corpus("crawl/**/*.jsonl.gz", "text")`` reads all compressed JSON Lines under crawl/.
-
-    Raises:
-        UserError: the input does not exist, contains no readable file, or has files without fields
-            although ``split`` names a field.
+    Folders are searched recursively in order of paths, and links are followed; files that are found
+    but not read are in ``left_out``. ``text``: key (JSON Lines) or column (parquet) of the text,
+    ``meta.text`` for a nested field. ``split``: key or column that determines a document's split.
+    ``separator``: separator of the documents of a text file. Raises UserError if the path does not
+    exist, contains no readable file, or is a file without fields although ``split`` names one.
     """
     if name.startswith("builtin:"):
         if split is not None:
@@ -115,7 +111,7 @@ def _no_fields(where: str, split: str) -> UserError:
 
 
 class _Found:
-    """Readable files under a folder, and the entries that are skipped."""
+    """Files to read under a folder, and the entries that are skipped."""
 
     def __init__(self, text_key: str) -> None:
         self.files: list[SourceFile] = []
@@ -124,10 +120,9 @@ class _Found:
         self._seen: dict[tuple[int, int], Path] = {}
 
     def look_at(self, start: Path, pattern: tuple[str, ...] = ()) -> None:
-        """Take a file, or all files in a folder; a file reached over several links is taken once.
+        """Add a file, or the files in a folder; each file once, whatever links lead to it.
 
-        ``pattern``: the remaining parts of the path pattern, where ``**`` matches any number of
-        folders.
+        ``pattern``: remaining parts of the path; ``**`` matches any number of folders.
         """
         waiting = [start]
         while waiting:
@@ -157,7 +152,7 @@ class _Found:
                 self.left_out.add(f"unreadable ({error.strerror})", str(path))
 
     def take(self, path: Path) -> None:
-        """Add one file. Raises UnusableError if the file cannot be read as text."""
+        """Add one file; UnusableError for a file that cannot be read."""
         if not stat.S_ISREG(path.stat().st_mode):
             raise UnusableError(
                 "not a regular file", "give a file, as inputs are read more than once"
@@ -166,7 +161,7 @@ class _Found:
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Return True if the path, or a folder that contains it, matches the pattern."""
+    """Return True if a path, or a folder that contains it, matches."""
     if not pattern:
         return True
     if pattern[0] == "**":
@@ -178,11 +173,11 @@ _Text = str | BadText | None
 
 
 class FileCorpus(Corpus):
-    """User files: a text file is one document; in other kinds, each line or row is one document.
+    """Files of the user: a document per text file, JSON line or parquet row.
 
-    With a ``separator``, a text file is split there, and each part is a document without the line
-    ends at its beginning and end. ``keys``: the field of the text, and the field that decides a
-    document's split (None: the text decides).
+    With a ``separator``, each part of a text file between separators is a document, without
+    surrounding line ends. ``keys``: key of the text, and key that determines the split; None: the
+    text itself.
     """
 
     def __init__(
@@ -219,7 +214,10 @@ class FileCorpus(Corpus):
             read.finish()
 
     def _texts(self, file: SourceFile, read: _Reading, log: ReadLog) -> Iterator[Document]:
-        """Yield the documents of a text file after a first pass that checks and hashes the text."""
+        """Yield the documents of a text file, after a first read that validates it.
+
+        The first read also computes the digest that determines the split.
+        """
         digest, first, count = sha256(), "", 0
         for block in _blocks(file, lambda place: None):
             digest.update(block.encode())
@@ -257,7 +255,7 @@ class FileCorpus(Corpus):
     def _record(
         self, path: str, unit: str, number: int, value: bytes | tuple[_Text, _Text], log: ReadLog
     ) -> Iterator[Document]:
-        """Yield the document of one line or row; null text is counted, and bad text is reported."""
+        """Yield the document of a line or row, unless it has no text."""
         try:
             text, group = self._fields(value) if isinstance(value, bytes) else value
             if isinstance(text, BadText):
@@ -284,7 +282,7 @@ class FileCorpus(Corpus):
 
 
 class _Reading:
-    """Read position in a file, reported in bytes on disk."""
+    """Progress of reading a file, in bytes on disk."""
 
     def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
         self._size = path.stat().st_size
@@ -300,10 +298,7 @@ class _Reading:
 
 
 def _blocks(file: SourceFile, at: Callable[[int], None]) -> Iterator[str]:
-    """Yield the text of a file in blocks.
-
-    Raises BadText for bytes that are not UTF-8 text; NUL is refused too.
-    """
+    """Yield the text of a file; BadText at bytes that are not UTF-8 text, NUL included."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     before = 0
     with opened(file) as (stream, raw):
@@ -327,10 +322,7 @@ def _not_utf8(what: str, place: int) -> BadText:
 
 
 class _Again:
-    """Text of a file that was read before; each iteration reads the file again.
-
-    So the text of a large file is never in memory as one string.
-    """
+    """Blocks of a file that was read before, read again on each iteration to save memory."""
 
     def __init__(self, file: SourceFile, read: _Reading) -> None:
         self._file = file
@@ -360,9 +352,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 def named_input(value: str) -> tuple[str, str]:
     """Split ``name=input``; without a name, derive one from the input.
 
-    If the first folder of the path is itself called ``lang=en``, or matches a pattern like
-    ``lang=*``, the value is a path without a name. For example, ``named_input("web=crawl/")``
-    returns ("web", "crawl/") and ``named_input("notes.txt")`` returns ("notes", "notes.txt").
+    A path whose first folder is called ``lang=en``, or a pattern that matches one (``lang=*``), has
+    no name in front.
     """
     if not value.strip():
         raise UserError(

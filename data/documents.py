@@ -1,6 +1,6 @@
 """Complete documents as a pure function of (seed, sample position)."""
 
-# C documents or pieces of documents, of any length; s tokens in a piece; L tokens in a window
+# C documents, or pieces of them, of any lengths; s tokens in one; L tokens in a sample's window
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from allometry.data.store import TokenStore
 
 @dataclass(frozen=True)
 class Pieces:
-    """C pieces of documents, known by their positions; tokens are read on request.
+    """C pieces of documents, given by their positions; tokens are read on access.
 
-    Piece i is ``lengths[i]`` tokens from ``offsets[i]`` on of document ``documents[i]`` of source
-    ``sources[i]``, whose store is ``stores[sources[i]]`` (all int64). ``ends[i]`` is True for the
-    last piece of a document; the last token of such a piece has no target.
+    Piece i has ``lengths[i]`` tokens from ``offsets[i]`` of document ``documents[i]`` of source
+    ``sources[i]`` in the store ``stores[sources[i]]`` (int64 all). ``ends[i]``: True for the last
+    piece of a document, whose last token has no target.
     """
 
     lengths: NDArray[np.int64]
@@ -42,21 +42,20 @@ class Pieces:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of all pieces."""
+        """Number of tokens in all pieces."""
         return int(self.lengths.sum())
 
     @property
     def num_targets(self) -> int:
-        """Number of targets in the loss: all tokens except the last of each document."""
+        """Number of targets: all tokens except the last ones of documents."""
         return self.num_tokens - int(np.count_nonzero(self.ends))
 
     def read(
         self, piece: int, start: int = 0, stop: int | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Read tokens ``start`` to ``stop`` (exclusive) of a piece and their targets (both int64).
+        """Return tokens ``start`` to ``stop`` (exclusive) of a piece and their targets (int64).
 
-        The last token of a document has the target ``IGNORE``. For example, ``tokens, targets =
-        pieces.read(0)`` reads the complete first piece.
+        The last token of a document has the target ``IGNORE``.
         """
         length = int(self.lengths[piece])
         stop = length if stop is None else stop
@@ -70,13 +69,12 @@ class Pieces:
 
 
 class DocumentStream(Sources):
-    """Training and held-out documents of a data configuration, not cut at sample boundaries.
+    """Training and held-out documents of a data configuration, unpacked.
 
-    Sample i of a source is window [i L, i L + L) of its token stream, in stream order (the
-    documents are permuted already): it contains the pieces that begin in the window, even if they
-    end behind it. Targets are the next tokens of the same document, so each token after the first
-    of a document is a target once an epoch. A sample may have no pieces, if an earlier piece covers
-    the complete window.
+    Sample i of a source is window [i L, i L + L) of its token stream, in order (documents are
+    already permuted): it contains the pieces that begin in the window, wherever they end. Targets
+    are the next tokens of the same document, so that each target counts once per epoch. A sample
+    has no piece if a piece of an earlier sample extends over its window.
     """
 
     data: DocumentData
@@ -105,10 +103,7 @@ class DocumentStream(Sources):
         return float((whole * limit**2 + np.where(rest > 1, rest, 0) ** 2).sum())
 
     def pieces(self, position: int, count: int) -> Pieces:
-        """Return the pieces of the ``count`` samples from ``position`` on, in stream order.
-
-        The order is by sample position, then by place in the source's stream.
-        """
+        """Return the pieces of the ``count`` samples from ``position``, in order."""
         source_B, index_B = self.samples(position, count)
         parts, rows, sources = [], [], []
         for source in np.unique(source_B).tolist():
@@ -141,10 +136,10 @@ class DocumentStream(Sources):
         return {**super()._order(), "data.max_document_tokens": self.max_document_tokens}
 
     def validation_pieces(self, count: int) -> dict[str, Pieces]:
-        """Return evenly spaced documents of each held-out split: about ``count`` windows of tokens.
+        """Return evenly spaced documents of each held-out split, about ``count`` windows of tokens.
 
-        Documents are in the order in which they are stored and are cut like training documents. A
-        split of fewer windows returns all its pieces, which is logged.
+        Documents are in stored order and are cut as training documents are. A split with fewer
+        windows returns all of them, which is logged.
         """
         assert count > 0
         by_name = {}

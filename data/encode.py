@@ -1,4 +1,4 @@
-"""Text to tokens: training of a tokenizer, and encoding in several processes."""
+"""Encode text to tokens: a given or trained tokenizer, applied by several processes."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from allometry.data.special_tokens import END_OF_DOCUMENT, load_encoder, load_wa
 
 _CHUNK_CHARACTERS = SPAN
 _IN_FLIGHT = 4
-_TEXTS_NAMED, _PARTS_NAMED, _CHARACTERS_NAMED = 16, 5, 20  # per chunk, per text, per part
+_TEXTS_NAMED, _PARTS_NAMED, _CHARACTERS_NAMED = 16, 5, 20  # of a chunk, a text, a part
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE (Radford et al. 2019) that encodes any text; id 0 ends documents.
+    """Train a byte-level BPE (Radford et al. 2019) whose id 0 ends documents.
 
-    The result depends on the texts alone. A small input may give fewer than ``vocab_size`` ids. For
-    example, ``train_tokenizer(texts, 8192).save("tokenizer.json")``.
+    Any text can be encoded. The result depends only on the texts. A small input may give fewer than
+    ``vocab_size`` ids.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
@@ -59,10 +59,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 class TextSample:
-    """Sample of documents of up to ``budget`` characters in all: those of smallest digest.
+    """Up to ``budget`` characters of complete documents, those with the smallest digests.
 
-    The sample does not depend on the order of ``offer``. A document longer than the budget is cut
-    to the budget.
+    The sample does not depend on the order of ``offer``. A longer document is cut to the budget.
     """
 
     def __init__(self, budget: int) -> None:
@@ -76,7 +75,7 @@ class TextSample:
         """Consider one document for the sample."""
         text = _beginning(document.blocks, self.budget)
         self.offered += len(text)
-        # Docstrings of a file have one group, so the text's own hash breaks ties.
+        # Docstrings of a file share a group: the text's own hash breaks their ties evenly.
         digest = int(text_digest(document.group + text)[:16], 16)
         if digest >= self._smallest_refused:
             return
@@ -88,7 +87,7 @@ class TextSample:
             self._size -= len(text)
 
     def texts(self) -> list[str]:
-        """Return the texts of the sample, ordered by digest."""
+        """Return the sample in order of digests."""
         return [text for _, text in sorted(self._kept, reverse=True)]
 
 
@@ -104,7 +103,7 @@ def _beginning(blocks: Iterable[str], characters: int) -> str:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Settings of an encoding process.
+    """Settings of the encoding for a worker process.
 
     A document is held out if the first 64 bits of its group's digest are below
     ``validation_below``.
@@ -118,18 +117,17 @@ class Encoding:
 
 
 class Piece(NamedTuple):
-    """Document, or a span of a long document; ``group`` is the document's."""
+    """A document, or a span of a long one; ``group`` is the document's."""
 
     group: str
     span: Span
 
 
 class EncodedPiece(NamedTuple):
-    """Tokens of a piece in the dtype of the files; ``text_bytes`` is the UTF-8 size of their text.
+    """Tokens of a piece in the dtype of the files; ``text_bytes``: its UTF-8 bytes.
 
-    ``last``: the document ends here, with the end-of-document token. ``exact``: the tokens are the
-    same as in an encoding of the complete document. ``unknown``: the parts of the text without a
-    token.
+    ``last``: the document ends here, with the end-of-document token. ``exact``: the tokens equal
+    those of the unsplit document. ``unknown``: text without a token.
     """
 
     tokens: NDArray[Any]
@@ -141,9 +139,9 @@ class EncodedPiece(NamedTuple):
 
 
 class Unknown(NamedTuple):
-    """Number of unknown parts in a text, some examples, and the token that replaces them.
+    """Number of occurrences of text without a token, examples, and the unknown token.
 
-    With ``token`` None, the tokenizer drops unknown text.
+    Without an unknown token (None) the tokenizer drops such text.
     """
 
     times: int
@@ -152,7 +150,7 @@ class Unknown(NamedTuple):
 
 
 def chunks(documents: Iterable[Document]) -> Iterator[list[Piece]]:
-    """Group documents, and cut long ones, into chunks that are worth sending to another process."""
+    """Group documents, and cut long ones, into chunks for worker processes."""
     chunk: list[Piece] = []
     size = 0
     for document in documents:
@@ -167,10 +165,7 @@ def chunks(documents: Iterable[Document]) -> Iterator[list[Piece]]:
 
 
 class Encoder:
-    """Text to ids, in which ``end`` does not occur; ``path`` names a tokenizer.
-
-    For example, ``Encoder("tokens/tokenizer.json", 0)("def f():")`` returns a list of ids.
-    """
+    """Encoder of text to ids without ``end``; ``path`` is the tokenizer's."""
 
     def __init__(self, path: str, end: int) -> None:
         self._tokenizer = load_encoder(path, end)
@@ -178,7 +173,7 @@ class Encoder:
         self._end = end
 
     def __call__(self, text: str) -> list[int]:
-        """Return the ids of a text. Raises UserError for a text that cannot be encoded."""
+        """Return the ids of a text; UserError if encoding fails."""
         try:
             ids = _ids(self._tokenizer, text)
         except Exception as error:  # the library raises nothing narrower
@@ -195,10 +190,9 @@ class Encoder:
         return ids
 
     def unknown(self, text: str, ids: list[int], *, named: bool) -> Unknown | None:
-        """Count the parts of a text without a token; None if there is no such part.
+        """Return the text without a token in a text with ids ``ids``; None if there is none.
 
-        ``ids`` are the ids of the text. Examples of the parts are collected only if ``named``,
-        which takes longer.
+        Its parts are searched only if they are to be ``named``, which takes longer.
         """
         if self._watcher is None:
             return None
@@ -213,20 +207,20 @@ class Encoder:
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    # A batch of one is faster than `encode`, which tracks offsets, and runs on one thread;
-    # parallelism comes from the processes.
+    # A batch of one: faster than `encode`, which tracks offsets, and on one thread, as the
+    # processes are what runs in parallel.
     ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
     return ids
 
 
 @lru_cache(maxsize=1)
 def _loaded(path: str, sha256: str, end: int) -> Encoder:
-    """Return the encoder of ``path``, cached per process; ``sha256`` detects a changed file."""
+    """Load a tokenizer once per process; ``sha256`` distinguishes successive contents of a path."""
     return Encoder(path, end)
 
 
 def encode_chunk(encoding: Encoding, chunk: list[Piece]) -> list[EncodedPiece]:
-    """Encode one chunk; the tokens depend neither on the process nor on the chunks."""
+    """Encode one chunk; independent of processes and of other chunks."""
     end = encoding.end_of_document
     encode = _loaded(encoding.tokenizer, encoding.tokenizer_sha256, end)
     outcomes: list[EncodedPiece] = []
@@ -246,16 +240,15 @@ def encode_chunk(encoding: Encoding, chunk: list[Piece]) -> list[EncodedPiece]:
 
 
 def _live_and_die_with_parent() -> None:
-    """Leave Ctrl-C to the parent and end with it; an orphaned pool process would wait for ever."""
+    """Ignore Ctrl-C, and end with the parent, so that the pool does not wait forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 
 class Workers:
-    """Ordered map over ``processes`` processes; with ``processes`` 1, in this process.
+    """An ordered map over ``processes`` processes; with one, in this process.
 
-    Processes are spawned, not forked: forking a process with threads of the tokenizer can deadlock.
-    For example, ``with Workers(8) as workers: results = workers.map(function, items)``.
+    Processes are spawned: forking a process with the tokenizer's threads can deadlock.
     """
 
     def __init__(self, processes: int) -> None:
@@ -266,7 +259,7 @@ class Workers:
             self._pool = ProcessPoolExecutor(processes, context, _live_and_die_with_parent)
 
     def map(self, function: Callable[[Item], Outcome], items: Iterator[Item]) -> Iterator[Outcome]:
-        """Yield outcomes in the order of ``items``; few items are submitted ahead."""
+        """Yield results in the order of ``items``, with few items ahead in memory."""
         if self._pool is None:
             yield from map(function, items)
             return

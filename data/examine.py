@@ -1,4 +1,4 @@
-"""Contents of a shard, measured in one pass over its tokens."""
+"""Examine the contents of a shard in one pass over its tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ _BLOCK_BYTES = 1 << 23
 
 @dataclass(frozen=True)
 class Examination:
-    """Measurements of a shard: sizes, end-of-document tokens, and hashes of its .bin file.
+    """Contents of a shard: sizes, end-of-document token counts, and identification of its .bin.
 
-    ``inner_ends``: number of end-of-document tokens that are not the last of a document.
-    ``missing_ends``: number of non-empty documents whose last token is another one. A shard without
-    documents has no ``tokens``.
+    ``inner_ends``: end-of-document tokens before the last token of a document. ``missing_ends``:
+    non-empty documents with another last token. A shard without documents has no ``tokens``.
     """
 
     dtype: str
@@ -41,7 +40,7 @@ def examine(end: int, vocab_size: int, prefix: Path) -> Examination:
     ``end``: id of the end-of-document token; ids must be below ``vocab_size``.
 
     Raises:
-        UserError: a wrong index or file size, or ids that the tokenizer does not have.
+        UserError: the index or a size is wrong, or the tokenizer does not have an id.
     """
     path = Path(f"{prefix}.bin")
     try:

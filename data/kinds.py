@@ -1,4 +1,4 @@
-"""Detection of an input file's kind from its content and its ending."""
+"""Detect the kind of an input file from its content and its extension."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError)
 
 
 class SourceFile(NamedTuple):
-    """File and how to read it; ``compression`` is the ending of a compressed format, or empty."""
+    """A file and its kind; ``compression`` is its compression's extension, or empty."""
 
     path: Path
     kind: str
@@ -36,14 +36,14 @@ class SourceFile(NamedTuple):
 
 
 class UnusableError(Exception):
-    """File that is not a source of text: ``reason`` names its kind, ``advice`` the fix."""
+    """A file that is not usable as text: ``reason`` names its kind, ``advice`` the remedy."""
 
     def __init__(self, reason: str, advice: str) -> None:
         super().__init__(reason)
         self.reason, self.advice = reason, advice
 
 
-# Ending: pattern of the first bytes (pzstd writes a skippable frame first), decompressor.
+# How the content begins (pzstd begins zstd with a frame to be skipped), and what unpacks it.
 _COMPRESSIONS: dict[str, tuple[bytes, Any]] = {
     ".gz": (rb"\x1f\x8b", lambda raw: gzip.GzipFile(fileobj=raw, mode="rb")),
     ".zst": (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", lambda raw: _zstd(raw)),
@@ -54,9 +54,9 @@ _UNPACK = "unpack it and give what is in it"
 _CONVERT = "write its text as JSON Lines or parquet"
 _HOW = "docs/file_formats.md has the command"
 _CONTROL = bytes({*range(32)} - {*b"\b\t\n\v\f\r\x1b"})
-"""Bytes that do not occur in text of any encoding with one byte per letter."""
+"""Bytes that do not occur in text in any single-byte encoding."""
 _UTF8 = "convert it with iconv -t UTF-8 -f ENCODING"
-# Offset, bytes at that offset, kind of file, advice.
+# Offset, bytes, what has them there, what to do.
 _MAGIC = (
     (0, b"PK\x03\x04", "zip archive", _UNPACK),
     (257, b"ustar", "tar archive", _UNPACK),
@@ -83,10 +83,7 @@ _MAGIC = (
 
 
 def kind_of(path: Path, text_key: str) -> SourceFile:
-    """Detect a file's kind. Raises UnusableError if the file contains no readable text.
-
-    For example, a.jsonl.gz is ``SourceFile(path, JSON_LINES, ".gz")``.
-    """
+    """Return the kind of a file from its content; UnusableError if it has no readable text."""
     try:
         with path.open("rb") as raw:
             head = raw.read(_HEAD_BYTES)
@@ -106,7 +103,7 @@ def kind_of(path: Path, text_key: str) -> SourceFile:
         try:
             with opened(SourceFile(path, "", compression)) as (stream, _):
                 head = stream.read(_HEAD_BYTES)
-        except DAMAGE:  # in the first block; reading reports the damage
+        except DAMAGE:  # in its first part; reading will say so
             return SourceFile(path, JSON_LINES if ending in _JSON_ENDINGS else TEXT, compression)
         if _compression(head):
             raise UnusableError("compressed twice", _UNPACK)
@@ -145,23 +142,22 @@ def _kind_of_content(head: bytes, ending: str, text_key: str) -> str:
 
 def _is_utf8(head: bytes) -> bool:
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # its last letter may be cut
     except UnicodeDecodeError:
         return False
     return True
 
 
 def _holds_json_lines(head: bytes, text_key: str) -> bool:
-    """Return True if a file without a JSON ending contains JSON Lines.
+    """Return True if a file without a JSON Lines extension contains JSON Lines.
 
-    The first two lines are objects, or the only line has the text key: a file with one object may
-    be of any kind.
+    True if two lines are objects, or the only line is an object with the text key.
     """
     lines = [line for line in head.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
     if not lines or not lines[0].lstrip().startswith(b"{"):
         return False
     if len(head) == _HEAD_BYTES and len(lines) > 1:
-        lines.pop()  # the last line may be cut
+        lines.pop()  # it goes on
     if len(lines) > 1:
         return all(_is_object(line) for line in lines[:2])
     name = json.dumps(text_key.rpartition(".")[2]).encode()
@@ -177,7 +173,7 @@ def _is_object(line: bytes) -> bool:
 
 @contextmanager
 def opened(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open the decompressed content and the file on disk, whose position is the read progress."""
+    """Open a file; return its content, and the raw file, whose position gives the progress."""
     with file.path.open("rb") as raw:
         if file.compression:
             unpack = _COMPRESSIONS[file.compression][1]
@@ -192,7 +188,7 @@ def _zstd(raw: IO[bytes]) -> IO[bytes]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Reader of zstd frames that refuses a truncated file, unlike the reader of the library."""
+    """Reader of zstd frames; unlike the library's reader, it refuses truncated files."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw

@@ -1,6 +1,6 @@
-"""Endless token stream of a source, read in windows whose length may change during a run."""
+"""A source as an endless line of tokens, read in windows whose length may change."""
 
-# L tokens in a window; place: a token's index in a line; stretch: windows with a common permutation
+# L tokens in a window; place: a token's number in a line; a stretch: windows that share an order
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SHUFFLES_KEPT = 2
 
 @dataclass(frozen=True)
 class Part:
-    """Range of a source's samples, from sample ``first`` on, that contain ``length`` tokens each.
+    """From sample ``first`` of a source, samples have ``length`` tokens.
 
-    ``limit``: largest length of a complete document; longer documents are cut.
+    ``limit``: maximum length of complete documents, above which they are cut.
     """
 
     first: int
@@ -32,9 +32,9 @@ class Part:
 
 
 class Line(ABC):
-    """Endless token stream in stretches; the windows that start in a stretch are shuffled.
+    """An endless line of tokens in stretches; the windows that start in a stretch are shuffled.
 
-    The permutation of a stretch's windows depends on (``key``, stretch, length) alone.
+    The order of a stretch's windows depends only on (``key``, stretch, length).
     """
 
     def __init__(self, key: str) -> None:
@@ -43,39 +43,39 @@ class Line(ABC):
 
     @abstractmethod
     def bound(self, stretch: int) -> int:
-        """Return the place at which a stretch begins."""
+        """Return the position at which a stretch begins."""
 
     @abstractmethod
     def stretch(self, place: int) -> int:
-        """Return the stretch that contains a place."""
+        """Return the stretch that contains a position."""
 
     @abstractmethod
     def runs(self, place: int, count: int) -> Iterator[tuple[int, int]]:
-        """Yield (place, count) in the source's own line of ``count`` tokens from ``place`` on.
+        """Return the runs of ``count`` tokens from ``place`` in the source's own line.
 
-        Runs that are adjacent there are returned as one run.
+        Returns positions and counts; adjacent runs are merged.
         """
 
     def windows(self, stretch: int, length: int) -> tuple[int, Shuffle]:
-        """Return the first window that starts in a stretch, and the permutation of its windows."""
+        """Return the first window that starts in a stretch, and the order of its windows."""
         first, end = (-(-self.bound(at) // length) for at in (stretch, stretch + 1))
         return first, self._shuffle(f"{self.key}:{stretch}:{length}", end - first)
 
     def window(self, sample: int, length: int) -> int:
-        """Return the window that a sample reads; window w starts at token w x ``length``.
+        """Return the window of a sample: window w starts at token w x ``length``.
 
-        Windows are shuffled so that adjacent windows of a long document are not in one batch.
+        Shuffling keeps neighbours in a long document out of one batch.
         """
         first, shuffle = self.windows(self.stretch(sample * length), length)
         return first + shuffle(sample - first)
 
 
 class Rest(Line):
-    """Rest of a line of which ``samples`` windows of ``length`` tokens were read.
+    """The remainder of a line after ``samples`` windows of ``length`` tokens.
 
-    The unread windows of the current stretch come first, concatenated in the order of their places,
-    and form stretch 0; then the line continues behind the last window of that stretch. Each
-    remaining token is read exactly once per epoch, for any window length of this line.
+    The unread windows of the current stretch come first, concatenated in order of their positions,
+    as one stretch; then the line continues after the windows of that stretch. Every token is read
+    exactly once, for any window length of this line.
     """
 
     def __init__(self, below: Line, length: int, samples: int) -> None:
@@ -108,7 +108,7 @@ class Rest(Line):
             yield from self._below.runs(start, number)
 
     def _parts(self, place: int, count: int) -> Iterator[tuple[int, int]]:
-        """Yield ``runs`` in the line below, window by window."""
+        """Yield ``runs`` in the line below, by window."""
         while count:
             window, offset = divmod(place, self._length)
             if place < self._left:
@@ -120,14 +120,14 @@ class Rest(Line):
             place, count = place + number, count - number
 
     def of_below(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Convert unread places of the line below to places of this line."""
+        """Return the positions in this line of unread positions of the line below."""
         windows, offsets = np.divmod(places, self._length)
         left = np.searchsorted(self._unread, windows) * self._length + offsets
         return np.where(places < self._behind, left, places - self._behind + self._left)
 
 
 def _joined(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Merge runs that are adjacent."""
+    """Return runs with adjacent ones merged."""
     start, number = next(runs)
     for at, count in runs:
         if at == start + number:
@@ -139,11 +139,9 @@ def _joined(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 class Windows:
-    """Samples of a source that is read in ``parts``, each with its own window length.
+    """The samples of a source read in ``parts``, each with another window length.
 
-    ``line`` is the source's own line; each part reads the tokens that the parts before it have not
-    read. For example, parts ``[Part(0, 2048), Part(1000, 4096)]`` read 1000 samples of 2048 tokens,
-    and then samples of 4096 tokens.
+    ``line`` is the source's own; a part reads the remainder of the previous parts.
     """
 
     def __init__(self, line: Line, parts: Sequence[Part]) -> None:
@@ -152,10 +150,10 @@ class Windows:
         self._lines = [line]
         self._firsts = [part.first for part in parts]
         self._through: tuple[int, int, int] | None = None
-        self._again: NDArray[np.int64] | None = None  # samples that repeat a token
+        self._again: NDArray[np.int64] | None = None  # samples at which a token comes again
 
     def line(self, number: int) -> Line:
-        """Return the line of a part; it is built on first use, at 8 bytes per unread window."""
+        """Return the line that a part reads, created on first access: 8 bytes per unread window."""
         while len(self._lines) <= number:
             done, begun = self.parts[len(self._lines) - 1], self.parts[len(self._lines)]
             count = begun.first - done.first
@@ -163,7 +161,7 @@ class Windows:
         return self._lines[number]
 
     def sample(self, number: int) -> Iterator[tuple[int, int]]:
-        """Yield (place, count) in the source's own line of the tokens of a sample."""
+        """Return the positions and counts of a sample's tokens in the source's own line."""
         at = bisect_right(self._firsts, number) - 1
         part, line = self.parts[at], self.line(at)
         return _joined(
@@ -183,10 +181,10 @@ class Windows:
     ) -> int:
         """Return the exact number of distinct tokens in the first ``samples`` samples.
 
-        The windows that start in the first epoch contain each of its tokens once. The last windows
-        also contain tokens of the next epochs; such a token is a repeat once both of its samples
-        are read. ``places_of`` converts places of the line to the places of the same tokens in the
-        first epoch.
+        The windows that start in the first epoch contain each of its tokens once; the last ones
+        also contain tokens of later epochs, which are duplicates once both samples are read.
+        ``places_of`` returns the positions in the first epoch of the tokens at given positions of
+        the line.
         """
         if self._through is None:
             self._through = self._first_epoch()
@@ -206,7 +204,7 @@ class Windows:
         return self.tokens(samples) - int(np.searchsorted(self._again, samples))
 
     def _first_epoch(self) -> tuple[int, int, int]:
-        """Return the end of the first epoch: sample, part, and place behind the last window."""
+        """Return the end of the first epoch: samples, the part that ends it, and the position."""
         for number, part in enumerate(self.parts):
             line = self.line(number)
             windows = -(-line.bound(1) // part.length)
@@ -217,7 +215,7 @@ class Windows:
         raise AssertionError("the last part has no end")
 
     def _samples_of(self, places: NDArray[np.int64], last: int) -> NDArray[np.int64]:
-        """Return the samples that read these places of the first epoch, in parts up to ``last``."""
+        """Return the samples that read positions of the first epoch, in parts up to ``last``."""
         found = np.full(len(places), -1, np.int64)
         open_ = np.arange(len(places))
         for number in range(last + 1):

@@ -1,4 +1,4 @@
-"""Lock on an output folder, so that one preparation writes into it at a time."""
+"""Lock of a folder against concurrent preparations."""
 
 from __future__ import annotations
 
@@ -14,14 +14,7 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Create the folder ``out`` and lock it for the duration of the ``with`` block.
-
-    For example, ``with locked(Path("tokens")): ...``. The lock is an exclusive ``flock`` on
-    ``out``/.lock.
-
-    Raises:
-        UserError: another process has the lock, or the disk refuses a write in the block.
-    """
+    """Create the folder and lock it; convert OS errors to a UserError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (out / LOCK).open("w") as file:

@@ -1,4 +1,4 @@
-"""Manifest that ``prepare`` and ``adopt`` write next to token files."""
+"""The manifest that ``prepare`` writes next to token files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Split = Literal["train", "validation"]
 
 
 class FileRecord(Section):
-    """Size and hashes of a file; older records have no ``sampled_sha256`` (``contents.py``)."""
+    """One file, as written; older records have no ``sampled_sha256`` (``contents.py``)."""
 
     bytes: int
     sha256: str
@@ -25,10 +25,9 @@ class FileRecord(Section):
 
 
 class SplitRecord(Section):
-    """Record of one split of a source.
+    """One split of a source.
 
-    ``bytes`` is the size of the UTF-8 text, without end-of-document tokens; None if only tokens are
-    known.
+    ``bytes``: UTF-8 bytes of text without end-of-document tokens; None if only tokens were read.
     """
 
     documents: int
@@ -39,12 +38,11 @@ class SplitRecord(Section):
 
 
 class SourceRecord(Section):
-    """Record of one source: its input, skipped documents and splits.
+    """One source: its origin, its omitted documents, and its splits.
 
-    ``kinds`` is the number of files read by kind, ``skipped`` the number of skipped documents by
-    reason; ``skipped_places`` are the first few places of each reason. ``inexact_cuts`` is the
-    number of places in long documents where tokens may differ from the tokens of the complete text
-    (data/pieces.py).
+    ``kinds``: number of files read of each kind. ``skipped``: number of omissions by reason, with
+    their first places in ``skipped_places``. ``inexact_cuts``: number of places in long documents
+    whose tokens may differ from those of the unsplit text (data/pieces.py).
     """
 
     input: str
@@ -57,7 +55,7 @@ class SourceRecord(Section):
 
 
 class TokenizerRecord(Section):
-    """Tokenizer; ``sha256`` is of its canonical JSON, ``vocab_size`` its largest id + 1."""
+    """The tokenizer; ``sha256`` of its canonical JSON, ``vocab_size``: its largest id + 1."""
 
     file: str
     sha256: str
@@ -67,7 +65,7 @@ class TokenizerRecord(Section):
 
 
 class Manifest(Section):
-    """Contents and origin of a folder of token files."""
+    """Contents of a folder of token files, and their preparation."""
 
     kind: Literal["allometry.tokens"] = "allometry.tokens"
     version: Literal[1] = 1
@@ -78,16 +76,13 @@ class Manifest(Section):
     versions: dict[str, str]
 
     def split(self, stem: str) -> SplitRecord | None:
-        """Return the split whose files are ``stem``.bin and .idx, or None."""
+        """Return the split with files ``stem``.bin and .idx, None if it is not recorded."""
         splits = (split for source in self.sources.values() for split in source.splits.values())
         return next((split for split in splits if f"{stem}.idx" in split.files), None)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Read the manifest in ``folder``; None if it has none. Raises UserError if it is damaged.
-
-    A manifest.json of another program counts as none.
-    """
+    """Return the manifest in ``folder``, None without one; UserError for a damaged manifest."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -104,13 +99,10 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def manifest_of(prefix: str) -> tuple[Manifest, SplitRecord] | None:
-    """Return the manifest next to ``prefix``.bin/.idx and the split's record in it.
+    """Return the manifest next to the token files ``prefix``.bin/.idx, and their record.
 
-    Returns None if no manifest contains the files. For example, ``manifest_of("tokens/web.train")``
-    reads tokens/manifest.json.
-
-    Raises:
-        UserError: a file is missing or has another size than recorded.
+    None if no manifest of this package lists the files. Raises UserError if their sizes differ from
+    the record.
     """
     path = Path(prefix)
     manifest = read_manifest(path.parent)

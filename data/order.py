@@ -1,4 +1,4 @@
-"""Order in which a source's tokens are read."""
+"""The order in which a source's tokens are read."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ _EPOCHS_KEPT = 2
 
 @dataclass(frozen=True)
 class Epoch:
-    """Documents in the order in which an epoch reads them, and the place where each ends."""
+    """Documents in the reading order of an epoch, and the position where each ends."""
 
     documents: NDArray[np.int64] | None  # None: as stored
     ends: NDArray[np.int64]
 
     def numbers(self, first: int, stop: int) -> NDArray[np.int64]:
-        """Return the documents at positions ``first`` to ``stop`` (exclusive) of the order."""
+        """Return the documents at places ``first`` to ``stop`` (exclusive)."""
         if self.documents is None:
             return np.arange(first, stop)
         return self.documents[first:stop]
 
 
 class DocumentOrder(Line):
-    """Source as one endless token stream: epochs, each a permutation of its documents.
+    """A source as an endless token stream: epochs, each a permutation of its documents.
 
-    The stream is read in windows, which are shuffled within an epoch (in order if ``seed`` is
-    None).
+    The stream is read in windows, permuted within an epoch (with ``seed`` None: in order).
 
-    The permutation of an epoch depends on (seed, name, epoch) alone; with ``seed`` None every epoch
-    reads the documents as they are stored. A place in the stream is found by bisection over the
+    The permutation of an epoch depends only on (seed, name, epoch); with ``seed`` None documents
+    are in stored order in every epoch. A position in the stream is found by bisection over the
     epoch's cumulative lengths, which take 16 bytes per document; two epochs are cached.
     """
 
@@ -72,7 +71,7 @@ class DocumentOrder(Line):
         return sample if self.seed is None else super().window(sample, length)
 
     def places_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Convert places of the stream to the places of the same tokens in the first epoch."""
+        """Return the positions of the tokens at these places in the first epoch."""
         first = self.epoch(0)
         assert first.documents is not None
         starts = np.empty(self.store.num_documents, np.int64)
@@ -89,10 +88,10 @@ class DocumentOrder(Line):
         return found
 
     def read(self, start: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Fill ``out`` with the stream's tokens from ``start`` on.
+        """Fill ``out`` with the stream's tokens from ``start``.
 
-        Returns the number of tokens of each document in ``out`` (int64, positive, sum
-        ``len(out)``); the first and the last document may be cut by the window.
+        Returns the lengths of the runs of one document (int64, positive, sum ``len(out)``); the
+        window cuts the first and last run.
         """
         period, filled = self.store.num_tokens, 0
         lengths = []
@@ -113,7 +112,7 @@ class DocumentOrder(Line):
         offsets[0] = offset - (ends[0] - lengths[0])
         lengths[0] -= offsets[0]
         lengths[-1] -= ends[-1] - (offset + len(out))
-        filled = lengths > 0  # a store may contain empty documents
+        filled = lengths > 0  # a store may hold empty documents
         if not filled.all():
             documents, offsets, lengths = documents[filled], offsets[filled], lengths[filled]
         self.store.read_into(documents, offsets, lengths, out)
@@ -121,13 +120,11 @@ class DocumentOrder(Line):
 
 
 def permutation(key: str, count: int) -> NDArray[np.int64]:
-    """Return a permutation of range(count) that is the same on all machines and numpy versions.
+    """Return a permutation of range(count), equal on all machines and numpy versions.
 
-    The raw 64-bit stream of Philox, keyed by the SHA-256 of ``key``, gives each number a random
-    sort key (numpy guarantees the raw streams of bit generators, but not the methods of
-    ``Generator``). The low bits of a sort key are the number itself, so that a plain sort has no
-    ties. For example, ``permutation("7:web:0", 3)`` returns the same order of 0, 1 and 2 in each
-    process.
+    The raw 64-bit stream of Philox, seeded with the SHA-256 of ``key`` (numpy guarantees the raw
+    streams of bit generators, not the output of ``Generator``), gives each number a random key; the
+    low bits contain the number itself, so that a plain sort has no ties.
     """
     digest = hashlib.sha256(key.encode()).digest()
     raw = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)

@@ -1,4 +1,4 @@
-"""Output folder of token files, whose files are moved in once all of them are complete."""
+"""Folder of token files with its tokenizer; files are published once all are complete."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from allometry.data.tokenizer import (
 
 
 def copy_tokenizer(given: str, folder: Path) -> None:
-    """Copy a tokenizer.json, and the files next to it that list special tokens, into ``folder``."""
+    """Copy a tokenizer.json, and adjacent files about special tokens, into ``folder``."""
     shutil.copyfile(tokenizer_file(given), folder / TOKENIZER)
     for beside in map(tokenizer_file(given).with_name, BESIDE):
         if beside.is_file():
@@ -36,7 +36,7 @@ def copy_tokenizer(given: str, folder: Path) -> None:
 def tokenizer_record(
     folder: Path, given: str | None, end_of_document: str | None
 ) -> TokenizerRecord:
-    """Return the manifest entry of the tokenizer in ``folder``, a copy of ``given`` if not None."""
+    """Return the record of the tokenizer in ``folder``, a copy of ``given`` if not None."""
     path = folder / TOKENIZER
     tokenizer = load_tokenizer(str(path))
     end, number = find_end_of_document(given or str(path), tokenizer, end_of_document)
@@ -72,7 +72,7 @@ def refuse_to_overwrite(out: Path, names: Iterable[str]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that write token files."""
+    """Return the versions of Python and of the packages that create token files."""
     found = {"python": python_version()}
     for package in ("allometry", "tokenizers", "numpy", "megatron-core"):
         try:

@@ -1,13 +1,12 @@
-"""Encoding of long texts in pieces, so that memory does not grow with the document.
+"""Encode long texts in pieces, so that memory does not grow with a document's length.
 
-A tokenizer needs about 160 bytes of memory for each byte of text. A text is therefore cut into
-spans of ``SPAN`` characters. Each span is encoded with a margin of text from its neighbours; the
-place of the cut is chosen inside the margin, and the margin's tokens are removed. If a tokenizer's
-rules look no further than the margin, the tokens equal the tokens of the complete text. Each cut is
-tested: the text before the cut must have the same tokens with and without the text after it, and
-the text after the cut the same tokens for two different beginnings. If no cut passes, as in a long
-text without spaces, the tokens around the cut may differ from the tokens of the complete text, and
-the cut is counted as inexact.
+A tokenizer needs about 160 bytes per byte of encoded text. A text is therefore cut into spans of
+``SPAN`` characters. Each span is encoded with a margin of its neighbours, in which the position of
+the cut is chosen, and the tokens of the margin are removed. If a tokenizer's rules do not look
+beyond the margin, the tokens equal those of the unsplit text. Each cut is tested: the text before
+the cut must be encoded equally with and without the following text, and the text after the cut
+equally for two different beginnings. If no such position exists, as in a long text without spaces,
+the tokens around the cut may differ from those of the unsplit text, and the cut is counted.
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ _TRIED = 16
 
 
 class Span(NamedTuple):
-    """Part of a text; its first ``before`` and last ``after`` characters belong to its neighbours.
+    """A part of a text; ``before`` and ``after``: characters of its neighbours at its ends.
 
-    ``before`` and ``after`` are 0 at the beginning and the end of the text, else ``MARGIN``. The
-    two spans at a cut share a window of twice the margin around the cut, so both choose the same
-    place.
+    Each is 0 at the beginning or end of the text, else ``MARGIN``. The window around a cut, twice
+    the margin, is the same in both adjacent spans, so that both find the same cut.
     """
 
     text: str
@@ -37,10 +35,7 @@ class Span(NamedTuple):
 
 
 def spans(blocks: Iterable[str]) -> Iterator[Span]:
-    """Cut the text of ``blocks`` into spans.
-
-    A text of at most SPAN + MARGIN characters is one span.
-    """
+    """Yield the text of ``blocks`` as spans; a text up to SPAN + MARGIN characters is one span."""
     text, before = "", 0
     for block in blocks:
         text += block
@@ -52,7 +47,7 @@ def spans(blocks: Iterable[str]) -> Iterator[Span]:
 
 
 class EncodedSpan(NamedTuple):
-    """Token ids, their text, and True if the ids equal the ids of the complete text."""
+    """Token ids, their text, and whether the ids equal those of the unsplit text."""
 
     ids: list[int]
     text: str
@@ -60,10 +55,7 @@ class EncodedSpan(NamedTuple):
 
 
 def encode_span(encode: Callable[[str], list[int]], span: Span) -> EncodedSpan:
-    """Encode a span without its margins; concatenated, the spans' ids are the ids of the text.
-
-    For example, ``encode_span(encode, Span("a short text", 0, 0)).exact`` is True.
-    """
+    """Encode the span's own part of a text; the ids of successive spans form the text's ids."""
     text, begin, end, exact = span.text, 0, len(span.text), True
     if span.after:
         end += find_cut(encode, text[-2 * MARGIN :])[0] - 2 * MARGIN
@@ -79,7 +71,7 @@ def encode_span(encode: Callable[[str], list[int]], span: Span) -> EncodedSpan:
 
 
 def find_cut(encode: Callable[[str], list[int]], window: str) -> tuple[int, bool]:
-    """Return a place near the middle to cut, and True if the tokens on both sides are unchanged."""
+    """Return a cut near the middle, and whether the tokens on both sides are independent."""
     other = window[_OTHER_BEGINNING:]
     whole, whole_other = encode(window), encode(other)
     for at in _candidates(window):
@@ -91,7 +83,7 @@ def find_cut(encode: Callable[[str], list[int]], window: str) -> tuple[int, bool
 
 
 def _candidates(window: str) -> Iterator[int]:
-    """Yield places to cut: before white space after a word, at other ends of words, elsewhere."""
+    """Yield positions to cut, preferred ones first: before white space after a word."""
     middle = len(window) // 2
     places = range(len(window) // 4, len(window) - len(window) // 16)
     order = sorted(places, key=lambda at: abs(at - middle))
@@ -110,9 +102,9 @@ def _candidates(window: str) -> Iterator[int]:
 
 
 def stretches(text: str) -> Iterator[str]:
-    """Cut a text into parts of SPAN characters or more, if possible at the end of a word.
+    """Yield parts of at least SPAN characters, cut before white space after a word if possible.
 
-    The cut is before white space, for the training of a tokenizer that splits words there.
+    For training a tokenizer that splits words there.
     """
     begin = 0
     while len(text) - begin > SPAN + MARGIN:

@@ -1,4 +1,4 @@
-"""Child processes that end together with their parent, even if the parent is killed."""
+"""Processes that end with the process that started them, however that process ends."""
 
 from __future__ import annotations
 
@@ -10,25 +10,21 @@ import sys
 import threading
 
 LAUNCHER = "ALLOMETRY_LAUNCHER"
-"""Environment variable with the launcher's process id, for child processes that end with it."""
+"""Environment variable with the id of a launcher with which its processes should end."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 
 def ended_with_this() -> dict[str, str]:
-    """Return environment variables for child processes that are to end with this process.
-
-    For example, ``subprocess.Popen(command, env=os.environ | ended_with_this())``.
-    """
+    """Return environment variables for child processes that should end with this process."""
     return {LAUNCHER: f"{os.getpid()} {_namespace()}"}
 
 
 def end_with_launcher() -> None:
-    """Let the kernel kill this process when its parent ends, if that is torchrun or set LAUNCHER.
+    """Let the kernel end this process with its parent, if that is torchrun or set LAUNCHER.
 
-    Other parents, such as a shell, may end before their children. The call has an effect on Linux
-    only. A parent that ended before this call is detected only if LAUNCHER has its id and it is in
-    the same PID namespace.
+    Other parents, such as a shell, may end first. Linux only. An end of the parent before this call
+    is detected only if the parent set its id and shares the PID namespace.
     """
     launcher = os.environ.get(LAUNCHER)
     if sys.platform != "linux" or (launcher is None and "TORCHELASTIC_RUN_ID" not in os.environ):
@@ -40,7 +36,7 @@ def end_with_launcher() -> None:
 
 
 def _namespace() -> str:
-    """Return the PID namespace of this process; a container may have its own."""
+    """Return the PID namespace; a container may have its own."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -48,13 +44,13 @@ def _namespace() -> str:
 
 
 def name_rank(rank: str) -> None:
-    """Name this process ``rank N`` for ps, top and debuggers (Linux), also after a fork."""
+    """Name this process ``rank N`` for ps, top and debuggers (Linux), forked as it may be."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_NAME, f"rank {rank}".encode())
 
 
 def end_with_parent() -> None:
-    """End this process of a pool as soon as the process that started the pool has ended."""
+    """In a process of a pool: end as soon as the process that started the pool has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

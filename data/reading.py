@@ -1,4 +1,4 @@
-"""Read position of a run in each source: the next sample, and the tokens read so far."""
+"""Position of a run in each of its sources: next samples, and the data read so far."""
 
 # B samples, S sources, L tokens in a sample
 
@@ -33,9 +33,9 @@ from allometry.data.lines import Part
 class Account:
     """Tokens read of a source: ``tokens`` by this run, ``unique_tokens`` for the first time.
 
-    ``epochs`` is the number of passes over the source and ``samples`` the number of its samples, by
-    this run and the runs that it continues. Both are positions in the source, so skipped samples
-    are included there, but not in the token counts.
+    ``epochs`` and ``samples``: number of epochs and samples of the source read by this run and the
+    runs that it continues. Both give the position in the source, so that skipped samples count in
+    them, but not in ``tokens``.
     """
 
     tokens: int
@@ -45,23 +45,22 @@ class Account:
 
 
 def samples_read(run: Mapping[str, Any], name: str) -> int | None:
-    """Return the number of samples that a run has read of a source; None if its export lacks it."""
+    """Return the samples of a source that a run has read, from its export; None if unknown."""
     state = run.get("reading")
     return None if state is None else int(state["ledger"].get(name, {"samples": 0})["samples"])
 
 
 class Reading(ABC):
-    """Samples of a data configuration, as a function of their position.
+    """The samples of a data configuration, as a function of their position.
 
-    A run that resumes from a checkpoint uses ``resumed``; a run that starts from the weights of
-    another run may continue ``after`` the samples that run has read. Sources are numbered as in the
-    configuration.
+    A run that resumes from a checkpoint uses ``resumed``; a run with the weights of another run may
+    continue ``after`` the data of that run. Sources are numbered as in the configuration.
     """
 
     def __init__(
         self, data: SequenceData | DocumentData, seed: int, stages: Sequence[DataStage] = ()
     ) -> None:
-        """``stages``: stages of the run, if it has several, with the same sources as ``data``."""
+        """``stages``: stages of the run, if any, with the same sources as ``data``."""
         self.data = data
         self.seed = seed
         self.stages = tuple(stages) or (DataStage(data),)
@@ -69,11 +68,11 @@ class Reading(ABC):
         self.sources = tuple(source.name for source in data.sources)
         self.mixture = ChangingMixture(declared(*self.stages), self.sources)
         self.starts = np.zeros(len(self.sources), np.int64)
-        """Number of samples of each source that earlier runs have read, int64 [S]."""
-        self._inherited: dict[str, list[Part]] = {}  # lengths of those samples
+        """Samples of each source read before this run [S]."""
+        self._inherited: dict[str, list[Part]] = {}  # how these were read
 
     def in_stage(self, number: int) -> Self:
-        """Return a copy for the samples of a stage, with its sequence length and limits."""
+        """Return this reading for the samples of a stage, with its length and document settings."""
         made = copy.copy(self)
         made.data = self.stages[number].data
         made.sequence_length = made.data.sequence_length
@@ -82,10 +81,10 @@ class Reading(ABC):
 
     @abstractmethod
     def _settle(self) -> None:
-        """Rebuild state that depends on ``data`` and ``parts``, after these have changed."""
+        """Replace ``data`` and ``parts``."""
 
     def parts(self, source: int) -> list[Part]:
-        """Return the sample lengths of a source, including the samples of earlier runs."""
+        """Return the sample lengths of a source, including samples before this run."""
         name, start = self.sources[source], int(self.starts[source])
         parts = list(self._inherited.get(name, ()))
         for change in self.mixture.changes:
@@ -103,42 +102,39 @@ class Reading(ABC):
 
     @abstractmethod
     def _unique_in(self, source: int, samples: int) -> int:
-        """Return the distinct tokens in the first ``samples`` samples of a source."""
+        """Return the number of distinct tokens among the tokens of ``_tokens_in``."""
 
     @abstractmethod
     def _epoch_tokens(self, source: int) -> int:
         """Return the tokens that the ledger counts in an epoch of a source."""
 
     def _epochs_in(self, source: int, samples: int) -> float:
-        """Return the epochs of a source in its first ``samples`` samples."""
+        """Return the epochs in the first ``samples`` samples of a source."""
         return self._tokens_in(source, samples) / self._epoch_tokens(source)
 
     @abstractmethod
     def fingerprints(self) -> dict[str, str]:
-        """Return an identifier of the contents and selection of each source's training files."""
+        """Return a fingerprint of each source's training files and of its selection."""
 
     def samples(self, position: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the source of ``count`` samples from ``position`` on, and their numbers in it.
+        """Return source and index in the source of ``count`` samples from ``position``.
 
-        Source and number (both int64) identify a sample: they determine its tokens.
+        A source and an index identify a sample: they determine its tokens.
         """
         source_B, index_B = self.mixture.sources(position, count)
         return source_B, index_B + self.starts[source_B]
 
     def ledger(self, position: int) -> dict[str, int]:
-        """Return the exact number of tokens of each source in the first ``position`` samples.
-
-        For example, ``ledger(0)`` is 0 for each source.
-        """
+        """Return the exact number of tokens of each source in the first ``position`` samples."""
         read = self._read(position, unique=False)
         return {name: account.tokens for name, account in read.items()}
 
     def accounts(self, position: int) -> dict[str, Account]:
-        """Return the exact amount read of each source in the first ``position`` samples."""
+        """Return the exact account of each source after the first ``position`` samples."""
         return self._read(position, unique=True)
 
     def _read(self, position: int, *, unique: bool) -> dict[str, Account]:
-        """Compute ``accounts``; without ``unique``, skip the slower count of unique tokens."""
+        """Return ``accounts``, optionally without unique tokens, which take longer to count."""
         accounts = {}
         counts = self.mixture.counts(position).tolist()
         passed = list(self.mixture.passed_over(position))
@@ -163,7 +159,7 @@ class Reading(ABC):
         return accounts
 
     def window_tokens(self, position: int) -> int:
-        """Return the tokens of ``position`` full windows: the nominal size of the samples."""
+        """Return the nominal number of tokens of ``position`` samples: their windows' length."""
         changes = self.mixture.changes
         ends = [*(change.position for change in changes[1:]), max(position, changes[-1].position)]
         return sum(
@@ -172,20 +168,20 @@ class Reading(ABC):
         )
 
     def tokens(self, position: int) -> int:
-        """Return the tokens in the first ``position`` samples, summed over sources."""
+        """Return the number of tokens in the first ``position`` samples, over all sources."""
         return sum(self.ledger(position).values())
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Return the epochs of each source after the first ``position`` samples."""
+        """Return the epochs over each source after the first ``position`` samples."""
         read = self._read(position, unique=False)
         return {name: account.epochs for name, account in read.items()}
 
     def unique_tokens(self) -> dict[str, int]:
-        """Return the tokens in an epoch of each source."""
+        """Return the number of tokens in an epoch of each source."""
         return {name: self._epoch_tokens(source) for source, name in enumerate(self.sources)}
 
     def state(self, position: int) -> dict[str, Any]:
-        """Return the checkpoint's record of data read in the first ``position`` samples (JSON)."""
+        """Return the state of the data after ``position`` samples, for a checkpoint (JSON)."""
         return {
             "mixture": [change.describe() for change in self.mixture.changes],
             "starts": dict(zip(self.sources, self.starts.tolist(), strict=True)),
@@ -198,10 +194,10 @@ class Reading(ABC):
         }
 
     def resumed(self, state: Mapping[str, Any], position: int) -> Self:
-        """Return a copy for a run that resumes at ``position`` from the ``state`` of a checkpoint.
+        """Return this reading for a run at ``position`` with the ``state`` of a checkpoint.
 
-        Samples before ``position`` are unchanged; from ``position`` on, the shares are those of
-        this configuration. Each source continues with its next sample.
+        Earlier samples are unchanged; from ``position``, shares are those of this configuration.
+        Each source continues at its next sample.
 
         Raises:
             UserError: a source that the run has read is missing.
@@ -224,23 +220,19 @@ class Reading(ABC):
         return self._with(followed(known, declared(*self.stages), position), starts, inherited)
 
     def passing_over(self, position: int, samples: int) -> Self:
-        """Return a copy that skips ``samples`` samples at ``position``; they are never read.
-
-        After ``passing_over(1000, 64)``, for example, position 1000 has the sample that was at
-        1064.
-        """
+        """Return this reading with samples skipped from ``position``, which are never read."""
         starts = dict(zip(self.sources, self.starts.tolist(), strict=True))
         changes = passing_over(self.mixture.changes, position, samples)
         return self._with(changes, starts, self._inherited)
 
     def after(self, ancestors: Sequence[Mapping[str, Any]]) -> Self:
-        """Return a copy in which each source continues after the samples read by ``ancestors``.
+        """Return this reading with each source after the data that ``ancestors`` have read.
 
-        ``ancestors`` are the records of earlier runs from exports. A source that they have not read
-        begins at its first sample.
+        ``ancestors`` are exports of runs. A source that no ancestor has read starts at its
+        beginning.
 
         Raises:
-            UserError: there are no ancestors, or the data of an ancestor cannot be continued.
+            UserError: there are no ancestors, or the data read by one cannot be continued.
         """
         if not ancestors:
             raise UserError(
@@ -262,10 +254,7 @@ class Reading(ABC):
         return self._with(self.mixture.changes, starts, inherited)
 
     def _read_of(self, run: Mapping[str, Any], name: str, here: list[str]) -> int:
-        """Return the number of samples of source ``name`` that an ancestor has read.
-
-        ``here``: the sources of this run with the same files.
-        """
+        """Return the samples that an ancestor has read of source ``name``, stored in ``here``."""
         state, problem = run.get("reading"), None
         order, now = (state or {}).get("order", {}), self._order()
         if state is None:
@@ -306,11 +295,11 @@ class Reading(ABC):
         return made
 
     def check_run(self, samples: int) -> None:
-        """Check a run of ``samples`` samples before its first step, from the configuration alone.
+        """Check a complete run of so many samples before it starts, from the plan alone.
 
         Raises:
-            UserError: a source would be read more often than its ``max_epochs``; a change of
-                ``replay`` is past the end; shares do not sum to 1.
+            UserError: a source would exceed its ``max_epochs``; a change of ``replay`` is past the
+                end; shares do not sum to 1.
         """
         for stage in self.stages:
             check_sum(stage.data)
@@ -322,7 +311,7 @@ class Reading(ABC):
                 raise UserError(self._dry(source.name, wanted, most, samples))
 
     def _dry(self, name: str, wanted: Account, most: float, samples: int) -> str:
-        """Return the error for a source that is too small for the run."""
+        """Return the message about a source that is too small for the run."""
         first = bisect_left(
             range(samples + 1),
             True,
@@ -342,21 +331,21 @@ class Reading(ABC):
 
 
 def same_files(one: str, other: str) -> bool:
-    """Return True if two of ``fingerprints`` are of the same files, ignoring ``select``."""
+    """Return True if two ``fingerprints`` are of the same files, whatever the selection."""
     return one.partition(":")[0] == other.partition(":")[0]
 
 
 def _parts_of(state: Mapping[str, Any], name: str, samples: int) -> list[Part]:
-    """Return the lengths of a source's first ``samples`` samples from a checkpoint's record."""
+    """Return the lengths of the first ``samples`` samples of a source, from a checkpoint."""
     if "parts" in state:
         return [Part(**part) for part in state["parts"].get(name, ()) if part["first"] < samples]
-    order = state.get("order", {})  # format before stages had their own lengths
+    order = state.get("order", {})  # until stages could differ
     length, limit = (order.get(f"data.{key}") for key in ("sequence_length", "max_document_tokens"))
     return [Part(0, length, limit)] if samples and length else []
 
 
 def _check_replay(stage: DataStage, samples: int) -> None:
-    """Raise UserError for a change of replay past the end of a stage, or of the run."""
+    """Raise UserError for a change of replay past the end of a stage or of the run."""
     samples = samples if stage.samples is None else stage.samples
     tokens = samples * stage.data.sequence_length
     of = "the run" if stage.name is None else f"stage {stage.name}"

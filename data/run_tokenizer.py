@@ -1,7 +1,7 @@
-"""Tokenizer of a run and its end-of-document token, taken from the data and kept in the run folder.
+"""The tokenizer of a run and its end-of-document token, taken from the data and then stored.
 
-A run folder contains ``tokenizer.json``, the files that list its special tokens, and a
-``tokenizer`` entry in run.json, so that the folder can be moved and converted.
+A run folder contains ``tokenizer.json``, files about its special tokens, and their facts under
+``tokenizer`` in run.json, so that the folder can be moved and converted.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _RUN = "run.json"
 
 @dataclass(frozen=True)
 class RunTokenizer:
-    """Tokenizer file of a run, and its end-of-document token ``end`` with the token's id.
+    """``file``: a tokenizer.json; ``end``: the end-of-document token and its id.
 
-    ``unknown`` has one sentence for each of ``file`` and ``end`` that is None, with the reason.
+    ``unknown``: for each that is None, a sentence with the reason.
     """
 
     file: Path | None = None
@@ -39,7 +39,7 @@ class RunTokenizer:
     unknown: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """Return the ``tokenizer`` entry of run.json (JSON)."""
+        """Return the entry of run.json (JSON)."""
         return {
             "file": None if self.file is None else TOKENIZER,
             "sha256": None if self.file is None else fingerprint(read_tokenizer_json(self.file)),
@@ -58,12 +58,10 @@ class RunTokenizer:
                 shutil.copyfile(source, folder / name)
 
     def told(self, tokenizer: str | None, end: str | None, vocab_size: int) -> RunTokenizer:
-        """Return the tokenizer completed by ``--tokenizer`` and ``--end-of-document`` of the user.
+        """Return this tokenizer completed with values from the user.
 
-        Raises:
-            UserError: the tokenizer gives other ids than the known one or has more ids than the
-                model's ``vocab_size``, or the end-of-document token is not one of its tokens or not
-                the known one.
+        Raises UserError for a tokenizer that gives other ids than the known one or has more ids
+        than the model's ``vocab_size``, and for an end-of-document token that it does not have.
         """
         from allometry.data.special_tokens import load_tokenizer, vocabulary_bound
 
@@ -102,7 +100,7 @@ class RunTokenizer:
 
 
 def tokenizer_of(data: SequenceData | DocumentData) -> RunTokenizer:
-    """Return the tokenizer of a run's data, from ``data.tokenizer`` and the manifests."""
+    """Return the tokenizer that a run's data name, with facts from adjacent manifests."""
     file, named = None, "data.tokenizer names none"
     if data.tokenizer is not None:
         path = tokenizer_file(data.tokenizer)
@@ -133,10 +131,10 @@ def tokenizer_of(data: SequenceData | DocumentData) -> RunTokenizer:
 
 
 def tokenizer_that_agrees(data: SequenceData | DocumentData, source: Path) -> Path | None:
-    """Return the tokenizer.json in the folder ``source`` of a model or a run, if it exists.
+    """Return the tokenizer.json in ``source``, a model's or run's folder, None without one.
 
     Raises:
-        UserError: ``data`` were made with another tokenizer, as far as that is known.
+        UserError: ``data`` are known to be made with another tokenizer.
     """
     path = source / TOKENIZER
     if not path.exists():
@@ -155,9 +153,9 @@ def tokenizer_that_agrees(data: SequenceData | DocumentData, source: Path) -> Pa
 
 
 def tokenizer_of_run(folder: Path, data: SequenceData | DocumentData) -> RunTokenizer:
-    """Return the tokenizer in a run folder, with missing entries from the run's data.
+    """Return the tokenizer in a run's folder, completed from its data.
 
-    A tokenizer.json in the folder that differs from the record in run.json is ignored.
+    A tokenizer in the folder that differs from the stored one is ignored.
     """
     record: dict[str, Any] = {}
     if (folder / _RUN).is_file():
@@ -182,6 +180,6 @@ def tokenizer_of_run(folder: Path, data: SequenceData | DocumentData) -> RunToke
 
 
 def _unknown(file: Path | None, end: object, before: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the sentences of ``before`` whose subject is still unknown."""
+    """Return the entries of ``before`` that are still unknown."""
     still = {"tokenizer": file is None, "end of documents": end is None}
     return tuple(why for why in before if still[why.split(":")[0]])

@@ -1,4 +1,4 @@
-"""Resolution of shard patterns to files, with checks for incomplete shards."""
+"""Find the shards that a request names, and check that each is complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from allometry.data.manifest import Split
 
 @dataclass
 class SplitShards:
-    """Shards of one split of a source, in the order of their names."""
+    """Shards of one split of a source, in order of their names."""
 
     name: str
     split: Split
@@ -26,7 +26,7 @@ class SplitShards:
 
     @property
     def stem(self) -> str:
-        """File name of the split without ending, such as "web.train"."""
+        """Name of the split's files."""
         return f"{self.name}.{self.split}"
 
     @property
@@ -42,7 +42,7 @@ class SplitShards:
         return [str(prefix) for prefix, one in pairs if not one.tokens]
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the shards' names, sizes and modification times."""
+        """SHA-256 of the shards' names, sizes and modification times."""
         digest = hashlib.sha256()
         for prefix in self.prefixes:
             digest.update(f"{prefix}\0{state_of(prefix)}\n".encode())
@@ -50,13 +50,9 @@ class SplitShards:
 
 
 def find_shards(shards: tuple[str, ...], validation: tuple[str, ...]) -> list[SplitShards]:
-    """Return the shards that match the patterns, by split and source.
+    """Return the shards that match the patterns.
 
-    For example, ``find_shards(("web=shards/*.idx",), ())`` returns the training split of source
-    "web".
-
-    Raises:
-        UserError: no shard matches, a shard lacks its .bin or .idx, or a shard is in both splits.
+    Raises UserError if no shard matches, a shard is incomplete, or a shard is in both splits.
     """
     splits: dict[str, SplitShards] = {}
     both: tuple[tuple[Split, tuple[str, ...]], ...] = (
@@ -92,7 +88,7 @@ def find_shards(shards: tuple[str, ...], validation: tuple[str, ...]) -> list[Sp
 
 
 def _prefixes(pattern: str) -> list[Path]:
-    """Return the prefixes of the shards of a pattern of .idx files or of a folder, by name."""
+    """Return the shards of a folder or of a pattern of .idx files, by name."""
     where = f"{pattern}/**/*.idx" if Path(pattern).is_dir() else pattern
     if not where.endswith(".idx"):
         raise UserError(f"shards {pattern} are named by their indices; give {pattern}*.idx")
@@ -117,10 +113,7 @@ def _stems(pattern: str, ending: str) -> set[str]:
 
 
 def state_of(prefix: Path) -> str:
-    """Return sizes and modification times of a shard's files.
-
-    Raises UserError if a file is missing.
-    """
+    """Return sizes and modification times of a shard's files; UserError if a file is missing."""
     parts = []
     for ending in (".bin", ".idx"):
         try:

@@ -1,7 +1,7 @@
-"""Token files of a store: one .bin, or the shards of a list, concatenated.
+"""Concatenated token files: one .bin, or the shards in a list.
 
-``PREFIX.shards.json`` replaces ``PREFIX.bin`` if the tokens are in several files, and lists the
-files. ``PREFIX.idx`` is then the joined index of all of them.
+``PREFIX.shards.json`` replaces ``PREFIX.bin`` if the tokens are in several files; it lists the
+files. ``PREFIX.idx`` is then the concatenated index of all files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ENDING = ".shards.json"
 
 
 class Shard(Section):
-    """One .bin: its path (relative to the list's folder, or absolute) and its contents."""
+    """One .bin file: its path (relative to the list's folder, or absolute) and its contents."""
 
     path: str
     documents: int
@@ -42,12 +42,12 @@ class ShardList(Section):
 
 
 def shards_path(prefix: str | Path) -> Path:
-    """Return the path of the shard list of ``prefix``."""
+    """Return the path of the list of shards of ``prefix``."""
     return Path(f"{prefix}{ENDING}")
 
 
 def read_shards(path: Path) -> ShardList:
-    """Read the shard list in ``path``. Raises UserError if it cannot be read."""
+    """Return the list in ``path``; UserError if the file cannot be read."""
     try:
         return ShardList.model_validate(json_file.read_object(path))
     except (OSError, ValueError) as error:  # a ValidationError is a ValueError
@@ -61,7 +61,7 @@ def read_shards(path: Path) -> ShardList:
 
 
 def shard_files(path: Path, listed: ShardList) -> list[Path]:
-    """Return the .bin files of a list. Raises UserError for a missing file or a wrong size."""
+    """Return the .bin files of a list; UserError if a file is missing or has another size."""
     files = [path.parent / shard.path for shard in listed.shards]
     for file, shard in zip(files, listed.shards, strict=True):
         try:
@@ -78,10 +78,7 @@ def shard_files(path: Path, listed: ShardList) -> list[Path]:
 
 
 class TokenLine:
-    """Concatenated tokens of ``files``, with ``counts`` tokens each, mapped on first read.
-
-    For example, ``TokenLine(files, [100, 50], dtype).read(90, 110)`` joins tokens of two files.
-    """
+    """The concatenated tokens of ``files`` with ``counts`` tokens each, mapped on access."""
 
     def __init__(self, files: Sequence[Path], counts: Sequence[int], dtype: np.dtype[Any]) -> None:
         self.files = tuple(files)
@@ -93,21 +90,21 @@ class TokenLine:
         return int(self._starts[-1])
 
     def find(self, places: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
-        """Return the file of each of ``places``, and the token's index in that file."""
+        """Return the file of each of ``places``, and the token's index within that file."""
         found = np.searchsorted(self._starts[1:-1], places, side="right")
         return found, places - self._starts[found]
 
     def tokens(self, file: int) -> NDArray[Any]:
-        """Return all tokens of a file, as a view."""
+        """Return a view of all tokens of a file."""
         mapped = self._mapped[file]
         if mapped is None:
-            # A plain array, as slicing an np.memmap costs more than the copy of a short document.
+            # A plain array: np.memmap's own slicing costs more than the copy of a short document.
             mapped = np.memmap(self.files[file], self.dtype, mode="r").view(np.ndarray)
             self._mapped[file] = mapped
         return mapped
 
     def read(self, begin: int, end: int) -> NDArray[Any]:
-        """Return tokens ``begin`` to ``end`` (exclusive): a view, or a copy across files."""
+        """Return tokens ``begin`` to ``end`` (exclusive), as a view if they are in one file."""
         first = int(np.searchsorted(self._starts[1:-1], begin, side="right"))
         base = int(self._starts[first])
         if end <= self._starts[first + 1]:

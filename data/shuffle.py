@@ -1,4 +1,4 @@
-"""Permutation of range(n) that is computed on request instead of stored."""
+"""A permutation of range(n) that is computed per index instead of stored."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ _AT_ONCE = 1 << 20
 
 
 class Shuffle:
-    """Bijection of range(``size``) that depends on ``key`` alone, in O(1) time and memory.
+    """Permutation of range(``size``), determined by ``key``, with O(1) time and memory per index.
 
-    A Feistel network over the smallest even number of bits that can represent range(``size``); it
-    is applied again until the result is below ``size`` (cycle walking; Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002). The round function is the finaliser of splitmix64 with
-    round keys from SHA-512.
-
-    For example, ``shuffle = Shuffle("epoch 0", 10)``; ``shuffle.inverse(shuffle(3))`` is 3.
+    A Feistel network over the smallest even number of bits that covers ``size``, iterated until the
+    result is in range (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains",
+    2002); its round function is the finaliser of splitmix64 with round keys from SHA-256.
     """
 
     def __init__(self, key: str, size: int) -> None:
@@ -37,11 +34,11 @@ class Shuffle:
         return self._walk(index, self._forward)
 
     def inverse(self, image: int) -> int:
-        """Return the index that is mapped to ``image``."""
+        """Return the index whose image is ``image``."""
         return self._walk(image, self._backward)
 
     def images(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return the images of ``start`` to ``stop`` (exclusive), vectorized (int64)."""
+        """Return the images of ``start`` to ``stop`` (exclusive), vectorized."""
         found = np.empty(stop - start, np.int64)
         for at in range(0, len(found), _AT_ONCE):
             end = min(at + _AT_ONCE, len(found))
@@ -79,7 +76,7 @@ class Shuffle:
 
 
 def _mixed(value: int) -> int:
-    """Return splitmix64's finaliser of a number modulo 2**64."""
+    """Return splitmix64's finaliser of a number, taken modulo 2**64."""
     value &= _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -87,7 +84,7 @@ def _mixed(value: int) -> int:
 
 
 def _mixed_many(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return ``_mixed`` of a uint64 array, whose products wrap around without a mask."""
+    """Return ``_mixed`` of an array; its products wrap around in uint64."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Corpora of a run: their token files, shares of the samples, and entries in run.json."""
+"""The sources of a run: token files, shares of the samples, and facts for the record."""
 
 # S sources
 
@@ -23,11 +23,11 @@ _log = logging.getLogger(__name__)
 
 
 class Sources(Reading):
-    """Training and held-out documents of a data configuration, each source a ``DocumentOrder``.
+    """Training and held-out documents of a data configuration; one ``DocumentOrder`` per source.
 
-    ``mixture`` maps a position to a source and a sample number; sample i of a source belongs to a
-    window of L tokens of its token stream, and the subclasses define the content of the sample. All
-    methods are independent of earlier calls, of the number of ranks and of the grouping of
+    ``mixture`` maps a position to a source's sample; sample i of a source corresponds to a window
+    of L tokens in its token stream, and subclasses define the sample's content in this window.
+    Results do not depend on earlier requests, on the number of ranks, or on the grouping of
     positions into batches.
 
     Raises UserError for token files that cannot be used or were made with different tokenizers.
@@ -41,10 +41,10 @@ class Sources(Reading):
         *,
         whole: bool,
     ) -> None:
-        """``whole``: targets do not cross documents, so a store needs a document of two tokens."""
+        """``whole``: omit documents with fewer than two tokens, which have no target."""
         super().__init__(data, seed, stages)
         self.selections: dict[str, Selection] = {}
-        """Selected training documents of each source that has a ``select``."""
+        """Selected training documents of sources with a ``select``."""
         self._train = [
             DocumentOrder(_checked(self._documents(source), whole=whole), source.name, seed)
             for source in data.sources
@@ -60,7 +60,7 @@ class Sources(Reading):
         self._settle()
 
     def _documents(self, source: Source) -> TokenStore:
-        """Return the training documents of a source, filtered by its ``select`` if it has one."""
+        """Return the training documents of a source: its complete store, or its ``select``."""
         store = TokenStore(source.train)
         if source.select is None:
             return store
@@ -70,35 +70,31 @@ class Sources(Reading):
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """Return the settings that ``describe`` adds to the sources."""
+        """Return the settings in ``describe`` other than the sources."""
 
     @abstractmethod
     def _epoch_squares(self, source: int) -> float:
-        """Return the expected sum of squared document lengths in training over one epoch."""
+        """Return the expected sum of squared document lengths in an epoch, as trained."""
 
     def _epoch_tokens(self, source: int) -> int:
         return self._train[source].store.num_tokens
 
     def by_kind(self, tokens: Mapping[str, int]) -> dict[str, int]:
-        """Return token counts by source kind; empty if all sources are natural.
-
-        ``tokens``: tokens of each source, as returned by ``ledger``.
-        """
+        """Return the sums by kind of a ``ledger``'s tokens by source; {} if all are natural."""
         sums = sums_by_kind({source.name: source.kind for source in self.data.sources}, tokens)
         return {} if set(sums) <= {"natural"} else sums
 
     @property
     def stores(self) -> tuple[TokenStore, ...]:
-        """Token stores of all sources, training then held-out."""
+        """All token files, training before held-out."""
         orders = [*self._train, *self._validation.values()]
         return tuple(order.store for order in orders)
 
     def squared_lengths_per_token(self, first: int = 0, last: int | None = None) -> float:
-        """Return the expected sum of squared document lengths in training, divided by tokens.
+        """Return the expected sum of squared document lengths per token, as trained.
 
-        The FLOPs of attention are computed from it (``DocumentFlops``). It needs the index alone.
-        The average is over the samples from ``first`` to ``last`` (exclusive), or over the mixture
-        at ``first`` if ``last`` is None.
+        ``DocumentFlops`` computes attention FLOPs from this value, which needs only the index.
+        Covers the samples from ``first`` to ``last`` (exclusive), or the mixture at ``first``.
         """
         squares = tokens = 0.0
         shares = list(self.mixture.shares(first).values())
@@ -111,10 +107,9 @@ class Sources(Reading):
         return squares / tokens
 
     def fingerprints(self) -> dict[str, str]:
-        """Return an identifier of the contents of each source's training files.
+        """Return a fingerprint of each source's training files, independent of their path.
 
-        It is ``TokenStore.fingerprint``, which does not depend on paths, followed by the
-        selection's fingerprint if the source has a ``select``.
+        ``TokenStore.fingerprint``; for a source with a ``select``, that of the selected documents.
         """
         found = {}
         for name, order in zip(self.sources, self._train, strict=True):
@@ -123,7 +118,7 @@ class Sources(Reading):
         return found
 
     def describe(self) -> dict[str, Any]:
-        """Return sizes, shares and fingerprints of the sources for run.json (JSON)."""
+        """Return sizes, shares and fingerprints of the data for a run's record (JSON)."""
         sources = {}
         tags = {source.name: _tags(source) for source in self.data.sources}
         for (name, share), order in zip(self.mixture.shares().items(), self._train, strict=True):
@@ -141,10 +136,7 @@ class Sources(Reading):
         return {**settings, "sources": sources, "mixture": mixture}
 
     def _held_out_windows(self, name: str, available: int, count: int) -> list[int]:
-        """Return ``count`` evenly spaced windows of a held-out split, or all if it has fewer.
-
-        Fewer windows than ``count`` are logged.
-        """
+        """Return ``count`` windows of a held-out split, or all; fewer windows are logged."""
         if available < count:
             _log.warning(
                 "validation split of source %s has %d sequences of %d tokens, fewer than the "
@@ -156,11 +148,7 @@ class Sources(Reading):
 
 
 def sums_by_kind(kinds: Mapping[str, str], tokens: Mapping[str, int]) -> dict[str, int]:
-    """Return the token counts of each source kind.
-
-    For example, kinds {"web": "natural", "qa": "generated"} and tokens {"web": 8, "qa": 2} give
-    {"natural": 8, "generated": 2}.
-    """
+    """Return the tokens of each kind from the tokens of each source."""
     sums: dict[str, int] = {}
     for name, count in tokens.items():
         kind = kinds.get(name, "natural")
@@ -169,17 +157,17 @@ def sums_by_kind(kinds: Mapping[str, str], tokens: Mapping[str, int]) -> dict[st
 
 
 def _tags(source: Source) -> dict[str, str]:
-    """Return the kind and the parent of a source that is not natural, for ``describe``."""
+    """Return the record's entries for text that is not natural."""
     if source.kind == "natural":
         return {}
     return {"kind": source.kind} | ({} if source.parent is None else {"parent": source.parent})
 
 
 def evenly(available: int, count: int) -> list[int]:
-    """Return ``count`` of the numbers below ``available``, evenly spaced, in order.
+    """Return ``count`` evenly spaced numbers below ``available``, in order.
 
-    Adjacent documents are similar (files of one folder), so the first ones are not representative.
-    For example, ``evenly(10, 2)`` returns [2, 7].
+    Adjacent stored documents are similar (files of one folder), so the first ones are not
+    representative.
     """
     assert 0 <= count <= available, (count, available)
     return [(2 * k + 1) * available // (2 * count) for k in range(count)]

@@ -1,8 +1,8 @@
-"""Special tokens of a tokenizer, its end-of-document token, and text that spells special tokens.
+"""Special tokens of a tokenizer, its end-of-document token, and text that spells such a token.
 
 A special token is an added token that is flagged as special or written like one (``<|...|>``,
-``</s>``, ``[SEP]``), a token named in ``tokenizer_config.json`` or ``special_tokens_map.json`` next
-to the tokenizer, the model's unknown token, or the end-of-document token.
+``</s>``, ``[SEP]``), a token that ``tokenizer_config.json`` or ``special_tokens_map.json`` next to
+the tokenizer names, the model's unknown token, and the end-of-document token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KNOWN_ENDS = (
     "<|end▁of▁sentence|>",
     "<｜end▁of▁sentence｜>",
 )
-_WRITTEN_LIKE_ONE = re.compile(  # U+FF5C is the bar of DeepSeek's tokens
+_WRITTEN_LIKE_ONE = re.compile(  # U+FF5C, DeepSeek's bar, beside the plain one
     r"<[|\uff5c].*[|\uff5c]>|</?s>|<(unk|pad|mask|bos|eos|eod|sep|cls|endoftext)>"
     r"|\[(UNK|PAD|MASK|BOS|EOS|SEP|CLS)\]",
     re.DOTALL,
@@ -44,7 +44,7 @@ _NAMED = (
 )
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _BYTES = {f"<0x{number:02X}>" for number in range(256)}
-_APART = {  # pre-tokenizer that splits the spelling of a byte's token
+_APART = {  # a pre-tokenizer: no piece then holds a byte's token as it is spelled
     "type": "Split",
     "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
     "behavior": "MergedWithPrevious",
@@ -53,14 +53,11 @@ _APART = {  # pre-tokenizer that splits the spelling of a byte's token
 
 
 def find_end_of_document(path: str, tokenizer: Tokenizer, wanted: str | None) -> tuple[str, int]:
-    """Return the end-of-document token and its id.
+    """Return the token that ends a document, and its id.
 
-    It is ``wanted``, or the ``eos_token`` in the files next to ``path``, or the only well-known
-    name among the special tokens. For example, a tokenizer with ``<|endoftext|>`` at id 0 and no
-    other known name returns ("<|endoftext|>", 0).
-
-    Raises:
-        UserError: no token or several tokens qualify, or ordinary text needs the token.
+    This is ``wanted``, or the ``eos_token`` in files next to ``path``, or the only well-known name
+    in the tokenizer. Raises UserError if no token or several qualify, and for a token that ordinary
+    text needs.
     """
     end, why = wanted, "--end-of-document"
     if end is None:
@@ -89,29 +86,29 @@ def find_end_of_document(path: str, tokenizer: Tokenizer, wanted: str | None) ->
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer in ``path`` (a tokenizer.json or its folder) without changes."""
+    """Return the tokenizer in ``path`` (a tokenizer.json or its folder), unchanged."""
     return _loaded(path, json.dumps(read_tokenizer_json(path)))
 
 
 def load_encoder(path: str | Path, end: int) -> Tokenizer:
-    """Load the tokenizer in ``path`` for plain text, which is never encoded to a special token.
+    """Return the tokenizer in ``path`` for plain text, which never becomes a special token.
 
-    Padding, truncation, dropout and tokens added around a text are turned off. ``end`` is the id of
-    the end-of-document token. Special tokens keep their ids under new random names that no text can
-    spell: a text that spells a special token matches neither the added tokens nor the model's
-    vocabulary, so it is encoded from smaller parts. A byte's token (``<0x0A>``) keeps its name, but
-    its spelling in a text is split. All other text has the same ids as with the original tokenizer.
+    The text is not padded, truncated, subject to dropout or surrounded by added tokens. ``end``: id
+    of the end-of-document token. Special tokens keep their ids under random names, which no text
+    can spell: neither the added tokens nor the model's vocabulary then contain their spelling, so
+    that such text is encoded from smaller parts. Byte tokens (``<0x0A>``) keep their names, and
+    text that spells one is split. All other text keeps its ids.
     """
     return _loaded(path, json.dumps(_of_plain_text(path, end)), plain=True)
 
 
 def load_watcher(path: str | Path, end: int) -> tuple[Tokenizer, int, str | None] | None:
-    """Load the detector of text for which the tokenizer in ``path`` has no token.
+    """Return a tokenizer that detects text for which the one in ``path`` has no token.
 
-    Returns a tokenizer of plain text, the id that it gives to unknown text, and the token of that
-    id. If that token exists, the ids are those of ``load_encoder``. If it is None, the tokenizer
-    drops unknown text, and only the unknown id of the detector is meaningful. Returns None if all
-    text has tokens, or if unknown text is an error.
+    Returns this tokenizer of plain text, the id that it gives to unknown text, and the token of
+    that id; its ids are then those of ``load_encoder``. Without such a token (None) the tokenizer
+    in ``path`` drops unknown text, and other ids of the watcher have no meaning. Returns None if
+    all text has tokens, or unknown text is an error.
     """
     values = _of_plain_text(path, end)
     model, plain = values["model"], _canonical(path)["model"]
@@ -131,7 +128,7 @@ def load_watcher(path: str | Path, end: int) -> tuple[Tokenizer, int, str | None
 
 
 def _knows_all_bytes(values: Mapping[str, Any]) -> bool:
-    """Return True if a BPE has a token for each byte and encodes unknown characters as bytes."""
+    """Return True if a BPE has a token for each byte and encodes unknown text as bytes."""
     model = values["model"]
     vocabulary: set[str] = set(model["vocab"])
     if '"ByteLevel"' in json.dumps([values["normalizer"], values["pre_tokenizer"]]):
@@ -160,7 +157,7 @@ def _of_plain_text(path: str | Path, end: int) -> dict[str, Any]:
 
 
 def vocabulary_bound(tokenizer: Tokenizer) -> int:
-    """Return the largest id plus one, which exceeds the number of tokens if ids have gaps."""
+    """Return the largest id plus one, above the number of tokens if ids have gaps."""
     return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
 
 
@@ -180,7 +177,7 @@ def _canonical(path: str | Path) -> dict[str, Any]:
 
 
 def _special(path: str | Path, values: Mapping[str, Any]) -> set[str]:
-    """Return the special tokens of a tokenizer, except its end-of-document token."""
+    """Return the special tokens of a tokenizer, without its end-of-document token."""
     model = values["model"]
     names = {
         token["content"]
@@ -200,14 +197,14 @@ def _special(path: str | Path, values: Mapping[str, Any]) -> set[str]:
 
 
 def _needed(model: Mapping[str, Any], token: str) -> bool:
-    """Return True if the token is a character or byte from which a BPE builds all other tokens."""
+    """Return True if a token is a character or byte from which a BPE builds other tokens."""
     if model["type"] != "BPE" or token not in model["vocab"] or token == model["unk_token"]:
         return False
     return len(token) == 1 or bool(model["byte_fallback"] and _BYTE.fullmatch(token))
 
 
 def _hide(model: dict[str, Any], hidden: Mapping[str, str]) -> None:
-    """Rename tokens in the model's vocabulary; they keep their ids and scores."""
+    """Rename tokens of the model's vocabulary; ids and scores are unchanged."""
     if model["type"] == "Unigram":
         model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
         return
@@ -225,7 +222,7 @@ def _hide(model: dict[str, Any], hidden: Mapping[str, str]) -> None:
 
 
 def _keep_bytes_apart(values: dict[str, Any]) -> None:
-    """Prevent text from spelling byte tokens, which the model finds by their names."""
+    """Prevent text from becoming byte tokens, which the model finds by their names."""
     model = values["model"]
     values["added_tokens"] = [
         token for token in values["added_tokens"] if not _BYTE.fullmatch(token["content"])
@@ -241,7 +238,7 @@ def _keep_bytes_apart(values: dict[str, Any]) -> None:
 
 
 def _named_end(path: str) -> tuple[str | None, str]:
-    """Return the ``eos_token`` in the files next to a tokenizer and its origin, or (None, "")."""
+    """Return the ``eos_token`` named in files next to a tokenizer, and its file; else None."""
     named = {
         f"eos_token of {tokenizer_file(path).parent / file}": name
         for file, settings in _beside(path).items()
@@ -256,7 +253,7 @@ def _named_end(path: str) -> tuple[str | None, str]:
 
 
 def _beside(path: str | Path) -> dict[str, dict[str, Any]]:
-    """Read the files next to a tokenizer.json, by their names."""
+    """Return the contents of the files next to a tokenizer.json, by name."""
     found = {}
     for name in BESIDE:
         file = tokenizer_file(path).parent / name
@@ -273,7 +270,7 @@ def _beside(path: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def _contents(value: Any) -> Iterable[str]:
-    """Yield the tokens in a value of such a file: text, an object with ``content``, or many."""
+    """Return the tokens in a value of such a file: text, objects with ``content``, or lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict) and isinstance(value.get("content"), str):

@@ -1,7 +1,7 @@
 """Token files in Megatron's .bin/.idx format, read through memory maps.
 
-The format is documented in docs/file_formats.md. Reading needs only numpy: megatron-core takes
-seconds to import and is not installed on all training machines.
+docs/file_formats.md documents the format. Reading needs only numpy: megatron-core takes seconds to
+import and is not installed on every training machine.
 """
 
 from __future__ import annotations
@@ -41,20 +41,17 @@ class EmptyStoreError(UserError):
 
 
 class TokenStore:
-    """Documents of ``prefix``.bin and ``prefix``.idx, or of ``prefix``.shards.json and .idx.
+    """Documents in ``prefix``.bin and ``prefix``.idx, or ``prefix``.shards.json and .idx.
 
-    Documents are defined by the document indices, for any number of sequences per document. The
-    constructor reads the index and checks it against the size of the .bin file; tokens are read on
-    request. For example, ``TokenStore("tokens/web.train").read(0)`` returns the tokens of the first
-    document.
-
-    Raises:
-        UserError: files are missing, damaged, of another format, or empty.
+    Documents are defined by the document indices, independently of the number of sequences in a
+    document. Opening a store reads the index and checks it against the size of the .bin file;
+    tokens are read on access. Raises UserError for files that are missing, damaged, of another
+    format or empty.
     """
 
     def __init__(self, prefix: str | Path) -> None:
         self.vocab_size: int | None = None
-        """Exclusive bound of the token ids that ``read`` accepts; None: no check."""
+        """Exclusive upper bound of the ids that are read; None: not checked."""
         self.prefix = str(prefix)
         if self.prefix.endswith((".bin", ".idx")):
             raise UserError(
@@ -72,16 +69,13 @@ class TokenStore:
                 )
         self.dtype, starts = self._read_index()
         self.starts: NDArray[np.int64] = starts
-        """First token of each document in the concatenated documents, and their end.
-
-        int64, num_documents + 1.
-        """
+        """Start of each document in the concatenated documents, and the end (documents + 1)."""
         self._offsets: NDArray[np.int64] = starts[:-1]
-        """First token of each document in the concatenated .bin files."""
+        """Start of each document in the concatenated .bin files, in tokens."""
         self._tokens = self._open_tokens(int(starts[-1]))
 
     def _read_index(self) -> tuple[np.dtype[Any], NDArray[np.int64]]:
-        """Read the dtype and the document starts, and check the index."""
+        """Return token type and document starts, checked against the .bin file."""
         size = self._idx.stat().st_size
         with self._idx.open("rb") as file:
             header = file.read(HEADER.size)
@@ -118,7 +112,7 @@ class TokenStore:
         return dtype, np.concatenate(([0], ends))[indices]
 
     def _open_tokens(self, num_tokens: int) -> TokenLine:
-        """Open the token files, whose sizes must match the index."""
+        """Open the token files and check their sizes against the index."""
         if self._bin.name.endswith(ENDING):
             listed = read_shards(self._bin)
             counts = [shard.tokens for shard in listed.shards]
@@ -146,12 +140,12 @@ class TokenStore:
 
     @property
     def num_documents(self) -> int:
-        """Number of documents, including empty ones."""
+        """Number of documents, empty ones included."""
         return len(self.starts) - 1
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of all documents."""
+        """Number of tokens in all documents."""
         return int(self.starts[-1])
 
     @cached_property
@@ -161,11 +155,10 @@ class TokenStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (16 digits) of all document lengths and the tokens at the ends of two documents.
+        """SHA-256 (16 digits) of document lengths and of first and last tokens of the files.
 
-        The first and last 4096 tokens of the first and the last document are read. That detects
-        another preparation and is fast for terabytes. A store from ``only`` has the fingerprint of
-        the full store.
+        Detects another preparation of the data, at a cost acceptable for terabytes. Independent of
+        ``only``.
         """
         digest = hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes())
         for document in (0, self.num_documents - 1):
@@ -176,11 +169,11 @@ class TokenStore:
         return digest.hexdigest()[:16]
 
     def only(self, documents: NDArray[np.int64]) -> TokenStore:
-        """Return a store of these documents alone, renumbered in this order, over the same files.
+        """Return a store of these documents of the same files, renumbered in this order.
 
-        For example, ``store.only(np.array([4, 2]))`` has two documents. Tokens are not copied.
+        The tokens are not copied.
         """
-        assert self.fingerprint  # cached before the copy: it is of the full store
+        assert self.fingerprint  # known before, so that it stays the files' own
         made = copy.copy(self)
         made.__dict__.pop("lengths")
         made.starts = np.concatenate(([0], np.cumsum(self.lengths[documents])))
@@ -188,9 +181,9 @@ class TokenStore:
         return made
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Return tokens ``start`` to ``stop`` (exclusive) of a document, as a view of the file.
+        """Return tokens ``start`` to ``stop`` (exclusive) of a document as a view of the file.
 
-        Raises RankError for an id of ``vocab_size`` or more.
+        Raises RankError for an id that is not below ``vocab_size``.
         """
         begin = int(self._offsets[document])
         length = int(self.starts[document + 1] - self.starts[document])
@@ -207,7 +200,7 @@ class TokenStore:
     ) -> None:
         """Fill ``out`` with ``lengths`` tokens from ``offsets`` of each of ``documents``.
 
-        Raises RankError like ``read``.
+        Raises RankError as ``read`` does.
         """
         files, begins = self._tokens.find(self._offsets[documents] + offsets)
         at, tokens = 0, {file: self._tokens.tokens(file) for file in set(files.tolist())}
@@ -219,7 +212,7 @@ class TokenStore:
         self._checked(out)
 
     def _checked(self, tokens: NDArray[Any]) -> NDArray[Any]:
-        """Return ``tokens`` after one pass that detects ids that are too large or negative."""
+        """Return ``tokens`` after one check for ids that are too large or negative."""
         if self.vocab_size is not None and len(tokens):
             unsigned = tokens.view(f"<u{tokens.itemsize}")
             if int(unsigned.max()) >= self.vocab_size:
@@ -233,16 +226,16 @@ class TokenStore:
 
     @property
     def vocab_bound(self) -> int:
-        """Number above all token ids: the least number of rows of the embedding.
+        """Upper bound (exclusive) of the token ids: minimum number of rows of the embedding.
 
-        ``vocab_bound_origin`` is the origin of the bound. Of a large store without a manifest, only
-        a sample is read, so the bound may be too low.
+        ``vocab_bound_origin`` gives its origin. Of a large store without a manifest only a sample
+        is read, so that the bound may be too low.
         """
         return self._vocab_bound[0]
 
     @property
     def vocab_bound_origin(self) -> Literal["manifest", "scan", "sample"]:
-        """Origin of ``vocab_bound``: the manifest's vocabulary, all tokens, or a sample of them."""
+        """Origin of ``vocab_bound``: the manifest's vocabulary, all tokens, or a sample."""
         return self._vocab_bound[1]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Token sequences of a run as a pure function of (seed, sample position)."""
+"""The tokens of a run as a pure function of (seed, sample position)."""
 
 # B sequences, L tokens in a sequence, S sources
 
@@ -25,18 +25,14 @@ from allometry.data.sources import Sources
 def open_stream(
     data: SequenceData | DocumentData, seed: int, stages: Sequence[DataStage] = ()
 ) -> Stream | DocumentStream:
-    """Open the stream class for ``data.kind``. Raises UserError like ``Sources``.
-
-    For example, ``open_stream(config.data, seed=0).batch(0, 8)`` returns the first 8 sequences of a
-    run.
-    """
+    """Return the stream for the kind of ``data``; UserError as for ``Sources``."""
     if data.kind == "documents":
         return DocumentStream(data, seed, stages)
     return Stream(data, seed, stages)
 
 
 def missing_sources(data: SequenceData | DocumentData) -> list[str]:
-    """Return the names of the sources whose training files are not on this machine."""
+    """Return the names of sources whose training files are missing on this machine."""
     return [source.name for source in data.sources if not Path(f"{source.train}.idx").exists()]
 
 
@@ -44,8 +40,8 @@ class Stream(Sources):
     """Training and held-out sequences of a data configuration.
 
     A sample is a window [w L, w L + L] of its source's token stream (see ``DocumentOrder``): L
-    inputs, and L targets that are shifted by one token, so that each token is a target once an
-    epoch. The windows of an epoch are shuffled.
+    inputs and the L targets one token later, so that each token is a target once per epoch; the
+    windows of an epoch are shuffled.
     """
 
     data: SequenceData
@@ -64,10 +60,10 @@ class Stream(Sources):
         return {"packing": "per_document" if self.per_document else "concatenated"}
 
     def _epoch_squares(self, source: int) -> float:
-        """Return the expected sum of squared document lengths, as cut by windows, in an epoch.
+        """Return the sum over token pairs of a document of the probability of a common window.
 
-        Windows begin at any token of a document, so two tokens of a document at distance k are in
-        the same window with probability 1 - k / L.
+        Windows begin at any token of a document: tokens at distance k are in one window with 1 - k
+        / L.
         """
         store, length = self._train[source].store, self.sequence_length
         if not self.per_document:
@@ -79,7 +75,7 @@ class Stream(Sources):
         return float((d + 2 * pairs)[d > 0].sum())
 
     def batch(self, position: int, count: int) -> Batch:
-        """Return the ``count`` samples from ``position`` on; row i is sample ``position`` + i."""
+        """Return the ``count`` samples from ``position``, rows in order of their positions."""
         source_B, index_B = self.samples(position, count)
         windows = [
             (self._train[source], list(self._windows[source].sample(index)))
@@ -92,7 +88,7 @@ class Stream(Sources):
         windows: list[tuple[DocumentOrder, list[tuple[int, int]]]],
         source_B: NDArray[np.int64],
     ) -> Batch:
-        """Return a batch from the runs of each row's window, L tokens in all."""
+        """Return sequences from the tokens at these places in the sources' runs of length L."""
         length = self.sequence_length
         tokens_BL = np.empty((len(windows), length), np.int64)
         targets_BL = np.empty_like(tokens_BL)
@@ -100,10 +96,10 @@ class Stream(Sources):
         ends, bounds, at = [], [], 0
         for order, runs in windows:
             for place, count in runs:
-                run = np.empty(count + 1, np.int64)  # inputs and one more token
+                run = np.empty(count + 1, np.int64)  # one token more than inputs
                 lengths = order.read(place, run)
                 tokens[at : at + count], targets[at : at + count] = run[:-1], run[1:]
-                # The last document continues behind the run, so only its last input has a target.
+                # A last document goes on, so that its last input has a target; others' do not.
                 ends.append(np.cumsum(lengths[:-1]) + at)
                 at += count
                 bounds.append(at)
@@ -116,7 +112,7 @@ class Stream(Sources):
         return Batch(tokens_BL, targets_BL, source_B, documents)
 
     def _tokens_in(self, source: int, samples: int) -> int:
-        return self._windows[source].tokens(samples)  # input tokens: L per sample
+        return self._windows[source].tokens(samples)  # input tokens: L a sample
 
     def _unique_in(self, source: int, samples: int) -> int:
         return self._windows[source].unique(samples, self._train[source].places_of)
@@ -124,10 +120,10 @@ class Stream(Sources):
     def validation(self, count: int, batch_sequences: int = 1) -> dict[str, list[Batch]]:
         """Return ``count`` evenly spaced sequences of each held-out split, in batches of one size.
 
-        Documents are in the order in which they are stored. The last batch is padded with rows
-        whose targets are ``IGNORE``. A split of fewer than ``count`` sequences returns all of them,
-        which is logged; its last sequence wraps around to the split's beginning, where targets are
-        ``IGNORE``, so that each target counts once.
+        The last batch is padded with ignored rows. Documents are in stored order. A split with
+        fewer than ``count`` sequences returns all of them, which is logged; its last sequence
+        continues at the beginning of the split with ignored targets, so that each target counts
+        once.
         """
         assert count > 0
         by_name = {}
@@ -147,7 +143,7 @@ class Stream(Sources):
         return by_name
 
     def _held_out(self, name: str, order: DocumentOrder, windows: list[int], rows: int) -> Batch:
-        """Return a batch of these windows, padded to ``rows`` with copies of the last window."""
+        """Return these windows, with the last one repeated for remaining rows."""
         source_B = np.full(rows, self.sources.index(name), np.int64)
         filled = windows + windows[-1:] * (rows - len(windows))
         length = self.sequence_length

@@ -1,4 +1,4 @@
-"""Writer of token files, with megatron-core's own builder."""
+"""Write token files with megatron-core's builder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGEST_SEQUENCE = 2**31 - 1
 
 @lru_cache(maxsize=1)
 def load_megatron() -> Any:
-    """Import megatron-core's indexed_dataset, which takes seconds and warns about missing GPUs."""
+    """Import megatron-core's indexed_dataset, which takes seconds and warns about GPUs."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -35,11 +35,9 @@ def load_megatron() -> Any:
 
 
 class TokenWriter:
-    """Writer of ``folder``/``stem``.bin and .idx, with one sequence per document.
+    """Writer of ``folder``/``stem``.bin and .idx, one sequence per document.
 
-    A document of more than 2**31 - 1 tokens, the limit of a sequence in the index, has several
-    sequences. For example: ``writer.add(tokens, text_bytes, last=True)`` for each document, then
-    ``writer.finish()``.
+    A document with more tokens than the index can store for one sequence has several sequences.
     """
 
     def __init__(self, folder: Path, stem: str, dtype: str) -> None:
@@ -50,7 +48,7 @@ class TokenWriter:
         self._begun = 0
 
     def add(self, tokens: NDArray[Any], text_bytes: int, last: bool) -> None:
-        """Append tokens to the current document; with ``last``, the document ends after them."""
+        """Append tokens to the current document, and end it if they are its ``last``."""
         self.tokens += len(tokens)
         self.text_bytes += text_bytes
         self._largest_id = max(self._largest_id, int(tokens.max(initial=0)))
@@ -64,7 +62,7 @@ class TokenWriter:
         self._begun = 0
 
     def finish(self) -> SplitRecord | None:
-        """Close the files and return their record; without documents, delete them (None)."""
+        """Close the files and return their description; without documents None, and no files."""
         self._builder.finalize(str(self._idx))
         if self.documents == 0:
             self._bin.unlink()
@@ -80,7 +78,7 @@ class TokenWriter:
 
 
 def file_record(path: Path) -> FileRecord:
-    """Return the size of a file, its SHA-256, and the SHA-256 of a sample."""
+    """Return the size and SHA-256 of a file, and the SHA-256 of a sample."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(bytes=path.stat().st_size, sha256=digest, sampled_sha256=sampled_sha256(path))
