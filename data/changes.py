@@ -189,8 +189,8 @@ def _with_ratio(weights: Mapping[str, float], replay: Replay, ratio: float) -> d
 class ChangingMixture:
     """Schedule of sources under ``changes``; sources are numbered as in ``names``.
 
-    Within a change and across changes it is the schedule of ``Mixture``: any position is computed
-    without the positions before it. For example,
+    The schedule is that of ``Mixture``, within a change and across changes: any position is
+    computed without the positions before it. For example,
     ``ChangingMixture(declared(data), names).source(7)`` is the source of sample 7 and its number in
     the source.
     """

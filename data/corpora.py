@@ -219,9 +219,9 @@ class FileCorpus(Corpus):
             read.finish()
 
     def _texts(self, file: SourceFile, read: _Reading, log: ReadLog) -> Iterator[Document]:
-        """Yield the documents of a text file, after a first read that validates it.
+        """Yield the documents of a text file after a first pass that validates the text.
 
-        The first read also computes the digest that determines the split.
+        The first pass also computes the digest that determines the split.
         """
         digest, first, count = sha256(), "", 0
         for block in _blocks(file, lambda place: None):
@@ -260,7 +260,7 @@ class FileCorpus(Corpus):
     def _record(
         self, path: str, unit: str, number: int, value: bytes | tuple[_Text, _Text], log: ReadLog
     ) -> Iterator[Document]:
-        """Yield the document of a line or row, unless it has no text."""
+        """Yield the document of one line or row; null text is counted, and bad text is reported."""
         try:
             text, group = self._fields(value) if isinstance(value, bytes) else value
             if isinstance(text, BadText):

@@ -58,8 +58,8 @@ OnBadLine = Literal["stop", "skip"]
 class BadText(Exception):
     """Line, row or file whose text is missing or damaged.
 
-    ``reason`` is the name under which it is counted; ``says`` continues a sentence that begins with
-    its place.
+    ``reason`` is the category in the counts; ``says`` continues a sentence that begins with the
+    place of the text.
     """
 
     def __init__(self, reason: str, says: str) -> None:

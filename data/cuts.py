@@ -104,9 +104,9 @@ class PieceStream:
 class _Cut:
     """Pieces from ``place`` of a source's stream on, up to the next cut.
 
-    If a document spans ``place``, it is ``document``, from place ``start`` to ``end``; the pieces
-    before the cut have read its first ``read`` tokens, and the rest is cut from there. Without such
-    a document ``end`` equals ``place``.
+    The document that spans ``place`` has the number ``document`` and extends from place ``start``
+    to ``end``; the pieces before the cut have read its first ``read`` tokens, and the rest is cut
+    from there. If no document spans ``place``, ``end`` equals ``place``.
     """
 
     place: int

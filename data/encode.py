@@ -167,7 +167,7 @@ def chunks(documents: Iterable[Document]) -> Iterator[list[Piece]]:
 
 
 class Encoder:
-    """Text to ids, in which ``end`` does not occur; ``path`` names a tokenizer.
+    """Encoder from text to ids without the id ``end``; ``path`` names a tokenizer.
 
     For example, ``Encoder("tokens/tokenizer.json", 0)("def f():")`` returns a list of ids.
     """
@@ -181,7 +181,7 @@ class Encoder:
         """Return the ids of a text; UserError if encoding fails."""
         try:
             ids = _ids(self._tokenizer, text)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower type
             raise UserError(
                 f"the tokenizer cannot encode a document that begins {text[:40]!r} ({error}); give "
                 "one that has a token for what is unknown, or knows all bytes"

@@ -83,9 +83,9 @@ class Manifest(Section):
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Read the manifest in ``folder``; None if it has none. Raises UserError if it is damaged.
+    """Read the manifest in ``folder``; None without a manifest.
 
-    A manifest.json of another program counts as none.
+    A manifest.json of another program counts as none. Raises UserError for a damaged manifest.
     """
     path = folder / MANIFEST
     if not path.is_file():

@@ -72,11 +72,11 @@ class PrepareRequest:
     builtin:python-prose. ``tokenizer`` is the path of a tokenizer.json; None trains a tokenizer
     with ``vocab_size`` ids (default 8192). ``validation_fraction`` is the fraction of held-out
     documents. ``max_documents`` and ``max_bytes`` (of UTF-8 text) limit each source. ``processes``
-    None uses all cores; the files do not depend on it. ``separator`` separates the documents of a
-    text file. ``on_bad_line``: missing or damaged text stops the preparation ("stop"), or is left
-    out and counted ("skip"), up to ``max_bad_lines`` per source. ``split_key``: the field whose
-    hash decides whether a document is held out, instead of the hash of the document's text; it has
-    the text or the id of the document's parent.
+    None uses all cores; the files do not depend on the number. ``separator`` separates the
+    documents of a text file. ``on_bad_line``: missing or damaged text stops the preparation
+    ("stop"), or is left out and counted ("skip"), up to ``max_bad_lines`` per source.
+    ``split_key``: the field whose hash decides whether a document is held out, instead of the hash
+    of the document's text, such as the text or the id of the document's parent.
     """
 
     inputs: tuple[str, ...]

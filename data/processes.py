@@ -47,7 +47,7 @@ def _namespace() -> str:
 
 
 def name_rank(rank: str) -> None:
-    """Name this process ``rank N`` for ps, top and debuggers (Linux), forked as it may be."""
+    """Name this process ``rank N`` for ps, top and debuggers (Linux), also after a fork."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_NAME, f"rank {rank}".encode())
 

@@ -45,7 +45,10 @@ class Account:
 
 
 def samples_read(run: Mapping[str, Any], name: str) -> int | None:
-    """Return the number of samples that a run has read of a source; None if its export lacks it."""
+    """Return the number of samples that a run has read of a source, from its export.
+
+    None if the export does not record the data.
+    """
     state = run.get("reading")
     return None if state is None else int(state["ledger"].get(name, {"samples": 0})["samples"])
 
@@ -220,7 +223,7 @@ class Reading(ABC):
         return self._with(followed(known, declared(*self.stages), position), starts, inherited)
 
     def passing_over(self, position: int, samples: int) -> Self:
-        """Return a copy that skips ``samples`` samples at ``position``; they are never read.
+        """Return a copy that skips ``samples`` samples at ``position``; the run never reads them.
 
         After ``passing_over(1000, 64)``, for example, position 1000 has the sample that was at
         1064.
@@ -232,8 +235,8 @@ class Reading(ABC):
     def after(self, ancestors: Sequence[Mapping[str, Any]]) -> Self:
         """Return a copy in which each source continues after the samples read by ``ancestors``.
 
-        ``ancestors`` are the records of earlier runs from exports. A source that they have not read
-        begins at its first sample.
+        ``ancestors`` are the records of earlier runs from exports. A source that no ancestor has
+        read begins at its first sample.
 
         Raises:
             UserError: there are no ancestors, or the data of an ancestor cannot be continued.
@@ -338,7 +341,7 @@ class Reading(ABC):
 
 
 def same_files(one: str, other: str) -> bool:
-    """Return True if two ``fingerprints`` are of the same files, whatever the selection."""
+    """Return True if two of ``fingerprints`` are of the same files, ignoring ``select``."""
     return one.partition(":")[0] == other.partition(":")[0]
 
 

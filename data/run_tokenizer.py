@@ -133,10 +133,10 @@ def tokenizer_of(data: SequenceData | DocumentData) -> RunTokenizer:
 
 
 def tokenizer_that_agrees(data: SequenceData | DocumentData, source: Path) -> Path | None:
-    """Return the tokenizer.json in ``source``, a model's or run's folder, None without one.
+    """Return the tokenizer.json in the folder ``source`` of a model or a run, None without one.
 
     Raises:
-        UserError: ``data`` are known to be made with another tokenizer.
+        UserError: ``data`` were made with another tokenizer, as far as that is known.
     """
     path = source / TOKENIZER
     if not path.exists():

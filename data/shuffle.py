@@ -14,12 +14,12 @@ _AT_ONCE = 1 << 20
 
 
 class Shuffle:
-    """Bijection of range(``size``) that depends on ``key`` alone, in O(1) time and memory.
+    """Permutation of range(``size``) that depends on ``key`` alone, in O(1) time and memory.
 
-    A Feistel network over the smallest even number of bits that can represent range(``size``); it
-    is applied again until the result is below ``size`` (cycle walking; Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002). The round function is the finaliser of splitmix64 with
-    round keys from SHA-512.
+    A Feistel network over the smallest even number of bits that can represent range(``size``),
+    applied repeatedly until the result is below ``size`` (cycle walking; Black and Rogaway,
+    "Ciphers with arbitrary finite domains", 2002). The round function is the finaliser of
+    splitmix64 with round keys from SHA-512.
 
     For example, ``shuffle = Shuffle("epoch 0", 10)``; ``shuffle.inverse(shuffle(3))`` is 3.
     """

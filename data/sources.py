@@ -96,9 +96,9 @@ class Sources(Reading):
     def squared_lengths_per_token(self, first: int = 0, last: int | None = None) -> float:
         """Return the expected sum of squared document lengths in training, divided by tokens.
 
-        The FLOPs of attention are computed from it (``DocumentFlops``). It needs the index alone.
-        The average is over the samples from ``first`` to ``last`` (exclusive), or over the mixture
-        at ``first`` if ``last`` is None.
+        ``DocumentFlops`` computes the FLOPs of attention from this value, which needs the index
+        alone. The average is over the samples from ``first`` to ``last`` (exclusive), or over the
+        mixture at ``first`` if ``last`` is None.
         """
         squares = tokens = 0.0
         shares = list(self.mixture.shares(first).values())

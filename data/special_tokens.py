@@ -109,9 +109,9 @@ def load_watcher(path: str | Path, end: int) -> tuple[Tokenizer, int, str | None
     """Load the detector of text for which the tokenizer in ``path`` has no token.
 
     Returns a tokenizer of plain text, the id that it gives to unknown text, and the token of that
-    id. If that token exists, the ids are those of ``load_encoder``. If it is None, the tokenizer
-    drops unknown text, and only the unknown id of the detector is meaningful. Returns None if all
-    text has tokens, or if unknown text is an error.
+    id. If the token is not None, the ids are those of ``load_encoder``. If the token is None, the
+    tokenizer in ``path`` drops unknown text, and only the unknown id of the detector is meaningful.
+    Returns None if all text has tokens, or if unknown text is an error.
     """
     values = _of_plain_text(path, end)
     model, plain = values["model"], _canonical(path)["model"]
@@ -167,7 +167,7 @@ def vocabulary_bound(tokenizer: Tokenizer) -> int:
 def _loaded(path: str | Path, text: str, *, plain: bool = False) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower type
         raise UserError(f"tokenizer {path} cannot be loaded ({error}); save it again") from error
     tokenizer.encode_special_tokens = plain
     return tokenizer

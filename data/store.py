@@ -158,10 +158,10 @@ class TokenStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (16 digits) of all document lengths and the tokens at the ends of two documents.
+        """SHA-256 (16 digits) of all document lengths and of tokens at the ends of two documents.
 
-        The first and last 4096 tokens of the first and the last document are read. That detects
-        another preparation and is fast for terabytes. A store from ``only`` has the fingerprint of
+        The first and last 4096 tokens of the first and the last document are read: enough to detect
+        another preparation, and fast for terabytes. A store from ``only`` has the fingerprint of
         the full store.
         """
         digest = hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes())

@@ -64,10 +64,10 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
     written = []
     for values in (one, other):
-        try:  # both as this version of the library writes them
+        try:  # normalize both to the format of this library version
             text = json.dumps(values | {"version": "1.0"})
             values = json.loads(Tokenizer.from_str(text).to_str())
-        except Exception:  # the library raises nothing narrower
+        except Exception:  # the library raises no narrower type
             return "content, as one of them cannot be loaded,"
         values["model"].pop("dropout", None)
         written.append(values)
@@ -89,7 +89,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class _Made:
-    """Tokenizer of token files: where it is named, and its content if known."""
+    """Tokenizer of token files: the place that names the tokenizer, and its content if known."""
 
     origin: str
     sha256: str
