@@ -19,7 +19,7 @@ _EPOCHS_KEPT = 2
 
 @dataclass(frozen=True)
 class Epoch:
-    """Documents in the reading order of an epoch, and the position where each ends."""
+    """Documents in the order in which an epoch reads them, and the place where each ends."""
 
     documents: NDArray[np.int64] | None  # None: as stored
     ends: NDArray[np.int64]
@@ -32,12 +32,13 @@ class Epoch:
 
 
 class DocumentOrder(Line):
-    """A source as an endless token stream: epochs, each a permutation of its documents.
+    """Source as one endless token stream: epochs, each a permutation of its documents.
 
-    The stream is read in windows, permuted within an epoch (with ``seed`` None: in order).
+    The stream is read in windows, which are shuffled within an epoch (in order if ``seed`` is
+    None).
 
-    The permutation of an epoch depends only on (seed, name, epoch); with ``seed`` None documents
-    are in stored order in every epoch. A position in the stream is found by bisection over the
+    The permutation of an epoch depends on (seed, name, epoch) alone; with ``seed`` None every epoch
+    reads the documents as they are stored. A place in the stream is found by bisection over the
     epoch's cumulative lengths, which take 16 bytes per document; two epochs are cached.
     """
 
