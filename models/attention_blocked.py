@@ -4,7 +4,7 @@ torch's flash kernel for CPUs runs at an eighth of the rate of its matrix produc
 core, heads of 64: 25 and 190 GFLOP/s). If the scores are small enough to be kept, products and a
 fused softmax on blocks of queries, each with the keys up to the end of the block, do five eighths
 of the work of full scores at the rate of matrix products: forward and backward take 0.6 of flash's
-time at 512 tokens. The function must be compiled: in eager mode the masks and the softmax are
+time at 512 tokens. Only compiled code is this fast: in eager mode the masks and the softmax are
 separate passes over the scores.
 """
 

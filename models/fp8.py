@@ -136,14 +136,14 @@ def emulated_product(a: Quantised, b: Quantised, recipe: str, dtype: torch.dtype
 
 def _on_cuda(a: Quantised, b: Quantised, recipe: str, dtype: torch.dtype, fast: bool) -> Tensor:
     left, right = a.values, b.values
-    if left.shape[1] % 16:  # only in weight gradients, where K counts tokens
+    if left.shape[1] % 16:  # in weight gradients, where K counts tokens
         beside = (0, -left.shape[1] % 16)
         left, right = (F.pad(x.view(torch.uint8), beside).view(x.dtype) for x in (left, right))
     scale_a, scale_b = a.scales, b.scales.t()
     if recipe == "fp8_rowwise":
         scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
     elif recipe == "fp8_blockwise":
-        # cuBLAS wants 1 x 128 scales column-major and pads rows of 128 x 128 scales to 4.
+        # cuBLAS reads 1 x 128 scales column-major, and 128 x 128 scales with row strides of 4 n.
         scale_a = scale_a.t().contiguous().t()
         grid = b.scales
         scale_b = F.pad(grid, (0, -grid.shape[1] % 4))[:, : grid.shape[1]].t()
