@@ -4,7 +4,7 @@ A scale is the largest magnitude of a block divided by the largest number of the
 inputs are never clipped. An infinity or NaN makes its block NaN and never becomes 448.
 """
 
-# M, N rows, K columns (what a product sums over), E groups, S rows sorted by group
+# M, N rows, K columns (summed over in a product), E groups, S rows sorted by group
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
 
-# B batch, L length, D width, N heads, q, c ranks of queries' and of keys' and values' latents,
-# n, r numbers of a query that are not rotated and that are, v width of a value, H = n + r
+# B batch, L length, D width, N heads, q, c widths of the query and the key/value latents,
+# n, r components of a query without and with rotation, v width of a value, H = n + r
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from allometry.scaling.roles import ParamSpec
 
 
 class Linear(OwnsParameters, nn.Linear):
-    """``y = x @ weight.T``, plus a bias where its spec is given; weight [out, in]."""
+    """``y = x @ weight.T``, plus a bias if its spec is given; weight [out, in]."""
 
     def __init__(self, spec: ParamSpec, bias: ParamSpec | None = None) -> None:
         # nn.Linear's own constructor would draw unused random numbers. The base class is needed

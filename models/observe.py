@@ -5,8 +5,8 @@ training code contains no hooks. Models know no ranks: sums cover this rank's to
 reduces them.
 """
 
-# B sequences, L tokens, l tokens of them that are here, D width, N query heads, K key/value heads,
-# G = N/K, H head width, Q tokens that are looked at as queries, V vocabulary
+# B sequences, L tokens, l of them on this rank, D width, N query heads, K key/value heads,
+# G = N/K, H head width, Q tokens observed as queries, V vocabulary
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Stacked:
 
     def joins(self, dtype: torch.dtype) -> bool:
         """Return True if one product reads all weights: FP8, cast, or several in a half type."""
-        if self.saves or self.recipe:  # one input, kept and rounded once
+        if self.saves or self.recipe:  # the shared input is saved and rounded once
             return True
         cast = self.copy is not None or getattr(*self.places[0]).dtype != dtype
         return cast or (len(self.places) > 1 and dtype.itemsize <= 2)

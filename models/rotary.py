@@ -1,6 +1,6 @@
 """Rotary position embeddings (RoFormer, arXiv 2104.09864) and scalings for longer sequences."""
 
-# B batch, L length, N heads, H head width, h: pairs of a head that turn, at most H/2
+# B batch, L length, N heads, H head width, h: rotated pairs of a head, at most H/2
 
 from __future__ import annotations
 

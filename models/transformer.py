@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """down(activation(gate(x)) * up(x)): SwiGLU, or GeGLU (arXiv 2002.05202)."""
+    """Gated feed-forward down(activation(gate(x)) * up(x)): SwiGLU or GeGLU (arXiv 2002.05202)."""
 
     def __init__(self, specs: Specs, activation: Activation = "silu") -> None:
         super().__init__()

@@ -4,7 +4,7 @@ Ranks never exchange logits: for each chunk they reduce the maxima, then the sum
 together with the targets' logits (arXiv 1909.08053, section 3).
 """
 
-# c tokens of a chunk, B sequences, L length, V vocabulary, v columns of it that are here
+# c tokens of a chunk, B sequences, L length, V vocabulary, v local columns
 
 from __future__ import annotations
 
