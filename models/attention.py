@@ -171,7 +171,7 @@ def _flex(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    from allometry.models.attention_flex import flex  # importing torch's flex_attention takes seconds
+    from allometry.models.attention_flex import flex  # takes seconds to import
 
     return flex(q_BLNH, k_BLKH, v_BLKH, documents, scale, window)
 

@@ -197,7 +197,7 @@ def shares(logits_TE: Tensor, sigmoid: bool) -> Tensor:
 def observe(
     logits_TE: Tensor, experts_Tk: Tensor, config: RouterConfig, counted_T: Tensor | None = None
 ) -> RouterStatistics:
-    """Return the statistics of these tokens, or only of the tokens that are True in ``counted_T``."""
+    """Return the statistics of these tokens, or only of the tokens True in ``counted_T``."""
     shares_TE = shares(logits_TE, config.gate == "sigmoid")
     numbers_E = torch.arange(logits_TE.shape[1], device=logits_TE.device)
     chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool)
