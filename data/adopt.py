@@ -1,4 +1,4 @@
-"""``allometry adopt``: shards of token files become one source, without a copy."""
+"""``allometry adopt``: create one source from shards of token files, without copying them."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ _PLACES_KEPT = 5
 
 @dataclass(frozen=True)
 class AdoptRequest:
-    """What to adopt.
+    """A request to adopt shards.
 
-    ``shards`` are ``name=pattern`` or ``pattern`` of .idx files, or a folder of them, as Megatron,
-    datatrove and NeMo Curator write them; ``validation`` the same of documents that are held out,
-    of sources that ``shards`` names. ``tokenizer``: the tokenizer.json they were made with.
-    ``processes`` None takes all cores.
+    ``shards``: ``name=pattern`` or ``pattern`` of .idx files, or a folder of such files, as written
+    by Megatron, datatrove and NeMo Curator. ``validation``: likewise, held-out shards of sources
+    named in ``shards``. ``tokenizer``: tokenizer.json with which the shards were made.
+    ``processes``: None uses all cores.
     """
 
     shards: tuple[str, ...]
@@ -67,12 +67,12 @@ class AdoptRequest:
 def adopt(request: AdoptRequest, quiet: bool = False) -> Manifest:
     """Write ``out``/NAME.<train|validation>.{idx,shards.json}, tokenizer.json and manifest.json.
 
-    Each shard is read once: its index and sizes are checked, its ids and the ends of its documents
-    looked at, its SHA-256 recorded. The shards stay where they are. The same request again does
-    nothing; one that was interrupted goes on with the shards that it had not read.
+    Reads each shard once: checks its index and sizes, inspects its ids and document ends, and
+    records its SHA-256. The shards are not moved. Repeating a finished request does nothing; an
+    interrupted request continues with the remaining shards.
 
     Raises:
-        UserError: shards that cannot be used, or a folder that holds something else.
+        UserError: shards cannot be used, or the folder contains other files.
     """
     splits = find_shards(request.shards, request.validation)
     out = Path(request.out)
@@ -81,7 +81,7 @@ def adopt(request: AdoptRequest, quiet: bool = False) -> Manifest:
 
 
 class _Adoption:
-    """One run of ``adopt``; ``partial`` keeps what was found of shards over interruptions."""
+    """One run of ``adopt``; ``partial`` keeps the results of shards over interruptions."""
 
     def __init__(
         self, request: AdoptRequest, splits: list[SplitShards], out: Path, report: ProgressReport
@@ -115,7 +115,7 @@ class _Adoption:
         return manifest
 
     def _identity(self, tokenizer: TokenizerRecord) -> dict[str, Any]:
-        """What decides the files that a request makes (JSON)."""
+        """Return the settings that determine the files of a request (JSON)."""
         return {
             "inputs": {split.stem: f"shards {split.pattern}" for split in self.splits},
             "shards": {split.stem: split.fingerprint() for split in self.splits},
@@ -141,7 +141,7 @@ class _Adoption:
         return manifest
 
     def _examine(self, tokenizer: TokenizerRecord) -> None:
-        """Look at each shard that the journal does not know yet."""
+        """Examine each shard that is not in the journal yet."""
         prefixes = list(dict.fromkeys(one for split in self.splits for one in split.prefixes))
         known = self._journal(tokenizer)
         states = {prefix: state_of(prefix) for prefix in prefixes}
@@ -170,7 +170,7 @@ class _Adoption:
         self._check_dtypes()
 
     def _check_dtypes(self) -> None:
-        """Raise UserError unless all shards hold tokens of one type."""
+        """Raise UserError unless all shards have the same token type."""
         filled = [pair for split in self.splits for pair in split.filled]
         first, one = filled[0]
         for prefix, other in filled:
@@ -181,7 +181,7 @@ class _Adoption:
                 )
 
     def _journal(self, tokenizer: TokenizerRecord) -> dict[tuple[str, str], Examination]:
-        """What is known of shards, by name and state."""
+        """Return the results of examined shards, by name and state."""
         known: dict[tuple[str, str], Examination] = {}
         path = self.partial / _JOURNAL
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -196,7 +196,7 @@ class _Adoption:
         return known
 
     def _check(self, split: SplitShards, tokenizer: TokenizerRecord) -> None:
-        """Raise UserError for a split without documents, or whose documents end wrongly."""
+        """Raise UserError for a split without documents, or with wrong document ends."""
         filled = split.filled
         if not filled:
             raise UserError(f"{split.pattern}: none of the shards holds a document; name others")
@@ -218,7 +218,7 @@ class _Adoption:
     def _check_ends(
         self, split: SplitShards, counts: dict[Path, int], what: str, option: str, *, allowed: bool
     ) -> None:
-        """Say what ends of documents are wrong, in how many places; UserError unless allowed."""
+        """Report the kind and number of wrong document ends; raise UserError unless allowed."""
         total = sum(counts.values())
         if not total:
             return
@@ -261,7 +261,7 @@ class _Adoption:
         return manifest
 
     def _write_split(self, split: SplitShards) -> SplitRecord:
-        """The index of all shards, and their list."""
+        """Write the index of all shards, and the list of shards."""
         filled = split.filled
         index = self.partial / f"{split.stem}.idx"
         write_joined_index(index, [Path(f"{prefix}.idx") for prefix, _ in filled])
@@ -295,12 +295,12 @@ class _Adoption:
 
 
 def _told(tokenizer: TokenizerRecord) -> dict[str, int]:
-    """What an examination depends on besides the shard."""
+    """Return the settings of an examination, other than the shard."""
     return {"end": tokenizer.end_of_document_id, "ids": tokenizer.vocab_size}
 
 
 def _path_from(folder: Path, file: Path) -> str:
-    """How a list in ``folder`` names a file: relative if both are in one folder."""
+    """Return the path of a file as stored in a list in ``folder``: relative within one folder."""
     here, there = folder.resolve(), file.resolve()
     inside = there.is_relative_to(here.parent) and here.parent != Path(here.anchor)
     return os.path.relpath(there, here) if inside else str(there)

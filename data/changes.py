@@ -1,10 +1,10 @@
-"""The mixture of a run as a list of changes: what is declared, and what a run has followed so far.
+"""The mixture of a run as a list of changes: the declared changes, and those followed so far.
 
-A run's mixture is a tuple of ``Change`` s, the first at sample 0. What a configuration asks for is
-``declared(data)``; where a run goes on under another one, ``followed(past, wanted, position)``
-keeps what its samples so far were and takes the rest from the new one. So the order of data is a
-pure function of the seed, the changes and the position, and an edit in mid-run, a ramp and a stage
-of training are one thing: a change at a position, of shares or of how long samples are.
+A run's mixture is a tuple of ``Change`` s, the first at sample 0. ``declared(data)`` returns the
+changes of a configuration; if a run continues under another configuration, ``followed(past, wanted,
+position)`` keeps the past samples and takes the rest from the new configuration. The order of data
+is therefore a pure function of the seed, the changes and the position, and an edit during a run, a
+ramp and a training stage are all the same: a change of shares or of sample length at a position.
 """
 
 # S sources, L tokens in a sample
@@ -25,16 +25,16 @@ from allometry.configs.errors import UserError
 from allometry.data.mixture import Mixture
 
 STAIRS = 64
-"""A ramp is as many equal stairs at most, each with the ratio of its middle."""
+"""Maximum number of equal steps of a ramp, each with the ratio at its middle."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """From sample ``position`` on sources have these ``shares``, and samples ``length`` tokens.
+    """From sample ``position``, sources have these ``shares`` and samples ``length`` tokens.
 
-    Shares are whole multiples of 2**-32 and sum to 1; a source that is not named has none.
-    ``limit``: of whole documents, ``max_document_tokens``. ``passed``: samples that come there by
-    these shares and are passed over, before the one at ``position``; the run never reads them.
+    Shares are multiples of 2**-32 and sum to 1; a source that is not named has share 0. ``limit``:
+    ``max_document_tokens`` for complete documents. ``passed``: number of samples by these shares
+    that are skipped before the one at ``position``; the run never reads them.
     """
 
     position: int
@@ -44,7 +44,7 @@ class Change:
     passed: int = 0
 
     def describe(self) -> dict[str, Any]:
-        """The same as JSON; ``changes_of`` reads it back with the same bits."""
+        """Return the change as JSON; ``changes_of`` restores the same bits."""
         said = {"position": self.position, "shares": dict(self.shares), "length": self.length}
         rest = {"limit": self.limit, "passed": self.passed or None}
         return said | {key: value for key, value in rest.items() if value is not None}
@@ -54,7 +54,7 @@ class Change:
 class DataStage:
     """The data of a stage of a run, whose first sample is at ``position``.
 
-    ``samples``: how many it has; None: as many as are asked for. ``name`` None: the whole run.
+    ``samples``: number of samples; None: unlimited. ``name``: None for a run without stages.
     """
 
     data: SequenceData | DocumentData
@@ -64,7 +64,7 @@ class DataStage:
 
 
 def changes_of(state: Mapping[str, Any]) -> tuple[Change, ...]:
-    """The changes that a checkpoint's ``reading`` tells; earlier ones name a run's only length."""
+    """Return the changes in a checkpoint's ``reading``; earlier ones have one length per run."""
     order = state.get("order", {})
     only = {"length": order.get("data.sequence_length")}
     only["limit"] = order.get("data.max_document_tokens")
@@ -72,9 +72,9 @@ def changes_of(state: Mapping[str, Any]) -> tuple[Change, ...]:
 
 
 def declared(*stages: SequenceData | DocumentData | DataStage) -> tuple[Change, ...]:
-    """What a configuration asks for, from the weights and ``replay`` of each stage.
+    """Return the changes of a configuration, from the weights and ``replay`` of each stage.
 
-    What a stage's ``replay`` would change after its last sample does not come.
+    Changes of ``replay`` after the last sample of a stage are dropped.
     """
     wanted: list[Change] = []
     for given in stages:
@@ -100,7 +100,7 @@ def _declared(data: SequenceData | DocumentData) -> Iterator[Change]:
 
 
 def followed(past: Sequence[Change], wanted: Sequence[Change], position: int) -> tuple[Change, ...]:
-    """The changes of a run that followed ``past`` for ``position`` samples and now wants others."""
+    """Return the changes of a run: ``past`` before ``position``, ``wanted`` from it on."""
     kept = [change for change in past if change.position < position]
     rest = [change for change in wanted if change.position > position]
     now = replace(in_force(wanted, position), position=position, passed=0)
@@ -108,7 +108,7 @@ def followed(past: Sequence[Change], wanted: Sequence[Change], position: int) ->
 
 
 def passing_over(changes: Sequence[Change], position: int, samples: int) -> tuple[Change, ...]:
-    """The changes of a run that at ``position`` passes over so many samples (more of them)."""
+    """Return ``changes`` with ``samples`` more samples skipped at ``position``."""
     before = [change for change in changes if change.position < position]
     here = in_force(changes, position)
     passed = samples + (here.passed if here.position == position else 0)
@@ -117,12 +117,12 @@ def passing_over(changes: Sequence[Change], position: int, samples: int) -> tupl
 
 
 def in_force(changes: Sequence[Change], position: int) -> Change:
-    """The change that the sample at ``position`` follows."""
+    """Return the change that applies to the sample at ``position``."""
     return changes[bisect_right(changes, position, key=lambda change: change.position) - 1]
 
 
 def _merged(changes: Iterable[Change]) -> tuple[Change, ...]:
-    """Without changes that change nothing, or that the next one replaces at the same position."""
+    """Remove changes without effect, or replaced by the next one at the same position."""
     kept: list[Change] = []
     for change in changes:
         if kept and kept[-1].position == change.position:
@@ -142,7 +142,7 @@ def _shares(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_sum(data: SequenceData | DocumentData) -> None:
-    """Raise UserError for weights that were meant as shares of the whole and do not sum to 1."""
+    """Raise UserError for weights that appear to be shares but do not sum to 1."""
     given = [source.weight for source in data.sources if source.weight]
     total = sum(given)
     near = 0.5 <= total <= 1.5 and abs(total - 1.0) > 0.015  # three times 0.33 are meant
@@ -156,7 +156,7 @@ def check_sum(data: SequenceData | DocumentData) -> None:
 
 
 def _ratios(replay: Replay, length: int) -> Iterator[tuple[int, float]]:
-    """The share of replay and the tokens of the run from which it holds, in order."""
+    """Yield the replay ratios and the tokens of the run from which each applies, in order."""
     ratio = replay.ratio
     yield 0, ratio
     for change in replay.changes:
@@ -170,7 +170,7 @@ def _ratios(replay: Replay, length: int) -> Iterator[tuple[int, float]]:
 
 
 def _with_ratio(weights: Mapping[str, float], replay: Replay, ratio: float) -> dict[str, float]:
-    """The weights in which ``replay.sources`` have ``ratio`` together and the others the rest."""
+    """Return weights that give ``replay.sources`` the total ``ratio`` and the others the rest."""
     old = math.fsum(weights[name] for name in replay.sources)
     new = math.fsum(w for name, w in weights.items() if name not in replay.sources)
     parts = {True: ratio / old if old else 0.0, False: (1.0 - ratio) / new if new else 0.0}
@@ -178,10 +178,10 @@ def _with_ratio(weights: Mapping[str, float], replay: Replay, ratio: float) -> d
 
 
 class ChangingMixture:
-    """Which source each sample comes from, under ``changes``; sources are numbered as ``names``.
+    """The source of each sample under ``changes``; sources are numbered as in ``names``.
 
-    Within a change and from one to the next it is ``Mixture``'s schedule: any position is found
-    without those before it.
+    Within a change and between changes the schedule is ``Mixture``'s: any position is found without
+    the positions before it.
     """
 
     def __init__(self, changes: Sequence[Change], names: Sequence[str]) -> None:
@@ -206,12 +206,12 @@ class ChangingMixture:
         self._starts = [change.position for change in changes]
 
     def shares(self, position: int = 0) -> dict[str, float]:
-        """Each source's share of the samples at ``position``; their sum is 1."""
+        """Return each source's share of the samples at ``position``; the sum is 1."""
         shares = in_force(self.changes, position).shares
         return {name: shares.get(name, 0.0) for name in self.names}
 
     def sources(self, position: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Source of each of ``count`` samples from ``position`` on and its number in the source."""
+        """Return source and index in it of each of ``count`` samples from ``position``."""
         found = []
         number = bisect_right(self._starts, position) - 1
         while True:
@@ -225,21 +225,20 @@ class ChangingMixture:
         return self._place[source], index
 
     def source(self, position: int) -> tuple[int, int]:
-        """Source of the sample at ``position`` and that sample's number within the source."""
+        """Return source and index in it of the sample at ``position``."""
         source_B, index_B = self.sources(position, 1)
         return int(source_B[0]), int(index_B[0])
 
     def counts(self, position: int) -> NDArray[np.int64]:
-        """Samples of each source before the one at ``position``, those passed over among them
-        (int64, S); without such ones their sum is ``position``.
+        """Return each source's samples before ``position``, skipped ones included (int64, S).
+
+        Without skipped samples their sum is ``position``.
         """
         number = bisect_right(self._starts, position) - 1
         return self._counts(number, position + self._passed[number + 1])
 
     def passed_over(self, position: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield what is passed over up to ``position``: from which sample of each source to which
-        (exclusive; int64, S).
-        """
+        """Yield the skipped samples up to ``position``: first and stop by source (int64, S)."""
         for number, change in enumerate(self.changes):
             if change.passed and change.position <= position:
                 first, last = (change.position + self._passed[number + end] for end in (0, 1))

@@ -1,4 +1,4 @@
-"""Whether token files hold what their manifest recorded, from a sample of each file."""
+"""Check token files against their manifest, on a sample of each file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from allometry.data.store import TokenStore
 SAMPLES = 16
 SAMPLE_BYTES = 1 << 16
 WHOLE_BYTES = 1 << 24
-"""Files of manifests without ``sampled_sha256`` are read as a whole up to here."""
+"""Maximum size at which files of manifests without ``sampled_sha256`` are read completely."""
 SHARDS = 16
-"""Shards of a store that are sampled, evenly spread."""
+"""Number of sampled shards of a store, evenly spaced."""
 
 
 def sampled_sha256(path: Path) -> str:
-    """SHA-256 of a file's size and of ``SAMPLES`` blocks, evenly spread, its ends among them."""
+    """Return the SHA-256 of a file's size and of ``SAMPLES`` evenly spaced blocks.
+
+    The first and the last block of the file are included.
+    """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     last = max(0, size - SAMPLE_BYTES)
@@ -34,11 +37,10 @@ def sampled_sha256(path: Path) -> str:
 
 
 def check_contents(stores: Iterable[TokenStore]) -> None:
-    """Raise UserError unless token files are those that their manifests recorded, as far as seen.
+    """Raise UserError if sampled contents of token files differ from their manifests.
 
-    Of a file a MiB is read at most (16 MiB of one whose manifest has no ``sampled_sha256``), and of
-    a store that was adopted ``SHARDS`` files at most; files without a manifest of ours are not
-    compared.
+    Reads at most one MiB of a file (16 MiB if its manifest has no ``sampled_sha256``), and at most
+    ``SHARDS`` files of an adopted store. Files without a manifest of this package are not compared.
     """
     for store in stores:
         folder = Path(store.prefix).parent

@@ -1,4 +1,4 @@
-"""Where documents come from: text files, JSON Lines, parquet and what Python brings along."""
+"""Sources of documents: text files, JSON Lines, parquet, and corpora included in Python."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from allometry.data.records import (
 from allometry.data.special_tokens import KNOWN_ENDS
 
 MARKS = (*KNOWN_ENDS, "<doc ")
-"""What separates documents in text files of others."""
+"""Common separators of documents in text files."""
 _SAY_EVERY_LINES = 1000
 _BLOCK_BYTES = 1 << 20
 
@@ -56,13 +56,13 @@ _BLOCK_BYTES = 1 << 20
 def open_corpus(
     name: str, text: str, separator: str | None = None, split: str | None = None
 ) -> Corpus:
-    """The corpus that ``name`` names: ``builtin:...``, a file, a folder or a pattern of either.
+    """Return the corpus ``name``: ``builtin:...``, a file, a folder or a pattern of these.
 
-    Folders are searched through, in the order of the paths, links followed; what is found there and
-    not read is in ``left_out``. ``text`` is the key (JSON Lines) or column (parquet) of the text,
-    ``meta.text`` a field of a field, and ``split`` that of what decides a document's split;
-    ``separator`` stands between documents of a text file. Raises UserError when there is nothing of
-    that name, nothing that can be read, or a file without fields where ``split`` names one.
+    Folders are searched recursively in order of paths, and links are followed; files that are found
+    but not read are in ``left_out``. ``text``: key (JSON Lines) or column (parquet) of the text,
+    ``meta.text`` for a nested field. ``split``: key or column that determines a document's split.
+    ``separator``: separator of the documents of a text file. Raises UserError if the path does not
+    exist, contains no readable file, or is a file without fields although ``split`` names one.
     """
     if name.startswith("builtin:"):
         if split is not None:
@@ -120,9 +120,9 @@ class _Found:
         self._seen: dict[tuple[int, int], Path] = {}
 
     def look_at(self, start: Path, pattern: tuple[str, ...] = ()) -> None:
-        """Take a file, or the files in a folder; each only once, whatever links lead to it.
+        """Add a file, or the files in a folder; each file once, whatever links lead to it.
 
-        ``pattern``: the parts that a path goes on with, ``**`` being any number of folders.
+        ``pattern``: remaining parts of the path; ``**`` matches any number of folders.
         """
         waiting = [start]
         while waiting:
@@ -152,7 +152,7 @@ class _Found:
                 self.left_out.add(f"unreadable ({error.strerror})", str(path))
 
     def take(self, path: Path) -> None:
-        """Add one file. Raises UnusableError for one that cannot be read."""
+        """Add one file; UnusableError for a file that cannot be read."""
         if not stat.S_ISREG(path.stat().st_mode):
             raise UnusableError(
                 "not a regular file", "give a file, as inputs are read more than once"
@@ -161,7 +161,7 @@ class _Found:
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether a path, or a folder that it is in, matches."""
+    """Return True if a path, or a folder that contains it, matches."""
     if not pattern:
         return True
     if pattern[0] == "**":
@@ -173,10 +173,11 @@ _Text = str | BadText | None
 
 
 class FileCorpus(Corpus):
-    """Files of the user's: each text file is a document, as is each line or row of the others.
+    """Files of the user: a document per text file, JSON line or parquet row.
 
-    With a ``separator``, so is each stretch of a text file between two of them, without the line
-    ends around it. ``keys``: of the text, and of what decides a document's split; None: its text.
+    With a ``separator``, each part of a text file between separators is a document, without
+    surrounding line ends. ``keys``: key of the text, and key that determines the split; None: the
+    text itself.
     """
 
     def __init__(
@@ -213,7 +214,10 @@ class FileCorpus(Corpus):
             read.finish()
 
     def _texts(self, file: SourceFile, read: _Reading, log: ReadLog) -> Iterator[Document]:
-        """The document of a text file, read once to see that it is text and to name its split."""
+        """Yield the documents of a text file, after a first read that validates it.
+
+        The first read also computes the digest that determines the split.
+        """
         digest, first, count = sha256(), "", 0
         for block in _blocks(file, lambda place: None):
             digest.update(block.encode())
@@ -251,7 +255,7 @@ class FileCorpus(Corpus):
     def _record(
         self, path: str, unit: str, number: int, value: bytes | tuple[_Text, _Text], log: ReadLog
     ) -> Iterator[Document]:
-        """The document of one line or row, unless it has none."""
+        """Yield the document of a line or row, unless it has no text."""
         try:
             text, group = self._fields(value) if isinstance(value, bytes) else value
             if isinstance(text, BadText):
@@ -278,7 +282,7 @@ class FileCorpus(Corpus):
 
 
 class _Reading:
-    """How far a file was read, told in bytes on disk."""
+    """Progress of reading a file, in bytes on disk."""
 
     def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
         self._size = path.stat().st_size
@@ -294,7 +298,7 @@ class _Reading:
 
 
 def _blocks(file: SourceFile, at: Callable[[int], None]) -> Iterator[str]:
-    """The text of a file. Raises BadText at bytes that are not UTF-8 text, NUL included."""
+    """Yield the text of a file; BadText at bytes that are not UTF-8 text, NUL included."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     before = 0
     with opened(file) as (stream, raw):
@@ -318,7 +322,7 @@ def _not_utf8(what: str, place: int) -> BadText:
 
 
 class _Again:
-    """The text of a file that was read before, read anew each time so that it need not be held."""
+    """Blocks of a file that was read before, read again on each iteration to save memory."""
 
     def __init__(self, file: SourceFile, read: _Reading) -> None:
         self._file = file
@@ -346,9 +350,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def named_input(value: str) -> tuple[str, str]:
-    """Split ``name=input``; without a name, one is made from the input.
+    """Split ``name=input``; without a name, derive one from the input.
 
-    A path whose first folder is called ``lang=en``, or a pattern that one matches (``lang=*``), has
+    A path whose first folder is called ``lang=en``, or a pattern that matches one (``lang=*``), has
     no name in front.
     """
     if not value.strip():

@@ -1,4 +1,4 @@
-"""A source's token stream as pieces of documents, whose largest length may change."""
+"""A source's token stream as pieces of documents, with a maximum length that may change."""
 
 # s tokens in a document; place: a token's number in the stream
 
@@ -24,10 +24,10 @@ Columns = tuple[
 
 
 class PieceStream:
-    """A source's token stream, each document cut into pieces of ``limit`` tokens and a rest.
+    """A source's token stream with each document cut into pieces of ``limit`` tokens.
 
-    A rest of one token predicts nothing, as its document ends with it: it is left out, and a
-    document of one token with it. What stands where is found by bisection.
+    A last piece of one token has no target, as its document ends with it: the piece is omitted, and
+    so is a document of one token. Positions are found by bisection.
     """
 
     def __init__(self, order: DocumentOrder, limit: int) -> None:
@@ -40,17 +40,17 @@ class PieceStream:
         self._lone_places = lru_cache(maxsize=_EPOCHS_KEPT)(self._find_lone)
 
     def _find_lone(self, epoch: int) -> NDArray[np.int64]:
-        """Places in an epoch's order of the documents whose last token is left out."""
+        """Return the places in an epoch's order of documents whose last token is omitted."""
         documents = self.order.epoch(epoch).documents
         return np.flatnonzero(self._lone if documents is None else self._lone[documents])
 
     def tokens_before(self, place: int) -> int:
-        """Tokens of the pieces that begin among the first ``place`` tokens of the stream."""
+        """Return the tokens of pieces that begin in the stream's first ``place`` tokens."""
         epoch, offset = divmod(place, self.order.store.num_tokens)
         return epoch * self.epoch_tokens + (self._tokens_in(epoch, offset) if offset else 0)
 
     def _tokens_in(self, epoch: int, offset: int) -> int:
-        """``tokens_before`` inside an epoch; ``offset`` > 0."""
+        """Return ``tokens_before`` within an epoch; ``offset`` > 0."""
         epoch = 0 if self.order.seed is None else epoch
         made = self.order.epoch(epoch)
         # The document that holds the last token before the offset; all before it are whole.
@@ -63,10 +63,10 @@ class PieceStream:
         return start + begun - left_out - int(begun == length and self._lone[document])
 
     def begin_in(self, start: int, stop: int) -> Columns:
-        """The pieces that begin at tokens ``start`` to ``stop`` of the stream, in order.
+        """Return the pieces that begin at tokens ``start`` to ``stop``, in order.
 
-        ``stop`` is exclusive. Returns documents, offsets, lengths, ends (as in ``Pieces``) and
-        where each begins.
+        ``stop`` is exclusive. Returns documents, offsets, lengths, ends (as in ``Pieces``) and the
+        position where each piece begins.
         """
         period = self.order.store.num_tokens
         parts = []
@@ -101,11 +101,11 @@ class PieceStream:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Pieces from ``place`` of a source's stream on, up to the next cut.
+    """Pieces from ``place`` in a source's stream, up to the next cut.
 
-    A document that lies across ``place`` ends at ``end`` (no document: ``place``), is ``document``
-    and begins at ``start``; the pieces before have read it up to its token ``read``, and the rest
-    is cut from there.
+    A document across ``place`` is ``document``, begins at ``start`` and ends at ``end`` (equal to
+    ``place`` if there is none); earlier pieces have read its first ``read`` tokens, and the
+    remaining tokens are cut from there.
     """
 
     place: int
@@ -116,12 +116,12 @@ class _Cut:
     read: int = 0
 
     def read_before(self, place: int) -> int:
-        """Up to where pieces that begin before ``place`` read the document across the cut."""
+        """Return the token up to which pieces before ``place`` read the document across the cut."""
         begun = -(-(place - self.start - self.read) // self.stream.limit)
         return min(self.read + max(0, begun) * self.stream.limit, self.end - self.start)
 
     def tokens_before(self, place: int) -> int:
-        """Tokens of the pieces that begin from ``self.place`` up to ``place``."""
+        """Return the tokens of pieces that begin from ``self.place`` up to ``place``."""
         tokens, length = 0, self.end - self.start
         if self.end > self.place:
             read = self.read_before(min(place, self.end))
@@ -133,7 +133,7 @@ class _Cut:
         return tokens
 
     def begin_in(self, start: int, stop: int) -> Iterator[Columns]:
-        """The pieces that begin at tokens ``start`` to ``stop``, none of them before ``place``."""
+        """Return the pieces that begin at tokens ``start`` to ``stop``, all after ``place``."""
         if start < self.end:
             limit, length = self.stream.limit, self.end - self.start
             offsets = np.arange(self.read, length, limit)
@@ -148,10 +148,10 @@ class _Cut:
 
 
 class CutStream:
-    """A source's token stream in windows, each part with its own length and its own cut.
+    """A source's token stream in windows; each part has its own window length and limit.
 
-    A part goes on at the token after the one before it. Of a document in which that happens the
-    pieces that have begun stay as they are, and the rest is cut as the part says.
+    A part continues at the token after the previous part. If this is within a document, pieces that
+    have begun are unchanged, and the remaining tokens are cut by the new part's limit.
     """
 
     def __init__(
@@ -191,12 +191,12 @@ class CutStream:
         return _Cut(place, stream, end, document, start, last.read_before(place))
 
     def place(self, sample: int) -> int:
-        """Where a sample's window begins in the stream."""
+        """Return the position in the stream where a sample's window begins."""
         at = bisect_right(self._firsts, sample) - 1
         return self._places[at] + (sample - self._firsts[at]) * self.parts[at].length
 
     def tokens_before(self, place: int) -> list[tuple[int, int]]:
-        """Tokens of the pieces that begin before ``place``, by cut, beside those of an epoch."""
+        """Return the tokens of pieces that begin before ``place``, and of an epoch, by cut."""
         ends = [*(cut.place for cut in self._cuts[1:]), max(place, self._cuts[-1].place)]
         return [
             (cut.tokens_before(min(end, place)), cut.stream.epoch_tokens)
@@ -205,7 +205,10 @@ class CutStream:
         ]
 
     def unique_before(self, place: int) -> int:
-        """Of these the different ones; no piece goes on in another epoch."""
+        """Return the number of distinct tokens among those of ``tokens_before``.
+
+        A piece never extends into the next epoch.
+        """
         period = self.order.store.num_tokens
         tokens = sum(number for number, _ in self.tokens_before(min(place, period)))
         if place <= period or len(self._cuts) == 1:
@@ -215,7 +218,7 @@ class CutStream:
         return tokens + int(np.searchsorted(self._late, place))
 
     def _find_late(self) -> NDArray[np.int64]:
-        """Where pieces begin that read a last token which earlier cuts had left out, ascending."""
+        """Return, ascending, the starts of pieces with last tokens that earlier cuts omitted."""
         period, late = self.order.store.num_tokens, []
         known = np.zeros(self.order.store.num_documents, np.bool_)
         for epoch in range(self._cuts[-1].place // period + 2):
@@ -226,7 +229,7 @@ class CutStream:
         return np.concatenate(late)
 
     def begin_in(self, start: int, stop: int) -> Columns:
-        """The pieces that begin at tokens ``start`` to ``stop``; see ``PieceStream``."""
+        """Return the pieces that begin at tokens ``start`` to ``stop``; see ``PieceStream``."""
         parts: list[Columns] = []
         ends = [*(cut.place for cut in self._cuts[1:]), max(stop, self._cuts[-1].place)]
         for cut, end in zip(self._cuts, ends, strict=True):

@@ -1,4 +1,4 @@
-"""Text to tokens: the tokenizer that is given or trained, and several processes that apply it."""
+"""Encode text to tokens: a given or trained tokenizer, applied by several processes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ Outcome = TypeVar("Outcome")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE (Radford et al. 2019) whose id 0 ends documents; any text is encodable.
+    """Train a byte-level BPE (Radford et al. 2019) whose id 0 ends documents.
 
-    The result depends on the texts alone. A small input may give fewer than ``vocab_size`` ids.
+    Any text can be encoded. The result depends only on the texts. A small input may give fewer than
+    ``vocab_size`` ids.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
@@ -58,9 +59,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 class TextSample:
-    """Up to ``budget`` characters of whole documents, those of smallest digest.
+    """Up to ``budget`` characters of complete documents, those with the smallest digests.
 
-    Any order of ``offer`` gives the same sample. A document longer than the budget is cut to it.
+    The sample does not depend on the order of ``offer``. A longer document is cut to the budget.
     """
 
     def __init__(self, budget: int) -> None:
@@ -71,7 +72,7 @@ class TextSample:
         self._smallest_refused = 1 << 64
 
     def offer(self, document: Document) -> None:
-        """Consider one document."""
+        """Consider one document for the sample."""
         text = _beginning(document.blocks, self.budget)
         self.offered += len(text)
         # Docstrings of a file share a group: the text's own hash breaks their ties evenly.
@@ -86,7 +87,7 @@ class TextSample:
             self._size -= len(text)
 
     def texts(self) -> list[str]:
-        """The sample, by digest."""
+        """Return the sample in order of digests."""
         return [text for _, text in sorted(self._kept, reverse=True)]
 
 
@@ -102,9 +103,10 @@ def _beginning(blocks: Iterable[str], characters: int) -> str:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How to encode: all that a process needs to know.
+    """Settings of the encoding for a worker process.
 
-    A document is held out if the first 64 bits of its group's digest are ``validation_below``.
+    A document is held out if the first 64 bits of its group's digest are below
+    ``validation_below``.
     """
 
     tokenizer: str
@@ -122,10 +124,10 @@ class Piece(NamedTuple):
 
 
 class EncodedPiece(NamedTuple):
-    """Tokens of a piece in the dtype of the files; ``text_bytes`` of UTF-8 that they stand for.
+    """Tokens of a piece in the dtype of the files; ``text_bytes``: its UTF-8 bytes.
 
-    ``last``: the document ends here, with the end-of-document token. ``exact``: the tokens are
-    those that the whole document would have. ``unknown``: what of it has no token.
+    ``last``: the document ends here, with the end-of-document token. ``exact``: the tokens equal
+    those of the unsplit document. ``unknown``: text without a token.
     """
 
     tokens: NDArray[Any]
@@ -137,9 +139,9 @@ class EncodedPiece(NamedTuple):
 
 
 class Unknown(NamedTuple):
-    """How many times a text holds what has no token, some of it, and the token in its place.
+    """Number of occurrences of text without a token, examples, and the unknown token.
 
-    Without such a token (None) the tokenizer drops it.
+    Without an unknown token (None) the tokenizer drops such text.
     """
 
     times: int
@@ -148,7 +150,7 @@ class Unknown(NamedTuple):
 
 
 def chunks(documents: Iterable[Document]) -> Iterator[list[Piece]]:
-    """Documents gathered, and long ones cut, to what is worth a trip to another process."""
+    """Group documents, and cut long ones, into chunks for worker processes."""
     chunk: list[Piece] = []
     size = 0
     for document in documents:
@@ -163,7 +165,7 @@ def chunks(documents: Iterable[Document]) -> Iterator[list[Piece]]:
 
 
 class Encoder:
-    """Text to ids, among which ``end`` is not; ``path`` names a tokenizer."""
+    """Encoder of text to ids without ``end``; ``path`` is the tokenizer's."""
 
     def __init__(self, path: str, end: int) -> None:
         self._tokenizer = load_encoder(path, end)
@@ -171,7 +173,7 @@ class Encoder:
         self._end = end
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a text. Raises UserError for a text that has none."""
+        """Return the ids of a text; UserError if encoding fails."""
         try:
             ids = _ids(self._tokenizer, text)
         except Exception as error:  # the library raises nothing narrower
@@ -188,9 +190,9 @@ class Encoder:
         return ids
 
     def unknown(self, text: str, ids: list[int], *, named: bool) -> Unknown | None:
-        """What of a text, whose ids are ``ids``, has no token; None if all of it has.
+        """Return the text without a token in a text with ids ``ids``; None if there is none.
 
-        Its parts are only looked for where they are to be ``named``, which takes longer.
+        Its parts are searched only if they are to be ``named``, which takes longer.
         """
         if self._watcher is None:
             return None
@@ -213,12 +215,12 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 @lru_cache(maxsize=1)
 def _loaded(path: str, sha256: str, end: int) -> Encoder:
-    """Loaded once a process; ``sha256`` tells apart what one path held at different times."""
+    """Load a tokenizer once per process; ``sha256`` distinguishes successive contents of a path."""
     return Encoder(path, end)
 
 
 def encode_chunk(encoding: Encoding, chunk: list[Piece]) -> list[EncodedPiece]:
-    """Encode one chunk; the same for any process and any chunks."""
+    """Encode one chunk; independent of processes and of other chunks."""
     end = encoding.end_of_document
     encode = _loaded(encoding.tokenizer, encoding.tokenizer_sha256, end)
     outcomes: list[EncodedPiece] = []
@@ -238,7 +240,7 @@ def encode_chunk(encoding: Encoding, chunk: list[Piece]) -> list[EncodedPiece]:
 
 
 def _live_and_die_with_parent() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it: the pool would wait for ever."""
+    """Ignore Ctrl-C, and end with the parent, so that the pool does not wait forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
@@ -246,8 +248,7 @@ def _live_and_die_with_parent() -> None:
 class Workers:
     """An ordered map over ``processes`` processes; with one, in this process.
 
-    Processes are spawned, not forked: forking a process that holds the tokenizer's threads can
-    deadlock.
+    Processes are spawned: forking a process with the tokenizer's threads can deadlock.
     """
 
     def __init__(self, processes: int) -> None:
@@ -258,7 +259,7 @@ class Workers:
             self._pool = ProcessPoolExecutor(processes, context, _live_and_die_with_parent)
 
     def map(self, function: Callable[[Item], Outcome], items: Iterator[Item]) -> Iterator[Outcome]:
-        """Outcomes in the order of ``items``, few of which are ahead in memory."""
+        """Yield results in the order of ``items``, with few items ahead in memory."""
         if self._pool is None:
             yield from map(function, items)
             return

@@ -1,4 +1,4 @@
-"""What a shard holds: one pass over its tokens."""
+"""Examine the contents of a shard in one pass over its tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _BLOCK_BYTES = 1 << 23
 
 @dataclass(frozen=True)
 class Examination:
-    """A shard: sizes, the tokens that end documents, and what its .bin file is told by.
+    """Contents of a shard: sizes, end-of-document token counts, and identification of its .bin.
 
-    ``inner_ends``: end-of-document tokens that are not the last of a document. ``missing_ends``:
-    documents that have tokens and another last one. A shard without documents has no ``tokens``.
+    ``inner_ends``: end-of-document tokens before the last token of a document. ``missing_ends``:
+    non-empty documents with another last token. A shard without documents has no ``tokens``.
     """
 
     dtype: str
@@ -37,10 +37,10 @@ class Examination:
 def examine(end: int, vocab_size: int, prefix: Path) -> Examination:
     """Read the shard ``prefix``.bin and .idx once, in blocks.
 
-    ``end``: id of the token that ends documents; ids must be below ``vocab_size``.
+    ``end``: id of the end-of-document token; ids must be below ``vocab_size``.
 
     Raises:
-        UserError: an index or a size that is wrong, or ids that the tokenizer does not have.
+        UserError: the index or a size is wrong, or the tokenizer does not have an id.
     """
     path = Path(f"{prefix}.bin")
     try:

@@ -1,4 +1,4 @@
-"""The index of several stores as if their .bin files were one (docs/file_formats.md)."""
+"""Index of several stores as if their .bin files were one (docs/file_formats.md)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ENTRIES = 1 << 20
 
 
 class _Index(NamedTuple):
-    """The header of an index: type of the tokens, sequences, document indices."""
+    """Header of an index: token type, number of sequences, number of document indices."""
 
     path: Path
     code: int
@@ -23,14 +23,15 @@ class _Index(NamedTuple):
     indices: int
 
     def section(self, dtype: str, count: int, offset: int) -> NDArray[Any]:
-        """Numbers that begin ``offset`` bytes after the header, mapped."""
+        """Return the mapped array that begins ``offset`` bytes after the header."""
         return np.memmap(self.path, dtype, mode="r", offset=HEADER.size + offset, shape=(count,))
 
 
 def write_joined_index(path: Path, indices: Sequence[Path]) -> None:
-    """Write the index of the stores of ``indices``, end to end.
+    """Write the concatenated index of the stores in ``indices``.
 
-    They are valid, of one type of tokens and not empty. A million entries are in memory at a time.
+    The stores must be valid, of one token type and not empty. Memory holds a million entries at a
+    time.
     """
     parts = [_read_header(one) for one in indices]
     sequences = sum(part.sequences for part in parts)

@@ -1,4 +1,4 @@
-"""What kind of file an input is, told by its content and its ending."""
+"""Detect the kind of an input file from its content and its extension."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _HEAD_BYTES = 1 << 16
 _ZSTD_CHUNK_BYTES = 1 << 18
 
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError)
-"""What reading a damaged file raises."""
+"""Exceptions raised by reading a damaged file."""
 
 
 class SourceFile(NamedTuple):
-    """A file and how to read it; ``compression`` is the ending that stands for one, or empty."""
+    """A file and its kind; ``compression`` is its compression's extension, or empty."""
 
     path: Path
     kind: str
@@ -36,7 +36,7 @@ class SourceFile(NamedTuple):
 
 
 class UnusableError(Exception):
-    """A file that is no source of text: ``reason`` says what it is, ``advice`` what to do."""
+    """A file that is not usable as text: ``reason`` names its kind, ``advice`` the remedy."""
 
     def __init__(self, reason: str, advice: str) -> None:
         super().__init__(reason)
@@ -54,7 +54,7 @@ _UNPACK = "unpack it and give what is in it"
 _CONVERT = "write its text as JSON Lines or parquet"
 _HOW = "docs/file_formats.md has the command"
 _CONTROL = bytes({*range(32)} - {*b"\b\t\n\v\f\r\x1b"})
-"""Bytes that no text holds, in any encoding that has one byte for each letter."""
+"""Bytes that do not occur in text in any single-byte encoding."""
 _UTF8 = "convert it with iconv -t UTF-8 -f ENCODING"
 # Offset, bytes, what has them there, what to do.
 _MAGIC = (
@@ -83,7 +83,7 @@ _MAGIC = (
 
 
 def kind_of(path: Path, text_key: str) -> SourceFile:
-    """Look into a file. Raises UnusableError for one that holds no text that can be read."""
+    """Return the kind of a file from its content; UnusableError if it has no readable text."""
     try:
         with path.open("rb") as raw:
             head = raw.read(_HEAD_BYTES)
@@ -149,9 +149,9 @@ def _is_utf8(head: bytes) -> bool:
 
 
 def _holds_json_lines(head: bytes, text_key: str) -> bool:
-    """Whether a file without an ending of JSON holds lines of it.
+    """Return True if a file without a JSON Lines extension contains JSON Lines.
 
-    Two lines are objects, or the only one has the text key: one object alone may be anything.
+    True if two lines are objects, or the only line is an object with the text key.
     """
     lines = [line for line in head.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
     if not lines or not lines[0].lstrip().startswith(b"{"):
@@ -173,7 +173,7 @@ def _is_object(line: bytes) -> bool:
 
 @contextmanager
 def opened(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The file's content, and the file as it is on disk, whose place tells how far it was read."""
+    """Open a file; return its content, and the raw file, whose position gives the progress."""
     with file.path.open("rb") as raw:
         if file.compression:
             unpack = _COMPRESSIONS[file.compression][1]
@@ -188,7 +188,7 @@ def _zstd(raw: IO[bytes]) -> IO[bytes]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Frames of zstd; unlike the library's own reader it refuses a file that was cut short."""
+    """Reader of zstd frames; unlike the library's reader, it refuses truncated files."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw

@@ -1,4 +1,4 @@
-"""A source as an endless line of tokens that is read in windows, whose length may change."""
+"""A source as an endless line of tokens, read in windows whose length may change."""
 
 # L tokens in a window; place: a token's number in a line; a stretch: windows that share an order
 
@@ -21,9 +21,9 @@ _SHUFFLES_KEPT = 2
 
 @dataclass(frozen=True)
 class Part:
-    """From sample ``first`` of a source on its samples are of ``length`` tokens.
+    """From sample ``first`` of a source, samples have ``length`` tokens.
 
-    ``limit``: of whole documents, where longer ones are cut.
+    ``limit``: maximum length of complete documents, above which they are cut.
     """
 
     first: int
@@ -32,9 +32,9 @@ class Part:
 
 
 class Line(ABC):
-    """An endless line of tokens in stretches; the windows that start in one are shuffled.
+    """An endless line of tokens in stretches; the windows that start in a stretch are shuffled.
 
-    The order of a stretch's windows follows from (``key``, stretch, length) alone.
+    The order of a stretch's windows depends only on (``key``, stretch, length).
     """
 
     def __init__(self, key: str) -> None:
@@ -43,39 +43,39 @@ class Line(ABC):
 
     @abstractmethod
     def bound(self, stretch: int) -> int:
-        """The place at which a stretch begins."""
+        """Return the position at which a stretch begins."""
 
     @abstractmethod
     def stretch(self, place: int) -> int:
-        """The stretch that a place lies in."""
+        """Return the stretch that contains a position."""
 
     @abstractmethod
     def runs(self, place: int, count: int) -> Iterator[tuple[int, int]]:
-        """Where ``count`` tokens from ``place`` on lie in the source's own line: places, counts.
+        """Return the runs of ``count`` tokens from ``place`` in the source's own line.
 
-        Runs that follow each other there are one.
+        Returns positions and counts; adjacent runs are merged.
         """
 
     def windows(self, stretch: int, length: int) -> tuple[int, Shuffle]:
-        """The first window that starts in a stretch, and the order of all that do."""
+        """Return the first window that starts in a stretch, and the order of its windows."""
         first, end = (-(-self.bound(at) // length) for at in (stretch, stretch + 1))
         return first, self._shuffle(f"{self.key}:{stretch}:{length}", end - first)
 
     def window(self, sample: int, length: int) -> int:
-        """Which window of the line a sample is: window w starts at token w x ``length``.
+        """Return the window of a sample: window w starts at token w x ``length``.
 
-        Neighbours in a long document must not meet in one batch.
+        Shuffling keeps neighbours in a long document out of one batch.
         """
         first, shuffle = self.windows(self.stretch(sample * length), length)
         return first + shuffle(sample - first)
 
 
 class Rest(Line):
-    """What ``samples`` windows of ``length`` tokens have left of a line: unread windows, then all.
+    """The remainder of a line after ``samples`` windows of ``length`` tokens.
 
-    The unread windows of the stretch that was begun come first, end to end in the order of their
-    places, and are a stretch; then the line goes on behind the windows of that stretch. Nothing is
-    left out and nothing comes twice, whatever the length that this line is read with.
+    The unread windows of the current stretch come first, concatenated in order of their positions,
+    as one stretch; then the line continues after the windows of that stretch. Every token is read
+    exactly once, for any window length of this line.
     """
 
     def __init__(self, below: Line, length: int, samples: int) -> None:
@@ -108,7 +108,7 @@ class Rest(Line):
             yield from self._below.runs(start, number)
 
     def _parts(self, place: int, count: int) -> Iterator[tuple[int, int]]:
-        """``runs`` in the line below, window by window."""
+        """Yield ``runs`` in the line below, by window."""
         while count:
             window, offset = divmod(place, self._length)
             if place < self._left:
@@ -120,14 +120,14 @@ class Rest(Line):
             place, count = place + number, count - number
 
     def of_below(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where unread places of the line below are in this one."""
+        """Return the positions in this line of unread positions of the line below."""
         windows, offsets = np.divmod(places, self._length)
         left = np.searchsorted(self._unread, windows) * self._length + offsets
         return np.where(places < self._behind, left, places - self._behind + self._left)
 
 
 def _joined(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Runs without seams between those that follow each other."""
+    """Return runs with adjacent ones merged."""
     start, number = next(runs)
     for at, count in runs:
         if at == start + number:
@@ -139,9 +139,9 @@ def _joined(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 class Windows:
-    """The samples of a source that is read in ``parts``, each with windows of another length.
+    """The samples of a source read in ``parts``, each with another window length.
 
-    ``line`` is the source's own; a part reads what those before it have left of it.
+    ``line`` is the source's own; a part reads the remainder of the previous parts.
     """
 
     def __init__(self, line: Line, parts: Sequence[Part]) -> None:
@@ -153,7 +153,7 @@ class Windows:
         self._again: NDArray[np.int64] | None = None  # samples at which a token comes again
 
     def line(self, number: int) -> Line:
-        """What a part reads; made when it is first asked for, at 8 bytes an unread window."""
+        """Return the line that a part reads, created on first access: 8 bytes per unread window."""
         while len(self._lines) <= number:
             done, begun = self.parts[len(self._lines) - 1], self.parts[len(self._lines)]
             count = begun.first - done.first
@@ -161,7 +161,7 @@ class Windows:
         return self._lines[number]
 
     def sample(self, number: int) -> Iterator[tuple[int, int]]:
-        """Where the tokens of a sample lie in the source's own line: places and counts."""
+        """Return the positions and counts of a sample's tokens in the source's own line."""
         at = bisect_right(self._firsts, number) - 1
         part, line = self.parts[at], self.line(at)
         return _joined(
@@ -169,7 +169,7 @@ class Windows:
         )
 
     def tokens(self, samples: int) -> int:
-        """Tokens in the first ``samples`` samples."""
+        """Return the number of tokens in the first ``samples`` samples."""
         ends = [*self._firsts[1:], max(samples, self._firsts[-1])]
         return sum(
             part.length * max(0, min(end, samples) - part.first)
@@ -179,11 +179,12 @@ class Windows:
     def unique(
         self, samples: int, places_of: Callable[[NDArray[np.int64]], NDArray[np.int64]]
     ) -> int:
-        """Different tokens among those of the first ``samples`` samples, exactly.
+        """Return the exact number of distinct tokens in the first ``samples`` samples.
 
-        The windows that start in the first epoch hold each of its tokens once, and what the last
-        ones have of the epochs after it: tokens that come twice once both samples are read.
-        ``places_of`` returns where the tokens at places of the line lie in its first epoch.
+        The windows that start in the first epoch contain each of its tokens once; the last ones
+        also contain tokens of later epochs, which are duplicates once both samples are read.
+        ``places_of`` returns the positions in the first epoch of the tokens at given positions of
+        the line.
         """
         if self._through is None:
             self._through = self._first_epoch()
@@ -203,7 +204,7 @@ class Windows:
         return self.tokens(samples) - int(np.searchsorted(self._again, samples))
 
     def _first_epoch(self) -> tuple[int, int, int]:
-        """When it is through: in samples, the part that ends it, and the place behind it."""
+        """Return the end of the first epoch: samples, the part that ends it, and the position."""
         for number, part in enumerate(self.parts):
             line = self.line(number)
             windows = -(-line.bound(1) // part.length)
@@ -214,7 +215,7 @@ class Windows:
         raise AssertionError("the last part has no end")
 
     def _samples_of(self, places: NDArray[np.int64], last: int) -> NDArray[np.int64]:
-        """The samples that read places of the first epoch's windows, in parts up to ``last``."""
+        """Return the samples that read positions of the first epoch, in parts up to ``last``."""
         found = np.full(len(places), -1, np.int64)
         open_ = np.arange(len(places))
         for number in range(last + 1):

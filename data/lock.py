@@ -1,4 +1,4 @@
-"""One preparation at a time in a folder."""
+"""Lock of a folder against concurrent preparations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Make the folder and hold its lock; turn what the disk refuses into a sentence."""
+    """Create the folder and lock it; convert OS errors to a UserError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (out / LOCK).open("w") as file:

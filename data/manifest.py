@@ -1,4 +1,4 @@
-"""The record that ``prepare`` leaves beside token files."""
+"""The manifest that ``prepare`` writes next to token files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Split = Literal["train", "validation"]
 
 
 class FileRecord(Section):
-    """One file, as it was written; older ones have no ``sampled_sha256`` (``contents.py``)."""
+    """One file, as written; older records have no ``sampled_sha256`` (``contents.py``)."""
 
     bytes: int
     sha256: str
@@ -27,8 +27,7 @@ class FileRecord(Section):
 class SplitRecord(Section):
     """One split of a source.
 
-    ``bytes`` are of UTF-8 text, end-of-document tokens not counted; None where only tokens were
-    seen.
+    ``bytes``: UTF-8 bytes of text without end-of-document tokens; None if only tokens were read.
     """
 
     documents: int
@@ -39,11 +38,11 @@ class SplitRecord(Section):
 
 
 class SourceRecord(Section):
-    """One source: where it came from, what was left out, its splits.
+    """One source: its origin, its omitted documents, and its splits.
 
-    ``kinds`` counts the files of each kind that were read, ``skipped`` what was left out, by
-    reason; ``skipped_places`` are the first few of each. ``inexact_cuts`` counts places in long
-    documents where tokens may differ from those of the whole text (data/pieces.py).
+    ``kinds``: number of files read of each kind. ``skipped``: number of omissions by reason, with
+    their first places in ``skipped_places``. ``inexact_cuts``: number of places in long documents
+    whose tokens may differ from those of the unsplit text (data/pieces.py).
     """
 
     input: str
@@ -56,7 +55,7 @@ class SourceRecord(Section):
 
 
 class TokenizerRecord(Section):
-    """The tokenizer; ``sha256`` is of its canonical JSON, ``vocab_size`` its largest id + 1."""
+    """The tokenizer; ``sha256`` of its canonical JSON, ``vocab_size``: its largest id + 1."""
 
     file: str
     sha256: str
@@ -66,7 +65,7 @@ class TokenizerRecord(Section):
 
 
 class Manifest(Section):
-    """What a folder of token files holds and how it was made."""
+    """Contents of a folder of token files, and their preparation."""
 
     kind: Literal["allometry.tokens"] = "allometry.tokens"
     version: Literal[1] = 1
@@ -77,13 +76,13 @@ class Manifest(Section):
     versions: dict[str, str]
 
     def split(self, stem: str) -> SplitRecord | None:
-        """The split whose files are ``stem``.bin and .idx, if it is recorded here."""
+        """Return the split with files ``stem``.bin and .idx, None if it is not recorded."""
         splits = (split for source in self.sources.values() for split in source.splits.values())
         return next((split for split in splits if f"{stem}.idx" in split.files), None)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in ``folder``; None without one of ours. A damaged one is a UserError."""
+    """Return the manifest in ``folder``, None without one; UserError for a damaged manifest."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -100,10 +99,10 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def manifest_of(prefix: str) -> tuple[Manifest, SplitRecord] | None:
-    """The manifest beside the token files ``prefix``.bin/.idx and their record in it.
+    """Return the manifest next to the token files ``prefix``.bin/.idx, and their record.
 
-    None when no manifest of ours names them. Files whose sizes are not those recorded are a
-    UserError: they are not the ones that the manifest describes.
+    None if no manifest of this package lists the files. Raises UserError if their sizes differ from
+    the record.
     """
     path = Path(prefix)
     manifest = read_manifest(path.parent)

@@ -29,13 +29,12 @@ _MOST_SAMPLES = 1 << 28
 
 
 class Mixture:
-    """The schedule of sources by weight, from ``start_position`` on.
+    """The schedule of sources by weight, from ``start_position``.
 
-    ``weights`` are finite, in any scale; a share below 2**-32 is raised to that, and a source of
-    weight 0 gives nothing. ``start_counts`` are the samples that each source gave before
-    ``start_position`` and ``owed`` what it was to give besides, in units of 2**-32 (sum 0), under
-    the mixtures before this one: a change of weights in mid-run is a new ``Mixture``
-    (``continued``).
+    ``weights``: finite, in any scale; a share below 2**-32 is raised to 2**-32, and a source of
+    weight 0 gives no samples. ``start_counts``: samples of each source before ``start_position``.
+    ``owed``: samples due to each source in addition, in units of 2**-32 (sum 0), from earlier
+    mixtures: changed weights in a run create a new ``Mixture`` (``continued``).
     """
 
     def __init__(
@@ -60,16 +59,16 @@ class Mixture:
 
     @property
     def num_sources(self) -> int:
-        """S."""
+        """Number of sources, S."""
         return len(self.units)
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The share of each source, as used; their sum is 1."""
+        """Share of each source after quantization; the sum is 1."""
         return tuple(units / _UNITS for units in self.units)
 
     def continued(self, weights: Sequence[float], position: int) -> Mixture:
-        """The mixture with other ``weights`` from ``position`` on, after this one."""
+        """Return the mixture with other ``weights`` from ``position``, after this one."""
         counts = self.counts(position).tolist()
         time = position - self.start_position
         given = (after - before for after, before in zip(counts, self._start_counts, strict=True))
@@ -80,18 +79,21 @@ class Mixture:
         return Mixture(weights, position, counts, _settled(owed, _quantize(weights)))
 
     def source(self, position: int) -> tuple[int, int]:
-        """Source of the sample at ``position`` and that sample's index within the source."""
+        """Return source and index within it of the sample at ``position``."""
         source_B, index_B = self.sources(position, 1)
         return int(source_B[0]), int(index_B[0])
 
     def sources(self, position: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``source`` of ``count`` samples from ``position`` on, as two int64 arrays."""
+        """Return ``source`` of ``count`` samples from ``position``, as two int64 arrays."""
         skip, _, source, index = self._due(position, count)
         chosen = slice(skip, skip + count)
         return source[chosen], index[chosen] + self._start_counts[source[chosen]]
 
     def counts(self, position: int) -> NDArray[np.int64]:
-        """Samples of each source among the first ``position`` (int64, S); their sum is it."""
+        """Return each source's samples in the first ``position`` samples (int64, S).
+
+        Their sum is ``position``.
+        """
         skip, before, source, _ = self._due(position, 0)
         within = np.bincount(source[:skip], minlength=self.num_sources)
         return before + within + self._start_counts
@@ -99,9 +101,9 @@ class Mixture:
     def _due(
         self, position: int, count: int
     ) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Samples in order over a time that holds ``count`` from ``position`` on.
+        """Return samples in order of due times, over a time with ``count`` from ``position``.
 
-        Returns how many of them to skip, each source's samples before them, and their sources and
+        Returns the number of samples to skip, each source's earlier samples, and sources and
         indices.
         """
         first = position - self.start_position
@@ -125,13 +127,13 @@ class Mixture:
         return first - sum(before), before_S, source, before_S[source] + nth[order]
 
     def _given(self, source: int, time: int) -> int:
-        """Samples of a source due by ``time``: floor(owed + w t + 1/2), or none yet."""
+        """Return the samples of a source due by ``time``: floor(owed + w t + 1/2), at least 0."""
         due = 2 * (self.units[source] * time + self._owed[source]) + _UNITS
         return max(0, due >> (_BITS + 1))
 
 
 def _settled(owed: Sequence[int], units: Sequence[int]) -> list[int]:
-    """What is owed to sources that go on: that of the others is theirs by their shares."""
+    """Return what is owed to continuing sources; that of removed ones is added by shares."""
     rest = sum(one for one, share in zip(owed, units, strict=True) if not share)
     kept = [
         one + (rest * share >> _BITS) if share else 0
@@ -144,10 +146,10 @@ def _settled(owed: Sequence[int], units: Sequence[int]) -> list[int]:
 def _exact_order(
     numerator: NDArray[np.int64], denominator: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """Whole part and the first 64 fractional bits of fractions whose denominators are <= 2**32.
+    """Return integer part and first 64 fractional bits of fractions with denominators <= 2**32.
 
     Two different fractions differ by at least 2**-64 (the product of two sources' units is below
-    2**64), so these keys order fractions exactly and are equal only for equal ones.
+    2**64), so that these keys order fractions exactly and are equal only for equal fractions.
     """
     whole, rest = np.divmod(numerator, denominator)
     divisor = denominator.astype(np.uint64)
@@ -157,7 +159,7 @@ def _exact_order(
 
 
 def _quantize(weights: Sequence[float]) -> tuple[int, ...]:
-    """Whole units, at least 1 for each weight above 0, that sum to 2**32, by largest remainder."""
+    """Return units with sum 2**32 by largest remainder, at least 1 for each weight above 0."""
     assert 0 < len(weights) < _UNITS
     assert all(math.isfinite(weight) and weight >= 0 for weight in weights)
     assert any(weights)

@@ -19,26 +19,26 @@ _EPOCHS_KEPT = 2
 
 @dataclass(frozen=True)
 class Epoch:
-    """Documents in the order in which an epoch reads them, and where each ends in it."""
+    """Documents in the reading order of an epoch, and the position where each ends."""
 
     documents: NDArray[np.int64] | None  # None: as stored
     ends: NDArray[np.int64]
 
     def numbers(self, first: int, stop: int) -> NDArray[np.int64]:
-        """The documents at places ``first`` to ``stop`` (exclusive)."""
+        """Return the documents at places ``first`` to ``stop`` (exclusive)."""
         if self.documents is None:
             return np.arange(first, stop)
         return self.documents[first:stop]
 
 
 class DocumentOrder(Line):
-    """A source as one endless token stream: epochs, each a permutation of its documents.
+    """A source as an endless token stream: epochs, each a permutation of its documents.
 
-    It is read in windows, an epoch's in an order of their own (with ``seed`` None: in turn).
+    The stream is read in windows, permuted within an epoch (with ``seed`` None: in order).
 
-    The permutation of an epoch follows from (seed, name, epoch) alone; with ``seed`` None every
-    epoch has the documents as they are stored. A place in the stream is found by bisection over the
-    epoch's running lengths, which cost 16 bytes a document; two epochs are kept.
+    The permutation of an epoch depends only on (seed, name, epoch); with ``seed`` None documents
+    are in stored order in every epoch. A position in the stream is found by bisection over the
+    epoch's cumulative lengths, which take 16 bytes per document; two epochs are cached.
     """
 
     def __init__(self, store: TokenStore, name: str, seed: int | None) -> None:
@@ -71,7 +71,7 @@ class DocumentOrder(Line):
         return sample if self.seed is None else super().window(sample, length)
 
     def places_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the tokens at these places lie in the first epoch."""
+        """Return the positions of the tokens at these places in the first epoch."""
         first = self.epoch(0)
         assert first.documents is not None
         starts = np.empty(self.store.num_documents, np.int64)
@@ -88,10 +88,10 @@ class DocumentOrder(Line):
         return found
 
     def read(self, start: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Fill ``out`` with the stream's tokens from ``start`` on.
+        """Fill ``out`` with the stream's tokens from ``start``.
 
-        Returns the lengths of the runs of one document (int64, positive, sum ``len(out)``), the
-        first and last cut where the window cuts them.
+        Returns the lengths of the runs of one document (int64, positive, sum ``len(out)``); the
+        window cuts the first and last run.
         """
         period, filled = self.store.num_tokens, 0
         lengths = []
@@ -120,11 +120,11 @@ class DocumentOrder(Line):
 
 
 def permutation(key: str, count: int) -> NDArray[np.int64]:
-    """A permutation of range(count), the same on every machine and with every numpy.
+    """Return a permutation of range(count), equal on all machines and numpy versions.
 
-    The raw 64-bit stream of Philox under the SHA-256 of ``key`` (numpy promises bit generators'
-    raw streams, and not what ``Generator`` makes of them) gives each number a random key; the low
-    bits hold the number itself, so that a plain sort orders them without ties.
+    The raw 64-bit stream of Philox, seeded with the SHA-256 of ``key`` (numpy guarantees the raw
+    streams of bit generators, not the output of ``Generator``), gives each number a random key; the
+    low bits contain the number itself, so that a plain sort has no ties.
     """
     digest = hashlib.sha256(key.encode()).digest()
     raw = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)

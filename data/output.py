@@ -1,4 +1,4 @@
-"""A folder of token files: its tokenizer, and files that appear in it once all are complete."""
+"""Folder of token files with its tokenizer; files are published once all are complete."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from allometry.data.tokenizer import (
 
 
 def copy_tokenizer(given: str, folder: Path) -> None:
-    """Copy a tokenizer.json, and what beside it says which tokens are special, into ``folder``."""
+    """Copy a tokenizer.json, and adjacent files about special tokens, into ``folder``."""
     shutil.copyfile(tokenizer_file(given), folder / TOKENIZER)
     for beside in map(tokenizer_file(given).with_name, BESIDE):
         if beside.is_file():
@@ -36,7 +36,7 @@ def copy_tokenizer(given: str, folder: Path) -> None:
 def tokenizer_record(
     folder: Path, given: str | None, end_of_document: str | None
 ) -> TokenizerRecord:
-    """What is known of the tokenizer in ``folder``, a copy of ``given`` where one was."""
+    """Return the record of the tokenizer in ``folder``, a copy of ``given`` if not None."""
     path = folder / TOKENIZER
     tokenizer = load_tokenizer(str(path))
     end, number = find_end_of_document(given or str(path), tokenizer, end_of_document)
@@ -56,13 +56,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def publish(partial: Path, out: Path, names: Iterable[str]) -> None:
-    """Move files of ``partial`` to ``out``, the manifest last."""
+    """Move files from ``partial`` to ``out``, the manifest last."""
     for name in sorted(names, key=lambda name: name == MANIFEST):
         os.replace(partial / name, out / name)
 
 
 def refuse_to_overwrite(out: Path, names: Iterable[str]) -> None:
-    """Raise UserError if ``out`` holds a tokenizer, a manifest or a file of ``names``."""
+    """Raise UserError if ``out`` contains a tokenizer, a manifest or a file of ``names``."""
     for name in (TOKENIZER, *BESIDE, MANIFEST, *names):
         if (out / name).exists():
             raise UserError(
@@ -72,7 +72,7 @@ def refuse_to_overwrite(out: Path, names: Iterable[str]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that make token files."""
+    """Return the versions of Python and of the packages that create token files."""
     found = {"python": python_version()}
     for package in ("allometry", "tokenizers", "numpy", "megatron-core"):
         try:

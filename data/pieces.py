@@ -1,12 +1,12 @@
-"""Long texts in pieces, so that memory does not grow with a document.
+"""Encode long texts in pieces, so that memory does not grow with a document's length.
 
-A tokenizer needs some 160 bytes for each byte of the text that it encodes. A text is therefore cut
-into spans of ``SPAN`` characters. Each is encoded with a margin of its neighbours, in which the
-place of the cut is chosen, and whose tokens are taken off again. Where a tokenizer's rules look no
-further than the margin, the tokens are those of the whole text. A cut is tried on the spot: what
-stands before it is encoded the same with and without what follows, and what follows is the same
-for two different beginnings. Where there is no such place, as in a long text without a space, the
-tokens around the cut may differ from those of the whole text, and the cut is counted.
+A tokenizer needs about 160 bytes per byte of encoded text. A text is therefore cut into spans of
+``SPAN`` characters. Each span is encoded with a margin of its neighbours, in which the position of
+the cut is chosen, and the tokens of the margin are removed. If a tokenizer's rules do not look
+beyond the margin, the tokens equal those of the unsplit text. Each cut is tested: the text before
+the cut must be encoded equally with and without the following text, and the text after the cut
+equally for two different beginnings. If no such position exists, as in a long text without spaces,
+the tokens around the cut may differ from those of the unsplit text, and the cut is counted.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _TRIED = 16
 
 
 class Span(NamedTuple):
-    """A part of a text; ``before`` and ``after`` characters at its ends are its neighbours'.
+    """A part of a text; ``before`` and ``after``: characters of its neighbours at its ends.
 
-    Each is 0, where the text begins or ends, or ``MARGIN``. The window around a cut, twice the
-    margin, is the same in both spans that share it, so both find the same place.
+    Each is 0 at the beginning or end of the text, else ``MARGIN``. The window around a cut, twice
+    the margin, is the same in both adjacent spans, so that both find the same cut.
     """
 
     text: str
@@ -35,7 +35,7 @@ class Span(NamedTuple):
 
 
 def spans(blocks: Iterable[str]) -> Iterator[Span]:
-    """The text of ``blocks`` as spans; one of up to SPAN + MARGIN characters is one span."""
+    """Yield the text of ``blocks`` as spans; a text up to SPAN + MARGIN characters is one span."""
     text, before = "", 0
     for block in blocks:
         text += block
@@ -47,7 +47,7 @@ def spans(blocks: Iterable[str]) -> Iterator[Span]:
 
 
 class EncodedSpan(NamedTuple):
-    """Token ids, the text that they stand for, and whether the ids are the whole text's."""
+    """Token ids, their text, and whether the ids equal those of the unsplit text."""
 
     ids: list[int]
     text: str
@@ -55,7 +55,7 @@ class EncodedSpan(NamedTuple):
 
 
 def encode_span(encode: Callable[[str], list[int]], span: Span) -> EncodedSpan:
-    """Encode what of a text is the span's own; the spans' ids one after another are the text's."""
+    """Encode the span's own part of a text; the ids of successive spans form the text's ids."""
     text, begin, end, exact = span.text, 0, len(span.text), True
     if span.after:
         end += find_cut(encode, text[-2 * MARGIN :])[0] - 2 * MARGIN
@@ -71,7 +71,7 @@ def encode_span(encode: Callable[[str], list[int]], span: Span) -> EncodedSpan:
 
 
 def find_cut(encode: Callable[[str], list[int]], window: str) -> tuple[int, bool]:
-    """Where near the middle to cut, and whether tokens are the same on both sides of the cut."""
+    """Return a cut near the middle, and whether the tokens on both sides are independent."""
     other = window[_OTHER_BEGINNING:]
     whole, whole_other = encode(window), encode(other)
     for at in _candidates(window):
@@ -83,7 +83,7 @@ def find_cut(encode: Callable[[str], list[int]], window: str) -> tuple[int, bool
 
 
 def _candidates(window: str) -> Iterator[int]:
-    """Places to cut, likely ones first: before white space after a word, then other ends of one."""
+    """Yield positions to cut, preferred ones first: before white space after a word."""
     middle = len(window) // 2
     places = range(len(window) // 4, len(window) - len(window) // 16)
     order = sorted(places, key=lambda at: abs(at - middle))
@@ -102,7 +102,7 @@ def _candidates(window: str) -> Iterator[int]:
 
 
 def stretches(text: str) -> Iterator[str]:
-    """A text in parts of SPAN characters or more, cut before white space after a word if it can be.
+    """Yield parts of at least SPAN characters, cut before white space after a word if possible.
 
     For training a tokenizer that splits words there.
     """

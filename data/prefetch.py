@@ -1,4 +1,4 @@
-"""Build the next batches in the background while the current one trains."""
+"""Build the next batches in the background during training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _POLL_S = 0.1
 
 
 class Prefetcher(Generic[Request, Item]):
-    """Iterates over ``fetch(request)`` for each of ``requests``, ``depth`` items ahead.
+    """Iterator over ``fetch(request)`` for ``requests``, up to ``depth`` items ahead.
 
     One thread fetches, in order. An error in ``fetch`` or ``requests`` is raised to the consumer
-    in its turn, after the items before it. ``close`` (or leaving the ``with`` block) ends the
-    thread, whatever it is at; an item being fetched is finished and dropped.
+    after the preceding items. ``close`` (or leaving the ``with`` block) ends the thread; an item
+    that is being fetched is completed and dropped.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Prefetcher(Generic[Request, Item]):
         return item
 
     def close(self) -> None:
-        """End the thread and wait for it; safe to call twice."""
+        """End the thread and wait for it; may be called twice."""
         self._closed.set()
         self._thread.join()
 

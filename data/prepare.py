@@ -1,4 +1,4 @@
-"""``allometry prepare``: documents to token files."""
+"""``allometry prepare``: convert documents to token files."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ _SAMPLED_FROM = 16  # times the sample: how far a source is read for it
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """What to prepare.
+    """A request to prepare token files.
 
-    ``inputs`` are ``name=input`` or ``input``: files, folders, patterns, builtin:python-code,
-    builtin:python-prose. ``tokenizer`` is the path of a tokenizer.json; None trains one with
-    ``vocab_size`` ids (default 8192). ``validation_fraction`` is the share of documents held out.
-    ``max_documents`` and ``max_bytes`` (of UTF-8 text) end a source early. ``processes`` None
-    takes all cores; the files do not depend on it. ``separator`` stands between the documents of a
-    text file. ``on_bad_line``: whether text that is missing or damaged stops the preparation or is
-    left out and counted ("skip"), up to ``max_bad_lines`` in a source. ``split_key``: the field
-    whose hash decides whether a document is held out, in place of that of its text: the text or id
-    of what it was made from.
+    ``inputs``: ``name=input`` or ``input``: files, folders, patterns, builtin:python-code,
+    builtin:python-prose. ``tokenizer``: path of a tokenizer.json; None trains one with
+    ``vocab_size`` ids (default 8192). ``validation_fraction``: fraction of held-out documents.
+    ``max_documents`` and ``max_bytes`` (of UTF-8 text): limits of a source. ``processes``: None
+    uses all cores; the files do not depend on it. ``separator``: separator of the documents of a
+    text file. ``on_bad_line``: missing or damaged text stops the preparation ("stop") or is omitted
+    and counted ("skip"), up to ``max_bad_lines`` per source. ``split_key``: field whose hash
+    selects held-out documents instead of the text's hash: the text or id that a document was
+    derived from.
     """
 
     inputs: tuple[str, ...]
@@ -126,10 +126,10 @@ class PrepareRequest:
 def prepare(request: PrepareRequest, quiet: bool = False) -> Manifest:
     """Write ``out``/<source>.<train|validation>.{bin,idx}, tokenizer.json and manifest.json.
 
-    Everything is written in ``out``/.partial and renamed when it is complete, the manifest last.
-    The same request again finds its files and does nothing. Progress goes to standard error
-    unless ``quiet``. Raises UserError for inputs that cannot be read or hold nothing, and for a
-    folder that holds something else.
+    All files are written in ``out``/.partial and renamed when complete, the manifest last.
+    Repeating a finished request does nothing. Progress is printed to standard error unless
+    ``quiet``. Raises UserError for inputs that cannot be read or are empty, and for a folder with
+    other files.
     """
     corpora = _open_inputs(request)
     out = Path(request.out)
@@ -201,7 +201,7 @@ class _Preparation:
         return ReadLog(self.report.advance, self.request.on_bad_line, self.request.max_bad_lines)
 
     def _documents(self, corpus: Corpus, log: ReadLog) -> Iterator[Document]:
-        """The corpus without blank documents, up to the request's limits."""
+        """Yield the corpus without blank documents, up to the request's limits."""
 
         def with_text() -> Iterator[Document]:
             for document in corpus.documents(log, self.workers.map):
@@ -219,7 +219,7 @@ class _Preparation:
             yield document
 
     def _tokenizer(self, corpora: dict[str, Corpus]) -> TokenizerRecord:
-        """Put a tokenizer.json into the folder: the one given, or one trained on a sample."""
+        """Write a tokenizer.json to the folder: the given one, or one trained on a sample."""
         given = self.request.tokenizer
         if given is not None:
             copy_tokenizer(given, self.folder)
@@ -230,7 +230,7 @@ class _Preparation:
         return tokenizer_record(self.folder, given, self.request.end_of_document)
 
     def _sample(self, name: str, corpus: Corpus) -> list[str]:
-        """Training documents of one source for the tokenizer; no source outweighs another."""
+        """Return training documents of one source for the tokenizer; each has the same budget."""
         sample = TextSample(_SAMPLE_CHARACTERS)
         self.report.begin(f"sampling {name} for the tokenizer", corpus.total_bytes)
         for document in self._documents(corpus, self._log()):
@@ -299,7 +299,7 @@ class _Preparation:
 
 
 def _add_unknown(left_out: LeftOut, unknown: Unknown) -> None:
-    """Count and name what has no token."""
+    """Count texts without a token, with examples."""
     became = "dropped" if unknown.token is None else f"became {unknown.token}"
     reason = f"text that the tokenizer does not know, {became}"
     left_out.counts[reason] += unknown.times
@@ -321,7 +321,7 @@ def _open_inputs(request: PrepareRequest) -> dict[str, Corpus]:
 
 
 def _identity(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, Any]:
-    """What decides the files that a request makes, the content of the inputs aside (JSON)."""
+    """Return the settings that determine the files of a request, without the inputs (JSON)."""
     if request.tokenizer is None:
         tokenizer: dict[str, Any] = {"trained_vocab_size": request.vocab_size or DEFAULT_VOCAB_SIZE}
         end = END_OF_DOCUMENT
@@ -338,7 +338,7 @@ def _identity(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, 
 def _already_prepared(
     out: Path, identity: dict[str, Any], corpora: dict[str, Corpus]
 ) -> Manifest | None:
-    """The manifest of ``out`` if it answers this request; UserError if it answers another."""
+    """Return the manifest of ``out`` if it matches this request; else UserError."""
     manifest = read_manifest(out)
     if manifest is None:
         return None

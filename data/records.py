@@ -1,4 +1,4 @@
-"""The text of a record: a line of JSON, a row of parquet."""
+"""The text of a record: a line of JSON, or a row of parquet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from allometry.data.corpus import BadText
 
 
 class Key(NamedTuple):
-    """A field of records, and the option that names it; ``numbers``: it may hold whole numbers."""
+    """A field of records, and the option that names it; ``numbers``: integers are allowed."""
 
     name: str
     option: str
@@ -19,12 +19,12 @@ class Key(NamedTuple):
 
 
 def text_key(name: str) -> Key:
-    """The field of the text."""
+    """Return the key of the text."""
     return Key(name, "--text-key")
 
 
 def split_key(name: str) -> Key:
-    """The field that decides a document's split: its parent's text, or an id."""
+    """Return the key that determines a document's split: the parent's text, or an id."""
     return Key(name, "--split-key", numbers=True)
 
 
@@ -34,7 +34,7 @@ NULL = "text is null"
 
 
 def json_record(line: bytes) -> dict[str, Any]:
-    """The object on one line. Raises BadText."""
+    """Return the object on one line; BadText if there is none."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -53,7 +53,7 @@ def json_record(line: bytes) -> dict[str, Any]:
 
 
 def text_of(record: dict[str, Any], key: Key) -> str | None:
-    """The text under ``key``; None where it is null. Raises BadText."""
+    """Return the text under ``key``, None if it is null; BadText if there is none."""
     text = _value_at(record, key)
     if text is None:
         return None
@@ -71,7 +71,7 @@ def text_of(record: dict[str, Any], key: Key) -> str | None:
 
 
 def _value_at(record: dict[str, Any], key: Key) -> Any:
-    """``record[key]``; without such a key, ``record["meta"]["text"]`` for ``meta.text``."""
+    """Return ``record[key]``, else ``record["meta"]["text"]`` for ``meta.text``."""
     if key.name in record:
         return record[key.name]
     value: Any = record
@@ -93,10 +93,10 @@ def _names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def parquet_texts(path: Path, key: Key) -> Iterator[tuple[int, str | BadText | None]]:
-    """The text in column ``key`` of each row, by the row's number from 1.
+    """Yield the text in column ``key`` of each row, by the row's number from 1.
 
-    None where it is null. ``key`` may be a field in a struct: ``meta.text``. Where no row has it,
-    BadText stands for all of them, under the number 0. Raises OSError for a damaged file.
+    None if the text is null. ``key`` may be a field in a struct: ``meta.text``. If no row has the
+    key, yields a single BadText with number 0. Raises OSError for a damaged file.
     """
     import pyarrow
     from pyarrow import parquet
@@ -117,14 +117,14 @@ def parquet_texts(path: Path, key: Key) -> Iterator[tuple[int, str | BadText | N
 
 
 def parquet_rows(path: Path) -> int:
-    """The number of rows that a parquet file says it has."""
+    """Return the number of rows in a parquet file, from its metadata."""
     from pyarrow import parquet
 
     return int(parquet.read_metadata(path).num_rows)
 
 
 def _column(schema: Any, key: Key) -> list[str] | BadText:
-    """The names that lead to a column of text, or why there is none."""
+    """Return the names that lead to a text column, or the reason why there is none."""
     from pyarrow import types
 
     names = [key.name] if key.name in schema.names else key.name.split(".")
@@ -156,7 +156,7 @@ def _leaves(fields: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _strings(batch: Any, names: list[str]) -> Any:
-    """The column as bytes, as a string of arrow's may hold what is not UTF-8."""
+    """Return the column as bytes, because arrow strings may contain invalid UTF-8."""
     import pyarrow
     from pyarrow import compute, types
 

@@ -1,4 +1,4 @@
-"""The shards that a request names: which files they are, and whether any is missing a part."""
+"""Find the shards that a request names, and check that each is complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from allometry.data.manifest import Split
 
 @dataclass
 class SplitShards:
-    """The shards of one split of a source, in the order of their names."""
+    """Shards of one split of a source, in order of their names."""
 
     name: str
     split: Split
@@ -31,18 +31,18 @@ class SplitShards:
 
     @property
     def filled(self) -> list[tuple[Path, Examination]]:
-        """The shards that hold tokens."""
+        """Shards that contain tokens."""
         pairs = zip(self.prefixes, self.found, strict=True)
         return [(prefix, one) for prefix, one in pairs if one.tokens]
 
     @property
     def empty(self) -> list[str]:
-        """The others."""
+        """Shards without tokens."""
         pairs = zip(self.prefixes, self.found, strict=True)
         return [str(prefix) for prefix, one in pairs if not one.tokens]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the shards' names, sizes and times of change."""
+        """SHA-256 of the shards' names, sizes and modification times."""
         digest = hashlib.sha256()
         for prefix in self.prefixes:
             digest.update(f"{prefix}\0{state_of(prefix)}\n".encode())
@@ -50,9 +50,9 @@ class SplitShards:
 
 
 def find_shards(shards: tuple[str, ...], validation: tuple[str, ...]) -> list[SplitShards]:
-    """The shards that patterns name.
+    """Return the shards that match the patterns.
 
-    Raises UserError where there are none, parts of one, or one that both splits have.
+    Raises UserError if no shard matches, a shard is incomplete, or a shard is in both splits.
     """
     splits: dict[str, SplitShards] = {}
     both: tuple[tuple[Split, tuple[str, ...]], ...] = (
@@ -88,7 +88,7 @@ def find_shards(shards: tuple[str, ...], validation: tuple[str, ...]) -> list[Sp
 
 
 def _prefixes(pattern: str) -> list[Path]:
-    """The shards of a pattern of .idx files or of a folder, by name."""
+    """Return the shards of a folder or of a pattern of .idx files, by name."""
     where = f"{pattern}/**/*.idx" if Path(pattern).is_dir() else pattern
     if not where.endswith(".idx"):
         raise UserError(f"shards {pattern} are named by their indices; give {pattern}*.idx")
@@ -113,7 +113,7 @@ def _stems(pattern: str, ending: str) -> set[str]:
 
 
 def state_of(prefix: Path) -> str:
-    """Sizes and times of change of a shard's files. Raises UserError where one is not there."""
+    """Return sizes and modification times of a shard's files; UserError if a file is missing."""
     parts = []
     for ending in (".bin", ".idx"):
         try:

@@ -1,7 +1,7 @@
-"""Token files that lie end to end: one .bin, or the shards that a list names.
+"""Concatenated token files: one .bin, or the shards in a list.
 
-``PREFIX.shards.json`` stands in place of ``PREFIX.bin`` where the tokens are in several files; it
-names them. ``PREFIX.idx`` is then the index of all of them, one after another.
+``PREFIX.shards.json`` replaces ``PREFIX.bin`` if the tokens are in several files; it lists the
+files. ``PREFIX.idx`` is then the concatenated index of all files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ENDING = ".shards.json"
 
 
 class Shard(Section):
-    """One .bin: its path (relative to the list's folder, or absolute) and what it holds."""
+    """One .bin file: its path (relative to the list's folder, or absolute) and its contents."""
 
     path: str
     documents: int
@@ -42,12 +42,12 @@ class ShardList(Section):
 
 
 def shards_path(prefix: str | Path) -> Path:
-    """Where the list of the shards of ``prefix`` lies."""
+    """Return the path of the list of shards of ``prefix``."""
     return Path(f"{prefix}{ENDING}")
 
 
 def read_shards(path: Path) -> ShardList:
-    """The list in ``path``. Raises UserError for one that cannot be read."""
+    """Return the list in ``path``; UserError if the file cannot be read."""
     try:
         return ShardList.model_validate(json_file.read_object(path))
     except (OSError, ValueError) as error:  # a ValidationError is a ValueError
@@ -61,7 +61,7 @@ def read_shards(path: Path) -> ShardList:
 
 
 def shard_files(path: Path, listed: ShardList) -> list[Path]:
-    """The .bin files of a list. Raises UserError for one that is not there or of another size."""
+    """Return the .bin files of a list; UserError if a file is missing or has another size."""
     files = [path.parent / shard.path for shard in listed.shards]
     for file, shard in zip(files, listed.shards, strict=True):
         try:
@@ -78,7 +78,7 @@ def shard_files(path: Path, listed: ShardList) -> list[Path]:
 
 
 class TokenLine:
-    """The tokens of ``files``, which have ``counts`` tokens each, end to end; mapped when read."""
+    """The concatenated tokens of ``files`` with ``counts`` tokens each, mapped on access."""
 
     def __init__(self, files: Sequence[Path], counts: Sequence[int], dtype: np.dtype[Any]) -> None:
         self.files = tuple(files)
@@ -90,12 +90,12 @@ class TokenLine:
         return int(self._starts[-1])
 
     def find(self, places: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
-        """The file that each of ``places`` is in, and the token's number there."""
+        """Return the file of each of ``places``, and the token's index within that file."""
         found = np.searchsorted(self._starts[1:-1], places, side="right")
         return found, places - self._starts[found]
 
     def tokens(self, file: int) -> NDArray[Any]:
-        """All tokens of a file: a view of it."""
+        """Return a view of all tokens of a file."""
         mapped = self._mapped[file]
         if mapped is None:
             # A plain array: np.memmap's own slicing costs more than the copy of a short document.
@@ -104,7 +104,7 @@ class TokenLine:
         return mapped
 
     def read(self, begin: int, end: int) -> NDArray[Any]:
-        """Tokens ``begin`` to ``end`` (exclusive): a view where they lie in one file."""
+        """Return tokens ``begin`` to ``end`` (exclusive), as a view if they are in one file."""
         first = int(np.searchsorted(self._starts[1:-1], begin, side="right"))
         base = int(self._starts[first])
         if end <= self._starts[first + 1]:

@@ -1,4 +1,4 @@
-"""The corpora of a run: their token files, their shares of the samples, what the record says."""
+"""The sources of a run: token files, shares of the samples, and facts for the record."""
 
 # S sources
 
@@ -23,12 +23,12 @@ _log = logging.getLogger(__name__)
 
 
 class Sources(Reading):
-    """Training and held-out documents of a data configuration, each source a ``DocumentOrder``.
+    """Training and held-out documents of a data configuration; one ``DocumentOrder`` per source.
 
-    ``mixture`` says which source's sample stands at a position; sample i of a source belongs to
-    a window of L tokens of its token stream. What a sample holds of that window is
-    what the subclasses are about. Nothing depends on what was asked before, on the number of ranks
-    or on how positions are grouped into batches.
+    ``mixture`` maps a position to a source's sample; sample i of a source corresponds to a window
+    of L tokens in its token stream, and subclasses define the sample's content in this window.
+    Results do not depend on earlier requests, on the number of ranks, or on the grouping of
+    positions into batches.
 
     Raises UserError for token files that cannot be used or were made with different tokenizers.
     """
@@ -41,10 +41,10 @@ class Sources(Reading):
         *,
         whole: bool,
     ) -> None:
-        """``whole``: only documents of two tokens or more hold something to predict."""
+        """``whole``: omit documents with fewer than two tokens, which have no target."""
         super().__init__(data, seed, stages)
         self.selections: dict[str, Selection] = {}
-        """What is kept of the training documents of sources that have a ``select``."""
+        """Selected training documents of sources with a ``select``."""
         self._train = [
             DocumentOrder(_checked(self._documents(source), whole=whole), source.name, seed)
             for source in data.sources
@@ -60,7 +60,7 @@ class Sources(Reading):
         self._settle()
 
     def _documents(self, source: Source) -> TokenStore:
-        """The training documents of a source: all of its store, or what its ``select`` keeps."""
+        """Return the training documents of a source: its complete store, or its ``select``."""
         store = TokenStore(source.train)
         if source.select is None:
             return store
@@ -70,31 +70,31 @@ class Sources(Reading):
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """What ``describe`` says besides the sources."""
+        """Return the settings in ``describe`` other than the sources."""
 
     @abstractmethod
     def _epoch_squares(self, source: int) -> float:
-        """Sum of the squared lengths that the documents of an epoch have in training, expected."""
+        """Return the expected sum of squared document lengths in an epoch, as trained."""
 
     def _epoch_tokens(self, source: int) -> int:
         return self._train[source].store.num_tokens
 
     def by_kind(self, tokens: Mapping[str, int]) -> dict[str, int]:
-        """Sums by kind of tokens of sources, as a ``ledger`` has them; empty if all is natural."""
+        """Return the sums by kind of a ``ledger``'s tokens by source; {} if all are natural."""
         sums = sums_by_kind({source.name: source.kind for source in self.data.sources}, tokens)
         return {} if set(sums) <= {"natural"} else sums
 
     @property
     def stores(self) -> tuple[TokenStore, ...]:
-        """All token files, training then held-out."""
+        """All token files, training before held-out."""
         orders = [*self._train, *self._validation.values()]
         return tuple(order.store for order in orders)
 
     def squared_lengths_per_token(self, first: int = 0, last: int | None = None) -> float:
-        """Expected sum of the squared lengths of documents, as they are trained on, by token.
+        """Return the expected sum of squared document lengths per token, as trained.
 
-        It is what FLOPs of attention are counted from (``DocumentFlops``), from the index alone; of
-        the samples from ``first`` to ``last`` (exclusive), or of the mixture at ``first``.
+        ``DocumentFlops`` computes attention FLOPs from this value, which needs only the index.
+        Covers the samples from ``first`` to ``last`` (exclusive), or the mixture at ``first``.
         """
         squares = tokens = 0.0
         shares = list(self.mixture.shares(first).values())
@@ -107,9 +107,9 @@ class Sources(Reading):
         return squares / tokens
 
     def fingerprints(self) -> dict[str, str]:
-        """A name for the contents of each source's training files, wherever they are.
+        """Return a fingerprint of each source's training files, independent of their path.
 
-        ``TokenStore.fingerprint`` and, of a source that has a ``select``, that of what it keeps.
+        ``TokenStore.fingerprint``; for a source with a ``select``, that of the selected documents.
         """
         found = {}
         for name, order in zip(self.sources, self._train, strict=True):
@@ -118,7 +118,7 @@ class Sources(Reading):
         return found
 
     def describe(self) -> dict[str, Any]:
-        """What the data are, for a run's record: sizes, shares and fingerprints (JSON)."""
+        """Return sizes, shares and fingerprints of the data for a run's record (JSON)."""
         sources = {}
         tags = {source.name: _tags(source) for source in self.data.sources}
         for (name, share), order in zip(self.mixture.shares().items(), self._train, strict=True):
@@ -136,7 +136,7 @@ class Sources(Reading):
         return {**settings, "sources": sources, "mixture": mixture}
 
     def _held_out_windows(self, name: str, available: int, count: int) -> list[int]:
-        """Which windows stand for a held-out split: ``count`` of them, or all; fewer is logged."""
+        """Return ``count`` windows of a held-out split, or all; fewer windows are logged."""
         if available < count:
             _log.warning(
                 "validation split of source %s has %d sequences of %d tokens, fewer than the "
@@ -148,7 +148,7 @@ class Sources(Reading):
 
 
 def sums_by_kind(kinds: Mapping[str, str], tokens: Mapping[str, int]) -> dict[str, int]:
-    """Tokens of each kind, of sources' tokens."""
+    """Return the tokens of each kind from the tokens of each source."""
     sums: dict[str, int] = {}
     for name, count in tokens.items():
         kind = kinds.get(name, "natural")
@@ -157,16 +157,17 @@ def sums_by_kind(kinds: Mapping[str, str], tokens: Mapping[str, int]) -> dict[st
 
 
 def _tags(source: Source) -> dict[str, str]:
-    """What a record says of text that is not natural."""
+    """Return the record's entries for text that is not natural."""
     if source.kind == "natural":
         return {}
     return {"kind": source.kind} | ({} if source.parent is None else {"parent": source.parent})
 
 
 def evenly(available: int, count: int) -> list[int]:
-    """``count`` of the numbers below ``available``, evenly spread, in order.
+    """Return ``count`` evenly spaced numbers below ``available``, in order.
 
-    What is stored side by side is alike (files of one folder), so the first ones would not do.
+    Adjacent stored documents are similar (files of one folder), so the first ones are not
+    representative.
     """
     assert 0 <= count <= available, (count, available)
     return [(2 * k + 1) * available // (2 * count) for k in range(count)]

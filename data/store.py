@@ -1,7 +1,7 @@
 """Token files in Megatron's .bin/.idx format, read through memory maps.
 
-The format is documented in docs/file_formats.md. Reading needs numpy alone: megatron-core takes
-seconds to import and is not on every machine that trains.
+docs/file_formats.md documents the format. Reading needs only numpy: megatron-core takes seconds to
+import and is not installed on every training machine.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ class EmptyStoreError(UserError):
 
 
 class TokenStore:
-    """The documents of ``prefix``.bin and ``prefix``.idx, or of ``prefix``.shards.json and .idx.
+    """Documents in ``prefix``.bin and ``prefix``.idx, or ``prefix``.shards.json and .idx.
 
-    A document is what the document indices say, however many sequences it was written in. Opening
-    reads the index and checks it against the size of the .bin file; tokens are read when asked
-    for. Raises UserError for files that are missing, damaged, of another format or empty.
+    Documents are defined by the document indices, independently of the number of sequences in a
+    document. Opening a store reads the index and checks it against the size of the .bin file;
+    tokens are read on access. Raises UserError for files that are missing, damaged, of another
+    format or empty.
     """
 
     def __init__(self, prefix: str | Path) -> None:
         self.vocab_size: int | None = None
-        """Where it is set, what is read must be below."""
+        """Exclusive upper bound of the ids that are read; None: not checked."""
         self.prefix = str(prefix)
         if self.prefix.endswith((".bin", ".idx")):
             raise UserError(
@@ -68,13 +69,13 @@ class TokenStore:
                 )
         self.dtype, starts = self._read_index()
         self.starts: NDArray[np.int64] = starts
-        """Where each document begins when they stand end to end, and the end (documents + 1)."""
+        """Start of each document in the concatenated documents, and the end (documents + 1)."""
         self._offsets: NDArray[np.int64] = starts[:-1]
-        """Where each begins in the .bin files, end to end, in tokens."""
+        """Start of each document in the concatenated .bin files, in tokens."""
         self._tokens = self._open_tokens(int(starts[-1]))
 
     def _read_index(self) -> tuple[np.dtype[Any], NDArray[np.int64]]:
-        """Type of the tokens and document starts, checked against the .bin file."""
+        """Return token type and document starts, checked against the .bin file."""
         size = self._idx.stat().st_size
         with self._idx.open("rb") as file:
             header = file.read(HEADER.size)
@@ -111,7 +112,7 @@ class TokenStore:
         return dtype, np.concatenate(([0], ends))[indices]
 
     def _open_tokens(self, num_tokens: int) -> TokenLine:
-        """The files of the tokens, whose sizes are what the index says."""
+        """Open the token files and check their sizes against the index."""
         if self._bin.name.endswith(ENDING):
             listed = read_shards(self._bin)
             counts = [shard.tokens for shard in listed.shards]
@@ -139,25 +140,25 @@ class TokenStore:
 
     @property
     def num_documents(self) -> int:
-        """Documents, empty ones included."""
+        """Number of documents, empty ones included."""
         return len(self.starts) - 1
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents."""
+        """Number of tokens in all documents."""
         return int(self.starts[-1])
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens in each document (int64, num_documents)."""
+        """Number of tokens in each document (int64, num_documents)."""
         return np.diff(self.starts)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (16 digits) of the files' document lengths, first and last tokens.
+        """SHA-256 (16 digits) of document lengths and of first and last tokens of the files.
 
-        Enough to notice another preparation, cheap enough for terabytes; whatever documents of the
-        files this is ``only``.
+        Detects another preparation of the data, at a cost acceptable for terabytes. Independent of
+        ``only``.
         """
         digest = hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes())
         for document in (0, self.num_documents - 1):
@@ -168,7 +169,10 @@ class TokenStore:
         return digest.hexdigest()[:16]
 
     def only(self, documents: NDArray[np.int64]) -> TokenStore:
-        """The same files with these documents alone, numbered anew in this order; no copy."""
+        """Return a store of these documents of the same files, renumbered in this order.
+
+        The tokens are not copied.
+        """
         assert self.fingerprint  # known before, so that it stays the files' own
         made = copy.copy(self)
         made.__dict__.pop("lengths")
@@ -177,7 +181,7 @@ class TokenStore:
         return made
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Tokens ``start`` to ``stop`` (exclusive) of a document: a view of the file, no copy.
+        """Return tokens ``start`` to ``stop`` (exclusive) of a document as a view of the file.
 
         Raises RankError for an id that is not below ``vocab_size``.
         """
@@ -208,7 +212,7 @@ class TokenStore:
         self._checked(out)
 
     def _checked(self, tokens: NDArray[Any]) -> NDArray[Any]:
-        """Return ``tokens``; one pass sees ids that are too large and, as such, negative ones."""
+        """Return ``tokens`` after one check for ids that are too large or negative."""
         if self.vocab_size is not None and len(tokens):
             unsigned = tokens.view(f"<u{tokens.itemsize}")
             if int(unsigned.max()) >= self.vocab_size:
@@ -222,16 +226,16 @@ class TokenStore:
 
     @property
     def vocab_bound(self) -> int:
-        """A number above every token id: rows that the embedding must have at least.
+        """Upper bound (exclusive) of the token ids: minimum number of rows of the embedding.
 
-        ``vocab_bound_origin`` tells how it is known. Only a sample of a large store without a
-        manifest is read, so there the bound may be too low.
+        ``vocab_bound_origin`` gives its origin. Of a large store without a manifest only a sample
+        is read, so that the bound may be too low.
         """
         return self._vocab_bound[0]
 
     @property
     def vocab_bound_origin(self) -> Literal["manifest", "scan", "sample"]:
-        """The manifest's vocabulary, all tokens, or a sample of them."""
+        """Origin of ``vocab_bound``: the manifest's vocabulary, all tokens, or a sample."""
         return self._vocab_bound[1]
 
     @cached_property

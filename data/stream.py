@@ -25,23 +25,23 @@ from allometry.data.sources import Sources
 def open_stream(
     data: SequenceData | DocumentData, seed: int, stages: Sequence[DataStage] = ()
 ) -> Stream | DocumentStream:
-    """The stream of the kind that ``data`` asks for; UserError as for ``Sources``."""
+    """Return the stream for the kind of ``data``; UserError as for ``Sources``."""
     if data.kind == "documents":
         return DocumentStream(data, seed, stages)
     return Stream(data, seed, stages)
 
 
 def missing_sources(data: SequenceData | DocumentData) -> list[str]:
-    """Names of the sources whose training files are not on this machine."""
+    """Return the names of sources whose training files are missing on this machine."""
     return [source.name for source in data.sources if not Path(f"{source.train}.idx").exists()]
 
 
 class Stream(Sources):
     """Training and held-out sequences of a data configuration.
 
-    A sample is a window [w L, w L + L] of its source's token stream (see
-    ``DocumentOrder``): L inputs and, one further, L targets, so that each token is a target once
-    an epoch; the windows of an epoch are shuffled.
+    A sample is a window [w L, w L + L] of its source's token stream (see ``DocumentOrder``): L
+    inputs and the L targets one token later, so that each token is a target once per epoch; the
+    windows of an epoch are shuffled.
     """
 
     data: SequenceData
@@ -60,9 +60,10 @@ class Stream(Sources):
         return {"packing": "per_document" if self.per_document else "concatenated"}
 
     def _epoch_squares(self, source: int) -> float:
-        """The sum over pairs of a document's tokens of the chance that no window's end is between.
+        """Return the sum over token pairs of a document of the probability of a common window.
 
-        Windows begin anywhere in documents: tokens k apart are in one with 1 - k / L.
+        Windows begin at any token of a document: tokens at distance k are in one window with 1 - k
+        / L.
         """
         store, length = self._train[source].store, self.sequence_length
         if not self.per_document:
@@ -74,7 +75,7 @@ class Stream(Sources):
         return float((d + 2 * pairs)[d > 0].sum())
 
     def batch(self, position: int, count: int) -> Batch:
-        """The ``count`` samples from ``position`` on: rows in the order of their positions."""
+        """Return the ``count`` samples from ``position``, rows in order of their positions."""
         source_B, index_B = self.samples(position, count)
         windows = [
             (self._train[source], list(self._windows[source].sample(index)))
@@ -87,7 +88,7 @@ class Stream(Sources):
         windows: list[tuple[DocumentOrder, list[tuple[int, int]]]],
         source_B: NDArray[np.int64],
     ) -> Batch:
-        """Sequences of the tokens at these places of their sources' lines: runs of L in all."""
+        """Return sequences from the tokens at these places in the sources' runs of length L."""
         length = self.sequence_length
         tokens_BL = np.empty((len(windows), length), np.int64)
         targets_BL = np.empty_like(tokens_BL)
@@ -117,12 +118,12 @@ class Stream(Sources):
         return self._windows[source].unique(samples, self._train[source].places_of)
 
     def validation(self, count: int, batch_sequences: int = 1) -> dict[str, list[Batch]]:
-        """``count`` sequences of each held-out split, evenly spread, in batches of one size.
+        """Return ``count`` evenly spaced sequences of each held-out split, in batches of one size.
 
-        A last batch that is not full is filled with rows that do not count.
-        Documents come in the order in which they are stored. A split of fewer than ``count``
-        sequences gives what it has, which is logged; its last sequence goes on at the split's
-        beginning, and the targets there do not count, so that none counts twice.
+        The last batch is padded with ignored rows. Documents are in stored order. A split with
+        fewer than ``count`` sequences returns all of them, which is logged; its last sequence
+        continues at the beginning of the split with ignored targets, so that each target counts
+        once.
         """
         assert count > 0
         by_name = {}
@@ -142,7 +143,7 @@ class Stream(Sources):
         return by_name
 
     def _held_out(self, name: str, order: DocumentOrder, windows: list[int], rows: int) -> Batch:
-        """These windows, and the last one again for rows that are left."""
+        """Return these windows, with the last one repeated for remaining rows."""
         source_B = np.full(rows, self.sources.index(name), np.int64)
         filled = windows + windows[-1:] * (rows - len(windows))
         length = self.sequence_length

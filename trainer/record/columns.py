@@ -223,10 +223,10 @@ _PLANS = tuple(
     for name, unit, meaning in (
         ("micro_batches", "1", "micro-batches of all hdp ranks, dummies included"),
         ("waves", "1", "maximum number of micro-batches of a rank"),
-        ("dummies", "1", "micro-batches without targets, which fill idle ranks"),
-        ("degree/DEGREE", "1", "documents that are split over DEGREE ranks"),
+        ("dummies", "1", "micro-batches without documents"),
+        ("degree/DEGREE", "1", "documents that DEGREE ranks process together"),
         ("balance", "1", "planned time of the step divided by the mean busy time of the ranks"),
-        ("bytes_sent", "bytes", "bytes that one tp rank sends in rings, forward and backward"),
+        ("bytes_sent", "bytes", "bytes sent in all rings, forward and backward, per tp rank"),
         (
             "offloaded",
             "1",
@@ -288,11 +288,7 @@ _MONITORS = tuple(
             "products that are read or saved in FP8",
         ),
         ("fp8_underflow_percent/ROLE", "%", "elements of these inputs that round to 0"),
-        (
-            "fp8_saturated_percent/ROLE",
-            "%",
-            "elements of these inputs that are clipped, or in a block that is not finite",
-        ),
+        ("fp8_saturated_percent/ROLE", "%", "elements that are clipped or in a nonfinite block"),
         (
             "clip_rate",
             "1",
@@ -330,11 +326,7 @@ _STATES = tuple(
             "errors over squared values in a group of 128, root mean square over groups",
         ),
         ("underflow_percent", "%", "values of a state that this rounding sets to zero"),
-        (
-            "saturated_percent",
-            "%",
-            "values of a state that are stored as their group's largest value, that one included",
-        ),
+        ("saturated_percent", "%", "values stored as their group's maximum, itself included"),
     )
 )
 
