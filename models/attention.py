@@ -193,7 +193,7 @@ def _masked(
 def _heads_first(
     q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """Return q, k, v as [B, heads, L, H], and True if torch must repeat the keys' heads itself."""
+    """Return q, k, v as [B, heads, L, H], and True if torch must group the heads (GQA)."""
     q, k, v = (t.transpose(1, 2) for t in (q_BLNH, k_BLKH, v_BLKH))
     groups = q.shape[1] // k.shape[1]
     # On CUDA only the flash kernel, for half types, supports grouped heads; for other types torch

@@ -138,7 +138,7 @@ def _backward_cudnn(
 
 @functools.cache
 def _dimensions_of_lse(device: torch.device, dtype: torch.dtype) -> int:
-    """Return the rank of cuDNN's log-sum-exp; some torch versions append a dimension of size 1."""
+    """Return the number of dimensions of cuDNN's log-sum-exp: 3, or 4 in some torch versions."""
     x = torch.zeros(1, 1, 128, 64, dtype=dtype, device=device)
     return torch.ops.aten._scaled_dot_product_cudnn_attention(x, x, x, None, True, is_causal=True)[
         1

@@ -24,9 +24,9 @@ class Documents:
 
     The other fields are for documents sharded over several ranks. ``counted_BL`` (bool; None: all
     True) is False for padding, which routers ignore. ``ring`` (int64 on the CPU; None: each
-    document is complete on this rank) lists the ranks with the other tokens; only the code that
-    made ``ring`` reads it. ``offload``: fraction of the layers whose saved activations are
-    offloaded to host memory until backward.
+    document is complete on this rank) is the table of ring attention with the ranks that share the
+    documents; only the code that made ``ring`` reads it. ``offload``: fraction of the layers whose
+    saved activations are offloaded to host memory until backward.
     """
 
     cu_lengths: Tensor

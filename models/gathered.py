@@ -32,7 +32,7 @@ class Gathered(Tensor):
 
     @staticmethod
     def __new__(cls, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Gathered:
-        """Wrap ``values`` and ``scale``; the values must be contiguous."""
+        """Wrap ``values`` and ``scale``; the weight has the strides of ``values``."""
         made: Gathered = torch.Tensor._make_wrapper_subclass(
             cls, values.shape, strides=values.stride(), dtype=dtype, device=values.device
         )

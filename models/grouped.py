@@ -334,8 +334,8 @@ def _product(
 def _with_zeros(grad_EFD: Tensor, offsets_E: Tensor) -> Tensor:
     """Return gradients with zeros for groups without rows, which torch's kernel leaves unset.
 
-    In compiled code the mask fuses with the cast of the gradient; otherwise a Triton kernel writes
-    only the empty groups, in place.
+    In compiled code the mask fuses with the cast of the gradient; otherwise a Triton kernel, if
+    installed, writes only the empty groups, in place.
     """
     traced = torch.compiler.is_compiling() or isinstance(grad_EFD, FakeTensor)
     if not traced and grad_EFD.is_contiguous() and find_spec("triton") is not None:

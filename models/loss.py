@@ -311,7 +311,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In place: the gradients belong to this function and are as large as the weight. Schedules
         # that split backward come here twice with one factor, for x and for the weight; the second
         # time the gradients are scaled already. ``data`` bypasses autograd's version check, which
-        # would refuse in-place changes; the assert on the factor does not wait for CUDA.
+        # would refuse changed tensors; an assert that does not wait for CUDA refuses other factors.
         grads = ctx.saved_tensors
         if ctx.scaled_by is None:
             ctx.scaled_by = grad_total.clone()

@@ -28,7 +28,7 @@ class Geometry:
 
     ``windowed``: the rotations in layers with an attention window. Geometry is deliberately not a
     tuple: FSDP2 casts every float tensor it finds among a module's inputs, and the cosines and
-    sines must stay fp32.
+    sines must not be cast.
     """
 
     turn: Turn
@@ -96,7 +96,7 @@ def frequencies(
 
 
 def _kept_by_wavelength(plain_h: Tensor, scaling: Llama3Scaling) -> Tensor:
-    """Return k_i [h] of llama3: a ramp over the wavelengths that fit into ``original_length``."""
+    """Return k_i [h] of llama3: a ramp in the number of wavelengths in ``original_length``."""
     turns_h = scaling.original_length * plain_h / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     return ((turns_h - low) / (high - low)).clamp(0.0, 1.0)

@@ -113,7 +113,7 @@ class _Gather(torch.autograd.Function):
     def forward(
         ctx: Any, y_SD: Tensor, gates_Tk: Tensor, token_S: Tensor, row_Tk: Tensor
     ) -> Tensor:
-        # Output in the compute type: with a sharded F, the rows of each rank are partial sums.
+        # Saved in the compute type, never in FP8: with a sharded F the rows are partial sums.
         ctx.save_for_backward(y_SD, gates_Tk, token_S, row_Tk)
         y_TD = y_SD[row_Tk[:, 0]].to(_wide(y_SD.dtype)) * gates_Tk[:, :1]
         for visit in range(1, row_Tk.shape[1]):

@@ -1,7 +1,7 @@
 """Softmax cross-entropy with the vocabulary sharded over ranks.
 
-Ranks never exchange logits: for each chunk they reduce the maxima, then the sums of exponentials
-together with the targets' logits (arXiv 1909.08053, section 3).
+The loss exchanges no logits: for each chunk, ranks all-reduce the maxima, then the sums of
+exponentials together with the targets' logits (arXiv 1909.08053, section 3).
 """
 
 # c tokens of a chunk, B sequences, L length, V vocabulary, v local columns
