@@ -46,12 +46,12 @@ _PLACES_KEPT = 5
 
 @dataclass(frozen=True)
 class AdoptRequest:
-    """A request to adopt shards.
+    """Request of ``adopt``.
 
-    ``shards``: ``name=pattern`` or ``pattern`` of .idx files, or a folder of such files, as written
-    by Megatron, datatrove and NeMo Curator. ``validation``: likewise, held-out shards of sources
-    named in ``shards``. ``tokenizer``: tokenizer.json with which the shards were made.
-    ``processes``: None uses all cores.
+    ``shards`` are ``name=pattern`` or ``pattern`` of .idx files, or a folder of them, as written by
+    Megatron, datatrove and NeMo Curator; ``validation`` are held-out shards of sources that
+    ``shards`` names. ``tokenizer``: the tokenizer.json of the shards. ``processes`` None uses all
+    cores.
     """
 
     shards: tuple[str, ...]
@@ -67,12 +67,12 @@ class AdoptRequest:
 def adopt(request: AdoptRequest, quiet: bool = False) -> Manifest:
     """Write ``out``/NAME.<train|validation>.{idx,shards.json}, tokenizer.json and manifest.json.
 
-    Reads each shard once: checks its index and sizes, inspects its ids and document ends, and
-    records its SHA-256. The shards are not moved. Repeating a finished request does nothing; an
-    interrupted request continues with the remaining shards.
+    Each shard is read once: index, sizes, ids and document ends are checked, and its SHA-256 is
+    recorded. Shards are not moved or copied. A repeated request returns the manifest; an
+    interrupted request continues with the shards that were not read.
 
     Raises:
-        UserError: shards cannot be used, or the folder contains other files.
+        UserError: shards cannot be used, or ``out`` has files of another request.
     """
     splits = find_shards(request.shards, request.validation)
     out = Path(request.out)
@@ -157,7 +157,7 @@ class _Adoption:
             (self.partial / _JOURNAL).open("a", encoding="utf-8") as journal,
             Workers(min(processes, max(1, len(missing)))) as workers,
         ):
-            journal.write("\n")  # after a line that was being written
+            journal.write("\n")  # ends a line that was cut by an interruption
             for prefix, one in zip(missing, workers.map(look, iter(missing)), strict=True):
                 found[prefix] = one
                 row = {"shard": str(prefix), "state": states[prefix], **asdict(one)}
@@ -181,7 +181,7 @@ class _Adoption:
                 )
 
     def _journal(self, tokenizer: TokenizerRecord) -> dict[tuple[str, str], Examination]:
-        """Return the results of examined shards, by name and state."""
+        """Read the results of examined shards, by name and state."""
         known: dict[tuple[str, str], Examination] = {}
         path = self.partial / _JOURNAL
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -191,7 +191,7 @@ class _Adoption:
                 shard = row.pop("shard"), row.pop("state")
                 if told == _told(tokenizer):
                     known[shard] = Examination(**row)
-            except (ValueError, KeyError, TypeError):  # the line that was being written
+            except (ValueError, KeyError, TypeError):  # line that was cut by an interruption
                 continue
         return known
 
@@ -300,7 +300,10 @@ def _told(tokenizer: TokenizerRecord) -> dict[str, int]:
 
 
 def _path_from(folder: Path, file: Path) -> str:
-    """Return the path of a file as stored in a list in ``folder``: relative within one folder."""
+    """Return the path of ``file`` for a list in ``folder``.
+
+    The path is relative if both are in the parent of ``folder``, else absolute.
+    """
     here, there = folder.resolve(), file.resolve()
     inside = there.is_relative_to(here.parent) and here.parent != Path(here.anchor)
     return os.path.relpath(there, here) if inside else str(there)

@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 IGNORE = -100
-"""Ignored target: the next token belongs to another document, or is repeated."""
+"""Target outside the loss: the next token belongs to another document, or is repeated."""
 
 
 @dataclass(frozen=True)
 class PackedDocuments:
-    """Documents as runs of the flattened T tokens of a batch; each sequence starts a run.
+    """Documents as runs of the flattened T tokens of a batch; each sequence begins a new run.
 
-    ``cu_lengths`` (int32, C + 1): cumulative lengths 0, ..., T, as variable-length attention
-    kernels take them. ``max_length``: length of the longest run. ``positions_BL`` (int64): position
-    of each token in its run, from 0.
+    ``cu_lengths`` (int32, C + 1) is 0, the running sum of the lengths, T, as in variable-length
+    attention kernels. ``max_length`` is the longest run. ``positions_BL`` (int64) counts the tokens
+    of each run from 0.
     """
 
     cu_lengths: NDArray[np.int32]
@@ -30,7 +30,10 @@ class PackedDocuments:
 
     @classmethod
     def of_lengths(cls, lengths: NDArray[np.int64], shape: tuple[int, int]) -> Self:
-        """Return documents of ``lengths``: positive, sum B * L, none across a sequence's end."""
+        """Return documents of these ``lengths`` (positive, sum B * L, not across a sequence's end).
+
+        For example, ``of_lengths(np.array([3, 1, 4]), (2, 4))`` has ``cu_lengths`` [0, 3, 4, 8].
+        """
         total = shape[0] * shape[1]
         assert total < 2**31, "a batch has fewer than 2**31 tokens"
         cu_lengths = np.zeros(len(lengths) + 1, np.int64)
@@ -66,12 +69,12 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens, T = B * L, ignored targets included."""
+        """T = B * L, including tokens whose target is ``IGNORE``."""
         return int(self.tokens_BL.size)
 
     @property
     def num_targets(self) -> int:
-        """Number of targets without ignored ones."""
+        """Number of targets in the loss."""
         return int(np.count_nonzero(self.targets_BL != IGNORE))
 
     def rows(self, start: int, stop: int) -> Batch:
@@ -89,7 +92,7 @@ class Batch:
 
     @classmethod
     def concatenate(cls, batches: Sequence[Batch]) -> Self:
-        """Return one batch with the sequences of ``batches``, of equal L and kind of packing."""
+        """Return one batch of all sequences; the batches must have the same L and packing."""
         assert batches, "nothing to concatenate"
         tokens_BL = np.concatenate([batch.tokens_BL for batch in batches])
         packed = [batch.documents for batch in batches if batch.documents is not None]

@@ -120,13 +120,13 @@ def _docstrings(root: Path, path: Path) -> list[Document] | str:
         return "file is not text in its declared encoding"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the library's own code
+            warnings.simplefilter("ignore")  # warnings are about the library's own code
             tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return "file does not parse"
     name, group = path.relative_to(root).as_posix(), text_digest(text)
     documents: list[Document] = []
-    # Statements only: docstrings stand nowhere else, and expressions are most of a tree.
+    # Statements only: expressions contain no docstrings and are most of a tree.
     waiting: list[tuple[ast.AST, str]] = [(tree, name)]
     while waiting:
         node, where = waiting.pop()
@@ -146,7 +146,7 @@ def _docstrings(root: Path, path: Path) -> list[Document] | str:
 def _topics() -> Iterator[Document]:
     try:
         from pydoc_data.topics import topics
-    except ImportError as error:  # a Python that was installed without its documentation
+    except ImportError as error:  # Python was installed without its documentation
         raise UserError(
             "builtin:python-prose needs pydoc_data.topics, which this Python lacks; install the "
             "whole standard library or give a corpus of your own"

@@ -44,7 +44,7 @@ def check_contents(stores: Iterable[TokenStore]) -> None:
     """
     for store in stores:
         folder = Path(store.prefix).parent
-        recorded = manifest_of(store.prefix)  # compares sizes
+        recorded = manifest_of(store.prefix)  # compares file sizes
         for name, record in () if recorded is None else recorded[1].files.items():
             _check(folder / name, record, folder / MANIFEST)
         shards = shards_path(store.prefix)

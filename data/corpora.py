@@ -48,7 +48,7 @@ from allometry.data.records import (
 from allometry.data.special_tokens import KNOWN_ENDS
 
 MARKS = (*KNOWN_ENDS, "<doc ")
-"""Common separators of documents in text files."""
+"""Document separators that are common in text files from other tools."""
 _SAY_EVERY_LINES = 1000
 _BLOCK_BYTES = 1 << 20
 
@@ -56,13 +56,17 @@ _BLOCK_BYTES = 1 << 20
 def open_corpus(
     name: str, text: str, separator: str | None = None, split: str | None = None
 ) -> Corpus:
-    """Return the corpus ``name``: ``builtin:...``, a file, a folder or a pattern of these.
+    """Open the corpus ``name``: ``builtin:...``, a file, a folder, or a glob pattern.
 
-    Folders are searched recursively in order of paths, and links are followed; files that are found
-    but not read are in ``left_out``. ``text``: key (JSON Lines) or column (parquet) of the text,
-    ``meta.text`` for a nested field. ``split``: key or column that determines a document's split.
-    ``separator``: separator of the documents of a text file. Raises UserError if the path does not
-    exist, contains no readable file, or is a file without fields although ``split`` names one.
+    Folders are searched recursively in path order, and links are followed; entries that are not
+    read are listed in ``left_out``. ``text`` names the field (JSON Lines) or column (parquet) of
+    the text, where ``meta.text`` is a nested field, and ``split`` the field that decides a
+    document's split. ``separator`` separates the documents of a text file. For example,
+    ``open_corpus("crawl/**/*.jsonl.gz", "text")`` reads all compressed JSON Lines under crawl/.
+
+    Raises:
+        UserError: the input does not exist, contains no readable file, or has files without fields
+            although ``split`` names a field.
     """
     if name.startswith("builtin:"):
         if split is not None:
@@ -120,9 +124,10 @@ class _Found:
         self._seen: dict[tuple[int, int], Path] = {}
 
     def look_at(self, start: Path, pattern: tuple[str, ...] = ()) -> None:
-        """Add a file, or the files in a folder; each file once, whatever links lead to it.
+        """Take a file, or all files in a folder; a file reached over several links is taken once.
 
-        ``pattern``: remaining parts of the path; ``**`` matches any number of folders.
+        ``pattern``: the remaining parts of the path pattern, where ``**`` matches any number of
+        folders.
         """
         waiting = [start]
         while waiting:
@@ -152,7 +157,7 @@ class _Found:
                 self.left_out.add(f"unreadable ({error.strerror})", str(path))
 
     def take(self, path: Path) -> None:
-        """Add one file; UnusableError for a file that cannot be read."""
+        """Add one file. Raises UnusableError if the file cannot be read as text."""
         if not stat.S_ISREG(path.stat().st_mode):
             raise UnusableError(
                 "not a regular file", "give a file, as inputs are read more than once"
@@ -173,11 +178,11 @@ _Text = str | BadText | None
 
 
 class FileCorpus(Corpus):
-    """Files of the user: a document per text file, JSON line or parquet row.
+    """User files: a text file is one document; in other kinds, each line or row is one document.
 
-    With a ``separator``, each part of a text file between separators is a document, without
-    surrounding line ends. ``keys``: key of the text, and key that determines the split; None: the
-    text itself.
+    With a ``separator``, a text file is split there, and each part is a document without the line
+    ends at its beginning and end. ``keys``: the field of the text, and the field that decides a
+    document's split (None: the text decides).
     """
 
     def __init__(
@@ -214,9 +219,9 @@ class FileCorpus(Corpus):
             read.finish()
 
     def _texts(self, file: SourceFile, read: _Reading, log: ReadLog) -> Iterator[Document]:
-        """Yield the documents of a text file, after a first read that validates it.
+        """Yield the documents of a text file after a first pass that validates the text.
 
-        The first read also computes the digest that determines the split.
+        The first pass also computes the digest that determines the split.
         """
         digest, first, count = sha256(), "", 0
         for block in _blocks(file, lambda place: None):
@@ -255,7 +260,7 @@ class FileCorpus(Corpus):
     def _record(
         self, path: str, unit: str, number: int, value: bytes | tuple[_Text, _Text], log: ReadLog
     ) -> Iterator[Document]:
-        """Yield the document of a line or row, unless it has no text."""
+        """Yield the document of one line or row; null text is counted, and bad text is reported."""
         try:
             text, group = self._fields(value) if isinstance(value, bytes) else value
             if isinstance(text, BadText):
@@ -352,8 +357,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 def named_input(value: str) -> tuple[str, str]:
     """Split ``name=input``; without a name, derive one from the input.
 
-    A path whose first folder is called ``lang=en``, or a pattern that matches one (``lang=*``), has
-    no name in front.
+    If the first folder of the path is itself called ``lang=en``, or matches a pattern like
+    ``lang=*``, the value is a path without a name. For example, ``named_input("web=crawl/")``
+    returns ("web", "crawl/") and ``named_input("notes.txt")`` returns ("notes", "notes.txt").
     """
     if not value.strip():
         raise UserError(

@@ -1,4 +1,4 @@
-"""Corpora: documents, each with a stable name and a digest that determines its split."""
+"""Interface of a corpus: documents with a stable name and a digest that decides their split."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _PLACES_KEPT = 5
 
 
 class Document(NamedTuple):
-    """A text and its stable name; ``group`` is the digest that determines its split.
+    """Text with a stable name; ``group`` is the digest that decides its split.
 
-    ``blocks``: the text in order, iterable repeatedly: one string, or the blocks in which a large
-    file is read. The digest is of the text itself, or of the larger text that contains the
-    document, so that one file is never in two splits.
+    ``blocks`` are the text in order and can be iterated again: one string, or the blocks of a large
+    file. The digest is of the text itself, or of the larger text from which the document was taken,
+    so that text of one file is never in two splits.
     """
 
     id: str
@@ -29,7 +29,10 @@ class Document(NamedTuple):
 
     @classmethod
     def of(cls, id: str, text: str, group: str | None = None) -> Self:
-        """Return a document of one string; ``group`` defaults to the digest of the text."""
+        """Return a document of one string; ``group`` defaults to the digest of the text.
+
+        For example, ``Document.of("a.txt", "some text")``.
+        """
         return cls(id, (text,), text_digest(text) if group is None else group)
 
     @property
@@ -53,10 +56,10 @@ OnBadLine = Literal["stop", "skip"]
 
 
 class BadText(Exception):
-    """A line, row or file whose text is missing or damaged.
+    """Line, row or file whose text is missing or damaged.
 
-    ``reason``: category for counts. ``says``: continuation of a sentence that begins with the
-    place.
+    ``reason`` is the category in the counts; ``says`` continues a sentence that begins with the
+    place of the text.
     """
 
     def __init__(self, reason: str, says: str) -> None:
@@ -72,14 +75,14 @@ class LeftOut:
         self.places: dict[str, list[str]] = {}
 
     def add(self, reason: str, place: str, count: int = 1) -> None:
-        """Add ``count`` documents; ``place`` is that of the first."""
+        """Add ``count`` skipped documents; ``place`` is the place of the first."""
         self.counts[reason] += count
         places = self.places.setdefault(reason, [])
         if len(places) < _PLACES_KEPT and place not in places:
             places.append(place)
 
     def update(self, other: LeftOut) -> None:
-        """Add the counts of another one."""
+        """Add the counts and places of ``other``."""
         for reason, places in other.places.items():
             self.counts[reason] += other.counts[reason]
             self.places.setdefault(reason, []).extend(places)
@@ -95,11 +98,11 @@ class LeftOut:
 
 
 class ReadLog:
-    """Log of reading one source: omissions, progress and hints.
+    """Statistics and errors of reading one source.
 
-    The rules are the same for every format. Text that is null or blank is no document, and is
+    The rules are the same in all formats. Text that is null or blank is not a document, and is
     counted. Text that is missing or damaged stops the reading (``on_bad_line`` "stop") or is
-    counted ("skip"), up to ``max_bad_lines``.
+    counted ("skip"), up to ``max_bad_lines`` times.
     """
 
     def __init__(
@@ -135,10 +138,10 @@ class ReadLog:
 
 
 class Corpus(ABC):
-    """Documents in a fixed order, which can be read repeatedly.
+    """Documents in a fixed order that can be read repeatedly.
 
-    ``input``: name in the record. ``files``: all files read. ``left_out``: files that were found
-    but are not read. ``kinds``: number of files of each kind.
+    ``input`` is the name in the manifest; ``files`` are all files that are read; ``left_out`` are
+    entries that were found but are not read; ``kinds`` is the number of files of each kind.
     """
 
     def __init__(self, input: str, files: list[Path], kinds: dict[str, int]) -> None:
@@ -149,9 +152,9 @@ class Corpus(ABC):
 
     @abstractmethod
     def documents(self, log: ReadLog, ordered_map: OrderedMap) -> Iterator[Document]:
-        """Yield all documents; report omissions to ``log``.
+        """Read all documents; report text that cannot be a document to ``log``.
 
-        Blank text is included. Raises UserError for a file that cannot be read.
+        Blank text is yielded; the caller drops it. Raises UserError for a file that cannot be read.
         """
 
     @property
@@ -174,7 +177,7 @@ def text_digest(text: str) -> str:
 
 
 def held_out_below(fraction: float) -> int:
-    """Return the bound of the first 64 bits of a digest below which a group is held out."""
+    """Return the bound of a held-out group: its digest's first 64 bits are below the bound."""
     return round(fraction * 2**64)
 
 
@@ -184,7 +187,7 @@ def is_held_out(group: str, below: int) -> bool:
 
 
 def held_out(text: str, fraction: float) -> bool:
-    """Return True if ``prepare`` holds out a document, for filters in other libraries.
+    """Return True if ``prepare`` would hold the document out: for filters of other engines.
 
     With datatrove: ``LambdaFilter(lambda document: not held_out(document.text, 0.05))``.
     """

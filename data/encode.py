@@ -26,17 +26,17 @@ from allometry.data.special_tokens import END_OF_DOCUMENT, load_encoder, load_wa
 
 _CHUNK_CHARACTERS = SPAN
 _IN_FLIGHT = 4
-_TEXTS_NAMED, _PARTS_NAMED, _CHARACTERS_NAMED = 16, 5, 20  # of a chunk, a text, a part
+_TEXTS_NAMED, _PARTS_NAMED, _CHARACTERS_NAMED = 16, 5, 20  # per chunk, per text, per part
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE (Radford et al. 2019) whose id 0 ends documents.
+    """Train a byte-level BPE (Radford et al. 2019) that encodes any text; id 0 ends documents.
 
-    Any text can be encoded. The result depends only on the texts. A small input may give fewer than
-    ``vocab_size`` ids.
+    The result depends on the texts alone. A small input may give fewer than ``vocab_size`` ids. For
+    example, ``train_tokenizer(texts, 8192).save("tokenizer.json")``.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
@@ -59,9 +59,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 class TextSample:
-    """Up to ``budget`` characters of complete documents, those with the smallest digests.
+    """Sample of documents of up to ``budget`` characters in all: those of smallest digest.
 
-    The sample does not depend on the order of ``offer``. A longer document is cut to the budget.
+    The sample does not depend on the order of ``offer``. A document longer than the budget is cut
+    to the budget.
     """
 
     def __init__(self, budget: int) -> None:
@@ -75,7 +76,7 @@ class TextSample:
         """Consider one document for the sample."""
         text = _beginning(document.blocks, self.budget)
         self.offered += len(text)
-        # Docstrings of a file share a group: the text's own hash breaks their ties evenly.
+        # Docstrings of a file have one group, so the text's own hash breaks ties.
         digest = int(text_digest(document.group + text)[:16], 16)
         if digest >= self._smallest_refused:
             return
@@ -124,10 +125,11 @@ class Piece(NamedTuple):
 
 
 class EncodedPiece(NamedTuple):
-    """Tokens of a piece in the dtype of the files; ``text_bytes``: its UTF-8 bytes.
+    """Tokens of a piece in the dtype of the files; ``text_bytes`` is the UTF-8 size of their text.
 
-    ``last``: the document ends here, with the end-of-document token. ``exact``: the tokens equal
-    those of the unsplit document. ``unknown``: text without a token.
+    ``last``: the document ends here, with the end-of-document token. ``exact``: the tokens are the
+    same as in an encoding of the complete document. ``unknown``: the parts of the text without a
+    token.
     """
 
     tokens: NDArray[Any]
@@ -139,9 +141,9 @@ class EncodedPiece(NamedTuple):
 
 
 class Unknown(NamedTuple):
-    """Number of occurrences of text without a token, examples, and the unknown token.
+    """Number of unknown parts in a text, some examples, and the token that replaces them.
 
-    Without an unknown token (None) the tokenizer drops such text.
+    With ``token`` None, the tokenizer drops unknown text.
     """
 
     times: int
@@ -165,7 +167,10 @@ def chunks(documents: Iterable[Document]) -> Iterator[list[Piece]]:
 
 
 class Encoder:
-    """Encoder of text to ids without ``end``; ``path`` is the tokenizer's."""
+    """Encoder from text to ids without the id ``end``; ``path`` names a tokenizer.
+
+    For example, ``Encoder("tokens/tokenizer.json", 0)("def f():")`` returns a list of ids.
+    """
 
     def __init__(self, path: str, end: int) -> None:
         self._tokenizer = load_encoder(path, end)
@@ -176,7 +181,7 @@ class Encoder:
         """Return the ids of a text; UserError if encoding fails."""
         try:
             ids = _ids(self._tokenizer, text)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower type
             raise UserError(
                 f"the tokenizer cannot encode a document that begins {text[:40]!r} ({error}); give "
                 "one that has a token for what is unknown, or knows all bytes"
@@ -190,9 +195,10 @@ class Encoder:
         return ids
 
     def unknown(self, text: str, ids: list[int], *, named: bool) -> Unknown | None:
-        """Return the text without a token in a text with ids ``ids``; None if there is none.
+        """Count the parts of a text without a token; None if there is no such part.
 
-        Its parts are searched only if they are to be ``named``, which takes longer.
+        ``ids`` are the ids of the text. Examples of the parts are collected only if ``named``,
+        which takes longer.
         """
         if self._watcher is None:
             return None
@@ -207,8 +213,8 @@ class Encoder:
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    # A batch of one: faster than `encode`, which tracks offsets, and on one thread, as the
-    # processes are what runs in parallel.
+    # A batch of one is faster than `encode`, which tracks offsets, and runs on one thread;
+    # parallelism comes from the processes.
     ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
     return ids
 
@@ -246,9 +252,10 @@ def _live_and_die_with_parent() -> None:
 
 
 class Workers:
-    """An ordered map over ``processes`` processes; with one, in this process.
+    """Ordered map over ``processes`` processes; with ``processes`` 1, in this process.
 
-    Processes are spawned: forking a process with the tokenizer's threads can deadlock.
+    Processes are spawned, not forked: forking a process with threads of the tokenizer can deadlock.
+    For example, ``with Workers(8) as workers: results = workers.map(function, items)``.
     """
 
     def __init__(self, processes: int) -> None:
@@ -259,7 +266,7 @@ class Workers:
             self._pool = ProcessPoolExecutor(processes, context, _live_and_die_with_parent)
 
     def map(self, function: Callable[[Item], Outcome], items: Iterator[Item]) -> Iterator[Outcome]:
-        """Yield results in the order of ``items``, with few items ahead in memory."""
+        """Yield outcomes in the order of ``items``; few items are submitted ahead."""
         if self._pool is None:
             yield from map(function, items)
             return

@@ -28,10 +28,9 @@ class _Index(NamedTuple):
 
 
 def write_joined_index(path: Path, indices: Sequence[Path]) -> None:
-    """Write the concatenated index of the stores in ``indices``.
+    """Write one index for the stores of ``indices``, concatenated.
 
-    The stores must be valid, of one token type and not empty. Memory holds a million entries at a
-    time.
+    The stores must be valid, of the same dtype, and not empty. At most 2**20 entries are in memory.
     """
     parts = [_read_header(one) for one in indices]
     sequences = sum(part.sequences for part in parts)

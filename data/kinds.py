@@ -43,7 +43,7 @@ class UnusableError(Exception):
         self.reason, self.advice = reason, advice
 
 
-# How the content begins (pzstd begins zstd with a frame to be skipped), and what unpacks it.
+# Ending: pattern of the first bytes (pzstd writes a skippable frame first), decompressor.
 _COMPRESSIONS: dict[str, tuple[bytes, Any]] = {
     ".gz": (rb"\x1f\x8b", lambda raw: gzip.GzipFile(fileobj=raw, mode="rb")),
     ".zst": (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", lambda raw: _zstd(raw)),
@@ -56,7 +56,7 @@ _HOW = "docs/file_formats.md has the command"
 _CONTROL = bytes({*range(32)} - {*b"\b\t\n\v\f\r\x1b"})
 """Bytes that do not occur in text in any single-byte encoding."""
 _UTF8 = "convert it with iconv -t UTF-8 -f ENCODING"
-# Offset, bytes, what has them there, what to do.
+# Offset, bytes at that offset, kind of file, advice.
 _MAGIC = (
     (0, b"PK\x03\x04", "zip archive", _UNPACK),
     (257, b"ustar", "tar archive", _UNPACK),
@@ -83,7 +83,10 @@ _MAGIC = (
 
 
 def kind_of(path: Path, text_key: str) -> SourceFile:
-    """Return the kind of a file from its content; UnusableError if it has no readable text."""
+    """Detect a file's kind. Raises UnusableError if the file contains no readable text.
+
+    For example, a.jsonl.gz is ``SourceFile(path, JSON_LINES, ".gz")``.
+    """
     try:
         with path.open("rb") as raw:
             head = raw.read(_HEAD_BYTES)
@@ -103,7 +106,7 @@ def kind_of(path: Path, text_key: str) -> SourceFile:
         try:
             with opened(SourceFile(path, "", compression)) as (stream, _):
                 head = stream.read(_HEAD_BYTES)
-        except DAMAGE:  # in its first part; reading will say so
+        except DAMAGE:  # in the first block; reading reports the damage
             return SourceFile(path, JSON_LINES if ending in _JSON_ENDINGS else TEXT, compression)
         if _compression(head):
             raise UnusableError("compressed twice", _UNPACK)
@@ -142,7 +145,7 @@ def _kind_of_content(head: bytes, ending: str, text_key: str) -> str:
 
 def _is_utf8(head: bytes) -> bool:
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # its last letter may be cut
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut
     except UnicodeDecodeError:
         return False
     return True
@@ -157,7 +160,7 @@ def _holds_json_lines(head: bytes, text_key: str) -> bool:
     if not lines or not lines[0].lstrip().startswith(b"{"):
         return False
     if len(head) == _HEAD_BYTES and len(lines) > 1:
-        lines.pop()  # it goes on
+        lines.pop()  # the last line may be cut
     if len(lines) > 1:
         return all(_is_object(line) for line in lines[:2])
     name = json.dumps(text_key.rpartition(".")[2]).encode()

@@ -14,7 +14,14 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Create the folder and lock it; convert OS errors to a UserError."""
+    """Create the folder ``out`` and lock it for the duration of the ``with`` block.
+
+    For example, ``with locked(Path("tokens")): ...``. The lock is an exclusive ``flock`` on
+    ``out``/.lock.
+
+    Raises:
+        UserError: another process has the lock, or the disk refuses a write in the block.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (out / LOCK).open("w") as file:

@@ -1,4 +1,4 @@
-"""The manifest that ``prepare`` writes next to token files."""
+"""Manifest that ``prepare`` and ``adopt`` write next to token files."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ class SplitRecord(Section):
 
 
 class SourceRecord(Section):
-    """One source: its origin, its omitted documents, and its splits.
+    """Record of one source: its input, skipped documents and splits.
 
-    ``kinds``: number of files read of each kind. ``skipped``: number of omissions by reason, with
-    their first places in ``skipped_places``. ``inexact_cuts``: number of places in long documents
-    whose tokens may differ from those of the unsplit text (data/pieces.py).
+    ``kinds`` is the number of files read by kind, ``skipped`` the number of skipped documents by
+    reason; ``skipped_places`` are the first few places of each reason. ``inexact_cuts`` is the
+    number of places in long documents where tokens may differ from the tokens of the complete text
+    (data/pieces.py).
     """
 
     input: str
@@ -82,7 +83,10 @@ class Manifest(Section):
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Return the manifest in ``folder``, None without one; UserError for a damaged manifest."""
+    """Read the manifest in ``folder``; None without a manifest.
+
+    A manifest.json of another program counts as none. Raises UserError for a damaged manifest.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -99,10 +103,13 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def manifest_of(prefix: str) -> tuple[Manifest, SplitRecord] | None:
-    """Return the manifest next to the token files ``prefix``.bin/.idx, and their record.
+    """Return the manifest next to ``prefix``.bin/.idx and the split's record in it.
 
-    None if no manifest of this package lists the files. Raises UserError if their sizes differ from
-    the record.
+    Returns None if no manifest contains the files. For example, ``manifest_of("tokens/web.train")``
+    reads tokens/manifest.json.
+
+    Raises:
+        UserError: a file is missing or has another size than recorded.
     """
     path = Path(prefix)
     manifest = read_manifest(path.parent)

@@ -1,4 +1,4 @@
-"""The order in which a source's tokens are read."""
+"""Order in which a source's tokens are read."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class DocumentOrder(Line):
         return sample if self.seed is None else super().window(sample, length)
 
     def places_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the positions of the tokens at these places in the first epoch."""
+        """Convert places of the stream to the places of the same tokens in the first epoch."""
         first = self.epoch(0)
         assert first.documents is not None
         starts = np.empty(self.store.num_documents, np.int64)
@@ -88,10 +88,10 @@ class DocumentOrder(Line):
         return found
 
     def read(self, start: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Fill ``out`` with the stream's tokens from ``start``.
+        """Fill ``out`` with the stream's tokens from ``start`` on.
 
-        Returns the lengths of the runs of one document (int64, positive, sum ``len(out)``); the
-        window cuts the first and last run.
+        Returns the number of tokens of each document in ``out`` (int64, positive, sum
+        ``len(out)``); the first and the last document may be cut by the window.
         """
         period, filled = self.store.num_tokens, 0
         lengths = []
@@ -112,7 +112,7 @@ class DocumentOrder(Line):
         offsets[0] = offset - (ends[0] - lengths[0])
         lengths[0] -= offsets[0]
         lengths[-1] -= ends[-1] - (offset + len(out))
-        filled = lengths > 0  # a store may hold empty documents
+        filled = lengths > 0  # a store may contain empty documents
         if not filled.all():
             documents, offsets, lengths = documents[filled], offsets[filled], lengths[filled]
         self.store.read_into(documents, offsets, lengths, out)
@@ -120,11 +120,13 @@ class DocumentOrder(Line):
 
 
 def permutation(key: str, count: int) -> NDArray[np.int64]:
-    """Return a permutation of range(count), equal on all machines and numpy versions.
+    """Return a permutation of range(count) that is the same on all machines and numpy versions.
 
-    The raw 64-bit stream of Philox, seeded with the SHA-256 of ``key`` (numpy guarantees the raw
-    streams of bit generators, not the output of ``Generator``), gives each number a random key; the
-    low bits contain the number itself, so that a plain sort has no ties.
+    The raw 64-bit stream of Philox, keyed by the SHA-256 of ``key``, gives each number a random
+    sort key (numpy guarantees the raw streams of bit generators, but not the methods of
+    ``Generator``). The low bits of a sort key are the number itself, so that a plain sort has no
+    ties. For example, ``permutation("7:web:0", 3)`` returns the same order of 0, 1 and 2 in each
+    process.
     """
     digest = hashlib.sha256(key.encode()).digest()
     raw = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)

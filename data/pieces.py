@@ -1,12 +1,13 @@
-"""Encode long texts in pieces, so that memory does not grow with a document's length.
+"""Encoding of long texts in pieces, so that memory does not grow with the document.
 
-A tokenizer needs about 160 bytes per byte of encoded text. A text is therefore cut into spans of
-``SPAN`` characters. Each span is encoded with a margin of its neighbours, in which the position of
-the cut is chosen, and the tokens of the margin are removed. If a tokenizer's rules do not look
-beyond the margin, the tokens equal those of the unsplit text. Each cut is tested: the text before
-the cut must be encoded equally with and without the following text, and the text after the cut
-equally for two different beginnings. If no such position exists, as in a long text without spaces,
-the tokens around the cut may differ from those of the unsplit text, and the cut is counted.
+A tokenizer needs about 160 bytes of memory for each byte of text. A text is therefore cut into
+spans of ``SPAN`` characters. Each span is encoded with a margin of text from its neighbours; the
+place of the cut is chosen inside the margin, and the margin's tokens are removed. If a tokenizer's
+rules look no further than the margin, the tokens equal the tokens of the complete text. Each cut is
+tested: the text before the cut must have the same tokens with and without the text after it, and
+the text after the cut the same tokens for two different beginnings. If no cut passes, as in a long
+text without spaces, the tokens around the cut may differ from the tokens of the complete text, and
+the cut is counted as inexact.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ _TRIED = 16
 
 
 class Span(NamedTuple):
-    """A part of a text; ``before`` and ``after``: characters of its neighbours at its ends.
+    """Part of a text; its first ``before`` and last ``after`` characters belong to its neighbours.
 
-    Each is 0 at the beginning or end of the text, else ``MARGIN``. The window around a cut, twice
-    the margin, is the same in both adjacent spans, so that both find the same cut.
+    ``before`` and ``after`` are 0 at the beginning and the end of the text, else ``MARGIN``. The
+    two spans at a cut share a window of twice the margin around the cut, so both choose the same
+    place.
     """
 
     text: str
@@ -35,7 +37,10 @@ class Span(NamedTuple):
 
 
 def spans(blocks: Iterable[str]) -> Iterator[Span]:
-    """Yield the text of ``blocks`` as spans; a text up to SPAN + MARGIN characters is one span."""
+    """Cut the text of ``blocks`` into spans.
+
+    A text of at most SPAN + MARGIN characters is one span.
+    """
     text, before = "", 0
     for block in blocks:
         text += block
@@ -47,7 +52,7 @@ def spans(blocks: Iterable[str]) -> Iterator[Span]:
 
 
 class EncodedSpan(NamedTuple):
-    """Token ids, their text, and whether the ids equal those of the unsplit text."""
+    """Token ids, their text, and True if the ids equal the ids of the complete text."""
 
     ids: list[int]
     text: str
@@ -55,7 +60,10 @@ class EncodedSpan(NamedTuple):
 
 
 def encode_span(encode: Callable[[str], list[int]], span: Span) -> EncodedSpan:
-    """Encode the span's own part of a text; the ids of successive spans form the text's ids."""
+    """Encode a span without its margins; concatenated, the spans' ids are the ids of the text.
+
+    For example, ``encode_span(encode, Span("a short text", 0, 0)).exact`` is True.
+    """
     text, begin, end, exact = span.text, 0, len(span.text), True
     if span.after:
         end += find_cut(encode, text[-2 * MARGIN :])[0] - 2 * MARGIN
@@ -71,7 +79,7 @@ def encode_span(encode: Callable[[str], list[int]], span: Span) -> EncodedSpan:
 
 
 def find_cut(encode: Callable[[str], list[int]], window: str) -> tuple[int, bool]:
-    """Return a cut near the middle, and whether the tokens on both sides are independent."""
+    """Return a place near the middle to cut, and True if the tokens on both sides are unchanged."""
     other = window[_OTHER_BEGINNING:]
     whole, whole_other = encode(window), encode(other)
     for at in _candidates(window):
@@ -83,7 +91,7 @@ def find_cut(encode: Callable[[str], list[int]], window: str) -> tuple[int, bool
 
 
 def _candidates(window: str) -> Iterator[int]:
-    """Yield positions to cut, preferred ones first: before white space after a word."""
+    """Yield places to cut: before white space after a word, at other ends of words, elsewhere."""
     middle = len(window) // 2
     places = range(len(window) // 4, len(window) - len(window) // 16)
     order = sorted(places, key=lambda at: abs(at - middle))
@@ -102,9 +110,9 @@ def _candidates(window: str) -> Iterator[int]:
 
 
 def stretches(text: str) -> Iterator[str]:
-    """Yield parts of at least SPAN characters, cut before white space after a word if possible.
+    """Cut a text into parts of SPAN characters or more, if possible at the end of a word.
 
-    For training a tokenizer that splits words there.
+    The cut is before white space, for the training of a tokenizer that splits words there.
     """
     begin = 0
     while len(text) - begin > SPAN + MARGIN:

@@ -61,22 +61,22 @@ DEFAULT_VOCAB_SIZE = 8192
 _PARTIAL = ".partial"
 _DECIDING = "text_key", "split_key", "max_documents", "max_bytes", "separator", "on_bad_line"
 _SAMPLE_CHARACTERS = 4 << 20
-_SAMPLED_FROM = 16  # times the sample: how far a source is read for it
+_SAMPLED_FROM = 16  # limit of the characters read, in multiples of the sample
 
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """A request to prepare token files.
+    """Request of ``prepare``.
 
-    ``inputs``: ``name=input`` or ``input``: files, folders, patterns, builtin:python-code,
-    builtin:python-prose. ``tokenizer``: path of a tokenizer.json; None trains one with
-    ``vocab_size`` ids (default 8192). ``validation_fraction``: fraction of held-out documents.
-    ``max_documents`` and ``max_bytes`` (of UTF-8 text): limits of a source. ``processes``: None
-    uses all cores; the files do not depend on it. ``separator``: separator of the documents of a
-    text file. ``on_bad_line``: missing or damaged text stops the preparation ("stop") or is omitted
-    and counted ("skip"), up to ``max_bad_lines`` per source. ``split_key``: field whose hash
-    selects held-out documents instead of the text's hash: the text or id that a document was
-    derived from.
+    ``inputs`` are ``name=input`` or ``input``: files, folders, patterns, builtin:python-code,
+    builtin:python-prose. ``tokenizer`` is the path of a tokenizer.json; None trains a tokenizer
+    with ``vocab_size`` ids (default 8192). ``validation_fraction`` is the fraction of held-out
+    documents. ``max_documents`` and ``max_bytes`` (of UTF-8 text) limit each source. ``processes``
+    None uses all cores; the files do not depend on the number. ``separator`` separates the
+    documents of a text file. ``on_bad_line``: missing or damaged text stops the preparation
+    ("stop"), or is left out and counted ("skip"), up to ``max_bad_lines`` per source.
+    ``split_key``: the field whose hash decides whether a document is held out, instead of the hash
+    of the document's text, such as the text or the id of the document's parent.
     """
 
     inputs: tuple[str, ...]
@@ -126,10 +126,13 @@ class PrepareRequest:
 def prepare(request: PrepareRequest, quiet: bool = False) -> Manifest:
     """Write ``out``/<source>.<train|validation>.{bin,idx}, tokenizer.json and manifest.json.
 
-    All files are written in ``out``/.partial and renamed when complete, the manifest last.
-    Repeating a finished request does nothing. Progress is printed to standard error unless
-    ``quiet``. Raises UserError for inputs that cannot be read or are empty, and for a folder with
-    other files.
+    All files are written to ``out``/.partial and renamed once they are complete, the manifest last.
+    A repeated request finds its files and returns their manifest. Progress is printed to standard
+    error unless ``quiet``. For example,
+    ``prepare(PrepareRequest(("builtin:python-code",), "tokens"))``.
+
+    Raises:
+        UserError: inputs cannot be read or have no text, or ``out`` has files of another request.
     """
     corpora = _open_inputs(request)
     out = Path(request.out)
@@ -156,7 +159,7 @@ def _prepare_locked(
     partial.mkdir()
     try:
         processes = request.processes or len(os.sched_getaffinity(0))
-        if processes > 1:  # its import takes seconds, in which the others can work
+        if processes > 1:  # the import takes seconds, while the processes can work
             threading.Thread(target=load_megatron, daemon=True).start()
         with Workers(processes) as workers:
             manifest = _Preparation(request, partial, workers, report).run(corpora, identity)
@@ -230,7 +233,7 @@ class _Preparation:
         return tokenizer_record(self.folder, given, self.request.end_of_document)
 
     def _sample(self, name: str, corpus: Corpus) -> list[str]:
-        """Return training documents of one source for the tokenizer; each has the same budget."""
+        """Sample a source's training documents for the tokenizer; sources have equal budgets."""
         sample = TextSample(_SAMPLE_CHARACTERS)
         self.report.begin(f"sampling {name} for the tokenizer", corpus.total_bytes)
         for document in self._documents(corpus, self._log()):
@@ -299,7 +302,7 @@ class _Preparation:
 
 
 def _add_unknown(left_out: LeftOut, unknown: Unknown) -> None:
-    """Count texts without a token, with examples."""
+    """Count the parts of a text without a token, with examples."""
     became = "dropped" if unknown.token is None else f"became {unknown.token}"
     reason = f"text that the tokenizer does not know, {became}"
     left_out.counts[reason] += unknown.times
@@ -338,7 +341,10 @@ def _identity(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, 
 def _already_prepared(
     out: Path, identity: dict[str, Any], corpora: dict[str, Corpus]
 ) -> Manifest | None:
-    """Return the manifest of ``out`` if it matches this request; else UserError."""
+    """Return the manifest of ``out`` if it matches the request; None if ``out`` has none.
+
+    Raises UserError if the manifest is of another request, or the inputs have changed.
+    """
     manifest = read_manifest(out)
     if manifest is None:
         return None
@@ -346,7 +352,7 @@ def _already_prepared(
     recorded = {"split_key": None, **manifest.request}
     recorded["end_of_document"] = manifest.tokenizer.end_of_document
     for key, value in identity.items():
-        before = recorded.get(key, value)  # an older manifest has fewer keys
+        before = recorded.get(key, value)  # older manifests have fewer keys
         nothing_was_bad = key == "on_bad_line" and before == "stop"
         if before != value and not nothing_was_bad:
             raise UserError(f"folder {out} was prepared with {key}={before}, not {value}; {advice}")

@@ -1,4 +1,4 @@
-"""Processes that end with the process that started them, however that process ends."""
+"""Child processes that end together with their parent, even if the parent is killed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import sys
 import threading
 
 LAUNCHER = "ALLOMETRY_LAUNCHER"
-"""Environment variable with the id of a launcher with which its processes should end."""
+"""Environment variable with the launcher's process id, for child processes that end with it."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 
 def ended_with_this() -> dict[str, str]:
-    """Return environment variables for child processes that should end with this process."""
+    """Return environment variables for child processes that are to end with this process.
+
+    For example, ``subprocess.Popen(command, env=os.environ | ended_with_this())``.
+    """
     return {LAUNCHER: f"{os.getpid()} {_namespace()}"}
 
 
@@ -44,7 +47,7 @@ def _namespace() -> str:
 
 
 def name_rank(rank: str) -> None:
-    """Name this process ``rank N`` for ps, top and debuggers (Linux), forked as it may be."""
+    """Name this process ``rank N`` for ps, top and debuggers (Linux), also after a fork."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_NAME, f"rank {rank}".encode())
 

@@ -21,7 +21,11 @@ _LINE_EVERY_S = 10.0
 
 
 class ProgressReport:
-    """Progress report on ``stream`` (default: standard error); silent if ``quiet``."""
+    """Prints progress to ``stream`` (default: standard error), or no output if ``quiet``.
+
+    For example: ``report.begin("encoding web", total_bytes)``, then ``report.advance(n)`` for each
+    n bytes.
+    """
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
         console = Console(file=stream or sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
@@ -57,7 +61,7 @@ class ProgressReport:
             self._task = self._bar.add_task(label, total=total_bytes)
 
     def advance(self, num_bytes: int) -> None:
-        """Add ``num_bytes`` of completed work."""
+        """Add ``num_bytes`` to the finished work; in a log file, print a line every 10 s."""
         self._done += num_bytes
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, num_bytes)

@@ -33,9 +33,9 @@ from allometry.data.lines import Part
 class Account:
     """Tokens read of a source: ``tokens`` by this run, ``unique_tokens`` for the first time.
 
-    ``epochs`` and ``samples``: number of epochs and samples of the source read by this run and the
-    runs that it continues. Both give the position in the source, so that skipped samples count in
-    them, but not in ``tokens``.
+    ``epochs`` is the number of passes over the source and ``samples`` the number of its samples, by
+    this run and the runs that it continues. Both are positions in the source, so skipped samples
+    are included there, but not in the token counts.
     """
 
     tokens: int
@@ -45,7 +45,10 @@ class Account:
 
 
 def samples_read(run: Mapping[str, Any], name: str) -> int | None:
-    """Return the samples of a source that a run has read, from its export; None if unknown."""
+    """Return the number of samples that a run has read of a source, from its export.
+
+    None if the export does not record the data.
+    """
     state = run.get("reading")
     return None if state is None else int(state["ledger"].get(name, {"samples": 0})["samples"])
 
@@ -69,10 +72,10 @@ class Reading(ABC):
         self.mixture = ChangingMixture(declared(*self.stages), self.sources)
         self.starts = np.zeros(len(self.sources), np.int64)
         """Samples of each source read before this run [S]."""
-        self._inherited: dict[str, list[Part]] = {}  # how these were read
+        self._inherited: dict[str, list[Part]] = {}  # lengths of those samples
 
     def in_stage(self, number: int) -> Self:
-        """Return this reading for the samples of a stage, with its length and document settings."""
+        """Return a copy for the samples of a stage, with its sequence length and limits."""
         made = copy.copy(self)
         made.data = self.stages[number].data
         made.sequence_length = made.data.sequence_length
@@ -81,7 +84,7 @@ class Reading(ABC):
 
     @abstractmethod
     def _settle(self) -> None:
-        """Replace ``data`` and ``parts``."""
+        """Rebuild state that depends on ``data`` and ``parts``, after these have changed."""
 
     def parts(self, source: int) -> list[Part]:
         """Return the sample lengths of a source, including samples before this run."""
@@ -102,7 +105,7 @@ class Reading(ABC):
 
     @abstractmethod
     def _unique_in(self, source: int, samples: int) -> int:
-        """Return the number of distinct tokens among the tokens of ``_tokens_in``."""
+        """Return the distinct tokens in the first ``samples`` samples of a source."""
 
     @abstractmethod
     def _epoch_tokens(self, source: int) -> int:
@@ -117,9 +120,9 @@ class Reading(ABC):
         """Return a fingerprint of each source's training files and of its selection."""
 
     def samples(self, position: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return source and index in the source of ``count`` samples from ``position``.
+        """Return the source of ``count`` samples from ``position`` on, and their numbers in it.
 
-        A source and an index identify a sample: they determine its tokens.
+        Source and number (both int64) identify a sample: they determine its tokens.
         """
         source_B, index_B = self.mixture.sources(position, count)
         return source_B, index_B + self.starts[source_B]
@@ -194,10 +197,10 @@ class Reading(ABC):
         }
 
     def resumed(self, state: Mapping[str, Any], position: int) -> Self:
-        """Return this reading for a run at ``position`` with the ``state`` of a checkpoint.
+        """Return a copy for a run that resumes at ``position`` from the ``state`` of a checkpoint.
 
-        Earlier samples are unchanged; from ``position``, shares are those of this configuration.
-        Each source continues at its next sample.
+        Samples before ``position`` are unchanged; from ``position`` on, the shares are those of
+        this configuration. Each source continues with its next sample.
 
         Raises:
             UserError: a source that the run has read is missing.
@@ -220,19 +223,23 @@ class Reading(ABC):
         return self._with(followed(known, declared(*self.stages), position), starts, inherited)
 
     def passing_over(self, position: int, samples: int) -> Self:
-        """Return this reading with samples skipped from ``position``, which are never read."""
+        """Return a copy that skips ``samples`` samples at ``position``; the run never reads them.
+
+        After ``passing_over(1000, 64)``, for example, position 1000 has the sample that was at
+        1064.
+        """
         starts = dict(zip(self.sources, self.starts.tolist(), strict=True))
         changes = passing_over(self.mixture.changes, position, samples)
         return self._with(changes, starts, self._inherited)
 
     def after(self, ancestors: Sequence[Mapping[str, Any]]) -> Self:
-        """Return this reading with each source after the data that ``ancestors`` have read.
+        """Return a copy in which each source continues after the samples read by ``ancestors``.
 
-        ``ancestors`` are exports of runs. A source that no ancestor has read starts at its
-        beginning.
+        ``ancestors`` are the records of earlier runs from exports. A source that no ancestor has
+        read begins at its first sample.
 
         Raises:
-            UserError: there are no ancestors, or the data read by one cannot be continued.
+            UserError: there are no ancestors, or the data of an ancestor cannot be continued.
         """
         if not ancestors:
             raise UserError(
@@ -254,7 +261,10 @@ class Reading(ABC):
         return self._with(self.mixture.changes, starts, inherited)
 
     def _read_of(self, run: Mapping[str, Any], name: str, here: list[str]) -> int:
-        """Return the samples that an ancestor has read of source ``name``, stored in ``here``."""
+        """Return the number of samples of source ``name`` that an ancestor has read.
+
+        ``here``: the sources of this run with the same files.
+        """
         state, problem = run.get("reading"), None
         order, now = (state or {}).get("order", {}), self._order()
         if state is None:
@@ -295,11 +305,11 @@ class Reading(ABC):
         return made
 
     def check_run(self, samples: int) -> None:
-        """Check a complete run of so many samples before it starts, from the plan alone.
+        """Check a run of ``samples`` samples before its first step, from the configuration alone.
 
         Raises:
-            UserError: a source would exceed its ``max_epochs``; a change of ``replay`` is past the
-                end; shares do not sum to 1.
+            UserError: a source would be read more often than its ``max_epochs``; a change of
+                ``replay`` is past the end; shares do not sum to 1.
         """
         for stage in self.stages:
             check_sum(stage.data)
@@ -331,7 +341,7 @@ class Reading(ABC):
 
 
 def same_files(one: str, other: str) -> bool:
-    """Return True if two ``fingerprints`` are of the same files, whatever the selection."""
+    """Return True if two of ``fingerprints`` are of the same files, ignoring ``select``."""
     return one.partition(":")[0] == other.partition(":")[0]
 
 
@@ -339,7 +349,7 @@ def _parts_of(state: Mapping[str, Any], name: str, samples: int) -> list[Part]:
     """Return the lengths of the first ``samples`` samples of a source, from a checkpoint."""
     if "parts" in state:
         return [Part(**part) for part in state["parts"].get(name, ()) if part["first"] < samples]
-    order = state.get("order", {})  # until stages could differ
+    order = state.get("order", {})  # format before stages had their own lengths
     length, limit = (order.get(f"data.{key}") for key in ("sequence_length", "max_document_tokens"))
     return [Part(0, length, limit)] if samples and length else []
 

@@ -34,7 +34,7 @@ NULL = "text is null"
 
 
 def json_record(line: bytes) -> dict[str, Any]:
-    """Return the object on one line; BadText if there is none."""
+    """Parse the JSON object on one line. Raises BadText."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -53,7 +53,10 @@ def json_record(line: bytes) -> dict[str, Any]:
 
 
 def text_of(record: dict[str, Any], key: Key) -> str | None:
-    """Return the text under ``key``, None if it is null; BadText if there is none."""
+    """Return the text under ``key``, or None if the value is null. Raises BadText.
+
+    For example, ``text_of({"meta": {"text": "a"}}, text_key("meta.text"))`` returns "a".
+    """
     text = _value_at(record, key)
     if text is None:
         return None
@@ -71,7 +74,7 @@ def text_of(record: dict[str, Any], key: Key) -> str | None:
 
 
 def _value_at(record: dict[str, Any], key: Key) -> Any:
-    """Return ``record[key]``, else ``record["meta"]["text"]`` for ``meta.text``."""
+    """Return ``record[key]``; if that is absent, follow the dots of ``key`` into nested objects."""
     if key.name in record:
         return record[key.name]
     value: Any = record
@@ -93,10 +96,11 @@ def _names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def parquet_texts(path: Path, key: Key) -> Iterator[tuple[int, str | BadText | None]]:
-    """Yield the text in column ``key`` of each row, by the row's number from 1.
+    """Yield the row number, counted from 1, and the text in column ``key`` of each row.
 
-    None if the text is null. ``key`` may be a field in a struct: ``meta.text``. If no row has the
-    key, yields a single BadText with number 0. Raises OSError for a damaged file.
+    The text is None if the value is null. ``key`` may name a field of a struct: ``meta.text``. If
+    the file has no such column, one BadText is yielded for all rows, under row number 0. Raises
+    OSError for a damaged file.
     """
     import pyarrow
     from pyarrow import parquet
@@ -124,7 +128,7 @@ def parquet_rows(path: Path) -> int:
 
 
 def _column(schema: Any, key: Key) -> list[str] | BadText:
-    """Return the names that lead to a text column, or the reason why there is none."""
+    """Return the path of field names to a text column, or BadText if there is no such column."""
     from pyarrow import types
 
     names = [key.name] if key.name in schema.names else key.name.split(".")

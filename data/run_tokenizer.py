@@ -1,7 +1,7 @@
-"""The tokenizer of a run and its end-of-document token, taken from the data and then stored.
+"""Tokenizer of a run and its end-of-document token, taken from the data and kept in the run folder.
 
-A run folder contains ``tokenizer.json``, files about its special tokens, and their facts under
-``tokenizer`` in run.json, so that the folder can be moved and converted.
+A run folder contains ``tokenizer.json``, the files that list its special tokens, and a
+``tokenizer`` entry in run.json, so that the folder can be moved and converted.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _RUN = "run.json"
 
 @dataclass(frozen=True)
 class RunTokenizer:
-    """``file``: a tokenizer.json; ``end``: the end-of-document token and its id.
+    """Tokenizer file of a run, and its end-of-document token ``end`` with the token's id.
 
-    ``unknown``: for each that is None, a sentence with the reason.
+    ``unknown`` has one sentence for each of ``file`` and ``end`` that is None, with the reason.
     """
 
     file: Path | None = None
@@ -39,7 +39,7 @@ class RunTokenizer:
     unknown: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """Return the entry of run.json (JSON)."""
+        """Return the ``tokenizer`` entry of run.json (JSON)."""
         return {
             "file": None if self.file is None else TOKENIZER,
             "sha256": None if self.file is None else fingerprint(read_tokenizer_json(self.file)),
@@ -58,10 +58,12 @@ class RunTokenizer:
                 shutil.copyfile(source, folder / name)
 
     def told(self, tokenizer: str | None, end: str | None, vocab_size: int) -> RunTokenizer:
-        """Return this tokenizer completed with values from the user.
+        """Return the tokenizer completed by ``--tokenizer`` and ``--end-of-document`` of the user.
 
-        Raises UserError for a tokenizer that gives other ids than the known one or has more ids
-        than the model's ``vocab_size``, and for an end-of-document token that it does not have.
+        Raises:
+            UserError: the tokenizer gives other ids than the known one or has more ids than the
+                model's ``vocab_size``, or the end-of-document token is not one of its tokens or not
+                the known one.
         """
         from allometry.data.special_tokens import load_tokenizer, vocabulary_bound
 
@@ -131,10 +133,10 @@ def tokenizer_of(data: SequenceData | DocumentData) -> RunTokenizer:
 
 
 def tokenizer_that_agrees(data: SequenceData | DocumentData, source: Path) -> Path | None:
-    """Return the tokenizer.json in ``source``, a model's or run's folder, None without one.
+    """Return the tokenizer.json in the folder ``source`` of a model or a run, None without one.
 
     Raises:
-        UserError: ``data`` are known to be made with another tokenizer.
+        UserError: ``data`` were made with another tokenizer, as far as that is known.
     """
     path = source / TOKENIZER
     if not path.exists():

@@ -26,7 +26,7 @@ class SplitShards:
 
     @property
     def stem(self) -> str:
-        """Name of the split's files."""
+        """File name of the split without ending, such as "web.train"."""
         return f"{self.name}.{self.split}"
 
     @property
@@ -50,9 +50,13 @@ class SplitShards:
 
 
 def find_shards(shards: tuple[str, ...], validation: tuple[str, ...]) -> list[SplitShards]:
-    """Return the shards that match the patterns.
+    """Return the shards that match the patterns, by split and source.
 
-    Raises UserError if no shard matches, a shard is incomplete, or a shard is in both splits.
+    For example, ``find_shards(("web=shards/*.idx",), ())`` returns the training split of source
+    "web".
+
+    Raises:
+        UserError: no shard matches, a shard lacks its .bin or .idx, or a shard is in both splits.
     """
     splits: dict[str, SplitShards] = {}
     both: tuple[tuple[Split, tuple[str, ...]], ...] = (

@@ -78,7 +78,10 @@ def shard_files(path: Path, listed: ShardList) -> list[Path]:
 
 
 class TokenLine:
-    """The concatenated tokens of ``files`` with ``counts`` tokens each, mapped on access."""
+    """Concatenated tokens of ``files``, with ``counts`` tokens each, mapped on first read.
+
+    For example, ``TokenLine(files, [100, 50], dtype).read(90, 110)`` joins tokens of two files.
+    """
 
     def __init__(self, files: Sequence[Path], counts: Sequence[int], dtype: np.dtype[Any]) -> None:
         self.files = tuple(files)
@@ -98,7 +101,7 @@ class TokenLine:
         """Return a view of all tokens of a file."""
         mapped = self._mapped[file]
         if mapped is None:
-            # A plain array: np.memmap's own slicing costs more than the copy of a short document.
+            # A plain array, as slicing an np.memmap costs more than the copy of a short document.
             mapped = np.memmap(self.files[file], self.dtype, mode="r").view(np.ndarray)
             self._mapped[file] = mapped
         return mapped

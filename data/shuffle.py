@@ -14,11 +14,14 @@ _AT_ONCE = 1 << 20
 
 
 class Shuffle:
-    """Permutation of range(``size``), determined by ``key``, with O(1) time and memory per index.
+    """Permutation of range(``size``) that depends on ``key`` alone, in O(1) time and memory.
 
-    A Feistel network over the smallest even number of bits that covers ``size``, iterated until the
-    result is in range (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains",
-    2002); its round function is the finaliser of splitmix64 with round keys from SHA-256.
+    A Feistel network over the smallest even number of bits that can represent range(``size``),
+    applied repeatedly until the result is below ``size`` (cycle walking; Black and Rogaway,
+    "Ciphers with arbitrary finite domains", 2002). The round function is the finaliser of
+    splitmix64 with round keys from SHA-512.
+
+    For example, ``shuffle = Shuffle("epoch 0", 10)``; ``shuffle.inverse(shuffle(3))`` is 3.
     """
 
     def __init__(self, key: str, size: int) -> None:

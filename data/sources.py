@@ -41,7 +41,7 @@ class Sources(Reading):
         *,
         whole: bool,
     ) -> None:
-        """``whole``: omit documents with fewer than two tokens, which have no target."""
+        """``whole``: targets do not cross documents, so a store needs a document of two tokens."""
         super().__init__(data, seed, stages)
         self.selections: dict[str, Selection] = {}
         """Selected training documents of sources with a ``select``."""
@@ -60,7 +60,7 @@ class Sources(Reading):
         self._settle()
 
     def _documents(self, source: Source) -> TokenStore:
-        """Return the training documents of a source: its complete store, or its ``select``."""
+        """Return the training documents of a source, filtered by its ``select`` if it has one."""
         store = TokenStore(source.train)
         if source.select is None:
             return store
@@ -80,7 +80,10 @@ class Sources(Reading):
         return self._train[source].store.num_tokens
 
     def by_kind(self, tokens: Mapping[str, int]) -> dict[str, int]:
-        """Return the sums by kind of a ``ledger``'s tokens by source; {} if all are natural."""
+        """Return token counts by source kind; empty if all sources are natural.
+
+        ``tokens``: tokens of each source, as returned by ``ledger``.
+        """
         sums = sums_by_kind({source.name: source.kind for source in self.data.sources}, tokens)
         return {} if set(sums) <= {"natural"} else sums
 
@@ -91,10 +94,11 @@ class Sources(Reading):
         return tuple(order.store for order in orders)
 
     def squared_lengths_per_token(self, first: int = 0, last: int | None = None) -> float:
-        """Return the expected sum of squared document lengths per token, as trained.
+        """Return the expected sum of squared document lengths in training, divided by tokens.
 
-        ``DocumentFlops`` computes attention FLOPs from this value, which needs only the index.
-        Covers the samples from ``first`` to ``last`` (exclusive), or the mixture at ``first``.
+        ``DocumentFlops`` computes the FLOPs of attention from this value, which needs the index
+        alone. The average is over the samples from ``first`` to ``last`` (exclusive), or over the
+        mixture at ``first`` if ``last`` is None.
         """
         squares = tokens = 0.0
         shares = list(self.mixture.shares(first).values())
@@ -107,9 +111,10 @@ class Sources(Reading):
         return squares / tokens
 
     def fingerprints(self) -> dict[str, str]:
-        """Return a fingerprint of each source's training files, independent of their path.
+        """Return an identifier of the contents of each source's training files.
 
-        ``TokenStore.fingerprint``; for a source with a ``select``, that of the selected documents.
+        It is ``TokenStore.fingerprint``, which does not depend on paths, followed by the
+        selection's fingerprint if the source has a ``select``.
         """
         found = {}
         for name, order in zip(self.sources, self._train, strict=True):
@@ -136,7 +141,10 @@ class Sources(Reading):
         return {**settings, "sources": sources, "mixture": mixture}
 
     def _held_out_windows(self, name: str, available: int, count: int) -> list[int]:
-        """Return ``count`` windows of a held-out split, or all; fewer windows are logged."""
+        """Return ``count`` evenly spaced windows of a held-out split, or all if it has fewer.
+
+        Fewer windows than ``count`` are logged.
+        """
         if available < count:
             _log.warning(
                 "validation split of source %s has %d sequences of %d tokens, fewer than the "
@@ -148,7 +156,11 @@ class Sources(Reading):
 
 
 def sums_by_kind(kinds: Mapping[str, str], tokens: Mapping[str, int]) -> dict[str, int]:
-    """Return the tokens of each kind from the tokens of each source."""
+    """Return the token counts of each source kind.
+
+    For example, kinds {"web": "natural", "qa": "generated"} and tokens {"web": 8, "qa": 2} give
+    {"natural": 8, "generated": 2}.
+    """
     sums: dict[str, int] = {}
     for name, count in tokens.items():
         kind = kinds.get(name, "natural")
@@ -157,17 +169,17 @@ def sums_by_kind(kinds: Mapping[str, str], tokens: Mapping[str, int]) -> dict[st
 
 
 def _tags(source: Source) -> dict[str, str]:
-    """Return the record's entries for text that is not natural."""
+    """Return the kind and the parent of a source that is not natural, for ``describe``."""
     if source.kind == "natural":
         return {}
     return {"kind": source.kind} | ({} if source.parent is None else {"parent": source.parent})
 
 
 def evenly(available: int, count: int) -> list[int]:
-    """Return ``count`` evenly spaced numbers below ``available``, in order.
+    """Return ``count`` of the numbers below ``available``, evenly spaced, in order.
 
-    Adjacent stored documents are similar (files of one folder), so the first ones are not
-    representative.
+    Adjacent documents are similar (files of one folder), so the first ones are not representative.
+    For example, ``evenly(10, 2)`` returns [2, 7].
     """
     assert 0 <= count <= available, (count, available)
     return [(2 * k + 1) * available // (2 * count) for k in range(count)]

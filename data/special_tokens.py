@@ -32,7 +32,7 @@ KNOWN_ENDS = (
     "<|end▁of▁sentence|>",
     "<｜end▁of▁sentence｜>",
 )
-_WRITTEN_LIKE_ONE = re.compile(  # U+FF5C, DeepSeek's bar, beside the plain one
+_WRITTEN_LIKE_ONE = re.compile(  # U+FF5C is the bar of DeepSeek's tokens
     r"<[|\uff5c].*[|\uff5c]>|</?s>|<(unk|pad|mask|bos|eos|eod|sep|cls|endoftext)>"
     r"|\[(UNK|PAD|MASK|BOS|EOS|SEP|CLS)\]",
     re.DOTALL,
@@ -44,7 +44,7 @@ _NAMED = (
 )
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _BYTES = {f"<0x{number:02X}>" for number in range(256)}
-_APART = {  # a pre-tokenizer: no piece then holds a byte's token as it is spelled
+_APART = {  # pre-tokenizer that splits the spelling of a byte's token
     "type": "Split",
     "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
     "behavior": "MergedWithPrevious",
@@ -53,11 +53,14 @@ _APART = {  # a pre-tokenizer: no piece then holds a byte's token as it is spell
 
 
 def find_end_of_document(path: str, tokenizer: Tokenizer, wanted: str | None) -> tuple[str, int]:
-    """Return the token that ends a document, and its id.
+    """Return the end-of-document token and its id.
 
-    This is ``wanted``, or the ``eos_token`` in files next to ``path``, or the only well-known name
-    in the tokenizer. Raises UserError if no token or several qualify, and for a token that ordinary
-    text needs.
+    It is ``wanted``, or the ``eos_token`` in the files next to ``path``, or the only well-known
+    name among the special tokens. For example, a tokenizer with ``<|endoftext|>`` at id 0 and no
+    other known name returns ("<|endoftext|>", 0).
+
+    Raises:
+        UserError: no token or several tokens qualify, or ordinary text needs the token.
     """
     end, why = wanted, "--end-of-document"
     if end is None:
@@ -103,12 +106,12 @@ def load_encoder(path: str | Path, end: int) -> Tokenizer:
 
 
 def load_watcher(path: str | Path, end: int) -> tuple[Tokenizer, int, str | None] | None:
-    """Return a tokenizer that detects text for which the one in ``path`` has no token.
+    """Load the detector of text for which the tokenizer in ``path`` has no token.
 
-    Returns this tokenizer of plain text, the id that it gives to unknown text, and the token of
-    that id; its ids are then those of ``load_encoder``. Without such a token (None) the tokenizer
-    in ``path`` drops unknown text, and other ids of the watcher have no meaning. Returns None if
-    all text has tokens, or unknown text is an error.
+    Returns a tokenizer of plain text, the id that it gives to unknown text, and the token of that
+    id. If the token is not None, the ids are those of ``load_encoder``. If the token is None, the
+    tokenizer in ``path`` drops unknown text, and only the unknown id of the detector is meaningful.
+    Returns None if all text has tokens, or if unknown text is an error.
     """
     values = _of_plain_text(path, end)
     model, plain = values["model"], _canonical(path)["model"]
@@ -164,7 +167,7 @@ def vocabulary_bound(tokenizer: Tokenizer) -> int:
 def _loaded(path: str | Path, text: str, *, plain: bool = False) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower type
         raise UserError(f"tokenizer {path} cannot be loaded ({error}); save it again") from error
     tokenizer.encode_special_tokens = plain
     return tokenizer
@@ -197,7 +200,7 @@ def _special(path: str | Path, values: Mapping[str, Any]) -> set[str]:
 
 
 def _needed(model: Mapping[str, Any], token: str) -> bool:
-    """Return True if a token is a character or byte from which a BPE builds other tokens."""
+    """Return True if the token is a character or byte from which a BPE builds all other tokens."""
     if model["type"] != "BPE" or token not in model["vocab"] or token == model["unk_token"]:
         return False
     return len(token) == 1 or bool(model["byte_fallback"] and _BYTE.fullmatch(token))
@@ -222,7 +225,7 @@ def _hide(model: dict[str, Any], hidden: Mapping[str, str]) -> None:
 
 
 def _keep_bytes_apart(values: dict[str, Any]) -> None:
-    """Prevent text from becoming byte tokens, which the model finds by their names."""
+    """Prevent text from spelling byte tokens, which the model finds by their names."""
     model = values["model"]
     values["added_tokens"] = [
         token for token in values["added_tokens"] if not _BYTE.fullmatch(token["content"])
@@ -238,7 +241,7 @@ def _keep_bytes_apart(values: dict[str, Any]) -> None:
 
 
 def _named_end(path: str) -> tuple[str | None, str]:
-    """Return the ``eos_token`` named in files next to a tokenizer, and its file; else None."""
+    """Return the ``eos_token`` in the files next to a tokenizer and its origin, or (None, "")."""
     named = {
         f"eos_token of {tokenizer_file(path).parent / file}": name
         for file, settings in _beside(path).items()
@@ -253,7 +256,7 @@ def _named_end(path: str) -> tuple[str | None, str]:
 
 
 def _beside(path: str | Path) -> dict[str, dict[str, Any]]:
-    """Return the contents of the files next to a tokenizer.json, by name."""
+    """Read the files next to a tokenizer.json, by their names."""
     found = {}
     for name in BESIDE:
         file = tokenizer_file(path).parent / name

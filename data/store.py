@@ -41,17 +41,20 @@ class EmptyStoreError(UserError):
 
 
 class TokenStore:
-    """Documents in ``prefix``.bin and ``prefix``.idx, or ``prefix``.shards.json and .idx.
+    """Documents of ``prefix``.bin and ``prefix``.idx, or of ``prefix``.shards.json and .idx.
 
-    Documents are defined by the document indices, independently of the number of sequences in a
-    document. Opening a store reads the index and checks it against the size of the .bin file;
-    tokens are read on access. Raises UserError for files that are missing, damaged, of another
-    format or empty.
+    Documents are defined by the document indices, for any number of sequences per document. The
+    constructor reads the index and checks it against the size of the .bin file; tokens are read on
+    request. For example, ``TokenStore("tokens/web.train").read(0)`` returns the tokens of the first
+    document.
+
+    Raises:
+        UserError: files are missing, damaged, of another format, or empty.
     """
 
     def __init__(self, prefix: str | Path) -> None:
         self.vocab_size: int | None = None
-        """Exclusive upper bound of the ids that are read; None: not checked."""
+        """Exclusive bound of the token ids that ``read`` accepts; None: no check."""
         self.prefix = str(prefix)
         if self.prefix.endswith((".bin", ".idx")):
             raise UserError(
@@ -155,10 +158,11 @@ class TokenStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (16 digits) of document lengths and of first and last tokens of the files.
+        """SHA-256 (16 digits) of all document lengths and of tokens at the ends of two documents.
 
-        Detects another preparation of the data, at a cost acceptable for terabytes. Independent of
-        ``only``.
+        The first and last 4096 tokens of the first and the last document are read: enough to detect
+        another preparation, and fast for terabytes. A store from ``only`` has the fingerprint of
+        the full store.
         """
         digest = hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes())
         for document in (0, self.num_documents - 1):
@@ -169,11 +173,11 @@ class TokenStore:
         return digest.hexdigest()[:16]
 
     def only(self, documents: NDArray[np.int64]) -> TokenStore:
-        """Return a store of these documents of the same files, renumbered in this order.
+        """Return a store of these documents alone, renumbered in this order, over the same files.
 
-        The tokens are not copied.
+        For example, ``store.only(np.array([4, 2]))`` has two documents. Tokens are not copied.
         """
-        assert self.fingerprint  # known before, so that it stays the files' own
+        assert self.fingerprint  # cached before the copy: it is of the full store
         made = copy.copy(self)
         made.__dict__.pop("lengths")
         made.starts = np.concatenate(([0], np.cumsum(self.lengths[documents])))
@@ -226,10 +230,10 @@ class TokenStore:
 
     @property
     def vocab_bound(self) -> int:
-        """Upper bound (exclusive) of the token ids: minimum number of rows of the embedding.
+        """Number above all token ids: the least number of rows of the embedding.
 
-        ``vocab_bound_origin`` gives its origin. Of a large store without a manifest only a sample
-        is read, so that the bound may be too low.
+        ``vocab_bound_origin`` is the origin of the bound. Of a large store without a manifest, only
+        a sample is read, so the bound may be too low.
         """
         return self._vocab_bound[0]
 

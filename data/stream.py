@@ -25,7 +25,11 @@ from allometry.data.sources import Sources
 def open_stream(
     data: SequenceData | DocumentData, seed: int, stages: Sequence[DataStage] = ()
 ) -> Stream | DocumentStream:
-    """Return the stream for the kind of ``data``; UserError as for ``Sources``."""
+    """Open the stream class for ``data.kind``. Raises UserError like ``Sources``.
+
+    For example, ``open_stream(config.data, seed=0).batch(0, 8)`` returns the first 8 sequences of a
+    run.
+    """
     if data.kind == "documents":
         return DocumentStream(data, seed, stages)
     return Stream(data, seed, stages)
@@ -60,10 +64,10 @@ class Stream(Sources):
         return {"packing": "per_document" if self.per_document else "concatenated"}
 
     def _epoch_squares(self, source: int) -> float:
-        """Return the sum over token pairs of a document of the probability of a common window.
+        """Return the expected sum of squared document lengths, as cut by windows, in an epoch.
 
-        Windows begin at any token of a document: tokens at distance k are in one window with 1 - k
-        / L.
+        Windows begin at any token of a document, so two tokens of a document at distance k are in
+        the same window with probability 1 - k / L.
         """
         store, length = self._train[source].store, self.sequence_length
         if not self.per_document:
@@ -75,7 +79,7 @@ class Stream(Sources):
         return float((d + 2 * pairs)[d > 0].sum())
 
     def batch(self, position: int, count: int) -> Batch:
-        """Return the ``count`` samples from ``position``, rows in order of their positions."""
+        """Return the ``count`` samples from ``position`` on; row i is sample ``position`` + i."""
         source_B, index_B = self.samples(position, count)
         windows = [
             (self._train[source], list(self._windows[source].sample(index)))
@@ -88,7 +92,7 @@ class Stream(Sources):
         windows: list[tuple[DocumentOrder, list[tuple[int, int]]]],
         source_B: NDArray[np.int64],
     ) -> Batch:
-        """Return sequences from the tokens at these places in the sources' runs of length L."""
+        """Return a batch from the runs of each row's window, L tokens in all."""
         length = self.sequence_length
         tokens_BL = np.empty((len(windows), length), np.int64)
         targets_BL = np.empty_like(tokens_BL)
@@ -96,10 +100,10 @@ class Stream(Sources):
         ends, bounds, at = [], [], 0
         for order, runs in windows:
             for place, count in runs:
-                run = np.empty(count + 1, np.int64)  # one token more than inputs
+                run = np.empty(count + 1, np.int64)  # inputs and one more token
                 lengths = order.read(place, run)
                 tokens[at : at + count], targets[at : at + count] = run[:-1], run[1:]
-                # A last document goes on, so that its last input has a target; others' do not.
+                # The last document continues behind the run, so only its last input has a target.
                 ends.append(np.cumsum(lengths[:-1]) + at)
                 at += count
                 bounds.append(at)
@@ -112,7 +116,7 @@ class Stream(Sources):
         return Batch(tokens_BL, targets_BL, source_B, documents)
 
     def _tokens_in(self, source: int, samples: int) -> int:
-        return self._windows[source].tokens(samples)  # input tokens: L a sample
+        return self._windows[source].tokens(samples)  # input tokens: L per sample
 
     def _unique_in(self, source: int, samples: int) -> int:
         return self._windows[source].unique(samples, self._train[source].places_of)
@@ -120,10 +124,10 @@ class Stream(Sources):
     def validation(self, count: int, batch_sequences: int = 1) -> dict[str, list[Batch]]:
         """Return ``count`` evenly spaced sequences of each held-out split, in batches of one size.
 
-        The last batch is padded with ignored rows. Documents are in stored order. A split with
-        fewer than ``count`` sequences returns all of them, which is logged; its last sequence
-        continues at the beginning of the split with ignored targets, so that each target counts
-        once.
+        Documents are in the order in which they are stored. The last batch is padded with rows
+        whose targets are ``IGNORE``. A split of fewer than ``count`` sequences returns all of them,
+        which is logged; its last sequence wraps around to the split's beginning, where targets are
+        ``IGNORE``, so that each target counts once.
         """
         assert count > 0
         by_name = {}
@@ -143,7 +147,7 @@ class Stream(Sources):
         return by_name
 
     def _held_out(self, name: str, order: DocumentOrder, windows: list[int], rows: int) -> Batch:
-        """Return these windows, with the last one repeated for remaining rows."""
+        """Return a batch of these windows, padded to ``rows`` with copies of the last window."""
         source_B = np.full(rows, self.sources.index(name), np.int64)
         filled = windows + windows[-1:] * (rows - len(windows))
         length = self.sequence_length

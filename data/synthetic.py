@@ -27,7 +27,10 @@ def write_index(path: Path, dtype: str, lengths: NDArray[Any]) -> None:
 def write_store(
     prefix: str | Path, documents: Sequence[NDArray[Any] | Sequence[int]], dtype: str = "uint16"
 ) -> None:
-    """Write token files with these ``documents``."""
+    """Write ``prefix``.bin and ``prefix``.idx with these ``documents``.
+
+    For example, ``write_store("tiny", [[1, 2, 0], [3, 0]])`` writes two documents.
+    """
     with Path(f"{prefix}.bin").open("wb") as file:
         for document in documents:
             file.write(np.asarray(document, np.dtype(dtype).newbyteorder("<")).tobytes())
@@ -43,7 +46,7 @@ def write_random_store(
     dtype = "uint16" if vocab_size < 65536 else "int32"
     drawn = rng.geometric(1 / mean_length, 2 + 2 * num_tokens // mean_length)
     whole = drawn[: int(np.searchsorted(np.cumsum(drawn), num_tokens))]
-    lengths = np.append(whole, num_tokens - int(whole.sum()))  # the last is cut
+    lengths = np.append(whole, num_tokens - int(whole.sum()))  # the last document is cut
     rng.integers(0, vocab_size, num_tokens).astype(dtype).tofile(f"{prefix}.bin")
     write_index(Path(f"{prefix}.idx"), dtype, lengths)
 

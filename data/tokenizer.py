@@ -52,11 +52,11 @@ def fingerprint(tokenizer: dict[str, Any]) -> str:
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """Return the first part of two tokenizers that may change the ids of a text; None if equal.
+    """Return the first part of two tokenizers that can change a text's ids; None if there is none.
 
-    Text is never encoded as a special token, so a special token that only one tokenizer has is no
-    difference, but one with another id is. Versions, post-processors, decoders, padding, truncation
-    and dropout during training are ignored.
+    Plain text is never encoded to special tokens, so a special token that only one tokenizer has is
+    not a difference, while a shared special token with two ids is. Versions, post-processors,
+    decoders, padding, truncation and the BPE dropout of training are ignored.
     """
     if fingerprint(one) == fingerprint(other):
         return None
@@ -64,10 +64,10 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
     written = []
     for values in (one, other):
-        try:  # both as this version of the library writes them
+        try:  # normalize both to the format of this library version
             text = json.dumps(values | {"version": "1.0"})
             values = json.loads(Tokenizer.from_str(text).to_str())
-        except Exception:  # the library raises nothing narrower
+        except Exception:  # the library raises no narrower type
             return "content, as one of them cannot be loaded,"
         values["model"].pop("dropout", None)
         written.append(values)
@@ -89,7 +89,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class _Made:
-    """Tokenizer of token files: where it is named, and its content if known."""
+    """Tokenizer of token files: the place that names the tokenizer, and its content if known."""
 
     origin: str
     sha256: str
@@ -130,11 +130,11 @@ def recorded_as(path: str, folder: Path) -> str:
 
 
 def check_tokenizer(tokenizer_path: str | None, prefixes: Iterable[str]) -> None:
-    """Raise UserError unless all token files were made with one tokenizer, the given one.
+    """Raise UserError unless all token files were made with the same tokenizer, the given one.
 
-    Tokenizers that give the same ids are equal. If ``tokenizer_path`` is None, the files are only
-    compared with each other. Files without a manifest of this package cannot be checked, which is
-    logged if a tokenizer was given.
+    Tokenizers that differ only in parts that do not change ids are the same (``difference``). With
+    ``tokenizer_path`` None, the files are only compared with each other. Files without a manifest
+    of ``prepare`` cannot be checked, which is logged if a tokenizer was given.
     """
     expected = None if tokenizer_path is None else _given(tokenizer_path)
     same: set[str] = set()

@@ -35,9 +35,11 @@ def load_megatron() -> Any:
 
 
 class TokenWriter:
-    """Writer of ``folder``/``stem``.bin and .idx, one sequence per document.
+    """Writer of ``folder``/``stem``.bin and .idx, with one sequence per document.
 
-    A document with more tokens than the index can store for one sequence has several sequences.
+    A document of more than 2**31 - 1 tokens, the limit of a sequence in the index, has several
+    sequences. For example: ``writer.add(tokens, text_bytes, last=True)`` for each document, then
+    ``writer.finish()``.
     """
 
     def __init__(self, folder: Path, stem: str, dtype: str) -> None:
@@ -62,7 +64,7 @@ class TokenWriter:
         self._begun = 0
 
     def finish(self) -> SplitRecord | None:
-        """Close the files and return their description; without documents None, and no files."""
+        """Close the files and return their record; without documents, delete them (None)."""
         self._builder.finalize(str(self._idx))
         if self.documents == 0:
             self._bin.unlink()

@@ -1,4 +1,4 @@
-"""What a run reads of text that models wrote, and whether held-out text can be in it."""
+"""Advice on synthetic text in a run's data, and detection of leaked held-out text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MOST_REPHRASED = 0.5
 
 
 def synthetic_advice(config: RunConfig, tokens: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """Yield (rule, sentence) about ``tokens`` that a run reads of each source, by kind.
+    """Yield (rule, sentence) about the synthetic share of ``tokens``, the tokens of each source.
 
-    A third rephrased was best, and rephrased or textbook text alone no gain (arXiv 2510.01631); a
-    rephrased document whose parent is held out shows held-out text in training.
+    A third of rephrased text was best, and rephrased or textbook text alone gave no gain (arXiv
+    2510.01631); a rephrased document whose parent is held out puts held-out text into training.
     """
     kinds = {source.name: source.kind for source in config.data.sources}
     sums = sums_by_kind(kinds, tokens)
@@ -44,9 +44,9 @@ def synthetic_advice(config: RunConfig, tokens: Mapping[str, int]) -> Iterator[t
 
 
 def leak(config: RunConfig, child: str) -> str | None:
-    """Why children of held-out documents may be trained on in source ``child``; None: they are not.
+    """Return why source ``child`` may train on children of held-out documents, else None.
 
-    None too where the parent has no held-out text.
+    Also None if the parent has no held-out text.
     """
     sources = {source.name: source for source in config.data.sources}
     parent = sources[sources[child].parent or ""]

@@ -1,4 +1,4 @@
-"""BETR: documents that are near to examples of a target (arXiv 2507.12466)."""
+"""BETR: scores by similarity to examples of a target (arXiv 2507.12466)."""
 
 # N documents, E examples
 
@@ -35,7 +35,7 @@ _EXAMPLES_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Target:
-    """Examples of one benchmark or corpus, as token ids of the store that is scored."""
+    """Examples of one benchmark or corpus, as token ids of the scored store."""
 
     name: str
     examples: list[Ids]
@@ -43,10 +43,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Betr:
-    """``scores``: of all documents, the classifier's log-odds; NaN for empty ones.
+    """Scores of all documents: the classifier's log-odds, NaN for empty documents.
 
-    ``sampled``: documents that were ranked; ``near``: whether each of them is in the class of
-    those near a target; ``weights_sha256``: of the classifier.
+    ``sampled``: documents that were ranked; ``near``: for each of them, True if it is in the class
+    of documents near a target; ``weights_sha256``: hash of the classifier's weights.
     """
 
     scores: NDArray[np.float32]
@@ -57,11 +57,12 @@ class Betr:
 
 
 def best_ranks(documents: Any, examples: Any) -> NDArray[np.int64]:
-    """Places of documents by their best rank over examples, 0 the best.
+    """Return the places of documents by their best rank over examples; 0 is the best.
 
-    r_ij is the rank of document j by its cosine to example i; a document's rank is the least over
-    i, ties by its largest cosine, then by number. ``documents`` (N, F) and ``examples`` (E, F) have
-    unit rows, sparse or dense.
+    r_ij is the rank of document j by its cosine to example i; a document's rank is the minimum over
+    i, with ties by its largest cosine, then by number. ``documents`` (N, F) and ``examples`` (E, F)
+    have unit rows, sparse or dense. For example, with one example the places are the ranks by
+    cosine.
     """
     count = documents.shape[0]
     best = np.full(count, count, np.int64)
@@ -80,7 +81,7 @@ def best_ranks(documents: Any, examples: Any) -> NDArray[np.int64]:
 
 
 def equal_examples(targets: Sequence[Target], seed: int) -> list[Ids]:
-    """As many examples of each target as the smallest has, drawn evenly."""
+    """Draw the same number of examples from each target: that of the smallest target."""
     least = min(len(target.examples) for target in targets)
     chosen = []
     for target in targets:
@@ -98,11 +99,12 @@ def betr(
     kind: str = "tfidf",
     seed: int = 0,
 ) -> Betr:
-    """Score the documents of ``store`` by how near they are to examples of ``targets``.
+    """Score the documents of ``store`` by their similarity to examples of ``targets``.
 
-    ``sample`` documents are embedded and ranked; the best ``top`` of them are one class and as many
-    of the others, drawn evenly, another one. A linear classifier of hashed pairs of token ids
-    (log loss) tells them apart and scores all documents.
+    ``sample`` documents are embedded and ranked; the best ``top`` of them are the positive class,
+    and the same number of the others, drawn uniformly, the negative class. A linear classifier of
+    hashed pairs of token ids (log loss) is trained on the classes and scores all documents. For
+    example, ``betr(store, [read_target("mmlu.jsonl", ["question"], encode)]).scores``.
 
     Raises:
         UserError: scikit-learn is missing, the embedder is unknown, or there are too few documents.
@@ -137,12 +139,13 @@ def betr(
 
 
 def read_target(path: str, keys: Sequence[str], encode: Any) -> Target:
-    """The examples in ``path``: a store's prefix, or JSON Lines with their texts under ``keys``.
+    """Read the examples in ``path``: a store's prefix, or JSON Lines with texts under ``keys``.
 
-    ``encode``: text to ids, for JSON Lines; the texts of several keys are one example, a line each.
+    ``encode``: text to ids, for JSON Lines; the texts of several keys are joined to one example,
+    one per line.
 
     Raises:
-        UserError: the file cannot be read, lacks a key, or holds no example.
+        UserError: the file cannot be read, lacks a key, or has no examples.
     """
     if Path(f"{path}.idx").is_file():
         store = TokenStore(path)

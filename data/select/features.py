@@ -1,7 +1,7 @@
-"""Rows of numbers for documents, from token ids: TF-IDF, hashed pairs, means of static vectors.
+"""Feature rows of documents from token ids: TF-IDF, hashed pairs, means of static vectors.
 
-Token ids and not words: white space separates no words in code or Chinese, and ids need no text.
-scikit-learn and scipy are imported where they are used.
+Token ids replace words: code and Chinese do not separate words by white space, and ids need no
+text. scikit-learn and scipy are imported on use.
 """
 
 # N documents, F features
@@ -23,13 +23,13 @@ from allometry.data.store import TokenStore
 
 Ids = NDArray[np.integer[Any]]
 BATCH_TOKENS = 1 << 22
-"""Tokens of the documents whose rows are made at a time."""
+"""Number of tokens per batch of documents."""
 HASH_BITS = 18
 _ODD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 
 
 def require(module: str) -> Any:
-    """A module of scikit-learn. Raises UserError where it is not installed."""
+    """Import a module of scikit-learn. Raises UserError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -40,14 +40,17 @@ def require(module: str) -> Any:
 
 
 class Embedder(Protocol):
-    """Documents as unit vectors, so that products of rows are cosines."""
+    """Embedding of documents as unit vectors, so that products of rows are cosines."""
 
     def rows(self, documents: Sequence[Ids]) -> Any:
-        """A matrix (N, F), sparse or dense, of Euclidean norm 1 or 0 in each row."""
+        """Return a matrix (N, F), sparse or dense, with rows of Euclidean norm 1 or 0."""
 
 
 def counts(documents: Sequence[Ids], width: int) -> Any:
-    """How often each id stands in each document: sparse (N, ``width``), float32."""
+    """Count each id in each document: sparse (N, ``width``), float32.
+
+    For example, ``counts([np.array([1, 1, 0])], 3)`` has the row [1, 2, 0].
+    """
     from scipy import sparse
 
     lengths = np.array([len(one) for one in documents], np.int64)
@@ -56,11 +59,11 @@ def counts(documents: Sequence[Ids], width: int) -> Any:
     made = sparse.coo_matrix(
         (np.ones(len(ids), np.float32), (rows, ids)), shape=(len(documents), width)
     )
-    return made.tocsr()  # sums what stands in one place
+    return made.tocsr()  # sums duplicate entries
 
 
 def hashed_bigrams(documents: Sequence[Ids]) -> Any:
-    """Ids and pairs of neighbours, hashed to 2**18 columns: sparse (N, 2**18), unit rows."""
+    """Hash ids and pairs of adjacent ids to 2**18 columns: sparse (N, 2**18), unit rows."""
     preprocessing = require("sklearn.preprocessing")
     hashed = []
     for ids in documents:
@@ -74,9 +77,9 @@ def hashed_bigrams(documents: Sequence[Ids]) -> Any:
 
 
 class TfIdf:
-    """TF-IDF of token ids (1 + log of counts, smoothed idf), the idf of ``documents`` (by number).
+    """TF-IDF of token ids (1 + log of counts, smoothed idf), with the idf of ``documents``.
 
-    Ids are below ``width``.
+    ``documents`` are document numbers; ids are below ``width``.
     """
 
     def __init__(self, store: TokenStore, documents: NDArray[np.int64], width: int) -> None:
@@ -91,9 +94,10 @@ class TfIdf:
 
 
 class Static:
-    """The mean of a static vector for each token of another tokenizer (model2vec, wordllama).
+    """Mean of static token vectors of another tokenizer (model2vec, wordllama).
 
-    ``folder`` holds one .safetensors file with one matrix (vocabulary, F) and its tokenizer.json.
+    ``folder`` contains one .safetensors file with one matrix (vocabulary, F), and its
+    tokenizer.json.
     """
 
     def __init__(self, folder: Path, store: TokenStore) -> None:
@@ -141,7 +145,10 @@ class Static:
 
 
 def embedder(kind: str, store: TokenStore, sample: NDArray[np.int64], width: int) -> Embedder:
-    """The embedder ``kind``: tfidf (of ``sample``), or static:FOLDER. Raises UserError."""
+    """Return the embedder ``kind``: tfidf (fitted to ``sample``), or static:FOLDER.
+
+    Raises UserError for an unknown kind.
+    """
     name, _, rest = kind.partition(":")
     if name == "tfidf" and not rest:
         return TfIdf(store, sample, width)
@@ -151,14 +158,14 @@ def embedder(kind: str, store: TokenStore, sample: NDArray[np.int64], width: int
 
 
 def read(store: TokenStore, documents: NDArray[np.int64]) -> list[Ids]:
-    """The token ids of documents: views of the files."""
+    """Return the token ids of documents, as views of the files."""
     return [store.read(number) for number in documents.tolist()]
 
 
 def stacked(
     rows: Callable[[Sequence[Ids]], Any], store: TokenStore, documents: NDArray[np.int64]
 ) -> Any:
-    """``rows`` of documents, made in ``batches``, one below the other."""
+    """Compute ``rows`` of documents in ``batches`` and concatenate them."""
     from scipy import sparse
 
     parts = [rows(read(store, part)) for part in batches(store, documents)]
@@ -166,19 +173,22 @@ def stacked(
 
 
 def largest_id(store: TokenStore, documents: NDArray[np.int64]) -> int:
-    """The largest token id in documents."""
+    """Return the largest token id in documents."""
     return max(int(store.read(number).max(initial=0)) for number in documents.tolist())
 
 
 def batches(store: TokenStore, documents: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """``documents`` in parts of about ``BATCH_TOKENS`` tokens."""
+    """Split ``documents`` into parts of about ``BATCH_TOKENS`` tokens."""
     ends = np.cumsum(store.lengths[documents])
     cuts = np.searchsorted(ends, np.arange(BATCH_TOKENS, int(ends[-1]), BATCH_TOKENS))
     yield from (part for part in np.split(documents, np.unique(cuts)) if len(part))
 
 
 def drawn(store: TokenStore, count: int, seed: int) -> NDArray[np.int64]:
-    """``count`` documents that hold tokens, drawn evenly, ascending; all if there are fewer."""
+    """Draw ``count`` non-empty documents uniformly, ascending; all if there are fewer.
+
+    The documents depend on the store, ``count`` and ``seed`` alone.
+    """
     filled = np.flatnonzero(store.lengths > 0)
     order = permutation(f"sample:{seed}:{store.fingerprint}", len(filled))
     return np.sort(filled[order[:count]])

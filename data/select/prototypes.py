@@ -1,4 +1,4 @@
-"""Prototypes: how far documents are from the centre of their cluster (arXiv 2206.14486)."""
+"""Prototypes: scores by distance to the nearest cluster centre (arXiv 2206.14486)."""
 
 # N documents, K clusters
 
@@ -27,9 +27,10 @@ _ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Prototypes:
-    """``scores``: distance to the nearest centre; NaN for empty documents and ``duplicates``.
+    """Scores: distance to the nearest centre; NaN for empty documents and duplicates.
 
-    ``clusters`` (int32, N): the nearest one, -1 for empty documents.
+    ``clusters`` (int32, N): the nearest centre, -1 for empty documents. ``duplicates``: number of
+    documents that lost their score as near-duplicates.
     """
 
     scores: NDArray[np.float32]
@@ -48,9 +49,10 @@ def prototypes(
 ) -> Prototypes:
     """Score documents by their distance to the nearest of ``count`` k-means centres.
 
-    Centres are of ``sample`` documents, as unit vectors. Of documents in a cluster whose cosine
-    reaches ``duplicates_from``, the first alone keeps its score (2308.12284 removes them before it
-    ranks); None keeps all.
+    Centres are fitted to ``sample`` documents, as unit vectors. Within a cluster, a document whose
+    cosine to an earlier document is at least ``duplicates_from`` loses its score (2308.12284
+    removes these before the ranking); None keeps all. For example,
+    ``prototypes(store, 100).scores``.
 
     Raises:
         UserError: scikit-learn is missing, the embedder is unknown, or there are too few documents.
@@ -83,7 +85,7 @@ def prototypes(
 def _duplicates(
     store: TokenStore, embed: Any, members: NDArray[np.int64], from_cosine: float
 ) -> NDArray[np.int64]:
-    """Those of ``members`` whose cosine to one before them is ``from_cosine`` or more."""
+    """Return the ``members`` whose cosine to an earlier one is ``from_cosine`` or more."""
     if len(members) < 2:
         return members[:0]
     rows = embed.rows(read(store, members))

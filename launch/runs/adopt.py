@@ -1,4 +1,4 @@
-"""One source from shards of token files: ``allometry adopt``."""
+"""Implementation of ``allometry adopt`` on the command line: shards become one source."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from allometry.launch.runs.prepare import manifest_report
 
 
 def adopted(asked: Adopt) -> Report:
-    """Adopt the shards; the facts are the manifest."""
+    """Adopt the shards; the facts of the report are the manifest."""
     request = AdoptRequest(
         shards=asked.shards,
         out=str(asked.out),

@@ -1,4 +1,4 @@
-"""Shards that datatrove writes, adopted: the documents and the split of `prepare`."""
+"""Adoption of datatrove's shards: the same documents and split as ``prepare``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FRACTION = 0.3
 
 @pytest.mark.slow
 def test_adopted_shards_of_datatrove_are_those_of_prepare(tmp_path: Path) -> None:
-    """Four tasks over three files: the fourth leaves an empty shard."""
+    """Four tasks read three files, so the fourth task writes an empty shard."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.filters import LambdaFilter
     from datatrove.pipeline.readers import JsonlReader
