@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
 
-# B batch, L length, D width, N heads, q, c ranks of queries' and of keys' and values' latents,
-# n, r numbers of a query that are not rotated and that are, v width of a value, H = n + r
+# B batch, L length, D width, N heads, q, c widths of the query and the key/value latents,
+# n, r components of a query without and with rotation, v width of a value, H = n + r
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from allometry.scaling.inventory import Specs
 class LatentAttention(nn.Module):
     """Multi-head latent attention (arXiv 2405.04434, eq. 37-47).
 
-    Queries: norm(W_DQ x) [q], then W_UQ of it [N (n + r)], of which r numbers of each head are
-    rotated; without ``q_lora_rank`` W_Q x. Keys and values: W_DKV x [c], its norm, then W_UKV of it
-    [N (n + v)], n numbers of a key and a value for each head; W_KR x [r], rotated, is the rest of
-    the key of every head. The output of all heads [N v] is multiplied by W_O.
+    Queries are RMSNorm(W_DQ x) [q] times W_UQ [N (n + r)]; the last r components of each head are
+    rotated. Without ``q_lora_rank`` queries are W_Q x. RMSNorm(W_DKV x) [c] times W_UKV
+    [N (n + v)] gives n key components and the value of each head; W_KR x [r], rotated and shared
+    by all heads, gives the other r key components. W_O multiplies the output of all heads [N v].
+    For example, DeepSeek-V2-Lite has N = 16, n = v = 128, r = 64, c = 512 and no ``q_lora_rank``.
 
-    ``latent_q`` holds W_DQ, ``wq`` W_UQ or W_Q, ``latent_kv`` W_DKV and W_KR, ``wkv`` W_UKV.
-    ``core`` is what context parallelism replaces.
+    ``latent_q`` contains W_DQ, ``wq`` W_UQ or W_Q, ``latent_kv`` W_DKV and W_KR, ``wkv`` W_UKV.
+    Context parallelism replaces ``core``.
     """
 
     def __init__(self, specs: Specs, model: ModelConfig, scale: float, layer: int) -> None:
@@ -45,7 +46,7 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(specs["kv_norm.weight"], latent.norm_eps)
         self.wkv = Linear(specs["wkv.weight"])
         self.wo = Linear(specs["wo.weight"])
-        # What reads the input of the branch.
+        # The weights that multiply the input of the branch, in one product.
         down = [w for w in (self.latent_q, self.latent_kv) if w is not None]
         self.qkv = Stacked(*((w, "weight") for w in down))
 
@@ -59,8 +60,8 @@ class LatentAttention(nn.Module):
         widths = self.key_widths[0], self.value_width
         kv_BLN = kv_BLM.unflatten(2, (-1, sum(widths)))
         plain_BLNn, v_BLNv = kv_BLN.split(widths, dim=-1)
-        if self.value_width == sum(self.key_widths):  # else they are copied to be filled up
-            v_BLNv = v_BLNv.contiguous()  # a view would keep keys for backward
+        if self.value_width == sum(self.key_widths):  # otherwise padding to that width copies v
+            v_BLNv = v_BLNv.contiguous()  # a view would keep the keys in memory until backward
         shared_BLNr = rotate(rotated_BLr[:, :, None], *turn).expand(-1, -1, kv_BLN.shape[2], -1)
         k_BLNH = torch.cat([plain_BLNn, shared_BLNr], dim=-1)
         o_BLNv = self.core(
@@ -69,10 +70,10 @@ class LatentAttention(nn.Module):
         return self.wo(o_BLNv.flatten(2))
 
     def compress(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what ``project`` takes, token by token.
+        """Return the arguments of ``project``, computed for each token separately.
 
-        Latents of queries [B, L, q] (x itself without ``q_lora_rank``), of keys and values
-        [B, L, c], and what is to be rotated of all keys [B, L, r].
+        Query latents [B, L, q] (``x_BLD`` itself without ``q_lora_rank``), key/value latents
+        [B, L, c], and the key components shared by all heads, before rotation [B, L, r].
         """
         made = multiply(x_BLD, self.qkv)
         *queries, shared_BLM = separate(made, self.qkv.rows())
@@ -83,5 +84,5 @@ class LatentAttention(nn.Module):
     def project(
         self, q_BLq: Tensor, latent_BLc: Tensor, rotated_BLr: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries [B, L, N H], keys with values [B, L, N (n + v)], the third as it is."""
+        """Return queries [B, L, N H], keys and values [B, L, N (n + v)], and ``rotated_BLr``."""
         return self.wq(q_BLq), self.wkv(latent_BLc), rotated_BLr

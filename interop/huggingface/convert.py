@@ -1,7 +1,7 @@
-"""Between run folders and Hugging Face folders.
+"""Conversion between run folders and Hugging Face folders.
 
-A target is written as ``TARGET.partial`` and renamed when it is whole, so that a conversion that
-fails leaves nothing that looks like a model.
+A target is written as ``TARGET.partial`` and renamed when complete, so a failed conversion leaves
+no folder that looks like a model.
 """
 
 from __future__ import annotations
@@ -74,9 +74,10 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did. ``folds`` say which multipliers went into weights; ``bytes`` of them.
+    """Result of an export.
 
-    ``unknown`` says why there is no tokenizer or no end of documents.
+    ``folds``: multipliers that were folded into weights. ``bytes``: size of the weight files.
+    ``unknown``: reasons for a missing tokenizer or end-of-document token.
     """
 
     source: str
@@ -96,9 +97,9 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did; ``parameters`` counts tensors of ours.
+    """Result of an import; ``parameters``: number of our tensors.
 
-    ``unfolds`` say which multipliers were divided out of weights.
+    ``unfolds``: multipliers that were divided out of weights.
     """
 
     source: str
@@ -127,10 +128,10 @@ def export_hf(
     """Write a checkpoint of a run (default: the latest) as a Hugging Face folder ``out``.
 
     Multipliers of the forward pass that the family lacks are folded into weights. ``tokenizer`` and
-    ``end_of_document`` say what the run's folder does not know. ``optimizer_state`` puts the
-    optimizer's states beside the weights, for an import. With ``check`` the folder is loaded with
-    transformers and compared before it gets its name. Raises UserError for anything that the family
-    cannot hold, before anything is written.
+    ``end_of_document`` supply values that the run folder does not have. ``optimizer_state`` also
+    writes the optimizer states, for a later import. ``check`` loads the folder with transformers
+    and compares both models before the rename. Raises UserError for features that the family does
+    not support, before any file is written. For example, ``export_hf("runs/a", "hf/a", step=100)``.
     """
     if check:
         compare.require_transformers()
@@ -173,7 +174,7 @@ def export_hf(
 
 
 def _run(run_folder: str | Path, step: int | None) -> tuple[RunFolder, RunConfig, Path]:
-    """The folder of a run, the run as it is in the checkpoint's stage, and the checkpoint."""
+    """Return the run folder, the config of the checkpoint's stage, and the checkpoint's path."""
     folder = RunFolder(run_folder)
     if not folder.config.exists():
         raise UserError(f"{folder.path} has no {folder.config.name}; name the folder of a run")
@@ -184,7 +185,7 @@ def _run(run_folder: str | Path, step: int | None) -> tuple[RunFolder, RunConfig
 def _check_tensors(
     model: ModelConfig, family: Family, weights: CheckpointWeights, path: Path
 ) -> None:
-    """Refuse tensors that the model lacks, and biases of routers that the family does not read."""
+    """Raise UserError for tensors not in the model, and nonzero biases the family does not read."""
     biases = check_names(model, weights.shapes, str(path))
     if TRAITS[family].latent and balances_by_bias(model):
         return
@@ -197,7 +198,7 @@ def _check_tensors(
 
 
 def _optimizer_states(path: Path) -> CheckpointWeights:
-    """The optimizer's states in a checkpoint. Raises UserError where it holds none."""
+    """Return the optimizer states in a checkpoint. Raises UserError if the checkpoint has none."""
     states = CheckpointWeights(path, OPTIMIZER)
     if not states.shapes:
         raise UserError(f"--optimizer-state: {path} holds none; leave the option out")
@@ -212,12 +213,12 @@ def import_hf(
     optimizer_state: bool = False,
     check: bool = False,
 ) -> ImportReport:
-    """Write a run folder ``out`` whose step 0 are the weights of a Hugging Face folder.
+    """Write a run folder ``out`` with the weights of a Hugging Face folder as step 0.
 
-    ``config`` is the run to be trained; its model must be the one of the folder. What its
-    parameterization multiplies in the forward pass is divided out of weights. ``optimizer_state``
-    takes the optimizer's states from a folder that was exported with them. Raises UserError naming
-    each key that differs, each tensor without a place, and a tokenizer that is not the run's.
+    ``config``: the run to be trained; its model must equal the model of the folder. Multipliers of
+    its parameterization in the forward pass are divided out of the weights. ``optimizer_state``
+    also imports the optimizer states of a folder that was exported with them. Raises UserError with
+    each differing key, each tensor without counterpart, and a tokenizer other than the run's.
     """
     if check:
         compare.require_transformers()
@@ -260,7 +261,7 @@ def import_hf(
 
 
 def _placed(config: RunConfig, out: str | Path, source: Path) -> RunConfig:
-    """The description of the run in its own folder, which nothing precedes."""
+    """Return the config for the new run folder, without parent and initial weights."""
     initial = config.run.initial
     if initial is not None and (
         initial.hf is None or Path(initial.hf).resolve() != source.resolve()
@@ -276,7 +277,7 @@ def _placed(config: RunConfig, out: str | Path, source: Path) -> RunConfig:
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the final path and the folder to write; rename it at the end, remove it on failure."""
+    """Yield (final path, folder to write); rename the folder at the end, remove it on failure."""
     final = Path(os.path.abspath(out))
     refused = final / REFUSED
     if final.exists() and (not final.is_dir() or set(final.iterdir()) - {refused}):
@@ -308,7 +309,7 @@ def _part(
     folding: tuple[Fold, ...],
     dtype: torch.dtype,
 ) -> tuple[list[tuple[str, int]], Callable[[], dict[str, Tensor]]]:
-    """One parameter as ``write_safetensors`` takes it: names and sizes now, tensors when asked."""
+    """Return a part for ``write_safetensors``: names and sizes, and a function for the tensors."""
     name = counterpart.spec.name
     stored = counterpart.stored_as(dtype)
     nbytes = counterpart.spec.numel * stored.itemsize // len(counterpart.written)

@@ -1,7 +1,7 @@
-"""DeepSeek-V3 (arXiv 2412.19437): keys of its ``config.json``, names and rows of its tensors."""
+"""DeepSeek-V3 (arXiv 2412.19437): keys of ``config.json``, names and row order of its tensors."""
 
-# E experts, N heads, c rank of keys' and values' latent, n, r numbers of a query that are not
-# rotated and that are
+# E experts, N heads, c width of the key/value latent, n, r components of a query without and with
+# rotation
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from allometry.configs.model import ModelConfig, MoEModel
 
 NORM_EPS = 1e-6
-"""Epsilon of its norms of latents, whatever its file says of the others."""
+"""Epsilon of the norms of latents, a constant in its code; ``rms_norm_eps`` sets the others."""
 
 FIXED: Mapping[str, tuple[Any, ...]] = {
     "rope_interleave": (True,),
@@ -21,7 +21,7 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "topk_method": ("noaux_tc", None),
     "moe_layer_freq": (1, None),
 }
-"""Keys that must have one of these values."""
+"""Keys with their only supported values."""
 
 _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _NEEDED = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts")
@@ -30,10 +30,10 @@ _DEPTHS = ("num_nextn_predict_layers", "num_mtp_layers")
 OWN_KEYS = frozenset(
     [
         *(*_LATENT, *_NEEDED, *_ROUTER, *_DEPTHS, *FIXED, "q_lora_rank", "first_k_dense_replace"),
-        *("qk_head_dim", "ep_size", "aux_loss_alpha", "seq_aux"),  # sums, and training
+        *("qk_head_dim", "ep_size", "aux_loss_alpha", "seq_aux"),  # derived, or for training only
     ]
 )
-"""Keys that its files may have. Layers of multi-token prediction are no part of the model."""
+"""Keys allowed in its files. Multi-token prediction layers are not imported."""
 
 NAMES: Mapping[str, str] = {
     "attention.latent_q": "self_attn.q_a_proj",
@@ -46,18 +46,18 @@ NAMES: Mapping[str, str] = {
     "ffn.shared.up": "mlp.shared_experts.up_proj",
     "ffn.shared.down": "mlp.shared_experts.down_proj",
 }
-"""Modules of a block that have other names there, or that other families lack."""
+"""Modules of a block with other names than in other families, or without a counterpart there."""
 
 ROUTER_BIAS = "mlp.gate.e_score_correction_bias"
-"""Theirs of a router's ``bias``."""
+"""Hugging Face name of a router's ``bias``."""
 
 
 def described(
     values: Mapping[str, Any], need: Callable[[Mapping[str, Any], str], Any]
 ) -> dict[str, Any]:
-    """Return the keys of our ``MoEModel`` that say more than the size of its blocks.
+    """Return the keys of our ``MoEModel`` for latent attention, experts and router.
 
-    ``need(values, key)`` returns a value that must be there. Raises what it raises.
+    ``need(values, key)`` returns a required value and raises if the value is missing.
     """
     dense = int(values.get("first_k_dense_replace") or 0)
     groups = int(need(values, "n_group"))
@@ -89,7 +89,7 @@ def described(
 
 
 def written(model: MoEModel) -> dict[str, Any]:
-    """Return the keys of ``config.json`` that ``described`` reads."""
+    """Return the ``config.json`` keys of ``described``, from our model: the inverse."""
     latent, experts, router = model.latent_attention, model.experts, model.router
     assert latent is not None
     sizes = latent.model_dump(mode="json")
@@ -112,7 +112,7 @@ def written(model: MoEModel) -> dict[str, Any]:
 
 
 def lacks(model: ModelConfig) -> Iterator[tuple[str, Any, str]]:
-    """Yield (key, value, reason) for what of our latent attention and experts it lacks."""
+    """Yield (key, value, reason) for each choice of ours that DeepSeek-V3 does not support."""
     latent = model.latent_attention
     if latent is not None and latent.norm_eps != NORM_EPS:
         yield "latent_attention.norm_eps", latent.norm_eps, f"it has {NORM_EPS:g}"
@@ -128,9 +128,10 @@ def lacks(model: ModelConfig) -> Iterator[tuple[str, Any, str]]:
 
 
 def rows_of(model: ModelConfig, name: str) -> tuple[int, ...] | None:
-    """Return which row of theirs each row of ours is; None: they are in one order.
+    """Return, for each row of our parameter ``name``, its row in the HF tensor; None: same order.
 
-    ``name``: of our parameter. Theirs rotates the pairs (2i, 2i + 1), ours the pairs (i, i + r/2).
+    HF rotates the pairs (2i, 2i + 1), our models the pairs (i, i + r/2). For example, r = 4 without
+    unrotated rows gives (0, 2, 1, 3).
     """
     latent = model.latent_attention
     if latent is None:
@@ -144,14 +145,14 @@ def rows_of(model: ModelConfig, name: str) -> tuple[int, ...] | None:
 
 @lru_cache(maxsize=8)
 def _interleaved(plain: int, rotated: int, number: int) -> tuple[int, ...]:
-    """Rows of ``number`` stretches of ``plain`` rows and ``rotated`` ones, even ones first."""
+    """Return the rows of ``number`` groups: ``plain`` rows in order, then ``rotated`` even, odd."""
     pairs = [*range(0, rotated, 2), *range(1, rotated, 2)]
     each = [*range(plain), *(plain + row for row in pairs)]
     return tuple(start * len(each) + row for start in range(number) for row in each)
 
 
 def beyond(values: Mapping[str, Any], names: Collection[str]) -> tuple[str, ...]:
-    """Return which tensors are of layers of multi-token prediction, after the model's own."""
+    """Return the names of tensors of multi-token prediction layers, after the model's layers."""
     layers = int(values.get("num_hidden_layers") or 0)
     depths = max(int(values.get(key) or 0) for key in _DEPTHS)
     own = re.compile(r"^model\.layers\.(\d+)\.")

@@ -1,4 +1,4 @@
-"""The families of transformers that we read and write: what the models of each compute."""
+"""Model families of transformers that can be imported and exported, and their features."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What the class of a family computes, in the words of our ``model`` section.
+    """Features of a family's model class, in the terms of our ``model`` section.
 
-    ``scaled_embedding``: embedded tokens are multiplied by the root of the width. ``gain_offset``:
-    its norms multiply by this plus what is stored. ``heads_divide``: its number of heads must
-    divide the width. ``dense_first``: blocks without experts may be the first. ``any_gate``: the
-    gates of the chosen experts may be left undivided by their sum. ``latent``: its attention is
-    latent, its router and its shared experts are DeepSeek-V3's (``deepseek.py``), and YaRN may
-    multiply scores.
+    ``scaled_embedding``: embedded tokens are multiplied by sqrt(width). ``gain_offset``: norms
+    multiply by this plus the stored weight, e.g. 1.0 for Gemma. ``heads_divide``: the number of
+    heads must divide the width. ``dense_first``: the first blocks may be dense. ``any_gate``: gates
+    of the chosen experts need not be normalised by their sum. ``latent``: latent attention, router
+    and shared experts of DeepSeek-V3 (``deepseek.py``), and YaRN may scale the attention scores.
 
-    ``windows``: all layers have one wherever it is set, layers that are listed, or these where a
-    switch says so. ``own_rope``: layers with a window have rotary positions of their own, unscaled,
-    of base ``windowed_theta`` (None: always the other layers'). Its class' defaults:
-    ``global_every``, ``rope_theta`` (None: files must have it), ``head_dim``, ``tied``.
+    ``windows``: "all": all layers have a window if one is set; "by_layer": the listed layers;
+    "switched": the listed layers if a switch is on. ``own_rope``: layers with a window have their
+    own unscaled rotary positions, of base ``windowed_theta`` (None: always the base of the other
+    layers). Defaults of the class: ``global_every``, ``rope_theta`` (None: required in files),
+    ``head_dim``, ``tied``.
     """
 
     architecture: str
@@ -65,7 +65,7 @@ class Traits:
 
 
 TRAITS: Mapping[Family, Traits] = {
-    # The first Llama's files lack rope_theta.
+    # The files of the first Llama have no rope_theta.
     "llama": Traits("LlamaForCausalLM", heads_divide=True, rope_theta=10_000.0),
     "mistral": Traits("MistralForCausalLM", windows="all"),
     "qwen2": Traits("Qwen2ForCausalLM", qkv_bias=True, windows="switched"),
@@ -108,11 +108,11 @@ TRAITS: Mapping[Family, Traits] = {
         rope_theta=10_000.0,
     ),
 }
-"""In order of preference: of several that compute what a model does, the first is written."""
+"""Features by family, in order of preference: an export uses the first family that fits."""
 
 
 def lacks(model: ModelConfig, family: Family) -> list[tuple[str, Any, str]]:
-    """Return (key, value, reason) for every choice of ``model`` that ``family`` lacks."""
+    """Return (key, value, reason) for each choice of ``model`` that ``family`` does not support."""
     has = TRAITS[family]
     own = deepseek.lacks(model) if has.latent else _of_router(model, has)
     return [*_of_blocks(model, has), *_of_experts(model, has), *own]
@@ -171,15 +171,15 @@ def _of_router(model: ModelConfig, has: Traits) -> Iterator[tuple[str, Any, str]
 
 
 def embedding_scale(width: int) -> float:
-    """Return what Gemma multiplies its embedded tokens by."""
+    """Return Gemma's multiplier of embedded tokens, sqrt(width)."""
     return math.sqrt(width)
 
 
 def gate_of(model: MoEModel) -> tuple[str, bool]:
-    """Return gate and normalize, one way of spelling equal functions.
+    """Return (gate, normalize) in a canonical form, equal for equal functions.
 
-    The softmax over all experts, divided by its sum over the chosen ones, is the softmax over the
-    chosen ones.
+    A softmax over all experts, normalised over the chosen experts, equals the softmax over the
+    chosen experts: "softmax_after_topk" becomes ("softmax", True).
     """
     gate, normalize = model.router.gate, model.router.normalize
     return ("softmax", True) if gate == "softmax_after_topk" else (gate, normalize)

@@ -1,4 +1,4 @@
-"""A Hugging Face model as a run begins with it: checked against the run, and made a checkpoint."""
+"""Hugging Face model as the initial weights of a run: checked against the run, then converted."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ from allometry.trainer.state.integrity import Files
 
 @dataclass(frozen=True)
 class HFModel:
-    """A model that is that of a run: ``wanted`` has where each of our parameters is there.
+    """Hugging Face model that matches the model of a run.
 
-    ``folding`` is divided out of weights; ``said`` is what an export of ours says of its run.
-    ``left_out``: tensors there of layers of multi-token prediction.
+    ``wanted``: counterpart of each of our parameters; ``places``: the source found in the folder.
+    ``folding``: factors to divide out of the weights. ``said``: content of the origin file of our
+    own export, None for other folders. ``left_out``: tensors of multi-token prediction layers.
     """
 
     source: Path
@@ -59,7 +60,7 @@ class HFModel:
     left_out: tuple[str, ...] = ()
 
     def write(self, shards: Path, states: CheckpointWeights | None = None) -> Files:
-        """Write the shards of a checkpoint, one parameter at a time; sizes and checksums."""
+        """Write checkpoint shards, one parameter at a time; return sizes and checksums."""
         by_name = {counterpart.spec.name: counterpart for counterpart in self.wanted}
         return write_checkpoint(
             shards,
@@ -71,13 +72,13 @@ class HFModel:
         )
 
     def origin(self) -> dict[str, Any]:
-        """What run.json says of where its weights come from (JSON)."""
+        """Return the origin of the weights for run.json (JSON)."""
         kept = kept_origin(self.source, self.family, self.said)
         left_out = {"left_out": self.left_out_lines()} if self.left_out else {}
         return {**kept, "hash": hash_of(self.source), **left_out}
 
     def left_out_lines(self) -> list[str]:
-        """Say what of the folder is not imported."""
+        """Return a line about the tensors that are not imported, if there are any."""
         if not self.left_out:
             return []
         return [
@@ -87,11 +88,11 @@ class HFModel:
 
 
 def open_model(source: Path, config: RunConfig) -> HFModel:
-    """Open the model that a run begins with.
+    """Open the Hugging Face model in ``source`` as the initial weights of the run ``config``.
 
     Raises:
-        UserError: names each key in which it is another model, each tensor without a place, and a
-            tokenizer that is not the one of the run's data.
+        UserError: a key of the model differs from the run's, a tensor has no counterpart, or the
+            tokenizer is not the tokenizer of the run's data.
     """
     said = read_json(source / CONFIG)
     family, theirs = from_hf(said, str(source / CONFIG))
@@ -122,20 +123,20 @@ def open_model(source: Path, config: RunConfig) -> HFModel:
 
 
 def import_model(source: Path, config: RunConfig, shards: Path) -> Imported:
-    """Write a model's weights as the shards of a checkpoint; the ``Importer`` of ``train``."""
+    """Write a model's weights as checkpoint shards; this is the ``Importer`` of ``train``."""
     model = open_model(source, config)
     return Imported(model.write(shards), model.origin(), model.tokenizer)
 
 
 def read_model(hf_folder: str | Path) -> tuple[Family, ModelConfig]:
-    """Return the family and our description of the model in a Hugging Face folder."""
+    """Return the family and our ``model`` section of the model in a Hugging Face folder."""
     path = Path(hf_folder) / CONFIG
     return from_hf(read_json(path), str(path))
 
 
 def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> None:
-    """Raise UserError unless the run's model, at first, computes the function of the one there."""
-    different = differences(config.of_stages()[0].model, theirs)  # its first stage begins with it
+    """Raise UserError unless the run's initial model equals the Hugging Face model ``theirs``."""
+    different = differences(config.of_stages()[0].model, theirs)  # the import is for stage 0
     if different:
         listed = ", ".join(f"model.{key}={ours!r} (there {o!r})" for key, ours, o in different)
         raise UserError(
@@ -145,7 +146,7 @@ def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> No
 
 
 def balances_by_bias(model: ModelConfig) -> bool:
-    """Return whether routers of the model choose experts with their bias."""
+    """Return True if the model's routers select experts with a bias."""
     return isinstance(model, MoEModel) and model.router.balance.kind == "bias"
 
 
@@ -155,7 +156,7 @@ def _check_biases(
     places: Mapping[str, Source],
     weights: FolderWeights,
 ) -> None:
-    """Refuse a router's bias that the run would not read."""
+    """Raise UserError for a nonzero router bias that the run's router would ignore."""
     for counterpart in wanted if not balances_by_bias(model) else ():
         source = places[counterpart.spec.name]
         if counterpart.buffer and counterpart.join(source, weights.read).any():
@@ -166,7 +167,7 @@ def _check_biases(
 
 
 def _check_tied(folder: FolderWeights, embedding: str) -> None:
-    """Refuse a head that a folder ties to its embedding and stores otherwise."""
+    """Raise UserError if a folder ties head and embedding but stores different tensors."""
     if not torch.equal(folder.read(HEAD), folder.read(embedding)):
         raise UserError(
             f"{folder.folder}: config.json ties embedding and head, but {HEAD} differs from "

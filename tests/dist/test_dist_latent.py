@@ -1,4 +1,4 @@
-"""Multi-head latent attention in layouts: the gradients of one process in fp64."""
+"""Latent attention in parallel layouts: equal gradients to one process, in fp64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GROUPED = ("num_kv_heads", "head_dim", "qk_norm")
 
 
 def latent(model: dict[str, Any], **widths: Any) -> dict[str, Any]:
-    """The model with latent attention instead of grouped queries."""
+    """Return the model config with latent attention instead of grouped queries."""
     kept = {key: value for key, value in model.items() if key not in GROUPED}
     return kept | {"latent_attention": WIDTHS | widths, "rope_scaling": YARN}
 
@@ -36,7 +36,7 @@ MODELS = {
     "full": latent(DENSE) | {"window": {"tokens": 5, "global_every": 2}, "norms": "both"},
 }
 DEEPSEEK = latent(MOE, q_lora_rank=14) | {"router": LATENT["router"]}
-"""DeepSeek-V3's at the size of these tests: a dense layer, groups, a shared expert, biases."""
+"""Small DeepSeek-V3 model: a dense layer, groups, a shared expert, router biases."""
 EXPERTS = ("ep2", "ep2-tp2-zero3", "ep2-pp2", "ep2-tp2", "hdp4-ep2-zero2", "whole-tp2")
 
 

@@ -141,7 +141,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def make(case: str, std: float = 0.3, **more: Any) -> Any:
-    """Return a transformers model in which every weight, norms included, is random."""
+    """Return a transformers model with random weights, norms included; e.g. make("qwen2")."""
     import transformers
 
     family, own = CASES[case]
@@ -164,7 +164,7 @@ def make(case: str, std: float = 0.3, **more: Any) -> Any:
 
 
 def save(folder: Path, case: str, **more: Any) -> Path:
-    """Save such a model in ``folder``."""
+    """Save the model of ``make`` in ``folder`` and return the folder."""
     make(case, **more).save_pretrained(folder)
     return folder
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from allometry.interop.huggingface.families import Family
 
-# As published by the models' authors, without keys that have no effect.
+# As published by the models' authors, without keys that do not change the model's function.
 LLAMA_2: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "bos_token_id": 1,

@@ -1,4 +1,4 @@
-"""Runs whose model is one of transformers', and the logits of both."""
+"""Runs whose model is a transformers model, and the logits of both models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENS = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 def config_for(tiny: Make, folder: Path, *overrides: str) -> RunConfig:
-    """A run of three steps that trains the model in ``folder``."""
+    """Return the config of a run of three steps that trains the model in ``folder``."""
     values = tiny("training.total_steps=3", "schedule.warmup_steps=0", *overrides).model_dump(
         mode="json"
     )
@@ -51,7 +51,7 @@ def our_logits(config: RunConfig, step: Path) -> Tensor:
 
 
 def random_run(config: RunConfig, *steps: int) -> Path:
-    """A run folder with checkpoints of the same random weights, norms and biases included."""
+    """Write a run folder with checkpoints of equal random weights, norms and biases included."""
     rules = Parameterization(config.parameterization, config.model)
     model = build_model(config.model, rules, "fp32")
     initialize(model, rules, seed=5)

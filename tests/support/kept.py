@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps of a block, beside what a model and a step hold anyway."""
+"""Bytes that autograd saves for a block, except parameters, buffers, rotations, cast weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def kept_of_block(
     tokens_BL: Tensor,
     run: Callable[[Any, Tensor, Any], Any] = lambda block, x_BLD, geometry: block(x_BLD, geometry),
 ) -> tuple[int, int]:
-    """Return the bytes kept of ``run(block 0, x, geometry)``, and of copies of gains among them."""
+    """Return (bytes saved by ``run(block 0, x, geometry)``, bytes of copied gains among them)."""
     rules = Parameterization(StandardParameterization(), config)
     made = build_model(config, rules, compute)
     initialize(made, rules, seed=0)

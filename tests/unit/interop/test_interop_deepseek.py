@@ -1,4 +1,4 @@
-"""DeepSeek-V3's files: what they have that others lack, and what of them is left out or refused."""
+"""DeepSeek-V3 files: keys and tensors of this family only, tensors left out, refused values."""
 
 import json
 from pathlib import Path
@@ -57,14 +57,14 @@ def overrides(**more: Any) -> str:
 
 
 def edit(folder: Path, **values: Any) -> None:
-    """Change keys of a model's config.json."""
+    """Change keys in a model's config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.slow
 def test_what_only_its_files_have_matters(tiny: Make, tmp_path: Path) -> None:
-    """Negative controls: without it logits are others by far."""
+    """Negative controls: logits differ strongly if one of DeepSeek-V3's features is changed."""
     source = save(tmp_path / "hf", "deepseek_v3")
     theirs = logits(source, TOKENS)
     scaling = json.loads((source / "config.json").read_text())["rope_parameters"]
@@ -194,7 +194,7 @@ def test_the_published_description(tiny: Make) -> None:
     assert model.rope_scaling is not None
     assert model.rope_scaling.kind == "yarn"
     assert (attention_factor(model.rope_scaling), model.rope_scaling.mscale_all_dim) == (1.0, 1.0)
-    # 192 numbers of a query, and (0.1 ln 40 + 1)^2 = 1.8738.
+    # The query width is 192, and (0.1 ln 40 + 1)^2 = 1.8738.
     assert attention_scale({}, model, "deepseek_v3") == pytest.approx(0.135234, rel=1e-5)
     written = to_hf(model, "deepseek_v3", "bfloat16", Text(4096))
     for key in ("mscale", "mscale_all_dim", "factor"):

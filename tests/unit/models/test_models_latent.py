@@ -1,6 +1,6 @@
-"""Multi-head latent attention against its formulas, one token and one head at a time."""
+"""Multi-head latent attention against its equations, one token and one head at a time."""
 
-# T tokens, N heads, n, r numbers of a query that are not rotated and that are, v width of a value
+# T tokens, N heads, n, r components of a query without and with rotation, v width of a value
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def documents() -> Documents:
 
 
 def by_formula(state: dict[str, Tensor], config: DenseModel, x_TD: Tensor) -> Tensor:
-    """DeepSeek-V2's eq. 37-47 on one document."""
+    """Compute DeepSeek-V2's eq. 37-47 on one document."""
     latent = config.latent_attention
     assert latent is not None
     n, r, v = latent.qk_nope_head_dim, latent.qk_rope_head_dim, latent.v_head_dim
@@ -153,7 +153,7 @@ def test_back_ends_take_narrow_values(backend: str) -> None:
 
 
 def test_scores_are_multiplied_by_yarns_factor() -> None:
-    """DeepSeek-V3's: (0.1 m ln s + 1)^2 over the root of the width of a query."""
+    """DeepSeek-V3's factor is (0.1 m ln s + 1)^2 / sqrt(query width)."""
     config = model()
     scales = Parameterization(StandardParameterization(), config).forward
     assert scales.attention == pytest.approx(config.score_factor / 10**0.5, rel=1e-15)
@@ -184,7 +184,7 @@ def test_ranks_grow_with_the_width() -> None:
     "latent", [{}, {"q_lora_rank": None}, {"v_head_dim": 10}], ids=["low", "full", "equal widths"]
 )
 def test_the_memory_estimate_is_what_autograd_keeps(latent: dict[str, Any], compute: str) -> None:
-    """To the byte, but for copies of gains in the compute type."""
+    """Equal to the byte, except for copies of gains in the compute type."""
     config = model(latent=latent)
     tokens_BL = torch.zeros(4, L, dtype=torch.long)
     measured, of_gains = kept_of_block(

@@ -1,4 +1,4 @@
-"""What the memory estimate says of a block with the options of families: what autograd keeps."""
+"""Memory estimate of a block with family options, against the bytes that autograd saves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merged checkpoints: the algebra, every tensor against a plain twin, what loads them."""
+"""Merged checkpoints: coefficients, every tensor against a reference, and loading of merges."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def one_thread() -> None:
 
 def test_coefficients_by_hand() -> None:
     assert coefficients([10, 20, 30, 40], "mean") == [0.25] * 4
-    # Updates of the two intervals count 3/4 and 1/4: a line's means over its halves.
+    # The weights of the two updates are 3/4 and 1/4: means of a line over its two halves.
     assert coefficients([0, 5, 10], "linear") == pytest.approx([0.25, 0.5, 0.25])
     assert coefficients([0, 10], "linear") == pytest.approx([0.5, 0.5])
-    # Over its first fifth and the other four: 0.9 and 0.4.
+    # The means over the first fifth and the other four fifths are 0.9 and 0.4.
     assert coefficients([0, 2, 10], "linear") == pytest.approx([0.1, 0.5, 0.4])
     assert coefficients([0, 10], "sqrt") == pytest.approx([2 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_a_merge_weighs_updates_as_the_decay_does(decay: str) -> None:
-    """theta_0 plus each interval's update times the decay's mean over it."""
+    """The merge is theta_0 plus each interval's update times the decay's mean over the interval."""
     steps = [100, 130, 140, 180, 260]
     found = coefficients(steps, decay)
     assert sum(found) == pytest.approx(1.0, abs=1e-15)
@@ -121,7 +121,7 @@ def test_every_tensor_of_a_mixture_on_spheres(
             torch.testing.assert_close(norms(made.read(name)), norms(values[0]), rtol=1e-5, atol=0)
         assert torch.equal(made.read(name), wanted.to(values[-1].dtype)), name
     assert made.read("blocks.1.ffn.router.bias").any()
-    # A run begins with it, buffers and all.
+    # A run starts from the merge, buffers included.
     more = f"run.initial={{folder: {out}}}", "training.total_steps=2", "optimizer.lr=1e-9"
     anew = run(tiny(*asked, *more, folder=tmp_path / "anew"))
     name = "blocks.1.ffn.router.bias"
@@ -133,7 +133,7 @@ LENGTH = ("optimizer.lr=3e-2", "data.sources.1.weight=0")
 
 
 def dense(tiny: Make, folder: Path, steps: int, every: int) -> Path:
-    """A run at a constant rate, of which six checkpoints are kept."""
+    """Train a run at a constant rate that keeps six checkpoints; return its folder."""
     kept = f"checkpoint={{every_steps: {every}, keep_last: 6}}"
     length = f"training.total_steps={steps}", f"evaluation.every_steps={every}"
     return run(tiny(CONSTANT, kept, *LENGTH, *length, folder=folder))
@@ -162,7 +162,7 @@ def test_what_loads_a_merged_checkpoint(
     assert "no decay was recorded" in forecast["notes"][0]
     assert not out.exists()
     assert "decay linear: coefficients 0.1667 0.3333 0.3333 0.1667" in shell(*asked, "--out", out)
-    # The weights that were measured are the weights that were written.
+    # The written weights are the measured weights.
     exported = shell.json("convert", out, "--out", tmp_path / "hf")
     assert exported["step"] == 0
     still = ("optimizer.lr=1e-12", length[1], "training.total_steps=2", "evaluation.every_steps=1")
@@ -176,7 +176,7 @@ def test_what_loads_a_merged_checkpoint(
 
 
 def place_of_tensor(checkpoint: Path, name: str) -> tuple[Path, int]:
-    """A file of a checkpoint and the middle of a tensor in it."""
+    """Return a file of a checkpoint and the offset of the middle of a tensor in the file."""
     places = ShardReader(checkpoint).read_metadata().storage_data
     (place,) = [place for index, place in places.items() if index.fqn == name]
     return checkpoint / place.relative_path, place.offset + place.length // 2
@@ -185,7 +185,7 @@ def place_of_tensor(checkpoint: Path, name: str) -> tuple[Path, int]:
 def test_what_cannot_be_merged_is_said(
     tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Six checkpoints, of steps 2 to 7."""
+    """Refusals, on a run with six checkpoints, of steps 2 to 7."""
     shell, out = Shell(capsys), tmp_path / "merged"
     trunk = dense(tiny, tmp_path / "dense", 7, 1)
 
