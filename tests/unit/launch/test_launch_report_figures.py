@@ -266,8 +266,8 @@ def test_forgetting_begins_at_nothing_and_the_ledger_is_a_table(tmp_path: Path) 
     assert curve.y.tolist() == [0, 0.2, 0.4]
     (table,) = mixture.ledger(shown).tables
     assert table.rows == (
-        ("a", "web", "7.68k", "75.0%", "5k", "1.54", "0.994", "0.966"),
-        ("a", "code", "2.56k", "25.0%", "2.56k", "0.512", "1.000", "1.000"),
+        ("a", "web", "natural", "7.68k", "75.0%", "5k", "1.54", "0.994", "0.966"),
+        ("a", "code", "natural", "2.56k", "25.0%", "2.56k", "0.512", "1.000", "1.000"),
     )
     assert "no run replays" in str(mixture.forgetting(inputs(_other(tmp_path))).absent)
 

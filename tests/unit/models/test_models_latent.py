@@ -62,7 +62,7 @@ def by_formula(state: dict[str, Tensor], config: DenseModel, x_TD: Tensor) -> Te
         return x / (x.square().mean() + latent.norm_eps).sqrt() * gain
 
     turn = turn_of(
-        torch.arange(len(x_TD))[None], 1e4, config.rope_scaling, head_width=r, dtype=torch.float64
+        torch.arange(len(x_TD))[None], 1e4, config.rope_scaling, rotary_width=r, dtype=torch.float64
     )
     cos_Th, sin_Th = (each[0, :, 0] for each in turn)
 
@@ -115,7 +115,7 @@ def test_equals_the_formulas(options: dict[str, Any], packed: bool) -> None:
     x_BLD = torch.randn(2, L, 32, dtype=torch.float64, generator=generator)
     there = documents() if packed else None
     positions_BL = there.positions_BL if there is not None else torch.arange(L)[None]
-    turn = turn_of(positions_BL, 1e4, config.rope_scaling, head_width=4, dtype=torch.float64)
+    turn = turn_of(positions_BL, 1e4, config.rope_scaling, rotary_width=4, dtype=torch.float64)
     y_BLD = made(x_BLD, Geometry(turn, turn, there))
     state = {name: p.detach().clone().requires_grad_() for name, p in made.named_parameters()}
     bounds = itertools.accumulate(LENGTHS if packed else [L, L], initial=0)
