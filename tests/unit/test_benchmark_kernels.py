@@ -46,6 +46,7 @@ def test_shares_add_up_to_the_wall_clock() -> None:
     assert found == pytest.approx({"products": 0.6, "softmax of the head": 0.2, "idle": 0.2})
 
 
+@pytest.mark.slow
 def test_rehearsal() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / ".typing")}
     done = subprocess.run(

@@ -163,6 +163,7 @@ def shares_table(tmp_path: Path) -> Path:
 MAPPED = ("--map", "r=share", "--map", "D=tokens", "--map", "dloss=general-2.86")
 
 
+@pytest.mark.slow
 def test_the_critical_ratio_of_a_later_horizon(shell: Shell, shares_table: Path) -> None:
     """All of 2407.17467 on synthetic curves: rises by share, ratios by horizon, a later one."""
     asked = ("mix", "critical", shares_table, *MAPPED, "--tokens", "5e9,20e9")

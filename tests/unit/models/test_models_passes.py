@@ -46,6 +46,7 @@ def counts(dtype: str) -> list[tuple[int, int]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the kernels of a CPU")
 def test_passes_of_a_compiled_block() -> None:
     """norm | qkv | split, qk-norm, rotation | attention | o | add, norm | gate, up | SwiGLU | down

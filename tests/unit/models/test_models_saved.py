@@ -296,7 +296,14 @@ def test_offload_changes_no_bit_and_moves_fp8() -> None:
 
 
 @pytest.mark.parametrize("model", [DENSE, MOE], ids=lambda m: m["kind"])
-@pytest.mark.parametrize("recipe", ["compute", "fp8_rowwise", "fp8_tensorwise"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param("compute", marks=pytest.mark.slow),
+        "fp8_rowwise",
+        pytest.param("fp8_tensorwise", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_blocks_are_whole(model: dict[str, Any], recipe: Any) -> None:
     torch._dynamo.reset()
     precision = PrecisionConfig(saved_activations="fp8", linears=recipe)

@@ -364,10 +364,8 @@ def test_with_checkpointing(checkpointing: Literal["full", "selective"], kind: K
         assert store.bytes_out > 4 * inputs
 
 
-@pytest.mark.parametrize(
-    "checkpointing",
-    [*(pytest.param(each, marks=pytest.mark.slow) for each in ("none", "full")), "selective"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_compiled_blocks_stay_whole(checkpointing: Literal["none", "full", "selective"]):
     model = make(dtype="bf16")
     if checkpointing != "none":

@@ -67,9 +67,12 @@ def assert_same_run(one: Path, other: Path, step: int, scratch: Path) -> None:
 @pytest.mark.parametrize(
     "extra",
     [
-        [],
+        pytest.param([], marks=pytest.mark.slow),
         ["model.dropout=0.2"],
-        ["optimizer={kind: muon, lr: 1e-2}", "training.compute_dtype=bf16"],
+        pytest.param(
+            ["optimizer={kind: muon, lr: 1e-2}", "training.compute_dtype=bf16"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_branch_is_the_straight_run_to_the_bit(

@@ -55,7 +55,13 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows(folder)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.slow] if kind in ("adamw", "adamh") else [])
+        for kind in KINDS
+    ],
+)
 def test_it_learns_and_two_resumes_are_bit_exact(tiny: Make, tmp_path: Path, kind: str) -> None:
     said = [FP8, *KINDS[kind]]
     straight = losses(run(tiny(*said, folder=tmp_path / "straight")))
