@@ -212,7 +212,6 @@ def test_states_are_converted_in_tiers_as_in_memory(
     ("layout", "tier", "optimizer"),
     thinned(
         {
-            ("tp2-zero2", "nvme-gradients", "muonh"),
             ("pp2-zero1", "nvme-gradients", "adamw"),
         },
         [
