@@ -8,9 +8,8 @@ output of ``allometry memory --device cpu``, which is computed without torch. Th
 saves for backward, by operation, are given in units of U = tokens x width x 2, as in the COAT paper
 (arXiv 2410.19313, table 1: 22.66 U in bf16).
 
-Each case is then compared with memory limits at several shares of its measured peak: it is
-predicted to fit if the prediction plus a reserve is within the limit. FILE is written after every
-few cases; ``--resume`` measures only the cases that FILE lacks.
+Each case is compared with memory limits at several shares of its measured peak: it is predicted to
+fit if prediction plus reserve is within the limit. ``--resume`` measures what FILE lacks.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def is_held_out(group: str, below: int) -> bool:
 
 
 def held_out(text: str, fraction: float) -> bool:
-    """Return True if ``prepare`` would hold the document out: for filters of other engines.
+    """Return True if ``prepare`` puts the document in the validation split; for other engines.
 
     With datatrove: ``LambdaFilter(lambda document: not held_out(document.text, 0.05))``.
     """
