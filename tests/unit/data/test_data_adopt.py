@@ -79,7 +79,9 @@ def test_adopted_shards_are_the_documents_and_split_of_prepare(
     shards: Path, prepared: Path
 ) -> None:
     made = adopt(request(shards, prepared), quiet=True)
-    for split in ("train", "validation"):
+    splits = made.sources["web"].splits
+    assert set(splits) == {"train", "validation"}
+    for split, record in splits.items():
         ours, theirs = (
             TokenStore(shards / f"store/web.{split}"),
             TokenStore(prepared / f"web.{split}"),
@@ -87,7 +89,6 @@ def test_adopted_shards_are_the_documents_and_split_of_prepare(
         assert documents(ours) == documents(theirs)
         assert ours.fingerprint == theirs.fingerprint
         assert ours.vocab_bound_origin == "manifest"
-        record = made.sources["web"].splits[split]  # type: ignore[index]
         assert (record.documents, record.tokens) == (theirs.num_documents, theirs.num_tokens)
     assert made.sources["web"].skipped == {"shard without documents": 1}
     assert (
