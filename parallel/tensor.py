@@ -58,7 +58,12 @@ from allometry.models.parameters import local_weight
 from allometry.models.transformer import Attention, FeedForward, Transformer
 from allometry.models.vocabulary import SharedSoftmax, Vocabulary
 from allometry.parallel.mesh import Axis, Mesh
-from allometry.parallel.tensor_chunks import chunk_attention, chunk_feed_forward, joined
+from allometry.parallel.tensor_chunks import (
+    chunk_attention,
+    chunk_feed_forward,
+    joined,
+    separated,
+)
 
 
 def apply_tensor(
@@ -266,7 +271,7 @@ def _exchange_around_products(module: Attention | LatentAttention, mesh: DeviceM
     def gather_and_project(*parts: Tensor) -> tuple[Tensor, ...]:
         x_BlD, widths = joined(parts)
         rows_TD = gather(x_BlD.flatten(0, 1), mesh, dim=0)
-        made = project(*rows_TD[None].split(widths, dim=-1))
+        made = project(*separated(rows_TD[None], widths))
         return tuple(in_sequences(y[0], len(x_BlD), mesh.size()) for y in made)
 
     def multiply_and_scatter(o_BLD: Tensor) -> Tensor:

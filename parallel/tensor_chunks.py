@@ -51,7 +51,7 @@ def chunk_attention(module: Attention | LatentAttention, axis: Axis) -> None:
 
     def gather_and_project(*parts: Tensor) -> tuple[Tensor, ...]:
         x_BlD, widths = joined(parts)
-        chunks = [project(*x_RD[None].split(widths, dim=-1)) for x_RD in _gathered(x_BlD, axis)]
+        chunks = [project(*separated(x_RD[None], widths)) for x_RD in _gathered(x_BlD, axis)]
         return tuple(
             _sequences([y[0] for y in made], len(x_BlD), axis.size)
             for made in zip(*chunks, strict=True)
@@ -75,6 +75,14 @@ def joined(parts: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Return what travels in one message, [B, l, ...] side by side, and the width of each part."""
     widths = [part.shape[-1] for part in parts]
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1), widths
+
+
+def separated(x: Tensor, widths: list[int]) -> Sequence[Tensor]:
+    """Return the parts of ``joined``; a single part is ``x``, whose gradient is not copied.
+
+    The backward pass of ``Tensor.split`` concatenates, also when there is only one part.
+    """
+    return (x,) if len(widths) == 1 else x.split(widths, dim=-1)
 
 
 def _count(tokens: int) -> int:
