@@ -4,7 +4,9 @@
 # make gpu       on a machine with a GPU: the tests that need one, then training speed beside other
 #                frameworks' (minutes; benchmarks/README.md)
 # make check     linters and type checks
-# make docs      check that the documentation's links and commands hold
+# make docs      build the documentation's site (build/site) without warnings, and check that links, commands,
+#                keys and code of the pages hold; make site builds it only
+# make reference write docs/configuration.md from the models of configs/
 #
 # TORCH_INDEX    a package index for torch, where the default one would bring a CUDA build that
 #                this machine has no use for: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -18,7 +20,7 @@ LADDER := ladders/demo
 TARGET := $(LADDER)/configs/target-w128-d786432-s0.yaml
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --master-addr 127.0.0.1
 
-.PHONY: demo test test-all gpu check format docs install clean
+.PHONY: demo test test-all gpu check format reference site docs install clean
 
 install: $(VENV)/.installed
 
@@ -77,8 +79,18 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: install
-	$(BIN)/python -m pytest tests/unit/test_docs.py -q
+reference: install
+	$(BIN)/python -m allometry.configs.reference docs/configuration.md
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+site: $(VENV)/.docs-installed
+	$(BIN)/mkdocs build --strict
+
+docs: site
+	$(BIN)/python -m pytest -q tests/unit/test_docs*.py tests/unit/configs/test_configs_reference.py
 
 clean:
 	rm -rf runs ladders store build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -24,6 +24,7 @@ setup(
     packages=list(packages()),
     package_dir=packages(),
     package_data={
+        "": ["py.typed"],
         "allometry.laws": ["transfers.json"],
         "allometry.scaling.planner": ["published.json"],
         "allometry.configs": ["presets/*.yaml", "presets/ladders/*.yaml", "hardware/*.yaml"],

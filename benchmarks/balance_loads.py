@@ -1,12 +1,12 @@
-"""Loads of the step before or of this batch: how even one router gets, by what a batch is made of.
+"""Compare the router's two sources of expert loads: the previous step and the current batch.
 
-    python benchmarks/balance_loads.py [--steps N]
+    python benchmarks/balance_loads.py [--steps 300]
 
-Tokens of a sequence are of one topic, a direction of their own. Experts learn the topics (the loss
-pays a token for the experts that its topic likes), the auxiliary loss evens out their load. Printed
-is the mean of the largest violation, (largest load - mean) / mean, over the second half of the run,
-and the correlation of loads between steps: where two topics take turns, and where each sequence
-draws one of 16 topics.
+All tokens of a sequence share one topic, a random direction. Experts learn the topics, because the
+loss rewards the experts that a token's topic prefers; the auxiliary loss balances the loads. The
+script prints the mean of the largest violation, (largest load - mean) / mean, over the second half
+of the steps, and the correlation of loads between consecutive steps. Batches either alternate
+between two topics, or draw one of 16 topics for each sequence (4 to 256 sequences).
 """
 
 # T tokens, D width, E experts, C topics
@@ -26,21 +26,24 @@ from allometry.trainer.balance import load_correlation
 
 D, E, K, LENGTH = 32, 8, 2, 32
 Draw = Callable[[int, torch.Generator], torch.Tensor]
-"""(step, generator) -> the topic of each sequence."""
+"""Function (step, generator) -> topic of each sequence, int64 [sequences]."""
 
 
 def alternating(sequences: int = 8) -> Draw:
-    """Return a draw of two topics that take turns."""
+    """Return a draw that alternates between two topics, one per step."""
     return lambda step, generator: torch.full((sequences,), step % 2)
 
 
 def mixed(sequences: int, topics: int = 16) -> Draw:
-    """Return a draw of a topic for each sequence."""
+    """Return a draw of an independent topic for each sequence."""
     return lambda step, generator: torch.randint(topics, (sequences,), generator=generator)
 
 
 def simulate(loads: str, draw: Draw, steps: int = 300, seed: int = 0) -> tuple[float, float]:
-    """Return (mean of the largest violation, mean correlation of loads), see above."""
+    """Train one router; return (mean of the largest violation, mean correlation of loads).
+
+    For example, ``simulate("this_batch", mixed(8))`` reads loads from the current batch.
+    """
     generator = torch.Generator().manual_seed(seed)
     topic_CD = torch.randn(16, D, generator=generator)
     liking_CE = torch.randn(16, E, generator=generator)
@@ -71,7 +74,7 @@ def simulate(loads: str, draw: Draw, steps: int = 300, seed: int = 0) -> tuple[f
 
 
 def main() -> None:
-    """Print the table."""
+    """Print one row per kind of batch, averaged over three seeds."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
     steps = parser.parse_args().steps

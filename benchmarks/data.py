@@ -1,8 +1,10 @@
-"""Measure the data path: `python benchmarks/data.py [--json]`. One core, no accelerator.
+"""Measure the data path on one core: time to the first batch, packing throughput, preparation.
 
-First batch: opening a store of 1e9 tokens in 1e6 documents (a sparse file, so the disk's own speed
-is not in it) and reading 8 sequences of 2048. Throughput: packed batches from a store of random
-tokens that fits in memory. Prepare: the built-in corpora with a BPE of 8192 ids.
+    python benchmarks/data.py [--json] [--skip-prepare]
+
+First batch: opens a store of 1e9 tokens in 1e6 documents (a sparse file, so that disk speed is
+excluded) and reads 8 sequences of 2048. Throughput: packed batches from a store of random tokens
+that fits in memory. Preparation: the built-in corpora with a BPE of 8192 ids.
 """
 
 from __future__ import annotations

@@ -1,19 +1,21 @@
-"""Effective training time at Llama 3's failure rate, from what restarts, saves and loads take.
+"""Simulate effective training time at Llama 3's failure rate from measured restarts and saves.
 
     python benchmarks/effective_time.py [--restart-s S] [--checkpoints FILE] [--json OUT]
 
-A run on 16,384 GPUs is played through for 54 days: failures come at random at the rate that the
-Llama 3 paper reports (section 3.3.4), each ends the launch, a restart takes its seconds, and what
-came after the newest usable save is computed again. A failure may come in a restart, or before a
-save is written. Intervals are Daly's for what a save keeps training waiting, but no shorter than
-what it takes to write one. Effective is the time in steps that count, as a share of all.
+Simulates 54 days of a run on 16,384 GPUs. Failures occur at random at the rate reported in the
+Llama 3 paper (section 3.3.4). Each failure ends the launch; the restart takes a fixed time, and the
+steps after the newest usable save are recomputed. Failures can also occur during a restart or
+before a save has been written. The save interval is Daly's for the stall of a save, but at least
+the time to write one. Effective time is the share of time spent in steps that are not recomputed.
 
-With local copies each rank's state lies in its node's memory and its neighbour's; a failure that
-takes both goes back to the newest checkpoint on the file system. Without them these are all.
-A restart as ``faults.py`` measures it (from the kill to the next step) includes loading its small
-state, so a load is added only for the bytes that a rank of the large run has beyond that.
+With local copies, each rank's state is kept in the memory of its node and of a neighbouring node; a
+failure that loses both copies resumes from the newest checkpoint on the file system. Without local
+copies, every failure does. A restart as measured by ``faults.py`` (from the kill to the next step)
+includes loading its small state, so load time is added only for the additional bytes of a rank of
+the large run.
 
-What is measured here and what is assumed stands beside each number of the result.
+Each number of the result is marked as measured here or assumed, with its source. For example,
+``--restart-s 60`` replaces the measured restart by one of a minute.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ RESTARTS = RESULTS / "faults-cpu-2026-11-29.json"
 COPIES = RESULTS / "local-copies-cpu-2026-11-29.json"
 LOADS = RESULTS / "checkpoints-cpu-2026-11-28.json"
 GPUS, DAYS, INTERRUPTIONS = 16384, 54, 419
-PARAMETERS, BYTES_EACH = 405e9, 12  # fp32 parameters and two moments
+PARAMETERS, BYTES_EACH = 405e9, 12  # fp32 parameter and two moments
 RESTARTS_S = (5.0, 11.0, 30.0, 60.0, 120.0, 180.0, 300.0, 600.0)
 GOAL = 0.99
 
 
 class Given(NamedTuple):
-    """A number and where it comes from."""
+    """Input number with its unit and source."""
 
     value: float
     unit: str
@@ -48,10 +50,10 @@ class Given(NamedTuple):
 
 @dataclass(frozen=True)
 class Way:
-    """How a run saves. Seconds.
+    """Method of saving; all fields in seconds.
 
-    ``stall_s``: what a save keeps training waiting; ``write_s``: until it can be used;
-    ``load_s``: what loading adds to a restart; ``every_s``: training between two saves.
+    ``stall_s``: time that training waits for a save; ``write_s``: time until the save is usable;
+    ``load_s``: time that loading adds to a restart; ``every_s``: training time between two saves.
     """
 
     stall_s: float
@@ -61,12 +63,12 @@ class Way:
 
 
 def mtbf_s() -> float:
-    """Seconds between two unexpected interruptions of Llama 3's training."""
+    """Return the mean seconds between unexpected interruptions of Llama 3's training."""
     return DAYS * 86400 / INTERRUPTIONS
 
 
 def way(stall_s: float, write_s: float, load_s: float) -> Way:
-    """Return a way of saving at Daly's interval, or back to back where writing takes longer."""
+    """Return a method with Daly's interval, or with ``write_s`` if writing takes longer."""
     from allometry.trainer.state.interval import best_interval_s
 
     every_s = max(best_interval_s(stall_s, mtbf_s()), write_s)
@@ -74,7 +76,7 @@ def way(stall_s: float, write_s: float, load_s: float) -> Way:
 
 
 def ways(given: dict[str, Given]) -> dict[str, Way]:
-    """With local copies, and without them, as the numbers say."""
+    """Return the methods with and without local copies for the given numbers."""
     total = PARAMETERS * BYTES_EACH
     each = total / GPUS
     stall_s = each / given["copy_bytes_per_s"].value
@@ -89,20 +91,20 @@ def ways(given: dict[str, Given]) -> dict[str, Way]:
 def played(
     near: Way, far: Way | None, restart_s: float, both_lost: float, draw: random.Random
 ) -> float:
-    """Play one run of DAYS; the share of its time in steps that count.
+    """Simulate one run of DAYS; return the share of its time in steps that count.
 
-    ``far``: the checkpoints that a failure goes back to which takes the ``near`` saves, one of
-    ``both_lost`` failures; None: these are on the file system themselves.
+    ``far``: the file-system checkpoints to resume from when both local copies are lost, which is a
+    share ``both_lost`` of failures; None if ``near`` itself is on the file system.
     """
     whole_s, mean_s = DAYS * 86400.0, mtbf_s()
-    passed_s = kept_s = 0.0  # of the clock, and of steps that a save holds
-    load_s = 0.0  # nothing is loaded at the beginning
+    passed_s = kept_s = 0.0  # elapsed time, and time in steps covered by a save
+    load_s = 0.0  # the first start loads no checkpoint
     begin_s = restart_s
     while True:
         until_s = min(draw.expovariate(1.0 / mean_s), whole_s - passed_s)
         passed_s += until_s
         trained_s = until_s - begin_s - load_s
-        if passed_s >= whole_s:  # the end is no failure: what was trained counts
+        if passed_s >= whole_s:  # the end is no failure: unsaved steps count
             return (kept_s + steps_s(near, max(0.0, trained_s))) / whole_s
         kept_s += saved_s(near, trained_s)
         begin_s, load_s = restart_s, near.load_s if trained_s > 0 else load_s
@@ -112,13 +114,13 @@ def played(
 
 
 def steps_s(one: Way, seconds: float) -> float:
-    """Seconds in steps, of ``seconds`` of steps and stalls."""
+    """Return the seconds in steps among ``seconds`` of steps and stalls."""
     cycles, rest = divmod(seconds, one.every_s + one.stall_s)
     return cycles * one.every_s + min(rest, one.every_s)
 
 
 def saved_s(one: Way, seconds: float) -> float:
-    """Seconds in steps that a usable save holds when training ends after ``seconds``."""
+    """Return the seconds in steps covered by a usable save if training ends after ``seconds``."""
     usable = math.floor((seconds - one.write_s) / (one.every_s + one.stall_s))
     return max(0, usable) * one.every_s
 
@@ -126,7 +128,7 @@ def saved_s(one: Way, seconds: float) -> float:
 def effective(
     near: Way, far: Way | None, restart_s: float, both_lost: float, runs: int
 ) -> dict[str, float]:
-    """Mean of many runs, and the 5th and 95th percentile."""
+    """Return the mean, 5th and 95th percentile of the effective share over ``runs`` simulations."""
     draws = [random.Random(number) for number in range(runs)]
     shares = sorted(played(near, far, restart_s, both_lost, draw) for draw in draws)
     return {
@@ -137,7 +139,7 @@ def effective(
 
 
 def restart_for(goal: float, near: Way, far: Way | None, both_lost: float, runs: int) -> float:
-    """The longest restart with which the mean reaches ``goal``, to a tenth of a second; 0: none."""
+    """Return the longest restart for which the mean reaches ``goal``, to 0.1 s; 0 if none does."""
     low, high = 0.0, 3600.0
     while high - low > 0.05:
         middle = (low + high) / 2
@@ -149,7 +151,7 @@ def restart_for(goal: float, near: Way, far: Way | None, both_lost: float, runs:
 
 
 def restart_measured() -> Given:
-    """The median of all restarts of two ranks after one was killed."""
+    """Return the median restart time of two-rank launches after one rank was killed."""
     cases = json.loads(RESTARTS.read_text())["cases"]
     back = [s for case in cases for s in case["back_s"] if _is_kill(case)]
     told = f"{RESTARTS.name}: median of {len(back)}, 2 ranks, kill to next step with its loading"
@@ -161,7 +163,7 @@ def _is_kill(case: dict[str, Any]) -> bool:
 
 
 def inputs(given: argparse.Namespace) -> dict[str, Given]:
-    """All numbers that the simulation takes."""
+    """Return all input numbers of the simulation by name."""
     copies = json.loads(COPIES.read_text())
     loads = json.loads(Path(given.checkpoints).read_text())
     load_s = loads["1 rank(s)"]["medians"]["resume, load alone, s"]
@@ -202,7 +204,7 @@ def inputs(given: argparse.Namespace) -> dict[str, Given]:
 
 
 def result(numbers: dict[str, Given], runs: int) -> dict[str, Any]:
-    """Shares for the restart that was measured, for others, and the restart that reaches GOAL."""
+    """Return shares for the measured restart and for others, and the longest restart for GOAL."""
     both = numbers["both_lost"].value
     found: dict[str, Any] = {}
     all_ways = ways(numbers)

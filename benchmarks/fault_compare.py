@@ -1,4 +1,4 @@
-"""What a run left, read while it goes on, and how it differs from that of another."""
+"""Read the files of a run folder during training, and compare two runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from fault_settings import STEPS
 
 MEASURED = ("time_s", "tokens_per_s", "mfu", "peak_bytes", "offload/", "ranks/", "cards/")
-"""Columns that a clock or the system measures, by how they begin."""
+"""Prefixes of metric columns that depend on clocks or on the system."""
 
 
 def clear(folder: Path) -> None:
-    """Remove a run and all that stands beside it."""
+    """Remove a run folder and the files next to it whose names begin with the folder's name."""
     for place in folder.parent.glob(f"{folder.name}*"):
         if place.name.removeprefix(folder.name)[:1] in ("", "."):
             shutil.rmtree(place) if place.is_dir() else place.unlink()
@@ -23,7 +23,7 @@ def clear(folder: Path) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON lines; none where it is not there yet."""
+    """Return the complete lines of a JSON lines file; an empty list if the file is missing."""
     try:
         text = path.read_text(errors="replace")
     except FileNotFoundError:
@@ -33,17 +33,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run, without one that is being written."""
+    """Return the complete rows of metrics.jsonl."""
     return read(folder / "metrics.jsonl")
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """What a run says of itself."""
+    """Return the complete lines of events.jsonl."""
     return read(folder / "events.jsonl")
 
 
 def newest(folder: Path) -> int:
-    """The step of the newest whole checkpoint, 0 without one."""
+    """Return the step of the newest complete checkpoint, 0 if there is none."""
     whole = folder.glob("checkpoints/step-*/complete.json")
     return max((int(path.parent.name.partition("-")[2]) for path in whole), default=0)
 
@@ -51,7 +51,7 @@ def newest(folder: Path) -> int:
 def differing(
     some: list[dict[str, Any]], others: list[dict[str, Any]], but: tuple[str, ...] = ()
 ) -> int:
-    """How many rows differ in anything but what a clock or the system measured, and ``but``."""
+    """Count the rows that differ, ignoring the MEASURED columns and those with prefixes ``but``."""
 
     def kept(row: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in row.items() if not key.startswith((*MEASURED, *but))}
@@ -61,7 +61,7 @@ def differing(
 
 
 def differing_tensors(one: Path, other: Path) -> int:
-    """How many tensors of two runs' last checkpoints differ in a bit."""
+    """Count the tensors that differ bitwise between the last checkpoints of two runs."""
     import torch
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict

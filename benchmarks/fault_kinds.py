@@ -1,4 +1,4 @@
-"""The faults that ``faults.py`` knows: how each strikes, and how it shows that it did."""
+"""Faults of ``faults.py``: how each is injected, and how the run folder shows its effect."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from fault_launch import Case, Launch, shim
 from fault_settings import STEPS
 
 HERE = Path(__file__).parent
-LAST_FULL = 36  # the last step after which a disk is filled: saves come after it
+LAST_FULL = 36  # last step after which the disk is filled: saves must follow
 NOBODY = "nobody: the run had ended"
-DISK_BYTES = 24 << 20  # of a disk that is filled
-FULL_S = 20.0  # for which it stays full at most
-SLOW_MS = 20  # of each write to a disk that is slow
+DISK_BYTES = 24 << 20  # size of the disk that is filled
+FULL_S = 20.0  # longest time for which the disk stays full
+SLOW_MS = 20  # delay of each write to a slow disk
 
 
-# A fault strikes once its moment has come, and returns whom.
+# Each function injects a fault at once and returns the name of the affected processes.
 
 
 def signalled(
     signal_: signal.Signals,
 ) -> Callable[[Launch, random.Random, int], str]:
-    """Send a signal to one rank."""
+    """Return a function that sends a signal to one random rank."""
 
     def strike(launch: Launch, draw: random.Random, ranks: int) -> str:
         wanted = draw.randrange(ranks)
@@ -46,19 +46,19 @@ def signalled(
     return strike
 
 
-kill = signalled(signal.SIGKILL)  # the launcher starts all again
-stop = signalled(signal.SIGSTOP)  # the watchdogs of the others end the launch, and so on
+kill = signalled(signal.SIGKILL)  # the launcher restarts all ranks
+stop = signalled(signal.SIGSTOP)  # the other ranks' watchdogs end the launch; then as kill
 
 
 def launcher(launch: Launch, draw: random.Random, ranks: int) -> str:
-    """SIGKILL to the launcher: its ranks end with it."""
+    """Send SIGKILL to the launcher; its ranks must end as well."""
     launch.ranks()
     launch.process.kill()
     return "the launcher"
 
 
 def everything(launch: Launch, draw: random.Random, ranks: int) -> str:
-    """SIGKILL to the launcher and all ranks, as a node that goes down."""
+    """Send SIGKILL to the launcher and to all ranks, like a failing node."""
     there = launch.ranks()
     launch.process.kill()
     for process in there.values():
@@ -67,12 +67,12 @@ def everything(launch: Launch, draw: random.Random, ranks: int) -> str:
 
 
 def nothing(launch: Launch, draw: random.Random, ranks: int) -> str:
-    """What a rank does to itself (fault_hook): nothing from outside."""
+    """Do nothing from outside: the rank injects the fault itself (fault_hook)."""
     return "a rank, by itself"
 
 
 def fill(launch: Launch, draw: random.Random, ranks: int) -> str:
-    """Fill the disk until a save has failed, then make room again: the run goes on."""
+    """Fill the disk until a save has failed, then free the space; the run must continue."""
     filler, until = launch.folder / "filler", time.time() + FULL_S
     failed = len(_failed(launch.folder))
     with open(filler, "wb", buffering=0) as file:
@@ -89,13 +89,13 @@ def fill(launch: Launch, draw: random.Random, ranks: int) -> str:
 
 
 def _failed(folder: Path) -> list[str]:
-    """Failures to save that the main rank has printed; the record waits for room."""
+    """Return the failed saves printed by the main rank; events.jsonl cannot grow on a full disk."""
     log = folder.with_suffix(".log").read_text(errors="replace").splitlines()
     return [line for line in log if "CHECKPOINT FAILED" in line]
 
 
 def kill_in_save(launch: Launch, draw: random.Random, ranks: int) -> str:
-    """SIGKILL to one rank while a checkpoint is being written."""
+    """Send SIGKILL to one rank while a checkpoint is being written."""
     partial = launch.folder / "checkpoints"
     launch.wait(lambda: any(partial.glob(".step-*.partial")))
     time.sleep(draw.uniform(0.0, 1.0))
@@ -104,13 +104,13 @@ def kill_in_save(launch: Launch, draw: random.Random, ranks: int) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind of fault.
+    """Kind of fault and its expected effects.
 
-    ``inside``: what fault_hook does; ``again``: the command is given again; ``restarts``: the
-    launcher starts the ranks again; ``files``: what files.c does, by its variable. ``full``: the
-    run lies on a small disk. ``disturbed`` and ``straight``: what the descriptions of the run and
-    of the one without a fault have besides, at the step of the strike. ``but``: columns in which
-    the two may differ. ``last``: the last step after which it strikes.
+    ``inside``: action of fault_hook. ``again``: the command is started again. ``restarts``: the
+    launcher restarts the ranks. ``files``: variable that selects the action of files.c. ``full``:
+    the run folder is on a small disk. ``disturbed`` and ``straight``: config overrides of the
+    disturbed run and of its reference, formatted with the step of the fault. ``but``: prefixes of
+    columns that may differ between them. ``last``: last step after which the fault is injected.
     """
 
     strike: Callable[[Launch, random.Random, int], str]
@@ -126,11 +126,11 @@ class Fault:
 
     @property
     def anywhere(self) -> bool:
-        """Whether it may strike while ranks start; others need a step or a save."""
+        """True if the fault can occur during startup; other faults need a step or a save."""
         return not self.inside and not self.files and not self.full
 
     def lacking(self) -> str | None:
-        """What this machine lacks for it; None: nothing."""
+        """Return the requirement that this machine lacks for the fault, or None."""
         if self.files and shutil.which("cc") is None:
             return "a C compiler (cc)"
         if self.full and (os.geteuid() != 0 or shutil.which("mount") is None):
@@ -138,13 +138,13 @@ class Fault:
         return None
 
     def overrides(self, step: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Of the disturbed run, and of the other."""
+        """Return the config overrides of the disturbed run and of the reference run."""
         said = (self.disturbed, self.straight)
         disturbed, straight = (() if one is None else (one.format(step=step),) for one in said)
         return disturbed, straight
 
     def environment(self, case: Case, draw: random.Random, step: int, work: Path) -> dict[str, str]:
-        """Variables of the launch that is disturbed; ``NAME.struck`` is made when it strikes."""
+        """Return environment variables of the disturbed launch; the fault makes ``NAME.struck``."""
         struck = str(work / "runs" / f"{case.name}.struck")
         if self.inside is not None:
             path = os.pathsep.join([str(HERE / "fault_hook"), *_own_path()])
@@ -153,13 +153,13 @@ class Fault:
         if self.files is None:
             return {}
         told = f"{SLOW_MS}"
-        if self.files == "FAULT_READS":  # one read, or all from there on
+        if self.files == "FAULT_READS":  # a single read, or all reads from it on
             first, once = draw.randint(1, 4), draw.random() < 0.5
             told = f"{draw.randrange(case.ranks)} {first} {first if once else 1 << 30} {struck}"
         return {"LD_PRELOAD": str(shim(work)), self.files: told}
 
     def felt(self, folder: Path) -> int:
-        """How often it showed in what the run left, where that is not a restart."""
+        """Count the effects of the fault in the run folder and log, if it causes no restart."""
         said = folder.with_suffix(".log").read_text(errors="replace")
         if self.files == "FAULT_READS":
             struck = folder.with_suffix(".struck")
@@ -168,14 +168,14 @@ class Fault:
             return sum(event["event"] == "checkpoint_failed" for event in events(folder))
         if self.inside == "nan":
             return sum(event["event"] == "bad_step" for event in events(folder))
-        if self.inside == "slow":  # counted where each is the rank that was slowed
+        if self.inside == "slow":  # 1 if all straggler events name the slowed rank
             named = {e["rank"] for e in events(folder) if e["event"] == "straggler"}
             return int(named == {json.loads(folder.with_suffix(".struck").read_text())})
         return said.count("restart")
 
 
 def _own_path() -> list[str]:
-    """PYTHONPATH of this process, for those that it starts."""
+    """Return this process's PYTHONPATH for its child processes."""
     own = os.environ.get("PYTHONPATH")
     return [own] if own else []
 
@@ -195,21 +195,21 @@ FAULTS = {
         restarts=False,
         disturbed="training.bad_steps={{}}",
         straight="training.skip_steps=[{step}]",
-        but=("flops",),  # a step that is rejected was computed, one that is skipped was not
+        but=("flops",),  # a rejected step was computed, a skipped step was not
     ),
-    "slow-rank": Fault(nothing, inside="slow", restarts=False, last=4),  # it takes a while to see
+    "slow-rank": Fault(nothing, inside="slow", restarts=False, last=4),  # takes time to detect
     "corrupt-read": Fault(kill, files="FAULT_READS"),
 }
 
 
 def mounted(folder: Path) -> None:
-    """Make ``folder`` a small disk of its own."""
+    """Mount a small tmpfs on ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     words = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
     subprocess.run(words, check=True)
 
 
 def unmounted(folder: Path) -> None:
-    """Remove such a disk with what is on it, if it is there."""
+    """Unmount the tmpfs on ``folder`` if there is one; its contents are lost."""
     if folder.is_mount():
         subprocess.run(["umount", "-l", str(folder)], check=True)

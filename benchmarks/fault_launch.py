@@ -1,4 +1,4 @@
-"""One launch of a run that ``faults.py`` disturbs, seen from outside."""
+"""Launch of a run disturbed by ``faults.py``, observed from outside its processes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fault_settings import described
 
 from allometry.configs.loader import dump
 
-LIMIT_S = 120.0  # of a start and what follows it; a launch that takes longer hangs
-ORPHANS_S = 5.0  # after which ranks without their launcher must be gone
+LIMIT_S = 120.0  # for a start and the steps after it; a longer launch hangs
+ORPHANS_S = 5.0  # after which ranks without a launcher must have ended
 SHIM = Path(__file__).parent / "fault_hook" / "files.c"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One launch to be disturbed."""
+    """Launch to disturb: fault, setting, number of ranks and random seed."""
 
     fault: str
     setting: str
@@ -35,20 +35,20 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The case's key, and its folder's name."""
+        """Return the key of the case, which is also its folder's name."""
         more = "-plain" * self.plain + f"-x{self.times}" * (self.times > 1)
         return f"{self.fault}-{self.setting}-{self.ranks}{more}-{self.number}"
 
 
 def rank_of(process: psutil.Process) -> int | None:
-    """The rank that a process is: by its name, or, while it is starting, by its environment."""
+    """Return the rank of a process, from its name or, during startup, from its environment."""
     named = process.name().split(" ")
     number = named[1] if named[0] == "rank" else process.environ().get("RANK")
     return None if number is None else int(number)
 
 
 class Launch:
-    """A launch in progress, seen from outside."""
+    """Running launch and the processes observed so far."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Launch:
         self.seen: dict[int, psutil.Process] = {}
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The ranks that are alive, by their number."""
+        """Return the ranks that are alive, by rank number."""
         found = {}
         try:
             for child in psutil.Process(self.process.pid).children(recursive=True):
@@ -85,12 +85,12 @@ class Launch:
                 rank = rank_of(child)
                 if rank is not None and child.parent() == psutil.Process(self.process.pid):
                     found[rank] = child
-        except psutil.Error:  # it has ended since
+        except psutil.Error:  # the process has ended
             pass
         return found
 
     def wait(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Return once ``until`` is true or the launcher has ended; end it after LIMIT_S."""
+        """Return once ``until`` is true or the launcher has ended; kill it after LIMIT_S."""
         looked = 0.0
         while self.process.poll() is None and not until():
             if time.time() - looked > 0.3:
@@ -101,7 +101,7 @@ class Launch:
             time.sleep(0.01)
 
     def alive(self) -> int:
-        """How many of all processes that were seen are still there."""
+        """Return the number of observed processes that are still running."""
 
         def lives(process: psutil.Process) -> bool:
             try:
@@ -113,7 +113,7 @@ class Launch:
 
     @cached_property
     def orphans(self) -> int:
-        """How many are there ORPHANS_S after the launcher's end, which this waits for."""
+        """Wait for the launcher's end; count the processes still running ORPHANS_S later."""
         self.process.wait()
         until = time.time() + ORPHANS_S
         while self.alive() and time.time() < until:
@@ -126,7 +126,7 @@ class Launch:
 
 
 def shim(work: Path) -> Path | None:
-    """The compiled ``files.c``, which is preloaded into ranks; None where there is no compiler."""
+    """Return the compiled ``files.c`` to preload into ranks, or None without a C compiler."""
     compiler, library = shutil.which("cc"), work / "files.so"
     if compiler is None:
         return None

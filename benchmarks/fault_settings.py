@@ -1,4 +1,4 @@
-"""The runs that ``faults.py`` disturbs: a small description, and what settings change of it."""
+"""Runs disturbed by ``faults.py``: one small config and the overrides of each setting."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DOCUMENTS = (
     *("parallel.context.min_chunk_tokens=4", "parallel.context.capacity_tokens=64"),
 )
 MUONH = ("optimizer.kind=muonh", "optimizer.weight_decay=0.0")
-TENSOR = ("parallel.tp=2", "batch.micro_batch_sequences=8")  # a message for each layer and batch
+TENSOR = ("parallel.tp=2", "batch.micro_batch_sequences=8")  # one message per layer and batch
 SETTINGS: dict[str, tuple[str, ...]] = {
     "zero0": (),
     "zero1": ("parallel.zero.stage=1",),
@@ -60,12 +60,12 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "tier-host": ("parallel.zero.stage=1", "parallel.zero.optimizer_states={device: 0.5}"),
     "tier-file": ("parallel.zero.stage=1", "parallel.zero.optimizer_states={nvme: SWAP}"),
 }
-"""Overrides of ``described`` by name; ranks that no axis takes lie on hdp."""
+"""Overrides of ``described`` by setting name; hdp takes the ranks that no other axis uses."""
 MIXTURES = {"ep2", *(name for name in SETTINGS if name.startswith("moe-"))}
 
 
 def described(setting: str, folder: Path, data: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """Return the run of a setting in ``folder``, on the token files that ``write_data`` made."""
+    """Return the config of a setting in ``folder``, on the token stores made by ``write_data``."""
     sources = [
         {"name": n, "train": f"{data}/{n}.train", "validation": f"{data}/{n}.validation"}
         for n in ("up", "down")
@@ -92,7 +92,7 @@ def described(setting: str, folder: Path, data: Path, overrides: tuple[str, ...]
 
 
 def write_data(folder: Path) -> None:
-    """Two sources of short documents that a small model can learn: counting up and down."""
+    """Write two sources of short documents that a small model can learn: counting up and down."""
     if folder.exists():
         return
     folder.mkdir(parents=True)

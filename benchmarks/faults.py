@@ -1,15 +1,17 @@
-"""What a run loses by a fault: launches that are disturbed, beside one that is not.
+"""Inject faults into real launches and compare each run bitwise with an undisturbed one.
 
     python benchmarks/faults.py --work DIR [--fault kill ...] [--setting zero0 ...] [--ranks 2 4]
                                 [--count 20] [--times 1] [--seconds 240] [--out FILE] [--plain]
 
-A case is a fault, a setting (fault_settings.py), a number of ranks and a number, from which all
-that is random is drawn: the rank, and the moment, in the launch's start or after a step; with
-``--times`` it strikes so often in one launch, some of them while ranks are started again. It trains
-through the launcher that users have (``--plain``: torch's own), strikes, waits for the end, and
-compares every row and every tensor of the last checkpoint, to the bit, with those of a run that
-nobody disturbed. The cases done are in DIR/cases.jsonl, so the same command goes on with what is
-left; ``--seconds`` begins no case after that time. ``--out`` writes the counts and all cases.
+A case is a fault, a setting (fault_settings.py), a number of ranks and a seed. The seed determines
+the affected rank and the moment, which is during startup or after a step. With ``--times N`` the
+fault occurs N times in one launch, some of them during a restart. The script trains through
+``allometry.launch`` (``--plain``: through torch's torchrun), injects the fault, waits for the end,
+and compares every row of metrics and every tensor of the last checkpoint bitwise with an
+undisturbed run. Finished cases are stored in DIR/cases.jsonl, so that the same command continues
+with the remaining ones. No case starts after ``--seconds``. ``--out`` writes counts and all cases.
+
+For example, ``--work /tmp/faults --fault kill stop --ranks 2 --count 3`` runs six cases.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from fault_kinds import FAULTS, NOBODY, Fault, mounted, unmounted
 from fault_launch import Case, Launch
 from fault_settings import SAVE_EVERY, SETTINGS, STEPS, write_data
 
-AT_START = 0.25  # of the strikes
-REFUSED = 2  # the code of a launch that ends with a sentence
+AT_START = 0.25  # share of faults injected during startup
+REFUSED = 2  # exit code of a launch that ends with an error sentence
 COUNTED = (
     *("restarts", "rows", "rows_differ", "tensors_differ", "steps_lost", "orphans"),
     *("felt", "healed", "refused"),
@@ -41,7 +43,7 @@ COUNTED = (
 
 @dataclass(frozen=True)
 class Struck:
-    """A moment: the newest checkpoint, how many events there were, the time."""
+    """Moment of a fault: step of the newest checkpoint, number of events, time."""
 
     saved: int
     events: int
@@ -49,15 +51,15 @@ class Struck:
 
     @classmethod
     def now(cls, folder: Path) -> Struck:
-        """This one."""
+        """Return the current moment."""
         return cls(newest(folder), len(events(folder)), time.time())
 
 
 def disturbed(case: Case, work: Path) -> dict[str, Any]:
-    """Do a case; what came of it."""
+    """Run a case; return its outcome."""
     folder = work / "runs" / case.name
     draw, fault = random.Random(case.name), FAULTS[case.fault]
-    first_step = SAVE_EVERY + 2 if fault.files == "FAULT_READS" else 1  # there is something to read
+    first_step = SAVE_EVERY + 2 if fault.files == "FAULT_READS" else 1  # after a checkpoint
     steps = sorted(draw.randrange(first_step, fault.last) for _ in range(case.times))
     overrides, others = fault.overrides(steps[0])
     straight = undisturbed(case, work, others)
@@ -82,7 +84,7 @@ def disturbed(case: Case, work: Path) -> dict[str, Any]:
             launch.wait(
                 struck.exists if fault.inside else lambda step=step: len(rows(folder)) >= step
             )
-            time.sleep(draw.uniform(0.0, 0.1))  # anywhere within a step, or a save
+            time.sleep(draw.uniform(0.0, 0.1))  # any time within a step or a save
             moment = f"after step {step}"
         last = Struck.now(folder)
         done["strikes"].append([moment, fault.strike(launch, draw, case.ranks)])
@@ -94,7 +96,7 @@ def disturbed(case: Case, work: Path) -> dict[str, Any]:
         _recovered(launch, done, last)
     launch.wait()
     refused = fault.files == "FAULT_READS" and launch.process.returncode == REFUSED
-    if refused:  # the disk is mended, and the command given again
+    if refused:  # the disk reads correctly now; run the command again
         done["orphans"] += launch.orphans
         launch = Launch(case, folder, work / "data", {}, overrides)
         _recovered(launch, done, last)
@@ -112,7 +114,7 @@ def disturbed(case: Case, work: Path) -> dict[str, Any]:
 def _left(
     folder: Path, fault: Fault, straight: list[dict[str, Any]], other: Path
 ) -> dict[str, Any]:
-    """What a run that was disturbed has left, beside one that was not."""
+    """Return the outcome in the run folder, compared with the undisturbed run."""
     said = folder.with_suffix(".log").read_text(errors="replace")
     restarts = [event for event in events(folder) if event["event"] == "restarted"]
     return {
@@ -127,7 +129,7 @@ def _left(
 
 
 def _recovered(launch: Launch, done: dict[str, Any], struck: Struck) -> None:
-    """Wait for the next step after a fault; add what it took, and which steps were lost."""
+    """Wait for the next step after a fault; add recovery time and lost steps to ``done``."""
 
     def begun() -> list[int]:
         new = events(launch.folder)[struck.events :]
@@ -140,7 +142,7 @@ def _recovered(launch: Launch, done: dict[str, Any], struck: Struck) -> None:
 
 
 def undisturbed(case: Case, work: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The same run without a fault: made once, with the launcher of the first case."""
+    """Return the reference run without a fault, made once with the launcher of the first case."""
     more = "".join(f"-{each}" for each in overrides)
     name = f"straight-{case.setting}-{case.ranks}{more}"
     folder, known = work / "runs" / name, work / "runs" / f"{name}.done"
@@ -157,20 +159,20 @@ def undisturbed(case: Case, work: Path, overrides: tuple[str, ...] = ()) -> dict
 
 
 def passed(done: dict[str, Any]) -> bool:
-    """Whether nothing was lost, and no second command was needed where none should be."""
+    """True if the run lost nothing and was started again only where the fault requires it."""
     clean = not any(
         done[key] for key in ("code", "orphans", "steps_lost", "rows_differ", "tensors_differ")
     )
     fault = FAULTS[done["fault"]]
     if fault.files == "FAULT_READS" and not (done["healed"] or done["refused"]):
-        return False  # wrong reads that nothing says, or none
+        return False  # the wrong read was not reported, or did not occur
     if not fault.restarts:
         return clean and bool(done["felt"]) and not done["restarts"]
     return clean and (fault.again or bool(done["restarts"] or done["refused"]))
 
 
 def summary(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Counts by fault, setting, ranks and launcher."""
+    """Return counts by fault, setting, number of ranks and launcher."""
     keys = ("fault", "setting", "ranks", "plain")
     found = []
     for group in dict.fromkeys(tuple(case[key] for key in keys) for case in cases):
@@ -191,7 +193,7 @@ def summary(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(counts: list[dict[str, Any]]) -> str:
-    """The counts as lines of text."""
+    """Format the counts as lines of text."""
     lines = ["  ".join(f"{key:>14}" for key in counts[0])] if counts else []
     lines += ["  ".join(f"{value!s:>14}" for value in count.values()) for count in counts]
     return "\n".join(lines)
@@ -246,7 +248,7 @@ def main() -> None:
 
 
 def write(out: Path, counts: list[dict[str, Any]], cases: list[dict[str, Any]]) -> None:
-    """Write the counts, all cases and where they were counted."""
+    """Write the counts, all cases and the facts of the machine and code."""
     from allometry.trainer.record.writer import commit, versions
 
     facts = {

@@ -1,20 +1,21 @@
-"""What a multi-start fit and its bootstrap cost, beside a plain scipy loop over the starts.
+"""Measure a multi-start fit and its bootstrap against a plain scipy loop over the starts.
 
-    python benchmarks/fit.py [--data svg_extracted_data.csv] [--scipy-starts 300] [--json out.json]
+    python benchmarks/fit.py [--data svg_extracted_data.csv] [--scipy-starts 300]
+                             [--bootstraps 4000] [--json out.json]
 
-Fits Chinchilla's law from the 4,500 starts of Besiroglu et al. (arXiv 2404.10102) with one
-thread, four ways: ours as it comes (linear parameters of the starts solved for, after which 25
-differ), ours from the starts as they stand with successive halving, the same with every search run
-to its end, and scipy's L-BFGS-B with analytic gradients, one start after the other. The scipy loop
-runs on a random sample of the starts and is scaled to all of them; so is its loop over bootstrap
-samples, one search from the optimum each (ours takes three), and where it stops is compared with
-ours. ``--data`` is a CSV with columns N, D and loss, or one of the paper's points ("Model Size",
-"Training FLOP", loss), whose five highest losses are dropped as there. Without it the rows are
-synthetic: 240 of the same law with noise.
+Fits Chinchilla's law from the 4,500 starts of Besiroglu et al. (arXiv 2404.10102) on one thread in
+four ways: our default (the linear parameters of each start are solved for, which leaves 25 distinct
+starts); ours from the unprojected starts with successive halving; the same with every search run to
+its end; and scipy's L-BFGS-B with analytic gradients, one start after another. The scipy loop runs
+on a random sample of the starts, and its time is scaled to all of them. The scipy bootstrap is
+scaled likewise, with one search from the optimum per sample (ours uses three), and its optima are
+compared with ours. ``--data`` is a CSV with columns N, D and loss, or one of the paper's points
+("Model Size", "Training FLOP", loss), whose five highest losses are dropped as in the paper.
+Without ``--data`` the rows are synthetic: 240 points of the same law with noise.
 
-Seconds are those of the process, which other processes on the machine lengthen less than wall-clock
-time (printed beside them); quote numbers of an idle machine only. The floor is what exponentials
-and logarithms of ours would take by themselves: (2 exp + 1 log) for each row and evaluation.
+Seconds are CPU seconds of the process, which other load affects less than wall-clock time (printed
+in the next column); quote numbers from an idle machine only. The floor is the time of our
+exponentials and logarithms alone: (2 exp + 1 log) for each row and evaluation.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ FIT_GOAL_S, BOOTSTRAP_GOAL_S = 2.0, 60.0
 
 
 def read(path: Path | None) -> tuple[Observations, str]:
-    """Return the rows and what they are."""
+    """Return the observations and a description of their source."""
     if path is None:
         draw = np.random.default_rng(0)
         rows = Observations.of(
@@ -75,14 +76,14 @@ def read(path: Path | None) -> tuple[Observations, str]:
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Return what a call gave, its process seconds and its wall-clock seconds."""
+    """Return the result of a call, its CPU seconds and its wall-clock seconds."""
     wall, own = time.perf_counter(), time.process_time()
     found = run()
     return found, time.process_time() - own, time.perf_counter() - wall
 
 
 def scipy_objective(rows: Observations, weights: Array) -> Callable[[Array], tuple[float, Array]]:
-    """Return the objective and its gradient by (ln E, ln A, ln B, α, β), as one would write it."""
+    """Return a plain function for the objective and its gradient in (ln E, ln A, ln B, α, β)."""
     log_n, log_d, log_loss = np.log(rows["N"]), np.log(rows["D"]), np.log(rows["loss"])
 
     def objective(x: Array) -> tuple[float, Array]:
@@ -110,15 +111,15 @@ def scipy_objective(rows: Observations, weights: Array) -> Callable[[Array], tup
 
 
 TIGHT = {"ftol": 1e-14, "gtol": 1e-10, "maxiter": 100_000, "maxfun": 100_000}
-"""Tolerances at which L-BFGS-B goes on where its own stop it short of the optimum."""
+"""Tolerances for L-BFGS-B; with its defaults it stops before the optimum."""
 
 
 def scipy_loop(
     rows: Observations, starts: Array, weights: Array, tight: bool = False
 ) -> tuple[float, Array]:
-    """Return the best objective of L-BFGS-B from each start, and the optima [S, 5].
+    """Return the best objective of L-BFGS-B over the starts, and all optima [S, 5].
 
-    ``weights`` [S, n], of each start's rows.
+    ``weights`` [S, n]: weight of each row for each start.
     """
     from scipy.optimize import minimize as scipy_minimize
 
@@ -136,7 +137,7 @@ def scipy_loop(
 
 
 def floor_seconds(rows: Observations, evaluations: int) -> float:
-    """Return what two exponentials and a logarithm of each row and evaluation take."""
+    """Return the seconds of two exponentials and one logarithm for each row and evaluation."""
     block = np.random.default_rng(0).uniform(1.0, 3.0, (17, len(rows)))
     out = np.empty_like(block)
     repeats = 300
@@ -152,12 +153,12 @@ def floor_seconds(rows: Observations, evaluations: int) -> float:
 
 
 def measure(path: Path | None, scipy_starts: int, bootstraps: int) -> dict[str, Any]:
-    """Return every way's seconds and optimum."""
+    """Return seconds and optimum of each method."""
     rows, data = read(path)
     form = Chinchilla()
     problem = Problem(form, rows)
     starts = starts_of(problem, None, 0)
-    fit(form, rows, FitOptions(starts=8))  # what is only done once
+    fit(form, rows, FitOptions(starts=8))  # run one-time initialization
     ways: list[dict[str, Any]] = []
 
     def ours(name: str, options: FitOptions) -> Fit:
@@ -199,7 +200,7 @@ def measure(path: Path | None, scipy_starts: int, bootstraps: int) -> dict[str, 
 
 
 def measure_bootstrap(best: Fit, samples: int, scipy_samples: int) -> list[dict[str, Any]]:
-    """Return what bootstraps cost and how far above our optima scipy's searches stop."""
+    """Return the bootstrap's seconds, and how far scipy's objectives are above ours."""
     rows = best.observations
     problem = best.problem()
     _, own, wall = timed(lambda: bootstrap(best, samples))
@@ -235,7 +236,7 @@ def measure_bootstrap(best: Fit, samples: int, scipy_samples: int) -> list[dict[
 
 
 def main() -> None:
-    """Measure, print a table, and write it where asked."""
+    """Run the measurements, print a table and write ``--json``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--scipy-starts", type=int, default=300)

@@ -1,16 +1,16 @@
-"""Is the final loss of a schedule known before it is trained? Tiny runs, constant, cosine and WSD.
+"""Forecast the final loss of a cosine or WSD schedule from other curves, on tiny runs.
 
     allometry prepare builtin:python-code builtin:python-prose --out STORE --vocab-size 1024
     python benchmarks/forecast.py STORE [--steps 800] [--cosine-steps 400] [--seeds 2]
         [--only 0,1] [--work DIR] [--out FILE]
 
-fp32, one process, one thread. For each seed a constant run, a cosine run (of as many steps, or of
-fewer) and a WSD run, which is the constant run's branch at four fifths: they differ in their
-schedule alone. The WSD run's final loss is forecast from the other two, from its own curve before
-its decay begins, and half through it. Forecasts are of the held-out loss (every 20 steps, the same
-128 sequences), whose last value is measured without the noise of a batch, and of the training loss,
-whose final value is the mean of the last 5 % of the steps (its noise is printed). Finished runs in
-DIR are taken as they are; ``--seeds`` and ``--only`` say which seeds there are.
+Runs are fp32, on one process with one thread. For each seed the script trains a constant run, a
+cosine run (with as many steps, or fewer) and a WSD run that branches from the constant run at four
+fifths; the runs differ only in their schedule. The final loss of the WSD run is forecast from the
+other two runs, from its own curve before the decay, and half through the decay. Forecasts are of
+the held-out loss (every 20 steps, the same 128 sequences), whose last value has no batch noise, and
+of the training loss, whose final value is the mean over the last 5 % of the steps (its noise is
+printed). Finished runs in DIR are reused; ``--seeds`` and ``--only`` select the seeds.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def curve(run: Run, loss: str, until: int | None = None) -> Curve:
 
 
 def measured(run: Run, loss: str) -> tuple[float, float]:
-    """The final loss and the standard error of its measurement."""
+    """Return the final loss and its standard error."""
     steps, losses = loss_curve(run, LossChoice.parse(loss))
     if loss != "train":
         return float(losses[np.isfinite(losses)][-1]), 0.0

@@ -1,12 +1,15 @@
-"""Mutated descriptions of runs and ladders: each is planned, or refused in one sentence.
+"""Mutate configs of runs and ladders; each must give a plan or an error of one sentence.
 
     python benchmarks/fuzz.py [--count 10000] [--first 0] [--seconds 240] [--out FILE]
+    python benchmarks/fuzz.py --show N
 
-Case N is drawn from the number N alone: a preset or what it resolves to, changed in its text or in
-its tree (keys gone, doubled, renamed or moved, values of other kinds, hostile YAML), with or
-without overrides. It goes through the loader, the plan and what ``--dry-run`` looks at, or through
-the ladder's plan. Prints each kind of failure once: a traceback, a hang past ``LIMIT_S``, a message
-that is no sentence; ends with code 1 if there is one. ``--first`` goes on where a call ended.
+Case N is generated from the seed N alone: the text or the tree of a preset (keys removed,
+duplicated, renamed or moved, values of other types, hostile YAML), with or without overrides. Each
+case passes through the loader, the plan and the checks of ``--dry-run``, or through the ladder's
+plan. The script prints one example of each kind of failure: a traceback, a hang longer than
+``LIMIT_S``, or a message that is not a sentence. It exits with code 1 if there is any. ``--first``
+continues where an earlier call ended: for example, ``--first 10000 --count 500`` runs the cases
+10000 to 10499. ``--show N`` prints case N and raises its error.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from allometry.studies.ladder.plan import plan_ladder
 
 LIMIT_S = 20
 MEMORY_BYTES = 6 << 30
-LONGEST = 1000  # characters of a sentence
+LONGEST = 1000  # characters of an error sentence
 WORLD_SIZES = (1, 1, 1, 2, 3, 4, 8, 64)
 NUMBERS = (
     *(0, 1, -1, 2, 3, 7, 1 << 31, 1 << 63, 10**12, 10**30, 0.0, -0.5, 0.5, 1.5, 1e-320, 1e308),
@@ -61,11 +64,11 @@ TEXTS = (
 
 
 class Hang(BaseException):
-    """A case that took longer than ``LIMIT_S``."""
+    """Raised when a case takes longer than ``LIMIT_S``."""
 
 
 def hostile(rng: random.Random) -> Any:
-    """A value that a key may be surprised by."""
+    """Return a value of an unexpected kind for a config key."""
     kind = rng.random()
     if kind < 0.45:
         return rng.choice(NUMBERS)
@@ -73,7 +76,7 @@ def hostile(rng: random.Random) -> Any:
 
 
 def paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """All places of a tree, its root left out."""
+    """Yield the paths of all nodes of a tree except its root."""
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in pairs:
         yield (*path, key)
@@ -88,9 +91,9 @@ def at(tree: Any, path: tuple[Any, ...]) -> Any:
 
 
 def changed(tree: dict[str, Any], keys: list[tuple[str, ...]], rng: random.Random) -> None:
-    """Change one place of a tree."""
+    """Change one node of a tree in place."""
     places = list(paths(tree))
-    if not places or rng.random() < 0.35:  # a key that there is, by the schema
+    if not places or rng.random() < 0.35:  # set a key of the schema
         path = rng.choice(keys)
         holder: Any = tree
         for key in path[:-1]:
@@ -147,7 +150,7 @@ def scrambled(text: str, rng: random.Random) -> str:
 
 
 def keys_of(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """All keys of a description, of every kind that a section may have."""
+    """Yield the paths of all keys of a config, for all variants of each section."""
     for key, field in model.model_fields.items():
         yield (*path, key)
         for section in sections(field.annotation):
@@ -163,12 +166,12 @@ def sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 class Fuzzer:
-    """Makes and tries cases; ``folder`` is its scratch."""
+    """Generate and run cases; ``folder`` is scratch space."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_random_store(folder / "tokens", 60_000, 1000, mean_length=100)
-        # As they are written, and with files that are here, so that data are looked at, too.
+        # Presets as written, and with existing data files, so that the data are checked as well.
         self.runs = [path.read_text() for path in presets().values()]
         self.ladders = [path.read_text() for path in ladder_presets().values()]
         self.trees = [load(f"preset:{name}").model_dump(mode="json") for name in presets()]
@@ -190,7 +193,7 @@ class Fuzzer:
         return plain
 
     def case(self, number: int) -> tuple[str, str, list[str], int]:
-        """Kind, text, overrides and number of ranks of a case."""
+        """Return the kind, text, overrides and number of ranks of a case."""
         rng = random.Random(number)
         kind = "ladder" if rng.random() < 0.2 else "run"
         overrides: list[str] = []
@@ -208,7 +211,7 @@ class Fuzzer:
         return kind, text, overrides, rng.choice(WORLD_SIZES)
 
     def run(self, number: int) -> None:
-        """Try a case; what it raises is the caller's."""
+        """Run a case; errors are raised to the caller."""
         kind, text, overrides, ranks = self.case(number)
         path = self.folder / "case.yaml"
         path.write_text(text, encoding="utf-8", errors="surrogatepass")
@@ -216,7 +219,7 @@ class Fuzzer:
             plan_ladder(*load_ladder(path))
             return
         config = load(path, overrides)
-        if number % 4 == 0:  # reading YAML is most of a case
+        if number % 4 == 0:  # parsing YAML takes most of a case's time
             path.write_text(dump(config))
             assert load(path) == config, "what is written is read otherwise"
         config, _ = settle(config, ranks, "cuda")
@@ -231,7 +234,7 @@ class Fuzzer:
 
 
 def tried(fuzzer: Fuzzer, number: int) -> str | None:
-    """Try a case; the kind of its failure, None for a plan or a sentence."""
+    """Run a case; return the kind of its failure, or None for a plan or an error sentence."""
 
     def late(*_: Any) -> None:
         raise Hang
@@ -249,7 +252,7 @@ def tried(fuzzer: Fuzzer, number: int) -> str | None:
         places = traceback.extract_tb(sys.exc_info()[2])
         ours = [f"{Path(p.filename).name}:{p.lineno} {p.name}" for p in places][-12:-1]
         return f"hang: {' < '.join(reversed(ours))[:300]}"
-    except BaseException as error:  # what a user would see as a traceback
+    except BaseException as error:  # users would see a traceback
         places = traceback.extract_tb(error.__traceback__)
         ours = [p for p in places if "site-packages" not in p.filename][-1]
         place = f"{Path(ours.filename).name}:{ours.lineno} {ours.name}"

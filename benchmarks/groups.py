@@ -1,15 +1,15 @@
-"""What it takes to make process groups and owner plans, on a few real ranks and on 1,024 simulated.
+"""Measure process-group creation and owner plans, on real gloo ranks and 1,024 simulated ranks.
 
     python benchmarks/groups.py [--ranks 2 4 8] [--rounds 3] [--out FILE]
 
-``torch`` are the groups of ``init_device_mesh``, with a gloo group for host objects and another for
-checkpoints, as earlier versions had them; ``ours`` are those of ``open_mesh``, and ``ours, host
-groups alone`` what of them is gloo's on a machine with NCCL, with an object broadcast and others
-gathered in each. Real ranks run over
-gloo on this machine and count what they ask of the store and the sockets that they hold once every
-group has summed a number. Simulated ranks make no connections: what is counted are groups that are
-made one after the other, and seconds. Owner plans are those of a dense 7B model and of a mixture
-of experts, beside the plain algorithm of the tests, of which one round is run.
+``torch``: the groups of ``init_device_mesh``, with one gloo group for host objects and one for
+checkpoints, as in earlier versions. ``ours``: the groups of ``open_mesh``. ``ours, host groups
+alone``: the gloo groups that remain on a machine with NCCL, after one object broadcast and one
+object all-gather in each. Real ranks run over gloo on this machine and count their store requests,
+and their open sockets after each group has summed a number. Simulated ranks make no connections:
+counted are the groups that are created one after another, and the seconds. Owner plans are made for
+a dense 7B model and a mixture of experts, and compared with the tests' reference algorithm, which
+runs once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ CPU = torch.device("cpu")
 
 
 class CountingStore(dist.Store):
-    """Counts what is asked of a store."""
+    """Store that counts its requests by kind."""
 
     def __init__(self, inner: dist.Store) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class CountingStore(dist.Store):
 
 
 def torch_groups(layout: ParallelConfig) -> list[dist.ProcessGroup]:
-    """Make the groups as torch does, and return all that this rank has."""
+    """Create torch's groups; return all groups of this rank."""
     grid = grid_of(resolve_degrees(layout, dist.get_world_size()))
     sizes = (grid["pp"], grid["replicas"], grid["expert_shard"] * grid["ep"], grid["tp"])
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("pp", "replicas", "shard", "tp"))
@@ -110,13 +110,13 @@ def torch_groups(layout: ParallelConfig) -> list[dist.ProcessGroup]:
 
 
 def our_groups(layout: ParallelConfig) -> list[dist.ProcessGroup]:
-    """Make them as ``open_mesh`` does."""
+    """Create the groups with ``open_mesh``; return all groups of this rank."""
     mesh = open_mesh(layout, CPU)
     return [*(c.group for c in mesh.communicators), mesh.host_group, mesh.checkpoint_group]
 
 
 def host_groups(layout: ParallelConfig) -> list[dist.ProcessGroup]:
-    """Make what gloo has left to do where NCCL has the axes; use it as runs do."""
+    """Create the gloo groups that remain next to NCCL, and use each as a run does."""
     world = dist.get_world_size()
     groups = open_groups({"pp": 1, "hdp": world}, CPU, timedelta(minutes=1), timedelta(minutes=1))
     for group in (groups.host, groups.checkpoint):
@@ -133,7 +133,7 @@ MAKERS: dict[str, Callable[[ParallelConfig], list[dist.ProcessGroup]]] = {
 
 
 def sockets() -> int:
-    """How many sockets this process holds."""
+    """Return the number of open sockets of this process."""
     held = 0
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -144,7 +144,7 @@ def sockets() -> int:
 
 
 def real_rank(rank: int, world: int, port: int, kind: str, out: str) -> None:
-    """Make the groups on a rank of gloo, use each once, and note what it took."""
+    """Create the groups on a gloo rank, use each once, and write the counts and seconds."""
     torch.set_num_threads(1)
     os.environ.update(GLOO_SOCKET_IFNAME="lo", LOCAL_RANK=str(rank))
     store = CountingStore(dist.TCPStore("127.0.0.1", port, world, rank == 0))
@@ -162,7 +162,7 @@ def real_rank(rank: int, world: int, port: int, kind: str, out: str) -> None:
 
 
 def real(world: int, kind: str) -> dict[str, Any]:
-    """The most that any of ``world`` ranks took."""
+    """Return the maximum of each measurement over ``world`` ranks."""
     with tempfile.TemporaryDirectory() as out:
         multiprocessing.spawn(real_rank, (world, free_port(), kind, out), world)
         ranks = [json.loads(path.read_text()) for path in Path(out).iterdir()]
@@ -170,7 +170,7 @@ def real(world: int, kind: str) -> dict[str, Any]:
 
 
 def simulated(world: int, kind: str) -> dict[str, Any]:
-    """Groups that one of 1,024 ranks makes one after the other, members or not."""
+    """Count the groups that one of 1,024 ranks creates in sequence, as a member or not."""
     c10d, made = dist.distributed_c10d, 0
     real_helper = c10d._new_process_group_helper
 
@@ -189,7 +189,7 @@ def simulated(world: int, kind: str) -> dict[str, Any]:
 
 
 def cut(size: tuple[int, int, int], dims: Sequence[tuple[int, int]], replicas: int) -> Placed:
-    """A parameter cut over ``dims``, (dimension, parts) outermost first, on replicas of each."""
+    """Return a parameter sharded over ``dims`` (dimension, parts), outermost first."""
     boxes = [tuple((0, n) for n in size)]
     for dim, parts in dims:
         boxes = [
@@ -203,7 +203,7 @@ def cut(size: tuple[int, int, int], dims: Sequence[tuple[int, int]], replicas: i
 
 
 def owner_cases(ranks: int) -> dict[str, list[Placed]]:
-    """The hidden matrices of models, sharded over all ranks of a stage."""
+    """Return the hidden matrices of two models, sharded over all ranks of a stage."""
     shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
     dense = [
         cut((1, *shape), [(1, ranks)] if shape[0] % ranks == 0 else [(2, ranks)], 1)
@@ -217,12 +217,12 @@ def owner_cases(ranks: int) -> dict[str, list[Placed]]:
 
 
 def work(rows: int, columns: int) -> float:
-    """Of a Newton-Schulz iteration."""
+    """Return the FLOPs, up to a factor, of a Newton-Schulz iteration."""
     return float(min(rows, columns) ** 2 * max(rows, columns))
 
 
 def owners(ranks: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a processor for a plan; the plain one is run once."""
+    """Return the CPU seconds of an owner plan; the reference algorithm runs once."""
     found: dict[str, Any] = {}
     for name, placed in owner_cases(ranks).items():
         timed = []
@@ -245,7 +245,7 @@ def owners(ranks: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all and print it; ``--out`` keeps it as JSON."""
+    """Run all measurements, print the results, and write ``--out`` as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--rounds", type=int, default=3)

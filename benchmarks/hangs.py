@@ -1,12 +1,13 @@
-"""Hangs that are planted in real launches, and whether the watchdog names them.
+"""Plant hangs in real launches and check that the watchdog reports the right rank and axis.
 
-    python benchmarks/hangs.py --out hangs.json [--only TEXT]
+    python benchmarks/hangs.py --out hangs.json [--only TEXT] [--seconds S]
 
-Each case starts two ranks through ``allometry.launch.torchrun``; one of them is stopped (SIGSTOP),
-falls asleep or dies at a place of its code. A case passes if events.jsonl names the rank and the
-axis of the message in which the other waits, and the step, within ``timeout_s`` + 5 seconds, if
-each rank's log has it, and if the launch ends with a code that is not 0 and leaves no process.
-Cases that ``--out`` has already are not run again.
+Each case starts two ranks through ``allometry.launch.torchrun``; one rank is stopped (SIGSTOP),
+sleeps, or is killed inside a chosen function. A case passes if events.jsonl reports the rank, the
+axis of the collective in which the other rank waits, and the step within ``timeout_s`` + 5 seconds;
+if each rank's log contains the report; and if the launch exits with a nonzero code and leaves no
+process. Cases already in ``--out`` are skipped. For example, ``--only tp2`` runs the cases with tp2
+in their name.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ OURS = "allometry."
 
 @dataclass(frozen=True)
 class Case:
-    """A rank hangs ``at`` a function in a ``layout``; the other waits over one of ``axes``.
+    """Hang of one rank ``at`` a function; the other rank waits in a collective over ``axes``.
 
-    None among them: of a rank that dies the others may know before they have waited for long.
-    ``step`` 0: before the first one, or wherever the function is first called.
+    ``axes`` includes None if the other rank can detect the death before it waits for long. ``step``
+    0: before the first step, or at the first call of the function.
     """
 
     layout: str
@@ -77,12 +78,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Return what tells it from others."""
+        """Return a unique name of the case."""
         return f"{self.layout} {self.how} rank {self.rank} {self.at.removeprefix(OURS)}"
 
 
 def cases() -> Iterator[Case]:
-    """Yield the campaign: each axis with a rank asleep and a rank stopped, and what is no axis."""
+    """Yield all cases: a sleeping and a stopped rank for each axis, and places without an axis."""
     for how in ("sleep", "stop"):
         yield Case("zero0", OURS + "parallel.reduce:_Bucket.launch", ("hdp",), how=how)
         yield Case("zero1", FSDP + ".post_backward", ("hdp",), how=how)
@@ -109,7 +110,7 @@ def cases() -> Iterator[Case]:
 
 
 def described(case: Case, folder: Path, data: Path) -> Path:
-    """Write the configuration of a case; return its path."""
+    """Write the config of a case; return its path."""
     sources = [
         {"name": n, "train": f"{data}/{n}.train", "validation": f"{data}/{n}.validation"}
         for n in ("up", "down")
@@ -149,7 +150,7 @@ def write_data(folder: Path) -> None:
 
 
 def run(case: Case, folder: Path, data: Path) -> dict[str, Any]:
-    """Launch a case and return what came of it."""
+    """Launch a case; return its outcome."""
     mark, here = folder / "mark", Path(__file__).resolve().parent
     config = described(case, folder, data)
     asked = {**asdict(case), "mark": str(mark)}
@@ -176,8 +177,8 @@ def run(case: Case, folder: Path, data: Path) -> dict[str, Any]:
 def _wait(process: subprocess.Popen[bytes], mark: Path) -> list[psutil.Process]:
     """Wait until a launch has ended.
 
-    A rank that is stopped is killed here once the others have had time to end: torchrun does it
-    after 30 seconds.
+    A stopped rank is killed here after the other ranks had time to end; torchrun itself would kill
+    it after 30 seconds.
     """
     ranks: list[psutil.Process] = []
     until = time.monotonic() + LIMIT_S
@@ -196,7 +197,7 @@ def _wait(process: subprocess.Popen[bytes], mark: Path) -> list[psutil.Process]:
 
 
 def verdict(case: Case, folder: Path, mark: Path) -> dict[str, Any]:
-    """Compare what the run's record says with what was planted."""
+    """Compare the events and logs of the run with the planted hang."""
     if not mark.exists():
         return {"problems": ["the place was never reached"]}
     begun, run_folder = float(mark.read_text()), folder / "run"
@@ -227,7 +228,7 @@ def verdict(case: Case, folder: Path, mark: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is left of the campaign and print what came of it."""
+    """Run the remaining cases and print their outcomes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="results, as JSON")
     parser.add_argument("--only", default="", help="cases whose name contains this")

@@ -1,13 +1,14 @@
-"""Hybrid data/context parallelism on two processes of this CPU, real files as whole documents.
+"""Compare policies of hybrid data/context parallelism on two CPU processes, on real documents.
 
     python benchmarks/hdp.py [--quick] [--rounds 3] [--context 16384] [--json FILE]
 
-The documents are the standard library's files, cut at ``--context`` tokens; a rank holds half of
-that in a micro-batch, so static context parallelism needs rings of both ranks for everything. The
-same steps (same tokens) run in turning order under each policy on two processes of one thread, and
-on one process of one thread that holds a whole document: twice its rate is the ideal. Tokens/s are
-those of all timed steps of a run together, ratios are of runs of one round, their median over
-rounds. ``benchmarks/hdp_simulated.py`` is the same question on 1,024 ranks.
+The documents are the standard library's files, cut at ``--context`` tokens. A rank's micro-batch
+has half as many tokens, so static context parallelism uses rings of both ranks for every document.
+The same steps on the same tokens run under each policy in alternating order, on two processes with
+one thread each. The ideal is twice the rate of one process with one thread whose micro-batch fits a
+complete document. Tokens/s are totals over all timed steps of a run; ratios are between runs of one
+round, and their median over rounds is reported. ``benchmarks/hdp_simulated.py`` simulates 1,024
+ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ STATIC = "static, degree 2"
 
 @dataclass(frozen=True)
 class Entry:
-    """A policy on some processes."""
+    """Policy and its number of processes."""
 
     name: str
     processes: int
@@ -48,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of an entry: tokens and seconds of its timed steps, and its losses."""
+    """Run of an entry: tokens and seconds of its timed steps, and its losses."""
 
     name: str
     round: int
@@ -61,7 +62,7 @@ class Run:
 
     @property
     def rate(self) -> float:
-        """Tokens a second; of the ideal, those of two such processes."""
+        """Return tokens/s; for the ideal, twice the rate of its one process."""
         return self.tokens / self.seconds * (2 if self.name == IDEAL else 1)
 
 
@@ -99,7 +100,7 @@ def describe(given: argparse.Namespace, store: Path, steps: int) -> dict[str, An
         "optimizer": {"lr": 1e-3},
         "schedule": {"kind": "constant"},
         "parallel": {
-            # What these two cores do, so that plans weigh attention and messages as they are here.
+            # Rates of these two cores, so that plans weigh attention and messages for this machine.
             "context": {
                 "costs": {
                     "tflops": given.gflops / 1e3,
@@ -113,7 +114,7 @@ def describe(given: argparse.Namespace, store: Path, steps: int) -> dict[str, An
 
 
 def run(race: Race, given: argparse.Namespace, config: Path, entry: Entry, round: int) -> Run:
-    """Start a run of an entry as its user would."""
+    """Start a run of an entry with the command of a user."""
     with tempfile.TemporaryDirectory(dir=race.folder) as place:
         command = [sys.executable]
         if entry.processes > 1:
@@ -151,7 +152,7 @@ def run(race: Race, given: argparse.Namespace, config: Path, entry: Entry, round
 
 
 def ratios(runs: Sequence[Run], above: str, below: str) -> list[float]:
-    """Rates of ``above`` over those of ``below``, round by round, of undisturbed rounds if any."""
+    """Return the ratio of rates ``above`` / ``below`` by round, of undisturbed rounds if any."""
     rounds = sorted({r.round for r in runs})
     of = {(r.name, r.round): r for r in runs}
     pairs = [(of[above, n], of[below, n]) for n in rounds]

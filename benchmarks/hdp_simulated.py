@@ -1,16 +1,16 @@
-"""Steps of whole documents on 1,024 ranks, planned and played through: what each policy would take.
+"""Simulate the step time of each policy for batches of full documents on 1,024 ranks.
 
     python benchmarks/hdp_simulated.py [--tail 0.24 0.33] [--kv-heads 8] [--seeds 3] [--json FILE]
 
-No GPU and no message: times are what ``scaling.hdp.cost`` says of a Llama-like 7B model (32
-layers, width 4096, feed-forward 11008, 32 heads) at the planner's default rates, and
-``parallel.hdp.replay`` says who waits. A step has 32M tokens; documents are lognormal (median 1K)
-but for a tail with the given share of the tokens, whose lengths have equally many tokens in each
-octave from 256K to 2M. A context of less than 2M cuts documents there, as
-``data.max_document_tokens`` does, so all contexts have the same tokens.
+No GPU is used and no message is sent: times come from ``scaling.hdp.cost`` for a Llama-like 7B
+model (32 layers, width 4096, feed-forward 11008, 32 heads) at the planner's default rates, and
+waiting times from ``parallel.hdp.replay``. A step has 32M tokens. Document lengths are lognormal
+(median 1K) except for a tail with the given share of the tokens, which is spread equally over the
+octaves from 256K to 2M. A context below 2M cuts documents, as ``data.max_document_tokens`` does, so
+that all contexts have the same tokens.
 
-``ideal``: arithmetic of the step spread evenly over all ranks, nothing sent. ``floor``: no plan
-that gives each document the same ranks throughout can be faster (see ``floor_s``).
+``ideal``: the step's arithmetic spread evenly over all ranks, without messages. ``floor``: lower
+bound for plans that keep each document on the same ranks throughout (see ``floor_s``).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Row:
-    """One policy on one batch."""
+    """Result of one policy on one batch."""
 
     tail: float
     seed: int
@@ -76,7 +76,7 @@ def model(kv_heads: int) -> DenseModel:
 
 
 def documents(tail: float, seed: int, tokens: int = TOKENS) -> Ints:
-    """Return lengths that sum to ``tokens``, in random order."""
+    """Return document lengths that sum to ``tokens``, in random order."""
     random = np.random.default_rng(seed)
     # Tokens uniform in log length: the density of documents falls as 1/length^2.
     many = LONG * 2 ** (3 * random.random(1000))
@@ -107,11 +107,11 @@ def ideal_s(cost: CostModel, lengths: Ints) -> float:
 
 
 def floor_s(cost: CostModel, lengths: Ints, chunk: int) -> float:
-    """Return seconds that no plan undercuts.
+    """Return a lower bound for the seconds of any plan.
 
-    A step of T seconds gives each document a degree at which it takes T or less, and uses at least
-    the rank-seconds of the cheapest such degree; they must add up to no more than ranks x T. What
-    one rank can hold costs at least its arithmetic.
+    A step of T seconds gives each document a degree at which it takes at most T, and uses at least
+    the rank-seconds of the cheapest such degree; their sum is at most ranks x T. Documents that fit
+    on one rank cost at least their arithmetic.
     """
     long = lengths[lengths > CAPACITY]
     rest = ideal_s(cost, lengths[lengths <= CAPACITY]) * RANKS
@@ -134,7 +134,7 @@ def floor_s(cost: CostModel, lengths: Ints, chunk: int) -> float:
 
 
 def timed_plan(lengths: Ints, config: ContextConfig, cost: CostModel) -> tuple[Plan, float]:
-    """Return a plan and its seconds on a processor: one thread, which waits for nothing."""
+    """Return a plan and the CPU seconds to make it, on one thread."""
     start = time.process_time()
     plan = make_plan(lengths, RANKS, config, cost, "free", layers=32)
     return plan, time.process_time() - start
@@ -176,7 +176,7 @@ def rows_of(tail: float, seed: int, context: int, cost: CostModel, repeats: int)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return medians over seeds, and what balanced gains over static."""
+    """Format medians over seeds, with the speedup of each policy over static."""
     lines = [
         f"{'tail':>5} {'context':>8} {'policy':>9} {'time':>8} {'/ideal':>7} {'/floor':>7} "
         f"{'static/it':>9} {'sent':>8} {'plan':>8}"
@@ -201,7 +201,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plan_time(cost: CostModel, repeats: int) -> list[float]:
-    """Return seconds that 10,000 documents take to plan, balanced."""
+    """Return the seconds to plan 10,000 documents with the balanced policy, by repetition."""
     lengths = cut_at(documents(0.24, 0, tokens=TOKENS * 2), CONTEXTS[-1])[:10_000]
     config = ContextConfig(capacity_tokens=CAPACITY)
     return [timed_plan(lengths, config, cost)[1] for _ in range(repeats)]

@@ -1,11 +1,11 @@
-"""Does a law of small runs know the loss of larger ones? A ladder with its largest size held out.
+"""Hold out the largest size of a ladder and predict its losses with laws of the smaller sizes.
 
     python benchmarks/ladder.py [--parallel 2] [--json FILE] [RUNS ...]
 
-Trains `ladder.yaml` (what is missing of it: finished runs are left alone) on the built-in corpora,
-or reads the given runs. Each law is fitted to all sizes but the largest, and predicts the held-out
-losses of that one's runs, each with the 95 % interval of one run (bootstrap over cells, and the
-scatter of runs). Beside it, each law with the longest horizon held out, and with each cell.
+Trains the missing runs of `ladder.yaml` on the built-in corpora, or reads the given runs. Each law
+is fitted to all sizes except the largest and predicts the losses of the largest size's runs, each
+with the 95 % interval of one run (bootstrap over cells, and the scatter of runs). The longest
+horizon and each single cell are held out in the same way.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GOAL = 0.01
 
 
 def held_out(law: str, rows: Observations, by: str) -> dict[str, Any]:
-    """The rows with the largest value of a column, predicted by the fit to all others."""
+    """Fit a law without the rows with the largest value of a column, and predict these rows."""
     largest_n = rows[by] == rows[by].max()
     rest, part = rows.take(~largest_n), rows.take(largest_n)
     found = fit(form_named(law), rest)

@@ -1,4 +1,4 @@
-"""Coverage of laws' 95 % intervals beyond the fitted compute, on public data and simulated truth.
+"""Measure the coverage of laws' 95 % intervals beyond the fitted compute.
 
     python benchmarks/law_intervals.py --data DATA/laws [--simulations 60] [--json out.json]
 
@@ -6,13 +6,13 @@
 2404.10102; the 240 points), datablations (Muennighoff et al., arXiv 2305.16264; runs that see no
 token twice and did not diverge) and overtraining (Gadre et al., arXiv 2403.08540; trained on C4,
 loss on C4). Each law is fitted to the rows up to a quantile of N D (half, three quarters, nine
-tenths) and predicts the rows above. *Parameters* are intervals by the bootstrap alone, as they were
-before the error of the form was in them; *whole* are those that ``predict`` gives. Both as of the
-law and (``--noise``) as of one run. Measured rows scatter, so those "of one run" are to hold 95 %.
+tenths) and predicts the rows above. *Parameters*: intervals of the bootstrap alone, without the
+error of the form. *Whole*: intervals of ``predict``. Both are computed for the law and for one run
+(``noise=True``). Measured rows scatter, so the intervals of one run should cover 95 %.
 
-Simulated ladders (8x8, 5x5 and 4x3 of N and D, noise 0.3 %) follow the law that is fitted, and
-the point predicted is at 10 times the largest N and D: intervals of the law are to hold the truth
-at their rate, and to be hardly wider than without the form's part.
+Simulated ladders (8x8, 5x5 and 4x3 of N and D, noise 0.3 %) follow the fitted law, and the
+predicted point has 10 times the largest N and D: intervals of the law should cover the truth at
+their nominal rate, and be only slightly wider than without the error of the form.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def public(data: Path) -> Iterator[tuple[str, Observations]]:
 
 
 def within(sampled: Bootstrap, rows: Observations, *, noise: bool) -> tuple[int, float]:
-    """How many rows their intervals hold, and the median half width of the logs."""
+    """Count the rows inside their intervals; return the count and the median half width in logs."""
     low_n, high_n = sampled.predict_interval(rows, noise=noise)
     measured_n = rows["loss"]
     inside = int(((low_n <= measured_n) & (measured_n <= high_n)).sum())

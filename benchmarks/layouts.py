@@ -1,11 +1,11 @@
-"""Training speed of each layout on two processes, and of the grouped product, on this CPU.
+"""Measure training speed of each parallel layout on two CPU processes, and the grouped product.
 
-    python benchmarks/layouts.py [--quick] [--only PART] [--rounds 5] [--json FILE]
+    python benchmarks/layouts.py [--quick] [--only PART]... [--rounds 5] [--json FILE]
 
-Every run is a process group of its own (one thread in each of two processes, gloo, one allocator
-for all, nothing compiled); in each round all layouts run once, in turning order, beside plain FSDP2
-and our trainer on one process with two threads. A run gives the median over its timed steps, a
-result is the median over rounds of the ratio of two runs of one round.
+Every run has its own process group (two processes with one thread each, gloo, the same allocator,
+no compilation). In each round all layouts run once in alternating order, together with plain FSDP2
+and with our trainer on one process with two threads. The result of a run is the median over its
+timed steps; a result is the median over rounds of the ratio of two runs of one round.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PARTS = ("zero", "tensor", "pipeline", "checkpointing", "experts", PRODUCT_PART)
 
 @dataclass(frozen=True)
 class Row:
-    """A layout and what it is held against: plain FSDP2, and one process with the same model."""
+    """Layout with its two references: plain FSDP2, and one process with the same model."""
 
     part: str
     entry: Entry
@@ -59,14 +59,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Layouts:
-    """Makes the rows. A rank runs its share of the batch at once, except in a pipeline."""
+    """Build the rows. A rank runs its share of the batch at once, except in a pipeline."""
 
     shape: Shape
     dtype: str
     allocator: str
 
     def rows(self, parts: Sequence[str], quick: bool) -> list[Row]:
-        """The rows of these parts; ``quick``: the first and the last of each."""
+        """Return the rows of these parts; with ``quick``, the first and the last of each."""
         made = {
             "zero": [self._ours(f"hdp2, ZeRO {stage}", stage=stage) for stage in range(4)],
             "tensor": [self._tensor()],
@@ -104,7 +104,7 @@ class Layouts:
             processes=processes,
             stage=stage,
             label=label,
-            # Schedules that split backward cannot compile, and plain FSDP2 here does not.
+            # Schedules with a split backward cannot compile, and plain FSDP2 is not compiled here.
             overrides=("training.compile=false", *overrides),
         )
 
@@ -122,7 +122,7 @@ class Layouts:
         )
 
     def _experts(self) -> tuple[str]:
-        """A model whose tokens use as many parameters as the dense one's: 2 of 8 half as wide."""
+        """Return a model override with as many active parameters: 2 of 8 half-width experts."""
         shape = self.shape
         model = {
             "kind": "moe",
@@ -173,7 +173,7 @@ def run_products(race: Race, allocator: str, rounds: int, quick: bool) -> list[P
 
 
 def judge_products(runs: Sequence[ProductRun]) -> list[dict[str, Any]]:
-    """For each case, seconds and how much faster ``grouped`` is than the others, as medians."""
+    """Return the median seconds of each case and the speedups of ``grouped`` over the others."""
     kept = quiet(runs)
     found = []
     for index, case in enumerate(runs[0].result["cases"]):
@@ -195,7 +195,7 @@ def judge_products(runs: Sequence[ProductRun]) -> list[dict[str, Any]]:
 
 
 def quiet(runs: Sequence[Any]) -> list[Any]:
-    """The runs that others did not disturb, or all if there is none."""
+    """Return the undisturbed runs, or all runs if there are none."""
     return [run for run in runs if run.others_share <= DISTURBED] or list(runs)
 
 

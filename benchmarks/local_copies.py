@@ -1,11 +1,12 @@
-"""What local copies cost: how long training waits for one, as a share of a step.
+"""Measure the time that training waits for a local copy, as a share of a step.
 
     python benchmarks/local_copies.py [--width 768] [--layers 12] [--tokens 8192] [--folder DIR]
+                                      [--runs DIR] [--json FILE]
 
-A run trains for some steps with a local copy after every second one. ``waited_s`` is what training
-waits for a copy (the copy of the tensors, and whatever the loop does for it); the copy is written
-in the background, on the same processors, so steps beside one are compared with the others, too. A
-checkpoint on the disk of ``--runs`` is made at the end of each launch.
+Trains with a local copy after every second step. ``waited_s`` is the time that training waits for a
+copy (the copy of the tensors and the loop's own work for it). The copy is written in the background
+on the same processors, so steps with a copy are also compared with the other steps. Each launch
+ends with a checkpoint on the disk of ``--runs``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from allometry.trainer.train import train
 
 
 def config(given: argparse.Namespace, runs: Path, store: Path) -> RunConfig:
-    """A dense model with AdamW on Python's own code."""
+    """Return the config of a dense model with AdamW, on Python's own source code."""
     length = 512
     sequences = given.tokens // length
     return RunConfig.model_validate(
@@ -95,7 +96,7 @@ def main() -> None:
         seconds = [json.loads(line)["time_s"] for line in lines]
         parameters = json.loads((store / "run/run.json").read_text())["plan"]["parameters"]["total"]
     step_s = statistics.median(seconds[1:])
-    later = waited[1:] or waited  # the first makes the buffers
+    later = waited[1:] or waited  # the first copy allocates the buffers
     nbytes = written[0][1]
     cost_s = statistics.median(later)
     result = {

@@ -1,10 +1,10 @@
-"""Peak memory and gradients of the chunked loss beside the full-logits version.
+"""Compare peak memory and gradients of the chunked loss with the full-logits loss.
 
     python benchmarks/loss_memory.py [--vocabulary 131072 --tokens 4096 --width 256] [--json]
 
-Prints one row per version and, with --json, one JSON line. Needs about 3 x 4 x vocabulary x tokens
-bytes for the full version. On a CPU the peak is the process's (VmHWM, reset before each run), on
-CUDA the allocator's; "extra" is what a forward and backward add to the inputs.
+Prints one row per version and, with --json, one JSON line. The full version needs about 3 x 4 x
+vocabulary x tokens bytes. On a CPU the peak is that of the process (VmHWM, reset before each run),
+on CUDA that of the allocator; "extra" is the memory that forward and backward add to the inputs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def measure(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> dict[str,
 
 
 def worst_error(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> float:
-    """Return the largest difference over the largest element, of the worst tensor."""
+    """Return the largest difference relative to the largest element, over all tensors."""
     pairs = zip(some, others, strict=True)
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
@@ -75,7 +75,7 @@ def main() -> None:
     weight = torch.randn(asked.vocabulary, asked.width, device=asked.device)
     weight = (weight / asked.width**0.5).requires_grad_()
     targets = torch.randint(asked.vocabulary, (asked.tokens,), device=asked.device)
-    # What the first call ever leaves behind (thread pools, kernels) is no part of the loss.
+    # Memory that the very first call keeps (thread pools, kernels) is not part of the loss.
     for loss in (linear_cross_entropy, reference_cross_entropy):
         small = targets[:64] % 64
         loss(x[:64], weight[:64], small)[0].backward()

@@ -1,15 +1,15 @@
-"""Peak memory of a step, predicted and measured, for many layouts; what a layer keeps by operation.
+"""Compare predicted and measured peak memory of a training step for many layouts.
 
-    python benchmarks/memory.py [--only WORD] [--json FILE [--resume]]
+    python benchmarks/memory.py [--only WORD] [--layers] [--json FILE [--resume]]
 
-Every case takes two real steps on random tokens, on one to four processes of this machine's CPU,
-with every tensor counted from birth to death (``allometry memory --probe``). The prediction is that
-of ``allometry memory --device cpu``, worked out without torch. Bytes of a layer are in units of
-U = tokens x width x 2, those of the COAT paper (arXiv 2410.19313, table 1: 22.66 U in bf16).
+Every case takes two real steps on random tokens, on one to four CPU processes of this machine, and
+tracks every tensor from allocation to release (``allometry memory --probe``). The prediction is the
+output of ``allometry memory --device cpu``, which is computed without torch. The bytes that a layer
+saves for backward, by operation, are given in units of U = tokens x width x 2, as in the COAT paper
+(arXiv 2410.19313, table 1: 22.66 U in bf16).
 
-Then every case is asked whether it fits a limit, at several shares of its measured peak: it is said
-to fit where the prediction and a reserve of it do. FILE is written after every few cases;
-``--resume`` measures what it lacks.
+Each case is compared with memory limits at several shares of its measured peak: it is predicted to
+fit if prediction plus reserve is within the limit. ``--resume`` measures what FILE lacks.
 """
 
 from __future__ import annotations
@@ -53,13 +53,16 @@ SHARED = {"experts": MOE["experts"] | {"num_shared_experts": 1}}
 LATENT = {"experts": MOE["experts"] | {"kind": "latent", "latent_width": 96}}
 AFTER = {"norms": "after", "qk_norm": True, "qk_norm_over": "width", "qkv_bias": True}
 BOTH = {"norms": "both", "activation": "gelu_tanh", "qk_norm": True}
+MLA = {"q_lora_rank": 96, "kv_lora_rank": 64, "v_head_dim": 32,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16}  # fmt: skip
+LATENTS = {"num_kv_heads": None, "latent_attention": MLA}
 FEW = {"data.sequence_length": 64, "batch.micro_batch_sequences": 1, "batch.sequences": 2}
 MUONH = {"optimizer.kind": "muonh", "optimizer.weight_decay": 0.0}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run: a model, its ranks and what differs from the common settings, by key."""
+    """Run to measure: a model, its ranks and overrides of the common settings, by key."""
 
     name: str
     model: dict[str, Any]
@@ -67,7 +70,7 @@ class Case:
     changes: dict[str, Any]
 
     def config(self) -> RunConfig:
-        """Return the whole description of the run."""
+        """Return the complete config of the run."""
         tree: dict[str, Any] = {
             "run": {"folder": "none"},
             "model": self.model,
@@ -107,7 +110,10 @@ def cases() -> list[Case]:
         add(kind, model | AFTER, "norms after")
         add(kind, model | BOTH, "norms on both sides")
         add(kind, model | AFTER, "norms after, tp2", 2, parallel__tp=2)
+        add(kind, model | {"qkv_bias": True}, "biases")
         add(kind, model | {"window": {"tokens": 64, "global_every": 2}}, "windows")
+        add(kind, model | LATENTS, "latent attention")
+        add(kind, model | LATENTS, "latent attention, tp2", 2, parallel__tp=2)
         add(kind, model, "few tokens", **FEW)
         add(kind, model | {"tied_embeddings": True}, "tied, few tokens", **FEW)
         add(kind, model, "MuonH", **MUONH)
@@ -147,7 +153,7 @@ def cases() -> list[Case]:
 
 
 def add_precision(add: Callable[..., None]) -> None:
-    """Add the cases of FP8 and of states that travel of one kind of model."""
+    """Add cases with FP8 and with offloaded states, for one kind of model."""
     saved = {"precision__saved_activations": "fp8"}
     full = {"training__activation_checkpointing": "full"}
     add("saved FP8", **saved)
@@ -178,13 +184,14 @@ def add_precision(add: Callable[..., None]) -> None:
 
 
 def add_wide(add: Callable[..., None]) -> None:
-    """Add cases whose peak lies in a block, where FP8 is most of the step."""
+    """Add cases whose peak is inside a block, where FP8 affects most of the step."""
     dense = DENSE | {"ffn_width": 2048, "vocab_size": 256}
     moe = MOE | {"experts": MOE["experts"] | {"width": 1024}, "vocab_size": 256}
     saved = {"saved_activations": "fp8"}
     add("dense", dense, "wide feed-forward")
     for kind, model in (("dense", dense), ("moe", moe)):
         add(kind, model, "wide feed-forward, saved FP8", precision=saved)
+        add(kind, model | LATENTS, "latent attention, saved FP8", precision=saved)
         for recipe in ("fp8_rowwise", "fp8_blockwise"):
             linears: dict[str, Any] = {"linears": recipe}
             add(kind, model, f"wide feed-forward, {recipe}", precision=linears)
@@ -192,10 +199,10 @@ def add_wide(add: Callable[..., None]) -> None:
 
 
 LIMITS = (0.8, 0.9, 0.95, 1.05, 1.1, 1.25)
-"""Limits that each case is held against, as shares of its measured peak."""
+"""Memory limits compared with each case, as shares of its measured peak."""
 RESERVES = (0.0, 0.02, 0.05)
 AT_ONCE = 8
-"""Cases that the same processes run before FILE is written."""
+"""Number of cases that the same processes run before FILE is written."""
 SELECTIVE = {"training__activation_checkpointing": "selective"}
 FP8_STATES = {"kind": "fp8"}
 TIERS = {"nvme": tempfile.gettempdir(), "cpu": 0.0, "bucket_mib": 1.0}
@@ -203,7 +210,7 @@ TIERS = {"nvme": tempfile.gettempdir(), "cpu": 0.0, "bucket_mib": 1.0}
 
 @dataclass(frozen=True)
 class Result:
-    """A case's fullest rank: bytes predicted and measured, where each peak is, kinds of both."""
+    """Peak of a case's fullest rank: predicted and measured bytes, where, and kinds of tensors."""
 
     name: str
     ranks: int
@@ -217,12 +224,12 @@ class Result:
 
     @property
     def error(self) -> float:
-        """(predicted - measured) / measured."""
+        """Return (predicted - measured) / measured."""
         return self.predicted / self.measured - 1
 
 
 def result_of(case: Case, found: Sequence[Measured]) -> Result:
-    """Return the case's fullest rank beside its prediction."""
+    """Return the peak of the case's fullest rank together with its prediction."""
     fullest = max(found, key=lambda one: one.bytes)
     estimate = predicted(case.config(), case.ranks, "cpu", fullest.rank)
     return Result(
@@ -240,7 +247,7 @@ def result_of(case: Case, found: Sequence[Measured]) -> Result:
 
 @dataclass(frozen=True)
 class Decisions:
-    """How often it was said rightly that cases fit a limit, with this reserve."""
+    """Counts of right and wrong decisions whether cases fit a limit, with this reserve."""
 
     reserve: float
     decisions: int
@@ -249,7 +256,7 @@ class Decisions:
 
     @classmethod
     def of(cls, results: Sequence[Result], reserve: float) -> Decisions:
-        """Count them over ``LIMITS``."""
+        """Count the decisions over ``LIMITS``."""
         refused = let_in = 0
         for result in results:
             for share in LIMITS:
@@ -261,17 +268,17 @@ class Decisions:
 
     @property
     def right(self) -> float:
-        """Share of the decisions that were right."""
+        """Return the share of right decisions."""
         return 1 - (self.refused_what_fits + self.let_in_what_does_not) / self.decisions
 
 
 def layer_table(
     preset: str, saved: Literal["compute", "fp8"], tokens: int = 256
 ) -> dict[str, dict[str, float]]:
-    """Return bytes that a layer of a preset keeps by operation, in U: on a CPU and on CUDA.
+    """Return the bytes that a preset's layer saves by operation, in U, on a CPU and on CUDA.
 
     Measured on two layers with few tokens on this CPU in bf16, where norms are not fused; the
-    others are what ``scaling/saved.py`` says.
+    values for CUDA come from ``scaling/saved.py``.
     """
     small = [
         "data={kind: sequences, sequence_length: 64, packing: concatenated, "
@@ -291,7 +298,7 @@ def layer_table(
     for device, fused in (("cuda", True), ("cpu", False)):
         kernels = Kernels(2, fused, heads, config.precision)
         said[device] = Block(model, 1, kernels).saved(tokens, "none")
-    final = norm(model.width, kernels)  # on a CPU
+    final = norm(model.width, kernels)  # unfused, for a CPU
     rows = {
         operation: {
             "measured on CPU": (measured.saved.get(operation, 0) - tokens * final[operation])
@@ -307,7 +314,7 @@ def layer_table(
 
 
 def measured_in(path: Path | None) -> list[Result]:
-    """Return the results that a file holds."""
+    """Return the results stored in a file; an empty list without a file."""
     if path is None or not path.exists():
         return []
     names = {field.name for field in fields(Result)}
@@ -318,7 +325,7 @@ def measured_in(path: Path | None) -> list[Result]:
 
 
 def write(path: Path, layers: dict[str, Any], results: Sequence[Result]) -> None:
-    """Write everything known so far."""
+    """Write all results so far."""
     facts = {"torch": torch.__version__, "machine": platform.processor(), "layers_in_u": layers}
     facts["cases"] = [{**asdict(result), "error": result.error} for result in results]
     facts["limits"] = list(LIMITS)

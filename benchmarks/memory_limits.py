@@ -1,13 +1,13 @@
-"""Whether runs really end where the prediction says that their memory ends.
+"""Check against kernel-enforced memory limits that runs fail where the prediction says.
 
     python benchmarks/memory_limits.py [--only WORD] [--work FILE] [--json OUT] [--layers-times N]
 
-Cases of ``memory.py`` on one process take two steps under a limit that the kernel enforces
-(RLIMIT_DATA: private memory that can be written), set above what the process had before the run:
-shares of the predicted peak. The smallest share that a case survives is found by bisection. It is
-said to fit where the limit is no less than the prediction. Large blocks are mapped one by one
-(glibc's MALLOC_MMAP_THRESHOLD_), so that what is freed is given back. FILE gets a line for each
-case; the same command goes on where it stopped.
+Single-process cases of ``memory.py`` take two steps under a limit enforced by the kernel
+(RLIMIT_DATA: private writable memory), which is a share of the predicted peak added to the memory
+in use before the run. Bisection finds the smallest share at which a case survives. A case is
+predicted to fit if the limit is at least the prediction. Large blocks are mapped individually
+(glibc's MALLOC_MMAP_THRESHOLD_), so that freed memory is returned to the system. FILE receives one
+line per case; the same command continues with the remaining cases.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ CHOSEN = (
 SETTINGS = {
     **{"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
     **{"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
-    # Code that oneDNN makes for each shape, of experts' rows above all, is no tensor's memory.
+    # oneDNN's cache of code for each shape, mostly of experts' rows, is not tensor memory.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
 }
 ENDED, STACK = 3, 1 << 20
 
 
 def two_steps(config: RunConfig, limit: int | None) -> None:
-    """Train two steps on random tokens, as the probe does, within so many further bytes."""
+    """Train two steps on random tokens, like the probe, within ``limit`` additional bytes."""
     with open_mesh(config.parallel, torch.device("cpu")) as mesh:
         plan = RunPlan.of(config, 1)
         stream = open_stream(config.data, config.run.seed)
@@ -68,7 +68,7 @@ def two_steps(config: RunConfig, limit: int | None) -> None:
 
 
 def held() -> int:
-    """Bytes that the kernel counts against RLIMIT_DATA now."""
+    """Return the bytes that the kernel currently counts against RLIMIT_DATA."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmData"):
             return int(line.split()[1]) * 1024
@@ -76,7 +76,7 @@ def held() -> int:
 
 
 def survives(config: RunConfig, limit: int) -> bool:
-    """Whether a child of this process takes the steps under the limit."""
+    """True if a child process completes the steps under the limit."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -84,7 +84,8 @@ def survives(config: RunConfig, limit: int) -> bool:
             two_steps(config, limit)
             code = 0
         except (MemoryError, RuntimeError) as error:
-            # A thread's stack is memory too, and oneDNN does not say what a primitive lacks.
+            # A failed thread stack is out of memory too; oneDNN gives no reason for a failed
+            # primitive.
             words = ("alloc", "start new thread", "create a primitive")
             short = isinstance(error, MemoryError) or any(w in str(error).lower() for w in words)
             code = ENDED if short else 1
@@ -99,7 +100,7 @@ def survives(config: RunConfig, limit: int) -> bool:
 
 
 def smallest(config: RunConfig, expected: int) -> float:
-    """The smallest of ``SHARES`` of the expected bytes that the run survives; inf: none."""
+    """Return the smallest of ``SHARES`` of ``expected`` bytes that the run survives, else inf."""
     low, high = -1, len(SHARES)
     while high - low > 1:
         middle = (low + high) // 2
@@ -111,7 +112,7 @@ def smallest(config: RunConfig, expected: int) -> float:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """The case's line."""
+    """Measure a case; return its line."""
     expected = predicted(case.config(), 1, "cpu", None).total
     with tempfile.TemporaryDirectory() as scratch:
         config = as_probed(case.config(), Path(scratch))
@@ -121,7 +122,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def decisions(lines: list[dict[str, Any]]) -> dict[str, int]:
-    """Over all cases and shares: what was said rightly, and what wrongly in each way."""
+    """Count right and wrong decisions over all cases and shares, by kind of error."""
     found = {"decisions": 0, "refused_what_fits": 0, "let_in_what_does_not": 0}
     for line in lines:
         for share in SHARES:
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--layers-times", type=int, default=1, help="so many times the layers")
     asked = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in SETTINGS.items()):
-        resource.setrlimit(resource.RLIMIT_STACK, (STACK, STACK))  # of every thread from then on
+        resource.setrlimit(resource.RLIMIT_STACK, (STACK, STACK))  # of all later threads
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | SETTINGS)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -152,7 +153,7 @@ def main() -> None:
         for c in cases()
         if c.name in CHOSEN and asked.only in c.name
     ]
-    with tempfile.TemporaryDirectory() as scratch:  # libraries fill their caches
+    with tempfile.TemporaryDirectory() as scratch:  # fill the caches of libraries
         first = as_probed(chosen[0].config(), Path(scratch))
         write_tokens(first, Path(scratch))
         two_steps(first, None)

@@ -1,12 +1,13 @@
-"""What monitors cost at their default interval, as a share of the time of a step.
+"""Measure the cost of monitors at their default interval, as a share of the step time.
 
     python benchmarks/monitors.py [--steps 60] [--preset demo] [--dtype fp32] [--threads 2]
 
-Trains a 10.6M model (10 layers of width 256) on random tokens with looks at every second step and
-singular values at every fourth, so that plain steps and looks take turns in one run. Each is timed
-by itself: what comes before the step (a forward pass of 4 sequences), after it (gradients and
-updates), the row, the singular values. The share is their median over that of the steps, over the
-default interval of 100 steps for looks and 1000 for singular values; the goal is below 1 %.
+Trains a 10.6M model (10 layers of width 256) on random tokens with monitors at every second step
+and singular values at every fourth, so that plain and monitored steps alternate within one run.
+Each part is timed separately: before the step (a forward pass of 4 sequences), after it (gradients
+and updates), the metrics row, and the singular values. The share is the median time of the part
+divided by the median step time and by the default interval: 100 steps for monitors, 1000 for
+singular values. The goal is below 1 %.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ WARMUP_STEPS = 8
 LOOK_EVERY, SINGULAR_EVERY = 2, 4
 VOCABULARY = 256
 SHAPE = {"width": 256, "num_layers": 10, "num_heads": 8, "num_kv_heads": 8, "ffn_width": 1024}
-"""10.6M parameters."""
+"""Model with 10.6M parameters."""
 
 Times = dict[int, float]
 
 
 @contextmanager
 def timed(owner: type, name: str, into: Times, step_of: Callable[[Any], int]) -> Iterator[None]:
-    """Add the seconds of each call of a method to those of its step."""
+    """Context manager that adds the seconds of each call of a method to those of its step."""
     plain = getattr(owner, name)
 
     def call(*args: Any, **options: Any) -> Any:
@@ -86,7 +87,7 @@ def description(given: argparse.Namespace, folder: Path) -> RunConfig:
 
 
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Seconds of steps and of looks by step, in one run."""
+    """Run once; return the seconds of steps and of each part of the monitors, by step."""
     config = description(given, folder)
     names = ("step", "before", "after", "row", "singular")
     times: dict[str, Times] = {name: {} for name in names}
@@ -110,7 +111,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def summary(times: dict[str, Times], config: RunConfig) -> dict[str, Any]:
-    """Medians after the warm-up; ``after`` contains the singular values where they are due."""
+    """Return medians after the warm-up; ``after`` includes singular values at their steps."""
     steps = sorted(step for step in times["step"] if step > WARMUP_STEPS)
     looks = [step for step in steps if step % LOOK_EVERY == 0 and step % SINGULAR_EVERY]
     both = [step for step in steps if step % SINGULAR_EVERY == 0]
@@ -143,7 +144,7 @@ def summary(times: dict[str, Times], config: RunConfig) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """A sentence and a table."""
+    """Format the result as a sentence and a table."""
     rows = [
         ("step", found["step_s"]),
         ("before: activations", found["before_s"]),

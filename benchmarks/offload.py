@@ -1,29 +1,30 @@
-"""Optimizer states in memory, on the host and in a file: resident memory, tokens/s, disk rates.
+"""Compare optimizer states in memory, on the host and in a file: memory, tokens/s, disk rates.
 
     python benchmarks/offload.py [--width 512] [--layers 8] [--steps 8] [--rounds 3]
         [--folder DIR] [--out FILE]
     python benchmarks/offload.py --late 200 [--out FILE]
+    python benchmarks/offload.py --check
 
-Each round trains the same model with the trainer once for each place of the states, in a process of
-its own, and reads that process's memory before the checkpoint at the end. ``allowed`` is a quarter
-of the states; three buckets fit there, which is all that is held of states in a file. Then the
-optimizer takes steps alone, with gradients given once, each until all is written and followed by a
-measurement of the disk: ``share of the disk`` is the time that the bytes of the states would take
-to be written and read one after the other at these rates, over the time of the step (the median
-of all steps). ``bf16`` is the same in bf16 with ZeRO stage 1 (which on one process keeps gradients
-and parameters whole), ``masters`` that with states, fp32 parameters and gradients elsewhere, all
-but the gradients in a file. On a CPU the device's memory is the host's, so ``cpu`` shows what
-moving costs and saves nothing, and gradients that leave save nothing either.
+In each round, every placement of the states trains the same model in its own process. The process's
+resident memory is read before the final checkpoint. ``allowed`` is a quarter of the states; it fits
+three buckets, the only states in memory when they are stored in a file. Then the optimizer takes
+steps alone, with gradients given once; each step lasts until all writes are done and is followed by
+a measurement of the disk. ``share of the disk`` is the time to write and read the bytes of the
+states once, one after the other, at the measured rates, divided by the step time (median of all
+steps). ``bf16`` is the same in bf16 with ZeRO stage 1 (on one process gradients and parameters stay
+unsharded); ``masters`` adds states, fp32 parameters and gradients off the device, all except the
+gradients in a file. On a CPU, device memory and host memory are the same, so ``cpu`` shows the cost
+of moving states without saving memory, and offloaded gradients save none either.
 
-An update in memory is also compared with torch's fused AdamW alone and with the memory: it reads
-parameter, gradient and two moments and writes all but the gradient, 28 bytes of each parameter;
-the rate of the memory is that of a copy, bytes read and written.
+An update in memory is also compared with torch's fused AdamW and with the memory bandwidth: an
+update reads parameter, gradient and two moments and writes all but the gradient, 28 bytes per
+parameter; the bandwidth is measured by a copy, as bytes read plus bytes written.
 
-``--late STEPS`` does something else: it trains a byte model on Python's library with updates one
-step late (``update: delayed``) and with exact ones, three seeds each, and says how far the held-out
-losses are apart.
+``--late STEPS`` instead trains a byte model on Python's library with updates one step late
+(``update: delayed``) and with exact updates, with three seeds each, and prints the difference of
+the held-out losses.
 
-``--check`` does all of this once with a small model and few steps.
+``--check`` runs everything once with a small model and few steps.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ from allometry.trainer.train import train
 VOCAB, LENGTH, SEQUENCES = 4096, 256, 4
 PLACES = ("memory", "cpu", "half", "nvme", "bf16", "masters")
 IN_BF16 = ("bf16", "masters")
-UPDATE_BYTES = 28  # of a parameter, by AdamW
+UPDATE_BYTES = 28  # per parameter, by AdamW
 
 
 def states_of(place: str, folder: Path, bucket_mib: float) -> dict[str, Any] | None:
@@ -118,7 +119,7 @@ def run_of(asked: argparse.Namespace, place: str, folder: Path) -> RunConfig:
 
 
 class Probe(Callback):
-    """Seconds of steps and memory, all before the launch's last step ends."""
+    """Record step times and memory, before the last step of the launch ends."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -133,7 +134,7 @@ class Probe(Callback):
 
 
 class Copy:
-    """What ``parallel/working.py`` keeps of a sharded parameter, of a whole one."""
+    """Attributes of ``parallel/working.py`` for a sharded parameter, of an unsharded parameter."""
 
     def __init__(self, parameter: torch.Tensor) -> None:
         self._parameter, self.part, self.held = parameter, torch.empty(0), False
@@ -149,7 +150,7 @@ class Copy:
 
 
 def memory_rate(nbytes: int = 256 << 20, rounds: int = 5) -> float:
-    """Bytes a second of a copy, those read and those written."""
+    """Return the bytes/s of a copy, counting bytes read and bytes written."""
     source, target = (
         torch.ones(nbytes // 8, dtype=torch.int64),
         torch.zeros(nbytes // 8, dtype=torch.int64),
@@ -163,7 +164,7 @@ def memory_rate(nbytes: int = 256 << 20, rounds: int = 5) -> float:
 
 
 def training(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, Any]:
-    """(In a process of its own.) Train and say what it took."""
+    """Train in a separate process; return times, memory and losses."""
     probe, updates, begun = Probe(), [], [0.0]
     register_optimizer_step_pre_hook(lambda *_: begun.append(time.perf_counter()))
     register_optimizer_step_post_hook(lambda *_: updates.append(time.perf_counter() - begun[-1]))
@@ -178,7 +179,7 @@ def training(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, A
 
 
 def stepping(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, Any]:
-    """(In a process of its own.) Take optimizer steps alone, each beside the disk's rates."""
+    """Take optimizer steps alone in a separate process; return their times and the disk's rates."""
     run = run_of(asked, place, folder)
     rules = Parameterization.of_run(run)
     made = build_model(run.model, rules, "fp32")
@@ -202,7 +203,7 @@ def stepping(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, A
         begun = time.perf_counter()
         optimizer.step()
         if isinstance(optimizer, TieredOptimizer):
-            list(optimizer.stored())  # until all is written
+            list(optimizer.stored())  # wait for all writes
         seconds.append(time.perf_counter() - begun)
         if away:
             disk = disk_rates(folder / "swap", rounds=1)
@@ -218,7 +219,7 @@ def stepping(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, A
 
 
 def late_losses(steps: int, folder: Path) -> list[dict[str, Any]]:
-    """Held-out losses of a small byte model by seed, with exact and with late updates."""
+    """Return held-out losses of a small byte model by seed, with exact and with delayed updates."""
     text = source_bytes(4096, 128).flatten()
     for name, part in (("train", text[: -1 << 16]), ("held-out", text[-1 << 16 :])):
         write_store(folder / name, [part])

@@ -1,11 +1,11 @@
-"""Update rules side by side: final loss, bytes of state, seconds of a step, work over ranks.
+"""Compare update rules: final loss, bytes of state, seconds of a step, division over ranks.
 
-    python benchmarks/optimizers.py [--quick] [--only PART] [--processes 2] [--work DIR]
+    python benchmarks/optimizers.py [--quick] [--only PART]... [--processes 2] [--work DIR]
 
-A byte model of 10.6M parameters on Python's library. Each rule's rate is tuned at whole octaves
-with one seed; the best then runs with the others, on equal tokens. Every trial's loss is kept in
---work as soon as it is known, so that the same command goes on where it was interrupted. Timed
-steps of all, torch's own included, run with the allocator that the trainer takes.
+Trains a byte model of 10.6M parameters on Python's library. The learning rate of each rule is tuned
+in whole octaves with one seed; the best rate is then run with the other seeds, on equal tokens. The
+loss of each trial is stored in --work when the trial ends, so that the same command continues after
+an interruption. All timed steps, including torch's own optimizers, use the trainer's allocator.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def torch_adamw(size: str) -> Made:
 
 
 def torch_muon(size: str) -> Made:
-    """torch's Muon on what our Muon has, its fused AdamW on the rest."""
+    """Build torch's Muon for the parameters of our Muon, and its fused AdamW for the others."""
     made, _ = ours(contenders(size)[0], size)
     hidden, rest = [], []
     for name, parameter in made.named_parameters():
@@ -168,13 +168,13 @@ def run_states(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def run_steps(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds of a step with given gradients; all take turns, ratios are within a round."""
+    """Time steps with given gradients; rules alternate, and ratios are within a round."""
     torch.set_num_threads(given.threads)
     made = {name: make() for name, make in candidates(given.size).items()}
     for module, optimizers in made.values():
         give_gradients(module)
         for optimizer in optimizers:
-            optimizer.step()  # makes the states
+            optimizer.step()  # allocates the states
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(given.repeats):
         for name in list(made) if turn % 2 else list(made)[::-1]:
@@ -200,7 +200,7 @@ def run_steps(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def run_ranks(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """MuonH's step and its Newton-Schulz alone on 1, 2 and 4 ranks of one thread each."""
+    """Time MuonH's step and its Newton-Schulz part on 1, 2 and 4 ranks with one thread each."""
     rows = []
     print("\n| ranks | NS ms, slowest rank | its calls | step ms |\n|---|---|---|---|")
     for world in (1, 2) if given.quick else (1, 2, 4):

@@ -1,13 +1,13 @@
-"""What a step's messages can hide behind, layout by layout: a counted schedule, without a device.
+"""Count, without a device, the computation that can overlap each collective of a step, by layout.
 
     python benchmarks/overlap.py [--config preset:dense_7b] [--layout tp=2,zero.stage=1 ...]
 
-One rank of each layout runs two micro-batches of the model, cut to some layers, on tensors without
-storage (``parallel/overlap_log.py``). For each kind of message and axis: how many and how large
-they are, how many are begun before products and waited for after them, and the FLOPs in between for
-each byte: a device that computes C FLOP/s and sends B bytes/s hides a message where these are more
-than C / B (H100 in bf16 over 400 Gb/s: about 20,000; over NVLink: about 2,000). Reductions of a
-pipeline are counted by tests/dist/test_dist_pipeline_overlap.py, as here no schedule runs.
+One rank of each layout runs two micro-batches of the model, cut to a few layers, on tensors without
+storage (``parallel/overlap_log.py``). For each kind of message and axis the script prints their
+number and size, how many are started before and awaited after matrix products, and the FLOPs in
+between per byte. A device that computes C FLOP/s and sends B bytes/s hides a message if these FLOPs
+per byte exceed C / B (H100 in bf16 over 400 Gb/s: about 20,000; over NVLink: about 2,000). No
+pipeline schedule runs here; tests/dist/test_dist_pipeline_overlap.py counts pipeline reductions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MOE = ("ep=8,zero.stage=1", "ep=4,tp=2,zero.stage=1", "ep=4,tp=2,expert_tp=1,zer
 
 
 def messages(config: RunConfig, layout: str) -> list[Message]:
-    """The messages of one rank."""
+    """Return the messages of one rank."""
     parallel = parse_parallel(layout, config.parallel)
     training = config.training.model_copy(update={"compile": False})
     config = config.model_copy(update={"parallel": parallel, "training": training})
@@ -64,7 +64,7 @@ def messages(config: RunConfig, layout: str) -> list[Message]:
 
 
 def rows(found: list[Message]) -> list[list[str]]:
-    """A row for each kind and axis, but for what is too small to matter."""
+    """Return a row for each kind and axis, without messages too small to matter."""
     kinds = sorted({(m.call.kind, m.call.axis) for m in found})
     made = []
     for kind, axis in kinds:

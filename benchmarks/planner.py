@@ -1,20 +1,21 @@
-"""What the planner's cost model is worth on published measurements that it was not fitted on.
+"""Test the planner's cost model on published measurements that were left out of its calibration.
 
     python benchmarks/planner.py --data DIR/calibration.csv.gz [--json OUT]
     python benchmarks/planner.py --data DIR/calibration.csv.gz --json OUT --only slower  # one table
     python benchmarks/planner.py --data DIR/calibration.csv.gz --belief published.json
 
-Each source is left out in turn: constants are calibrated on the others, and the error of
-throughput, the order of layouts and the coverage of intervals are those of the source left out.
-Then one, two and three of its runs are added, of all and of each card alone, and three drawn at
-random, many times: the best of these draws is known in hindsight alone. To see how much of the
-error is one offset, its median error is taken away; how far equal configurations lie from each
-other is below what any model of a layout can predict. Three times: without runs that others of
-their source prove to be slow by a fault (``planner.faults``: no model enters), without pipelines
-below 5 % MFU in the one source that states it, and with all rows. Uses one thread.
+Each source is left out in turn: constants are calibrated on the other sources; the error of
+throughput, the ranking of layouts and the coverage of intervals are computed on the source left
+out. Then one, two and three runs of that source are added, chosen over all cards and for each card
+alone, and many random triples; the best of the random draws is known in hindsight only. To separate
+a constant offset from the error, the median error is also subtracted. The spread between equal
+configurations is a lower bound for any model of a layout. There are three tables: without runs that
+other runs of their source prove to be slow by a fault (``planner.faults``: no model is used),
+without pipelines below 5 % MFU in the one source that reports MFU, and with all rows. Uses one
+thread.
 
-The formulas and the defaults that a calibration starts from were made by people who had seen all
-of the table: only the fit is blind to the source left out.
+The formulas and the initial defaults of the calibration were made by people who had seen the full
+table: only the fit is blind to the source left out.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ NAMES = {
     **{"cp": "cp", "ep": "ep", "dp": "dp", "zero": "zero", "sequence_parallel": "sp"},
     **{"flash": "flash", "overlap": "overlap"},
 }
-# What is known of a framework: kernels launched one by one from Python, layers split evenly,
-# experts' products launched one by one, FlashAttention-2 (on an H200 at 0.6 of cuDNN's rate:
-# measured, 288 of 477 TFLOP/s). Megatron-Bridge's recipes overlap tensor parallelism's messages
-# with products (``tp_comm_overlap``) but for nvfp4.
+# Known properties of frameworks: kernels launched one by one from Python, layers divided evenly,
+# expert products launched one by one, FlashAttention-2 (on an H200 at 0.6 of cuDNN's rate:
+# measured, 288 of 477 TFLOP/s). Megatron-Bridge's recipes overlap the communication of tensor
+# parallelism with products (``tp_comm_overlap``), except for nvfp4.
 FRAMEWORKS: dict[str, dict[str, Any]] = {
     "nanotron": {"eager": 1, "even_stages": 0, "attention_rate": 0.6},
     "megatron-ds22": {"eager": 1, "even_stages": 1},
@@ -78,9 +79,10 @@ GOALS = {"median": 0.10, "p90": 0.35, "tau": 0.6, "regret": 0.05, "coverage": 0.
 
 @dataclass(frozen=True)
 class Measured:
-    """Configurations with the seconds of a step, (C,).
+    """Configurations with measured seconds of a step, (C,).
 
-    ``slow``: by what times of what neighbours prove possible; ``low``: a pipeline below 5 % MFU.
+    ``slow``: proved slow by the times of neighbouring configurations; ``low``: a pipeline below 5 %
+    MFU.
     """
 
     cases: Cases
@@ -97,7 +99,7 @@ class Measured:
 
 
 def read(path: Path) -> Measured:
-    """The table's rows that have a shape and a rate; how many have not is counted."""
+    """Read the rows of the table with a shape and a rate, and print the number of other rows."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         every = list(csv.DictReader(file))
     rows = [row for row in every if row["L"] and row["tok_s_gpu"]]
@@ -138,7 +140,7 @@ def _low(row: dict[str, str]) -> bool:
 
 
 def errors(seconds: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Relative errors of throughput."""
+    """Return relative errors of throughput."""
     error = np.abs(seconds / predicted - 1)
     bias = np.median(np.log(predicted / seconds))
     quantiles = {"median": np.median(error), "p90": np.quantile(error, 0.9), "bias": bias}
@@ -146,7 +148,7 @@ def errors(seconds: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
 
 
 def ranking(measured: Measured, predicted: np.ndarray) -> dict[str, float] | None:
-    """Kendall's tau, and what the best of the five layouts predicted fastest loses, by group."""
+    """Return Kendall's tau and the loss by choosing the best of the five fastest predictions."""
     taus, regrets = [], []
     near = measured.cases.gpus <= NODES * np.minimum(measured.cases.hw["gpus_per_node"], 8)
     for name in np.unique(measured.group[near]):
@@ -167,7 +169,7 @@ def ranking(measured: Measured, predicted: np.ndarray) -> dict[str, float] | Non
 
 
 def after(belief: Calibration, held: Measured, chosen: np.ndarray) -> dict[str, float]:
-    """Errors of the other runs once these are known."""
+    """Return the errors on the other runs after adapting to the chosen runs."""
     own = adapt(belief, held.cases.take(chosen), held.seconds[chosen])
     rest = np.setdiff1d(np.arange(len(held.seconds)), chosen)
     logs = own_errors(own, held.cases.take(rest), held.seconds[rest])
@@ -175,13 +177,13 @@ def after(belief: Calibration, held: Measured, chosen: np.ndarray) -> dict[str, 
 
 
 def best_runs(belief: Calibration, held: Measured, count: int) -> np.ndarray:
-    """Those runs on few GPUs that say most of all."""
+    """Return the ``count`` most informative runs on few GPUs."""
     small = np.flatnonzero(held.cases.gpus <= np.median(held.cases.gpus))
     return small[choose_runs(belief, held.cases.take(small), count)]
 
 
 def after_random(belief: Calibration, held: Measured, seed: int) -> dict[str, float]:
-    """Median errors once three runs drawn at random are known: of the median and the best draw."""
+    """Return median errors after adapting to three random runs: of the median and the best draw."""
     generator, count = np.random.default_rng(seed), len(held.seconds)
     draws = [
         after(belief, held, generator.choice(count, 3, replace=False))["median"]
@@ -191,7 +193,7 @@ def after_random(belief: Calibration, held: Measured, seed: int) -> dict[str, fl
 
 
 def of_cards(belief: Calibration, held: Measured) -> dict[str, dict[str, float]]:
-    """Errors before and after three runs of one card alone, by card."""
+    """Return errors before and after adapting to three runs of one card, by card."""
     found = {}
     for card in np.unique(held.cases.hardware):
         mine = held.take(held.cases.hardware == card)
@@ -201,7 +203,7 @@ def of_cards(belief: Calibration, held: Measured) -> dict[str, dict[str, float]]
 
 
 def repeated(measured: Measured) -> dict[str, float] | None:
-    """How far runs of one configuration lie from their median: what no model can predict."""
+    """Return the spread of runs of one configuration, a lower bound for the error of any model."""
     cases = measured.cases
     names = np.stack([cases.hardware, cases.precision, cases.recompute, cases.schedule], axis=1)
     numbers = np.stack(list(cases.n.values()), axis=1)
@@ -215,7 +217,7 @@ def repeated(measured: Measured) -> dict[str, float] | None:
 
 
 def own_errors(belief: Calibration, cases: Cases, seconds: np.ndarray) -> np.ndarray:
-    """Logarithms of predicted over measured seconds."""
+    """Return log(predicted / measured seconds)."""
     return log_errors(cases, logs_of(belief.mean, cases), np.log(seconds))
 
 
@@ -247,7 +249,7 @@ def leave_out(measured: Measured, source: str, seed: int) -> dict[str, Any]:
 
 
 def in_sample(measured: Measured) -> list[dict[str, Any]]:
-    """Errors with each source's own constants: what the formulas can at best."""
+    """Return errors with constants fitted to each source itself, the limit of the formulas."""
     belief = calibrate(measured.cases, measured.seconds, measured.source)
     found = []
     for source in belief.own:

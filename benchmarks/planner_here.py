@@ -1,19 +1,22 @@
-"""The planner's predicted step times of this machine beside measured ones.
+"""Compare the planner's predicted step times on this machine with measured ones.
 
     OMP_NUM_THREADS=1 allometry doctor --measure
-    python benchmarks/planner_here.py --work FILE [--hardware this-machine] [--json OUT]
+    python benchmarks/planner_here.py --work FILE [--hardware this-machine] [--only NAME]
+                                      [--show] [--json OUT]
 
-Some twenty small runs, dense and with experts, take steps with the trainer's own step function
-(without its data loading and records) on one or two processes of one thread. FILE gets a line for
-each that is done; the same command goes on where it stopped. ``--show``: what FILE has, alone.
+About twenty small runs, dense and with experts, take steps with the trainer's step function
+(without data loading and records) on one or two processes with one thread each. FILE receives one
+line per finished run; the same command continues with the remaining runs. ``--show`` prints the
+results of FILE without measuring.
 
-The machine may be busy: before and after every few steps each process does the same fixed work,
-and "scaled" seconds are those on the wall divided by how much longer that took than it ran.
-"cpu" are the seconds that the slower process ran, which miss what ranks wait for each other: on a
-busy machine they are for runs on one process, "scaled" on an idle one for all.
+To correct for other load, each process does the same fixed work before and after every few steps.
+"scaled" seconds are wall-clock seconds divided by the ratio of wall-clock to CPU time of that work.
+"cpu" seconds are the CPU seconds of the slower process and exclude the time that ranks wait for
+each other. On a busy machine use "cpu" for runs on one process; on an idle machine use "scaled" for
+all runs.
 
-Predictions use what ``doctor --measure`` wrote, and the planner's default constants for the rest.
-"left one out": its constants adapted to all other runs here.
+Predictions use the output of ``doctor --measure``, and the planner's default constants otherwise.
+"left one out": constants adapted to all other runs on this machine.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ GOALS = {"median": 0.10, "tau": 0.7}
 
 @dataclass(frozen=True)
 class Trial:
-    """A run: its ranks, its model's shape and what differs from the common settings."""
+    """Run to measure: its ranks, model shape and overrides of the common settings."""
 
     name: str
     ranks: int
@@ -74,7 +77,7 @@ class Trial:
     checkpointing: str = "none"
 
     def config(self) -> RunConfig:
-        """Return the whole description of the run."""
+        """Return the complete config of the run."""
         model: dict[str, Any] = {
             **{"kind": "dense", "vocab_size": 4096, "width": self.width},
             **{"num_layers": self.layers, "num_heads": self.width // 64},
@@ -138,7 +141,7 @@ TRIALS = (
 
 
 def run_rank(rank: int, ranks: int, names: Sequence[str], port: int, work: Path) -> None:
-    """One process: every trial of these names, and the main rank writes a line for each."""
+    """Run the named trials on one rank; the main rank writes a line for each."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     become_rank(rank, ranks, port)
@@ -160,7 +163,7 @@ def run_rank(rank: int, ranks: int, names: Sequence[str], port: int, work: Path)
 
 
 def timed_rounds(config: RunConfig, mesh: Mesh, folder: Path) -> list[dict[str, float]]:
-    """Seconds of a step and of the reference around it, on the wall and of this process."""
+    """Return wall-clock and CPU seconds of steps and of the reference work around them."""
     config = as_probed(config, folder)
     if mesh.is_main:
         write_tokens(config, folder)
@@ -200,7 +203,7 @@ def timed_rounds(config: RunConfig, mesh: Mesh, folder: Path) -> list[dict[str, 
 
 
 class Reference:
-    """The same work each time: products, passes over memory and small operators, about 20 ms."""
+    """Fixed work of about 20 ms: products, passes over memory and small operators."""
 
     def __init__(self) -> None:
         self.left, self.right = (torch.randn(512, 512).bfloat16() for _ in range(2))
@@ -215,14 +218,14 @@ class Reference:
 
 
 def clocked(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds on the wall, and of this process."""
+    """Run ``work``; return wall-clock seconds and CPU seconds of this process."""
     begun, own = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - begun, time.process_time() - own
 
 
 def read(work: Path) -> dict[str, dict[str, float]]:
-    """Seconds of each trial's step by clock, of its slower rank."""
+    """Return the seconds of each trial's step by kind of clock, for its slower rank."""
     lines = [json.loads(line) for line in work.read_text().splitlines()] if work.exists() else []
     rounds = [one for line in lines for rank in line["rounds"] for one in rank]
     quiet = statistics.median(one["quiet"] for one in rounds) if rounds else 0.0
@@ -242,7 +245,7 @@ def read(work: Path) -> dict[str, dict[str, float]]:
 
 
 def left_one_out(cases: Cases, seconds: np.ndarray, belief: Calibration) -> np.ndarray:
-    """Predictions with constants that were adapted to all other runs."""
+    """Return predicted seconds of each run with constants adapted to all other runs."""
     found = np.empty(len(cases))
     for index in range(len(cases)):
         others = np.arange(len(cases)) != index
@@ -252,7 +255,7 @@ def left_one_out(cases: Cases, seconds: np.ndarray, belief: Calibration) -> np.n
 
 
 def compare(found: dict[str, dict[str, float]], hardware: HardwareConfig) -> dict[str, Any]:
-    """Rows of predicted and measured tokens a second, and their errors by clock and processes."""
+    """Return rows of predicted and measured tokens/s, and errors by clock and process count."""
     trials = [trial for trial in TRIALS if trial.name in found]
     rows = [
         Case.of(t.config(), hardware, world_size=t.ranks, name=HARDWARE, device="cpu").row
@@ -286,7 +289,7 @@ def compare(found: dict[str, dict[str, float]], hardware: HardwareConfig) -> dic
 
 
 def errors(tokens: np.ndarray, seconds: np.ndarray, said: np.ndarray) -> dict[str, float]:
-    """Relative errors of tokens a second, and whether runs are in the right order."""
+    """Return relative errors of tokens/s, and Kendall's tau of the order of the runs."""
     error = np.abs(seconds / said - 1)
     tau = kendalltau(tokens / said, tokens / seconds).statistic
     return {

@@ -1,14 +1,14 @@
-"""The planner on published large runs: half of them calibrate it, the other half judge it.
+"""Calibrate the planner on half of the published large runs and test it on the other half.
 
     python benchmarks/planner_published.py [--json OUT]
 
-Throughput that makers of other frameworks published: Llama 3 405B (arXiv 2407.21783, table 4),
-torchtitan (its table of December 2024: H100 of 96 GB with 2.4 TB/s, held to 500 W), DeepSeek-V3
-(180K GPU-hours for a trillion tokens, arXiv 2412.19437) and Frontier (arXiv 2312.12705). What they
-leave unsaid of a run is assumed, which a comment says. From what is believed without any
-measurement, ``adapt`` learns from every other row and predicts the rest, and the other way round:
-each row is judged once, but next to it lie rows of the same source. Its error of throughput is
-that of MFU.
+Throughput published by the authors of other frameworks: Llama 3 405B (arXiv 2407.21783, table 4),
+torchtitan (its table of December 2024: H100 of 96 GB with 2.4 TB/s, limited to 500 W), DeepSeek-V3
+(180K GPU-hours for a trillion tokens, arXiv 2412.19437) and Frontier (arXiv 2312.12705). Details
+missing from a publication are assumed, as comments state. Starting from the constants known without
+any measurement, ``adapt`` is fitted to every second row and predicts the others, and vice versa.
+Each row is predicted once, but rows of the same source are among the fitted rows. The error of
+throughput equals the error of MFU.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LONG = B8 | TITAN | {"micro_batch": 1, "precision": "fp8", "recompute": "full"}
 
 @dataclass(frozen=True)
 class Run:
-    """A row of ``Cases`` with tokens/s of a GPU."""
+    """Row of ``Cases`` with its tokens/s per GPU."""
 
     name: str
     row: dict[str, Any]
@@ -54,13 +54,13 @@ class Run:
 
 
 def flops_of(row: dict[str, Any]) -> float:
-    """FLOPs of a token: 6 of each parameter that it uses, and attention's causal half."""
+    """Return the FLOPs of a token: 6 per active parameter, and causal attention's half."""
     h, layers, inner = row["width"], row["layers"], row["heads"] * row["head_dim"]
     visits = row.get("top_k", 0) + row.get("shared_experts", 0)
     dense = row["dense_layers"] if visits else layers
     ffn = dense * row["ffn"] + (layers - dense) * visits * row.get("expert_ffn", 0)
     attention = h * (2 * inner + 2 * row["kv_heads"] * row["head_dim"])
-    if "kv_rank" in row:  # latent attention; of 192 numbers of a head 128 are its value
+    if "kv_rank" in row:  # latent attention; 128 of a head's 192 dimensions are its value
         q, kv = row["q_rank"], row["kv_rank"]
         attention = h * (q + kv + 64) + q * inner + 4 / 3 * kv * inner + 2 / 3 * inner * h
     used = layers * attention + (2 + row.get("gated", 1)) * h * ffn + row["vocab"] * h
@@ -68,15 +68,15 @@ def flops_of(row: dict[str, Any]) -> float:
 
 
 def of_flops(rate: float, row: dict[str, Any]) -> float:
-    """Tokens/s of a GPU from FLOP/s."""
+    """Return tokens/s per GPU from FLOP/s."""
     return rate / flops_of(row)
 
 
 def runs() -> list[Run]:
-    """The published runs that say enough of their layout."""
+    """Return the published runs whose layout is sufficiently described."""
     found = []
     llama = B405 | {"hardware": "h100", "tp": 8, "pp": 16, "zero": 2, "micro_batch": 1}
-    llama |= {"chunks": 8, "schedule": "interleaved"}  # one layer a chunk, as its section 3.3 says
+    llama |= {"chunks": 8, "schedule": "interleaved"}  # one layer per chunk: its section 3.3
     for name, more, tflops in (
         ("8K, 8192 GPUs", {"dp": 64, "sequence": 8192, "global_batch": 2048}, 430),
         ("8K, 16384 GPUs", {"dp": 128, "sequence": 8192, "global_batch": 2048}, 400),
@@ -98,19 +98,20 @@ def runs() -> list[Run]:
     wide = B70 | TITAN | {"tp": 8, "dp": 32, "micro_batch": 16, "global_batch": 512}
     found.append(Run("titan 70B", wide | {"precision": "fp8", "recompute": "full"}, 829))
     deep = B405 | TITAN | {"tp": 8, "pp": 8, "dp": 8, "global_batch": 256, "zero": 2}
-    deep |= {"precision": "fp8", "recompute": "full", "micro_batch": 4}  # 8 of them, its default
+    deep |= {"precision": "fp8", "recompute": "full", "micro_batch": 4}  # 8 chunks, the default
     found.append(Run("titan 405B 1F1B", deep, 100))
     twice = {"schedule": "interleaved", "chunks": 2}
     found.append(Run("titan 405B interleaved", deep | twice, 128))
-    # 16 sequences a micro-batch, all a step of 15,360 has; ZBV stands for DualPipe's bubble:
-    # assumed. Its exchange of tokens runs beside computation, a token to at most 4 nodes (3.2).
+    # 16 sequences per micro-batch, the number in a step of 15,360; ZBV is used for DualPipe's
+    # bubble (assumed). Its all-to-all overlaps with computation, each token on at most 4 nodes
+    # (3.2).
     v3 = DEEPSEEK | {"hardware": "h800", "pp": 16, "ep": 64, "dp": 128, "precision": "fp8"}
     v3 |= {"experts_beside": 1, "nodes_of_token": 4}
     v3 |= {"sequence": 4096, "micro_batch": 1, "global_batch": 15360, "schedule": "zbv"}
     found.append(Run("DeepSeek-V3", v3 | {"chunks": 2, "recompute": "selective"}, 1543))
     frontier = {"hardware": "mi250x", "micro_batch": 1, "zero": 1, "recompute": "full"}
     for name, model, layout, tflops in (
-        # ranks of data parallelism as in the paper's largest runs: assumed
+        # degree of data parallelism as in the paper's largest runs (assumed)
         ("175B", B175, {"tp": 4, "pp": 16, "dp": 16, "global_batch": 640 * 16}, 69.2),
         ("1T", T1, {"tp": 8, "pp": 64, "dp": 6, "global_batch": 1600 * 6}, 61.2),
     ):
@@ -120,9 +121,9 @@ def runs() -> list[Run]:
 
 
 def judged(found: list[Run]) -> np.ndarray:
-    """Predicted tokens/s of each, by what the other half of the rows taught."""
+    """Return the predicted tokens/s of each row, with constants adapted to the other half."""
     h100 = load_hardware("h100")
-    slower = (500 / h100.gpu.power_w) ** 0.5  # at its board's limit, as configs/hardware/b300.yaml
+    slower = (500 / h100.gpu.power_w) ** 0.5  # at its power limit, as in configs/hardware/b300.yaml
     gpu = h100.gpu.model_copy(
         update={
             **{"memory_bytes": 9.6e10, "memory_bandwidth": 2.4e12, "power_w": 500},
@@ -130,7 +131,7 @@ def judged(found: list[Run]) -> np.ndarray:
             "attention": slower * h100.gpu.attention,
         }
     )
-    slow = h100.inside.model_copy(update={"bandwidth": 2e11})  # 400 GB/s both ways
+    slow = h100.inside.model_copy(update={"bandwidth": 2e11})  # 400 GB/s in both directions
     hardware = {
         **{"h100": h100, "mi250x": load_hardware("mi250x")},
         "h100 titan": h100.model_copy(update={"gpu": gpu}),

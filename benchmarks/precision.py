@@ -1,22 +1,22 @@
-"""What precision costs in quality and saves in memory, on a CPU.
+"""Measure the loss of quality and the memory saved by low-precision states, on a CPU.
 
-    python benchmarks/precision.py [--only PART] [--size 10m] [--kinds dense,moe] [--seeds 3]
+    python benchmarks/precision.py [--only PART]... [--size 10m] [--kinds dense,moe] [--seeds 3]
 
-`format`: moments drawn at random, rounded once and after each step of an average, in E4M3 expanded
-and plain. Seconds.
+`format` (seconds): random moments in E4M3, with and without expansion, rounded once and after each
+step of an average.
 
-`updates`: bytes of state for a parameter and seconds of one update of all parameters, by kind of
-state. Minutes. Seconds are those of one thread's processor time, so that they depend little on
-what else runs.
+`updates` (minutes): bytes of state per parameter and seconds of one update of all parameters, by
+kind of state. Seconds are the CPU time of one thread, which depends little on other load.
 
-`states`: a byte model on Python's library with AdamW whose moments are in fp32, in FP8 as
-optimizer.states says (nearest, stochastic), and in plain E4M3 with one scale for 128 elements (no
-expansion); held-out loss after equal tokens, its difference to fp32 of the same seed with a 95 %
-interval, bytes of state for a parameter, seconds of a step; and on the final moments of each fp32
-run the mean squared error of m / sqrt(v) of each format. Each trial is kept in --work as soon as
-it ends: the same command goes on where it was interrupted.
+`states`: a byte model on Python's library, trained by AdamW with moments in fp32, in FP8 as
+configured by optimizer.states (nearest, stochastic), and in plain E4M3 with one scale per 128
+elements (no expansion). Reported are the held-out loss after equal tokens, its difference to fp32
+with the same seed and a 95 % interval, bytes of state per parameter, seconds of a step, and, on the
+final moments of each fp32 run, the mean squared error of m / sqrt(v) by format. Each trial is
+stored in --work when it ends, so that the same command continues after an interruption.
 
-Where torchao is installed, its FP8 and its 8-bit states are in all parts (compiled, as it does).
+If torchao is installed, its FP8 and 8-bit states are included in all parts (compiled, as torchao
+does).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ STATES: dict[str, dict[str, str]] = {
     "fp8": {"kind": "fp8"},
     "plain E4M3": {"kind": "fp8"},
     "fp8 at random": {"kind": "fp8", "rounding": "stochastic"},
-    **{name: {"kind": "fp32"} for name in torchao_states.OPTIMIZERS},  # which it then replaces
+    **{name: {"kind": "fp32"} for name in torchao_states.OPTIMIZERS},  # replaced below
 }
 LR = 2.0**-8
 
@@ -71,7 +71,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all trials share."""
+    """Settings shared by all trials."""
 
     size: str
     steps: int
@@ -80,18 +80,18 @@ class Settings:
 
 def description(kind: str, size: str) -> ModelConfig:
     width, _ = SIZES[size]
-    # Of the mixture a token uses 2 of 8 experts, together as wide as half the dense feed-forward.
+    # The mixture uses 2 of 8 experts per token, together half as wide as the dense feed-forward.
     return model(size) if kind == "dense" else mixture(width, 8, 2, width, "softmax")
 
 
 def compared() -> list[str]:
-    """The kinds of states that can be compared here."""
+    """Return the kinds of states available on this machine."""
     left_out = torchao_states.OPTIMIZERS if torchao_states.missing() else ()
     return [name for name in STATES if name not in left_out]
 
 
 def error_of_updates(states: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean over matrices of the mean squared error of m / sqrt(v), by format."""
+    """Return the mean over matrices of the mean squared error of m / sqrt(v), by format."""
     moments = [(s["exp_avg"], s["exp_avg_sq"]) for s in states if s["exp_avg"].dim() > 1]
     errors = {
         name: [error_of_update(m, v, to) for m, v in moments] for name, to in formats().items()
@@ -212,7 +212,7 @@ def run_format(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_updates(given: argparse.Namespace) -> dict[str, Any]:
-    """One thread; gradients of one real step."""
+    """Time updates on one thread, with the gradients of one real step."""
     torch.set_num_threads(1)
     settings, rows = Settings(given.size, 1, given.beta2), []
     batch = source_bytes(SEQUENCES, LENGTH)

@@ -1,13 +1,13 @@
-"""What FP8 activations and products cost in quality, and the bytes a layer keeps, on a CPU.
+"""Measure the effect of FP8 activations and products on the loss and on saved bytes, on a CPU.
 
     python benchmarks/precision_products.py [--recipes NAME;NAME] [--kinds dense,moe] [--seeds 3]
 
-Byte models on Python's library, computing in bf16, with saved activations, optimizer states or
-products in FP8 (these emulated), alone and together. Printed: held-out loss after equal tokens, its
-difference to bf16 of the same seed with a 95 % interval, seconds of a step (FP8 only costs time on
-a CPU), bytes of states for a parameter, and of one layer of COAT's shape the bytes that wait for
-backward, in U, one activation in bf16. Each trial is kept in --work as soon as it ends: the same
-command goes on where it was interrupted, seed by seed.
+Trains byte models on Python's library in bf16, with saved activations, optimizer states or products
+in FP8 (emulated), alone and combined. Prints the held-out loss after equal tokens, its difference
+to bf16 with the same seed and a 95 % interval, seconds of a step (on a CPU, FP8 only adds time),
+bytes of state per parameter, and the bytes saved for the backward pass by one layer of COAT's
+shape, in U (one activation in bf16). Each trial is stored in --work when it ends; the same command
+continues after an interruption, seed by seed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STATES = {"kind": "fp8"}
 
 @dataclass(frozen=True)
 class Recipe:
-    """The sections ``precision`` and ``optimizer.states``."""
+    """Config sections ``precision`` and ``optimizer.states``."""
 
     precision: dict[str, Any] = field(default_factory=dict)
     states: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all trials share."""
+    """Settings shared by all trials."""
 
     size: str
     steps: int
@@ -85,14 +85,14 @@ def description(kind: str, size: str) -> ModelConfig:
     width, layers = SIZES[size]
     if kind == "dense":
         return model(size)
-    # A token uses 2 of 8 experts, together as wide as half the dense feed-forward; as many
-    # parameters as the dense model at "10m".
+    # A token uses 2 of 8 experts, together half as wide as the dense feed-forward; at "10m" the
+    # mixture has as many parameters as the dense model.
     experts: ModelConfig = mixture(width, 8, 2, width, "softmax")
     return experts.model_copy(update={"num_layers": -(-6 * layers // 10)})
 
 
 def in_bf16(description: ModelConfig, recipe: Recipe, seed: int = 0) -> Probe:
-    """A probe that computes in bf16, with FP8 as asked."""
+    """Build a probe that computes in bf16, with the FP8 settings of the recipe."""
     config = AdamW.model_validate({"lr": LR, "states": recipe.states or {"kind": "fp32"}})
     probe = Probe(description, standard(), config, seed)
     assert probe.model.embedding is not None
@@ -130,7 +130,7 @@ def run(settings: Settings, trial: Trial) -> dict[str, Any]:
 
 
 def kept_units(kind: str, recipe: Recipe) -> float:
-    """Bytes that wait for the backward of one layer, in activations of bf16: COAT's F = 8/3 D."""
+    """Return the bytes saved for one layer's backward, in bf16 activations: COAT's F = 8/3 D."""
     width, B, L = 192, 2, 128
     shape = DenseModel(vocab_size=128, width=width, num_layers=2, num_heads=3, ffn_width=512)
     experts: ModelConfig = mixture(width, 8, 2, 256, "softmax").model_copy(
@@ -162,7 +162,7 @@ def kept_units(kind: str, recipe: Recipe) -> float:
 
 
 def summary(kinds: list[str], names: list[str], known: dict[Trial, Any]) -> list[dict[str, Any]]:
-    """A row for each model and recipe, of the seeds that both it and bf16 have."""
+    """Return a row for each model and recipe, over the seeds available for both it and bf16."""
     rows = []
     for kind in kinds:
         for name in names:

@@ -1,10 +1,10 @@
-"""What the loop costs beside the steps: record, hooks, display, stop flag, data hand-over.
+"""Measure the overhead of the training loop: record, hooks, display, stop flag, data transfer.
 
     python benchmarks/record.py [--preset demo] [--steps 60]
 
-Trains a preset on random tokens with everything on that a user gets (metrics, events, display,
-TensorBoard) and holds the seconds between steps against the seconds inside them. Prints a table
-and a JSON line; the goal is below 1 % of the step.
+Trains a preset on random tokens with all default outputs (metrics, events, display, TensorBoard)
+and compares the seconds between steps with the seconds inside steps. Prints a table and a JSON
+line; the goal is below 1 % of the step.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Which way of fitting a schedule law predicts other schedules, judged by the fitted curves alone.
+"""Select the method of fitting a schedule law by cross-validation on the fitted curves alone.
 
     python benchmarks/schedule_laws.py DATA [--out FILE]
 
 DATA: the folder of published curves (arXiv 2503.12811: csv_25, csv_100, csv_400). Three curves are
-fitted, six are predicted. Each candidate is a law, a fixed gamma or a free one, a weight of rows
-and a share of each curve's steps that is left out from its start. A candidate's score is the mean
-relative error of each of the three curves, predicted by the fit to the two others; the six curves
-are no part of it. Means of two laws' predictions are candidates too. All candidates' errors on the
-six curves are printed after their scores, and what fits to the six, and to all nine, leave there.
+fitted and six predicted. A candidate is a law, a fixed or free gamma, a weighting of the rows, and
+the share of steps dropped from the start of each curve. Its score is the mean relative error on
+each of the three curves, predicted by the fit to the other two; the six curves do not enter the
+score. Means of two laws' predictions are candidates too. After the scores, the script prints all
+candidates' errors on the six curves, and the errors of fits to the six and to all nine curves.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ GOALS = (1.2e-3, 1.5e-3, 1.8e-3)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way of fitting. ``weight``: ``row`` (each row alike), ``curve`` (each curve alike)."""
+    """Method of fitting. ``weight``: ``row`` (equal weight per row) or ``curve`` (per curve)."""
 
     form: Form
     gamma: float | None
@@ -80,7 +80,7 @@ def rates(name: str) -> LearningRates:
 
 
 class Curves:
-    """The curves of one size."""
+    """Curves of one model size."""
 
     def __init__(self, folder: Path) -> None:
         self.by_name = {name: self._read(folder, name) for name in (*FITTED, *OTHERS)}
@@ -101,7 +101,7 @@ class Curves:
 
 
 def weights_of(rows: Observations, kind: str) -> Array:
-    """Weights [n] of mean 1."""
+    """Return weights [n] with mean 1."""
     found, groups = np.ones(len(rows)), np.array(rows.groups)
     for name in set(rows.groups):
         its = groups == name
@@ -110,7 +110,7 @@ def weights_of(rows: Observations, kind: str) -> Array:
 
 
 def fit(candidate: Candidate, curves: Curves, names: tuple[str, ...]) -> dict[str, float]:
-    """The optimum of Huber's loss (0.001, of logs) from blind starts."""
+    """Return the optimum of the Huber loss (0.001, of logs) from uninformed starts."""
     rows = curves.together(names, candidate.dropped)
     fixed = {} if candidate.gamma is None else {"gamma": candidate.gamma}
     problem = Problem(candidate.form, rows, fixed)
@@ -130,7 +130,7 @@ def residuals(candidate: Candidate, values: dict[str, float], rows: Observations
 
 
 def errors_of(candidate: Candidate, curves: dict[int, Curves]) -> tuple[Errors, Errors]:
-    """Relative errors of each fitted curve by the fit to the others, and of the six curves."""
+    """Return relative errors on each fitted curve by the fit to the other two, and on the six."""
     left_out, others = {}, {}
     for size, its in curves.items():
         for held in FITTED:
@@ -143,7 +143,7 @@ def errors_of(candidate: Candidate, curves: dict[int, Curves]) -> tuple[Errors, 
 
 
 def mean_errors(errors: Errors) -> list[float]:
-    """Mean over the curves of their mean sizes of errors, for each size."""
+    """Return the mean over curves of the mean absolute error, for each size."""
     return [
         float(np.mean([np.abs(e).mean() for (which, _), e in errors.items() if which == size]))
         for size in SIZES
@@ -170,7 +170,7 @@ def candidates() -> list[Candidate]:
 
 
 def best_possible(curves: dict[int, Curves], names: tuple[str, ...]) -> dict[str, list[float]]:
-    """Errors on the six curves of laws that were fitted to them as well."""
+    """Return errors on the six curves of laws that were fitted to them as well."""
     found = {}
     for form in (MultiPower(), Tissue()):
         way, errors = Candidate(form, None, "curve", 0.0), {}

@@ -1,12 +1,12 @@
-"""What training losses by source cost: their sums beside the steps that they are part of.
+"""Measure the cost of training losses by source, as a share of the step time.
 
     python benchmarks/source_losses.py [--preset demo] [--steps 40] [--sources 8]
 
-Trains a preset on random tokens of several sources, as sequences and as whole documents, and holds
-the seconds in ``trainer/step.py: source_sums`` (all of it, though a loss of the mixture alone would
-need sums too) against those of the steps. Nothing else is added: the sums go to the ranks with the
-gradient norm, and to the host with the step's other numbers. Prints a table and a JSON line; the
-goal is below 1 % of the step.
+Trains a preset on random tokens of several sources, as sequences and as documents, and compares the
+seconds in ``trainer/step.py: source_sums`` with the seconds of the steps. All of ``source_sums`` is
+counted, although the loss of the mixture alone would need sums too. There is no other cost: the
+sums are reduced together with the gradient norm, and copied to the host with the step's other
+numbers. Prints a table and a JSON line; the goal is below 1 % of the step.
 """
 
 from __future__ import annotations

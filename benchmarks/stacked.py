@@ -1,12 +1,13 @@
-"""Runs trained as one model beside the same runs trained one after the other: seconds and memory.
+"""Compare runs stacked into one model with the same runs one after another: seconds and memory.
 
     python benchmarks/stacked.py [--device cuda] [--runs 6] [--widths 64 128] [--out FILE]
 
-A byte model of 2 layers on random bytes, 8 sequences of 64 tokens a step, fp32. On a CPU each runs
-on one thread: ``alone`` is the run that a sweep's process trains, ``stacked`` all of them as one
-model, in turns within a round; a ratio is R runs alone over R runs stacked, the median of rounds.
-Peak memory is that of a process of its own (on CUDA what was allocated). On CUDA ``alone`` is a
-stack of one run, and ``--runs`` is 24 by default.
+Trains a byte model of 2 layers on random bytes, 8 sequences of 64 tokens per step, in fp32. On a
+CPU each variant uses one thread. ``alone`` is the run of one sweep process; ``stacked`` trains all
+runs as one model. Both alternate within a round; a ratio is the time of R runs alone over R runs
+stacked, as the median over rounds. Peak memory is measured in a separate process (on CUDA:
+allocated memory). On CUDA ``alone`` is a stack of one run, and ``--runs`` defaults to 24. For
+example, ``--runs 6 --widths 64`` compares six runs of width 64.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ RULES: dict[str, tuple[OptimizerConfig, dict[str, Any]]] = {
 
 
 class Case:
-    """The runs of a width and an optimizer, alone or stacked, and their steps."""
+    """Runs of one width and optimizer, alone or stacked, and their steps."""
 
     def __init__(self, width: int, vocabulary: int, rule: str, runs: int, device: str) -> None:
         self.model = DenseModel(
@@ -78,7 +79,7 @@ class Case:
         return [Probe(self.model, self.how, self.optimizer, seed) for seed in range(self.runs)]
 
     def seconds_alone(self, made: list[Probe] | StackedProbe, steps: int) -> float:
-        """Seconds of a step of one run."""
+        """Return the seconds of a step of one run."""
         if isinstance(made, StackedProbe):
             return self.seconds_stacked(made, steps)
         times = [
@@ -101,7 +102,7 @@ class Case:
 
 
 def compare(case: Case, steps: int, rounds: int) -> dict[str, Any]:
-    """Seconds of steps, alone and stacked in turns."""
+    """Return the seconds of steps alone and stacked, measured alternately."""
     alone, stacked = case.alone(), case.stacked(case.runs)
     case.seconds_alone(alone, WARMUP)
     case.seconds_stacked(stacked, WARMUP)
@@ -118,12 +119,12 @@ def compare(case: Case, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def peak_mib(case: Case, runs: int) -> float:
-    """Peak MiB of a few steps of ``runs`` runs as one model, less the process before them."""
+    """Return the peak MiB of a few steps of ``runs`` stacked runs, minus the initial memory."""
     if case.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         case.seconds_stacked(case.stacked(runs), WARMUP)
         return torch.cuda.max_memory_allocated() / 2**20
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins here
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak
     before = resident_mib()
     if runs == 1:
         probe = Probe(case.model, case.how, case.optimizer, 0)
@@ -134,13 +135,13 @@ def peak_mib(case: Case, runs: int) -> float:
 
 
 def resident_mib() -> float:
-    """The largest resident memory of this process so far."""
+    """Return the peak resident memory of this process so far."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
 
 
 def measured_apart(asked: argparse.Namespace, width: int, rule: str, runs: int) -> float:
-    """``peak_mib`` in a process of its own."""
+    """Return ``peak_mib`` measured in a separate process."""
     command = [
         *(sys.executable, __file__, "--memory-of", str(runs), "--widths", str(width)),
         *("--rules", rule, "--runs", str(asked.runs), "--device", asked.device),

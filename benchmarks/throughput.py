@@ -1,10 +1,10 @@
-"""Training speed beside hand-written loops and transformers' Trainer, on this machine's CPU.
+"""Compare training speed with hand-written loops and transformers' Trainer, on this CPU.
 
-    python benchmarks/throughput.py [--quick] [--only bf16|fp32|two] [--rounds 5] [--json FILE]
+    python benchmarks/throughput.py [--quick] [--only bf16|fp32|two]... [--rounds 5] [--json FILE]
 
-Every run is a process of its own; in each round all contenders run once, in turning order. A run
-gives the median over its timed steps, a result is the median over rounds of the ratio of two runs
-of one round. benchmarks/README.md says what is compared.
+Every run is a separate process; in each round all contenders run once, in alternating order. The
+result of a run is the median over its timed steps; a result is the median over rounds of the ratio
+of two runs of one round. benchmarks/README.md describes the comparisons.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
 
 
 def allocators_here(quick: bool, tcmalloc: bool) -> list[str]:
-    """Worst first; the last is what Allometry would choose here."""
+    """Return the available allocators, slowest first; the last is Allometry's choice here."""
     if quick:
         return ["glibc-tuned"]
     packages = ("tcmalloc", "jemalloc") if tcmalloc else ("jemalloc",)
@@ -72,7 +72,7 @@ def comparisons(
 
 
 def entries_of(wanted: Sequence[Comparison]) -> list[Entry]:
-    """Every entry once, in the order of the comparisons."""
+    """Return each entry once, in the order of the comparisons."""
     return list(dict.fromkeys(entry for comparison in wanted for entry in comparison.entries))
 
 

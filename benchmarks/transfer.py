@@ -1,22 +1,24 @@
-"""Do rates found small hold large? Coordinate checks and learning-rate sweeps, by parameterization.
+"""Test whether learning rates found on small models transfer to large ones, by parameterization.
 
-    python benchmarks/transfer.py [--quick] [--only PART ...] [--processes 2] [--work DIR]
+    python benchmarks/transfer.py [--quick] [--only PART]... [--processes 2] [--work DIR]
     python benchmarks/transfer.py --size real --dry-run
-    python benchmarks/transfer.py --size real [--only PART ...] [--most-hours 1]
+    python benchmarks/transfer.py --size real [--only PART]... [--most-hours 1]
 
-``--size bytes`` (the default): a byte model on Python's library: heads of 16, qk-norm, fp32.
-``coordinates``: how far activations move; ``rates``: best rates over widths; ``depth``: over 2 to
-8 layers; ``horizon``: over 40 to 320 steps, and their power of the length; ``experts``: over 1 to
-32 experts, by HyperP and MSSP.
+``--size bytes`` (the default): a byte model on Python's library with heads of 16, qk-norm, fp32.
+``coordinates``: size of activation changes; ``rates``: best rates over widths; ``depth``: over 2 to
+8 layers; ``horizon``: over 40 to 320 steps, with the fitted power of the length; ``experts``: over
+1 to 32 experts, by HyperP and MSSP.
 
-``--size real``: what the transferred rate costs. BPE of 512 ids on the built-in corpora, WSD with
-decay, 20 tokens a parameter at the base, widths 64 to 512, 2 to 16 layers, both together, 1 to 16
-times the length and the batch, 1 to 64 experts, MSSP's regimes; 3 seeds. It takes days of a CPU:
-``--dry-run`` says how many hours here, ``--most-hours`` leaves out sizes whose runs take longer.
-``--size small`` is a cut of it, in minutes, which shows that it runs and means nothing else.
+``--size real``: the regret of the transferred rate. BPE of 512 ids on the built-in corpora, WSD
+with decay, 20 tokens per parameter at the base, widths 64 to 512, 2 to 16 layers, both together, 1
+to 16 times the length and the batch, 1 to 64 experts, MSSP's regimes; 3 seeds. The study takes days
+on a CPU: ``--dry-run`` prints the estimated hours on this machine, ``--most-hours`` excludes sizes
+whose runs take longer. ``--size small`` is a cut of it that takes minutes; it only tests that the
+code runs.
 
-Every trial's loss is kept in --work as soon as it is known, so that the same command goes on where
-it was interrupted, and that without --only at the end makes one result of all parts.
+The loss of each trial is stored in --work when the trial ends, so that the same command continues
+after an interruption; a final call without --only combines all parts into one result. For example,
+``--only rates --only depth`` runs two parts.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _check(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
-    """End with a sentence for what the size does not have."""
+    """Exit with an error sentence for options that the size does not support."""
     bytes_only = parsed.size == "bytes"
     for name in OF_STUDY if bytes_only else OF_BYTES:
         if getattr(parsed, name) != parser.get_default(name):

@@ -2,8 +2,8 @@
 
     python benchmarks/transfer_table.py benchmarks/results/transfer-cpu-2026-11-24.json [...]
 
-Results in the order in which they count: of two rows about the same rules over the same axis the
-later one is what is shown. Regrets are computed from the losses of every run in a result.
+The order of the results matters: of two rows for the same rules over the same axis, the later row
+is shown. Regrets are computed from the losses of every run in a result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from allometry.studies.sweeps.outcome import Transfer, Trial
 
 ROOT = Path(__file__).resolve().parents[1]
 OTHER_RULES: Mapping[str, Mapping[str, Any]] = {"hyperp, T^-0.32": {"data_exponent": 0.32}}
-"""Readings that are another configuration; the others cannot be asked for."""
+"""Overrides of readings that are a different configuration; other readings cannot be configured."""
 
 
 def table(paths: Sequence[Path]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def table(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:
-    """A row for each sweep of a result."""
+    """Yield an entry for each sweep of a result."""
     result = json.loads(path.read_text(encoding="utf-8"))
     named = path.resolve()
     record = str(named.relative_to(ROOT)) if named.is_relative_to(ROOT) else path.name
@@ -107,7 +107,7 @@ def _entry(
 
 
 def sweeps_of(row: Mapping[str, Any]) -> dict[int, Sweep]:
-    """Return the losses of a row, at the rates that all seeds have."""
+    """Return the losses of a row, at the rates available for all seeds."""
     losses = {
         Trial(int(size), float(rate), int(seed)): float("inf") if loss is None else float(loss)
         for size, rate, seed, loss in row["losses"]

@@ -1,11 +1,11 @@
-"""What the watchdog costs a step: the same launch with and without it, window by window in turn.
+"""Measure the watchdog's cost per step: alternating windows with and without it in one launch.
 
     torchrun --nproc-per-node 2 benchmarks/watch_cost.py --windows 40
 
-Each rank trains a small model on the CPU. In every second window the watchdog's thread is there,
-with its heartbeats, samples and comparison of ranks; all ranks change over together. Printed are
-the processor seconds of its thread over those of the step (what it takes on a busy machine) and
-the median of paired differences of wall time.
+Each rank trains a small model on the CPU. In every second window the watchdog's thread runs, with
+its heartbeats, samples and comparison of ranks; all ranks switch together. The script prints the
+CPU seconds of the watchdog's thread divided by those of the step (the cost on a busy machine) and
+the median of paired differences of wall-clock time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def window(model: torch.nn.Module, x_BD: torch.Tensor, steps: int) -> float:
 
 
 def thread_s(name: str) -> float:
-    """Return the processor seconds that the threads of this name have taken."""
+    """Return the CPU seconds used by the threads with this name."""
     taken = 0.0
     for thread in threading.enumerate():
         if thread.name == name:
@@ -51,7 +51,7 @@ def thread_s(name: str) -> float:
 
 
 def main() -> None:
-    """Measure and print, on the main rank."""
+    """Measure, and print on the main rank."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--windows", type=int, default=20, help="pairs of windows")
     parser.add_argument("--steps", type=int, default=20, help="steps of a window")
@@ -73,7 +73,7 @@ def main() -> None:
                     continue
                 with Watchdog(parallel, RunFolder(folder)) as watch:
                     watch.attach(mesh)
-                    watch._place = place.Place(place.STEP)  # samples are taken in steps alone
+                    watch._place = place.Place(place.STEP)  # samples are taken within steps only
                     watch._mark = None
                     seconds[True] = window(model, x_BD, asked.steps)
                     shares.append(thread_s("watchdog") / seconds[True])

@@ -1,14 +1,16 @@
-"""Does a rule of weight decay keep the largest singular values over widths?
+"""Test whether a rule for weight decay keeps the largest singular values constant over widths.
 
     python benchmarks/weight_decay.py [--quick] [--processes 2] [--seeds 3] [--work DIR]
 
-arXiv 2510.15262: AdamW at a constant rate η settles where weights forget as fast as they learn, and
-the largest singular value of a hidden matrix is then ∝ √(η/λ) d^0.75. With η ∝ 1/d it grows as
-d^0.25 if λ is constant (coupled), falls as d^-0.25 if λ ∝ d (mup) and stays if λ ∝ √d (sqrt).
+arXiv 2510.15262: with AdamW at a constant rate η, training reaches a steady state in which weights
+decay as fast as they grow, and the largest singular value of a hidden matrix is ∝ √(η/λ) d^0.75.
+With η ∝ 1/d it grows as d^0.25 if λ is constant (coupled), falls as d^-0.25 if λ ∝ d (mup), and is
+constant if λ ∝ √d (sqrt).
 
-A byte model of 2 layers trains for --spans times 1/(ηλ) steps, with η and λ of its own hidden
-matrices. A value is the mean over the last span; how much it differs from the span before says
-whether it is steady. At the base all rules are one. Trials are kept in --work as soon as they end.
+A byte model of 2 layers trains for --spans times 1/(ηλ) steps, with the η and λ of its hidden
+matrices. Each value is the mean over the last span; its difference from the previous span shows
+whether it is steady. At the base width all rules are equal. Trials are stored in --work when they
+end.
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ from allometry.studies.sweeps.workers import Workers
 
 BASE = 64
 RULES = {"coupled": 0.25, "mup": -0.25, "sqrt": 0.0}
-"""Rules of hidden weight decay, and the power of the width that is predicted."""
+"""Predicted power of the width, for each rule of hidden weight decay."""
 BOUND, STEADY = 0.15, 0.05
 LOOKS = 8
-"""Looks at the singular values in a span."""
+"""Measurements of the singular values per span."""
 RESAMPLES = 1000
 
 
@@ -51,13 +53,13 @@ class Trial:
 
 
 def trial_of(rule: str, width: int, seed: int) -> Trial:
-    """At the base no rule has a factor: one trial serves all."""
+    """Return the trial of a rule; at the base width all rules are equal and share one trial."""
     return Trial(rule if width != BASE else "coupled", width, seed)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all trials share: η and λ at the base, and their length in units of 1/(ηλ)."""
+    """Settings shared by all trials: η and λ at the base, and the length in units of 1/(ηλ)."""
 
     lr: float
     weight_decay: float
@@ -65,7 +67,7 @@ class Settings:
 
 
 def span_of(probe: Probe) -> int:
-    """Steps in which hidden matrices forget all but 1/e: 1/(ηλ) of their group."""
+    """Return 1/(ηλ) of the hidden matrices: the steps in which weights decay to 1/e."""
     (found,) = {
         round(1.0 / (group["lr"] * group["weight_decay"]))
         for group in probe.optimizer.param_groups
@@ -75,7 +77,7 @@ def span_of(probe: Probe) -> int:
 
 
 def singular_values(settings: Settings, trial: Trial) -> dict[str, Any]:
-    """Train, and return the largest singular value of each hidden matrix at every look."""
+    """Train; return the largest singular value of each hidden matrix at every measurement."""
     config = parameterization(
         kind="mup", embedding_std=1.0, base_width=BASE, weight_decay_rule=trial.rule
     )
@@ -101,7 +103,7 @@ def singular_values(settings: Settings, trial: Trial) -> dict[str, Any]:
 
 
 def mean_of_span(found: dict[str, Any], spans_back: int) -> float:
-    """Geometric mean over matrices and over the looks of a span, counted from the end."""
+    """Return the geometric mean over matrices and a span's measurements, counted from the end."""
     looks = found["looks"]
     end = len(looks) - spans_back * LOOKS
     return math.exp(
@@ -114,7 +116,7 @@ def slope(widths: Sequence[int], values: Sequence[float]) -> float:
 
 
 def by_matrix(found: dict[str, Any]) -> dict[str, float]:
-    """Geometric mean over the last span and over layers, by kind of matrix."""
+    """Return the geometric mean over the last span and over layers, by kind of matrix."""
     kinds: dict[str, list[float]] = {}
     for look in found["looks"][-LOOKS:]:
         for name, value in look.items():

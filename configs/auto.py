@@ -1,4 +1,4 @@
-"""What the planner does for a run: choose its layout, and predict its steps."""
+"""The ``parallel.auto`` and ``record.prediction`` sections: layout search, predicted steps."""
 
 from __future__ import annotations
 
@@ -20,33 +20,38 @@ FreeKey = Literal[
     "training.activation_checkpointing",
     "batch.micro_batch_sequences",
 ]
-"""Keys that a search for layouts chooses."""
+"""Keys that the layout search may choose."""
 
 
 class AutoLayout(Section):
-    """What the layout is chosen by: the fastest that fits, as ``allometry plan`` finds it."""
+    """Choose the fastest layout that fits in memory, with the search of ``allometry plan``."""
 
     cluster: PathText = Field(
         THIS_MACHINE,
         min_length=1,
-        description="kind of node: a name as h100, a YAML file of one, or this-machine, as "
-        "allometry doctor --measure describes it",
+        description="hardware for which the planner estimates time and memory: a shipped "
+        "description such as h100, a YAML file, or this-machine, which allometry doctor --measure "
+        "writes",
     )
     reserve: Annotated[float, Field(ge=0.0, le=0.9)] = Field(
-        0.1, description="share of a card's memory that is left free"
+        0.1,
+        description="fraction of the device memory that the chosen layout leaves free; raise it if "
+        "a chosen layout runs out of memory",
     )
     keep: tuple[FreeKey, ...] = Field(
-        (), description="keys that stay as they are written; all others of a layout are chosen"
+        (),
+        description="layout keys that keep their configured values; the search chooses all other "
+        "layout keys",
     )
 
 
 class PredictionConfig(Section):
-    """Predicted against measured steps: ``step_prediction`` in events.jsonl."""
+    """Compare predicted with measured step times: ``step_prediction`` events in events.jsonl."""
 
     cluster: PathText | None = Field(
         None,
         min_length=1,
-        description="kind of node: a name as h100, a YAML file of one, or this-machine; null: "
-        "that of parallel.auto, and without it nothing is predicted",
+        description="hardware of the prediction: a shipped description such as h100, a YAML file, "
+        "or this-machine; null: parallel.auto.cluster, and no prediction without parallel.auto",
     )
-    every_steps: Count = Field(100, gt=0, description="steps between events")
+    every_steps: Count = Field(100, gt=0, description="steps between step_prediction events")

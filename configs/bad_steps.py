@@ -1,4 +1,4 @@
-"""The ``training.bad_steps`` section: which updates are rejected, how many may be, going back."""
+"""The ``training.bad_steps`` section: rejected updates, their limits, and rewinds."""
 
 from __future__ import annotations
 
@@ -11,45 +11,58 @@ from allometry.configs.base import Count, Section
 
 Steps = Annotated[Count, Field(gt=0)]
 StepRange = Steps | tuple[Steps, Steps]
-"""A step, or the first and the last of some."""
+"""One step, or the first and the last step of a range."""
 
 
 class Rewind(Section):
-    """Going back to a checkpoint when spikes keep coming, and on with other batches."""
+    """Return to a checkpoint after repeated bad steps and continue with later batches."""
 
     after_spikes: Count = Field(
-        gt=0, description="bad steps within the last ``window_steps`` at which the run goes back"
+        gt=0,
+        description="number of bad steps within the last ``window_steps`` steps that causes a "
+        "rewind",
     )
     skip_batches: Count = Field(
         gt=0,
-        description="batches after the checkpoint that are passed over; those up to the last bad "
-        "step always are",
+        description="number of batches to skip after the checkpoint; batches up to the last bad "
+        "step are always skipped",
     )
-    most: Count = Field(3, gt=0, description="times that a run goes back, in all")
+    most: Count = Field(3, gt=0, description="maximum number of rewinds in the run")
 
 
 class BadSteps(Section):
-    """Steps whose update is skipped: a loss or gradient norm that is not finite, or a spike."""
+    """Skip updates whose loss or gradient norm is not finite or is a spike."""
 
     spikes: Literal["mad", "sigma"] | None = Field(
         "mad",
-        description="what a spike is: loss or norm above the median by so many median absolute "
-        "deviations (scaled to a normal distribution's standard deviation), or above the mean by "
-        "so many standard deviations, of the window; null: only what is not finite is skipped",
+        description="test for spikes of the loss and the gradient norm. mad: above the window's "
+        "median by ``deviations`` median absolute deviations, scaled to the standard deviation of "
+        "a normal distribution; sigma: above the mean by ``deviations`` standard deviations; "
+        "null: only values that are not finite are skipped",
     )
-    deviations: float = Field(6.0, gt=0.0, description="how many of them")
+    deviations: float = Field(
+        6.0,
+        gt=0.0,
+        description="threshold of a spike, in the units that ``spikes`` selects; lower it to skip "
+        "more steps",
+    )
     window_steps: Count = Field(
         128,
         ge=8,
-        description="accepted steps that a step is compared with; until there are as many nothing "
-        "is a spike. A stage begins a new window",
+        description="number of accepted steps that each step is compared with; no spike is "
+        "detected before the window is full. The window is cleared at the start of a stage",
     )
-    most_in_row: Count = Field(5, gt=0, description="bad steps in a row; one more ends the run")
+    most_in_row: Count = Field(
+        5, gt=0, description="maximum number of consecutive bad steps; one more ends the run"
+    )
     most_in_window: Count = Field(
-        10, gt=0, description="bad steps within ``window_steps`` steps; one more ends the run"
+        10,
+        gt=0,
+        description="maximum number of bad steps within ``window_steps`` steps; one more ends the "
+        "run",
     )
     rewind: Rewind | None = Field(
-        None, description="go back to a checkpoint when spikes keep coming; null: never"
+        None, description="rewind to a checkpoint after repeated bad steps; null: never rewind"
     )
 
     @model_validator(mode="after")
@@ -69,6 +82,6 @@ class BadSteps(Section):
 
 
 def names_step(ranges: Iterable[StepRange], step: int) -> bool:
-    """Return whether ``ranges`` name a step."""
+    """Return True if ``ranges`` contain ``step``; ``names_step([3, (5, 7)], 6)`` is True."""
     pairs = ((each, each) if isinstance(each, int) else each for each in ranges)
     return any(first <= step <= last for first, last in pairs)

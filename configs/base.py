@@ -1,4 +1,4 @@
-"""What every section of a run's description shares."""
+"""Base class and value types of all configuration sections."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from allometry.configs.paths import expanded
 
 
 class Section(BaseModel):
-    """A frozen part of a run's description; a key it does not know is an error."""
+    """Base class of configuration sections: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
@@ -18,12 +18,12 @@ class Section(BaseModel):
 
 
 def kind_unless_said(kind: str) -> BeforeValidator:
-    """Return what lets a section without ``kind`` be of this one."""
+    """Return a validator that sets ``kind`` in a section without that key."""
     return BeforeValidator(lambda v: {"kind": kind, **v} if isinstance(v, dict) else v)
 
 
 def _whole(value: Any) -> Any:
-    """Let ``1e9`` (a float in YAML 1.2) stand where a whole number is meant."""
+    """Convert an integral float to an integer: ``1e9`` is a float in YAML 1.2."""
     if isinstance(value, bool):
         raise ValueError("expected a whole number, not true or false")
     if isinstance(value, float) and value.is_integer():
@@ -34,7 +34,7 @@ def _whole(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_whole)]
-"""A whole number of 64 bits that may be written ``1_000_000_000`` or ``1e9``."""
+"""64-bit integer that may be written as ``1_000_000_000`` or ``1e9``."""
 
 PathText = Annotated[str, AfterValidator(expanded)]
-"""A path, kept as ``expanded`` gives it."""
+"""Path after ``expanded`` has replaced ``~`` and environment variables."""

@@ -9,26 +9,30 @@ from pydantic import Field, model_validator
 from allometry.configs.base import Count, PathText, Section
 
 Minutes = Annotated[float, Field(gt=0.0)] | Literal["auto"]
-"""Minutes between saves, or ``auto``: from what a save costs and how often launches fail."""
+"""Minutes between saves; ``auto`` computes them from the cost of a save and the failure rate."""
 MINUTES = (
-    "minutes between them, on the main rank's clock; auto: what costs least, from the time that a "
-    "save takes and the rate of failures"
+    "minutes between saves on the main rank's clock; null: no saves by time; auto: the interval of "
+    "least cost, from the duration of a save and the rate of failures"
 )
 
 
 class LocalCopies(Section):
-    """Copies in the memory or on the disks of the nodes, for quick and frequent saves."""
+    """Copies of checkpoints in the memory or on the disks of the nodes, for frequent saves."""
 
     folder: PathText = Field(
         "/dev/shm",
         min_length=1,
-        description="a folder of each node's own, that outlives a process: each rank makes one for "
-        "its run there",
+        description="folder that each node has of its own and that outlives a process; each rank "
+        "creates a subfolder for the run",
     )
-    every_steps: Count | None = Field(None, gt=0, description="steps between copies")
+    every_steps: Count | None = Field(
+        None, gt=0, description="steps between local copies; null: save by every_minutes alone"
+    )
     every_minutes: Minutes | None = Field(None, description=MINUTES)
     replicate: bool = Field(
-        True, description="keep each rank's copy on the next node, too (on one node: the next rank)"
+        True,
+        description="store each rank's copy on the next node as well (on one node: by the next "
+        "rank)",
     )
 
     @model_validator(mode="after")
@@ -39,34 +43,46 @@ class LocalCopies(Section):
 
 
 class Upload(Section):
-    """Where checkpoints are copied to when they are whole."""
+    """Object store to which complete checkpoints are copied."""
 
     url: PathText = Field(
         min_length=1,
-        description="the run's own folder in an object store, in the words of fsspec: s3://..., "
+        description="URL of the run's own folder in an object store, as fsspec reads it: s3://..., "
         "gs://..., file:///...",
     )
     keep_last: Count | None = Field(
-        None, gt=0, description="newest uploads to keep; null: all stay"
+        None, gt=0, description="number of newest uploads to keep; null: keep all uploads"
     )
 
 
 class CheckpointConfig(Section):
-    """When to save and what to keep."""
+    """When checkpoints are saved, and which are kept."""
 
     every_steps: Count | None = Field(
-        None, gt=0, description="steps between checkpoints; null: only at the end"
+        None,
+        gt=0,
+        description="steps between checkpoints; null: save only at the end, or as every_minutes "
+        "and keep_steps request",
     )
     every_minutes: Minutes | None = Field(None, description=MINUTES)
-    keep_last: Count = Field(2, gt=0, description="newest checkpoints to keep")
+    keep_last: Count = Field(2, gt=0, description="number of newest checkpoints to keep")
     keep_every_steps: Count | None = Field(
-        None, gt=0, description="also keep checkpoints whose step is a multiple of this"
+        None,
+        gt=0,
+        description="also keep checkpoints whose step is a multiple of this number; null: no "
+        "further ones",
     )
     keep_steps: tuple[Annotated[Count, Field(gt=0)], ...] = Field(
-        (), description="also save at these steps, and keep them: other runs may branch there"
+        (),
+        description="steps at which to save and keep a checkpoint in addition; other runs may "
+        "branch from these",
     )
-    asynchronous: bool = Field(True, description="write while training goes on")
+    asynchronous: bool = Field(
+        True,
+        description="write checkpoints while training continues; false: training waits for each "
+        "write",
+    )
     local: LocalCopies | None = Field(
-        None, description="more frequent copies on the nodes themselves; null: none"
+        None, description="more frequent copies on the nodes; null: no local copies"
     )
-    upload: Upload | None = Field(None, description="copies in an object store; null: none")
+    upload: Upload | None = Field(None, description="copies in an object store; null: no uploads")

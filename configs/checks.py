@@ -1,4 +1,4 @@
-"""Checks for silent corruption, and what is read of the cards: in the ``record`` section."""
+"""The ``record.checks`` and ``record.cards`` sections: data corruption and GPU sensors."""
 
 from __future__ import annotations
 
@@ -10,36 +10,39 @@ from allometry.configs.base import Count, Section
 
 
 class ChecksConfig(Section):
-    """What a machine that computes or remembers wrongly is found by."""
+    """Checks for silent corruption of computations and of memory."""
 
     replicas_every_steps: Count | None = Field(
         1000,
         gt=0,
-        description="steps between comparisons of what several ranks hold alike (parameters, "
-        "buffers, optimizer states), bit by bit; at each checkpoint, too; null: never",
+        description="steps between bitwise comparisons of replicated tensors (parameters, buffers, "
+        "optimizer states) across ranks; each checkpoint also compares them; null: never",
     )
     twice_every_steps: Count | None = Field(
         None,
         gt=0,
         description="steps between steps whose gradients are computed twice more, in the same "
-        "order, and compared bit by bit; null: never",
+        "order, and compared bitwise; requires training.deterministic; null: never",
     )
     self_test: bool = Field(
-        True, description="before the first step each rank checks matrix products of known sums"
+        True, description="check matrix products with known sums on each rank before the first step"
     )
     on_failure: Literal["event", "stop", "refuse_saves"] = Field(
         "event",
-        description="event: say so; stop: and end the run without another checkpoint; "
-        "refuse_saves: and go on without another checkpoint",
+        description="reaction to a failed check. event: record an event; stop: also end the run "
+        "without another checkpoint; refuse_saves: record an event and continue without further "
+        "checkpoints",
     )
 
 
 class CardsConfig(Section):
-    """What NVML says of each rank's GPU (``pip install nvidia-ml-py``): ``cards/`` in rows."""
+    """NVML readings of each rank's GPU (``pip install nvidia-ml-py``): ``cards/`` columns."""
 
     every_steps: Count | None = Field(
-        100, gt=0, description="steps between looks at temperature, clock, ECC errors; null: never"
+        100,
+        gt=0,
+        description="steps between readings of temperature, clock and ECC errors; null: never",
     )
     slow_percent: Annotated[float, Field(gt=0.0, lt=100.0)] = Field(
-        10.0, description="alarm where a card's clock is so far below the median of all cards"
+        10.0, description="alarm if a GPU's clock is this percentage below the median of all GPUs"
     )

@@ -1,4 +1,4 @@
-"""What sections of a run's description cannot mean together."""
+"""Contradictions between sections of a run's configuration."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ def contradiction(
     model: ModelConfig,
     optimizer: OptimizerConfig | None = None,
 ) -> str | None:
-    """Return the first contradiction as a sentence with what to do, None if there is none.
+    """Return the first contradiction as a sentence that says what to do, or None.
 
-    Without ``optimizer`` only what a model's function depends on is judged. An optimizer for which
-    a parameterization knows no learning rates is refused in ``scaling/parameterizations``.
+    Without ``optimizer`` only keys that determine the model's function are checked.
+    ``scaling/parameterizations`` refuses optimizers for which a parameterization has no learning
+    rates.
     """
     kind = parameterization.kind
     if model.tied_embeddings and not isinstance(parameterization, StandardParameterization):
@@ -45,7 +46,7 @@ def contradiction(
                 f"optimizer.weight_decay={optimizer.weight_decay:g} contradicts "
                 "parameterization.kind=hyperp, whose norms are fixed; set weight_decay: 0"
             )
-    # mssp starts heads from zeros, but knows no rates for spheres at all, whatever the head.
+    # mssp also initializes the head to zero, but has no learning rates for optimizers on spheres.
     zero_head = getattr(parameterization, "zero_head", False)
     if on_spheres and zero_head and not isinstance(parameterization, MSSP):
         return (

@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read."""
+"""Exceptions whose messages are written for the user."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ _LONG_WORD = re.compile(r"\S{400,}")
 
 
 class UserError(ValueError):
-    """Something the user asked for cannot be done.
+    """A request of the user that cannot be carried out.
 
-    The message is one sentence that says what is wrong (key and value), where, and what to do.
-    The command line prints it without a traceback and exits with code 2. Of a value of thousands of
-    characters it shows the beginning and the end.
+    The message is one sentence that gives the error (key and value), the place, and the remedy. The
+    command line prints the message without a traceback and exits with code 2. A word of 400 or more
+    characters is shortened to its first 100 and last 50 characters.
     """
 
     def __init__(self, message: str) -> None:
@@ -20,12 +20,12 @@ class UserError(ValueError):
 
 
 class RankError(UserError):
-    """An error that one rank alone has found: it says so itself, and no other one is waited for."""
+    """An error that one rank finds alone; this rank prints it without waiting for other ranks."""
 
 
 class ConfigError(UserError):
-    """A run's description is wrong: an unknown key, a bad value, a contradiction."""
+    """An error in a configuration: an unknown key, an invalid value, or a contradiction."""
 
 
 HUNG = 75
-"""Exit code of a rank of a run that hangs: EX_TEMPFAIL, to be started again."""
+"""Exit code of a rank of a hanging run: EX_TEMPFAIL, which requests a restart."""

@@ -15,7 +15,7 @@ Amount = (
     Annotated[float, Field(ge=0.0, le=1.0)]
     | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? GiB$")]
 )
-"""A share, or bytes on a rank as ``"1.5 GiB"``."""
+"""Fraction, or bytes per rank as ``"1.5 GiB"``."""
 
 
 def bytes_of(amount: Amount, total: int) -> int:
@@ -26,39 +26,42 @@ def bytes_of(amount: Amount, total: int) -> int:
 
 
 class OptimizerStates(Section):
-    """Where a rank's optimizer states live between steps: each place is filled before the next."""
+    """Placement of a rank's optimizer states between steps: device, then host, then NVMe."""
 
     device: Amount = Field(
-        0.0, description='share of the states beside the parameters, or "N GiB"; none by default'
+        0.0, description='fraction of states kept next to the parameters, or "N GiB"; 0: none'
     )
     cpu: Amount | None = Field(
         None,
-        description='share in the host\'s memory, or "N GiB"; only with ``nvme``, which takes the '
-        "rest; null: all that ``device`` leaves, none with ``nvme``",
+        description='states to keep in host memory: a fraction, or "N GiB" per rank, if ``nvme`` '
+        "takes the rest; null: the states that ``device`` leaves, or none with ``nvme``",
     )
     nvme: PathText | None = Field(
         None,
         min_length=1,
-        description="folder on a local disk for the rest: each rank keeps a file without a name "
-        "there, which goes when its process does",
+        description="folder on a local disk for the remaining states, where each rank keeps an "
+        "unlinked file until its process ends; null: no states on disk",
     )
     master_weights: bool = Field(
         False,
-        description="the fp32 parameters live with their states; the device keeps a copy in the "
-        "compute type of what is gathered in that type (bf16, stages 1-3)",
+        description="offload the fp32 parameters with their states; of parameters that are "
+        "gathered in the compute type, the device keeps a copy in that type (bf16, stages 1-3)",
     )
     gradients: bool = Field(
         False,
-        description="gradients of what travels leave the device as they are reduced, for the "
-        "host's memory (stages 1-3)",
+        description="move gradients of offloaded states to host memory as soon as they are reduced "
+        "(stages 1-3)",
     )
     update: Literal["exact", "delayed"] = Field(
         "exact",
-        description="delayed: the host updates while the device computes the next step, which so "
-        "lacks this one's update; another trajectory (rules that update element by element)",
+        description="delayed: the host updates while the device computes the next step, whose "
+        "gradients lack this update; the trajectory differs from exact (only elementwise update "
+        "rules)",
     )
     bucket_mib: float = Field(
-        64.0, gt=0.0, description="MiB of states that move at once; three buckets are held"
+        64.0,
+        gt=0.0,
+        description="MiB of states that are transferred at once; three buckets are allocated",
     )
 
     @model_validator(mode="after")
@@ -81,57 +84,58 @@ class OptimizerStates(Section):
 
 
 class Zero(Section):
-    """ZeRO on the ``hdp`` axis (arXiv 1910.02054)."""
+    """ZeRO sharding over the ``hdp`` axis (arXiv 1910.02054)."""
 
     engine: Literal["fsdp2", "deepspeed"] = Field(
         "fsdp2",
-        description="who shards: torch's FSDP2, or DeepSpeed, which can keep parameters on NVMe "
-        "too (no tp, pp or ep; AdamW)",
+        description="implementation: torch's FSDP2, or DeepSpeed, which can also offload "
+        "parameters to NVMe (AdamW only; no tp, pp or ep)",
     )
     stage: Literal[0, 1, 2, 3] = Field(
         0,
-        description="what is sharded: 0 nothing (gradients reduced in flat buckets), 1 optimizer "
-        "states, 2 and gradients, 3 and parameters",
+        description="what is sharded. 0: nothing, gradients are reduced in flat buckets; 1: "
+        "optimizer states; 2: also gradients; 3: also parameters. Raise it to save memory",
     )
     bucket_mib: Count = Field(
-        256, gt=0, description="stage 0 and deepspeed: gradients that are reduced together, in MiB"
+        256, gt=0, description="MiB of gradients reduced together (stage 0 and engine deepspeed)"
     )
     replicas: Count = Field(
         1,
         gt=0,
-        description="stages 1-3: whole copies that hdp is divided into; each is sharded over "
-        "hdp/replicas ranks and gradients are summed over the copies (hybrid sharding)",
+        description="stages 1-3: number of replicas for hybrid sharding; each replica is sharded "
+        "over hdp/replicas ranks, and gradients are summed over the replicas",
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="stages 1-3: where sharded parameters, gradients and optimizer states live "
-        "between uses; nvme (deepspeed, stage 3): in the folder optimizer_states.nvme",
+        description="stages 1-3: memory for sharded parameters, gradients and optimizer states "
+        "between uses; nvme (deepspeed, stage 3): the folder optimizer_states.nvme",
     )
     regather: Literal["auto", "micro_batch", "step"] = Field(
         "auto",
-        description="stage 3: how often a block's parameters are gathered; micro_batch: for each "
-        "forward and backward, freed in between; step: once, kept for all micro-batches of a step; "
-        "auto: step in a pipeline, else micro_batch",
+        description="stage 3: when a block's parameters are gathered. micro_batch: in each forward "
+        "and backward pass, and freed in between; step: once for all micro-batches of a step; "
+        "auto: step with pipeline parallelism, else micro_batch",
     )
 
     optimizer_states: OptimizerStates | None = Field(
-        None, description="where optimizer states live between steps; null: beside the parameters"
+        None,
+        description="placement of optimizer states between steps; null: next to the parameters",
     )
     deepspeed_extra: dict[str, Any] = Field(
         default_factory=dict,
-        description="more keys of DeepSpeed's own configuration, which change speed and memory",
+        description="further keys of DeepSpeed's own configuration, which change speed and memory",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _earlier_name(cls, given: Any) -> Any:
-        """Read ``kind: fsdp2``, as older run folders have it."""
+        """Accept ``kind: fsdp2``, the earlier spelling in existing run folders."""
         if isinstance(given, dict) and given.get("kind") == "fsdp2" and "engine" not in given:
             return {"engine": "fsdp2"} | {k: v for k, v in given.items() if k != "kind"}
         return given
 
     def frees(self, pp: int) -> bool:
-        """Return whether gathered parameters are freed within a step, with so many ``pp`` ranks."""
+        """Return True if gathered parameters are freed within a step; ``pp``: pipeline ranks."""
         each = self.regather == "micro_batch" or (self.regather == "auto" and pp == 1)
         return self.stage == 3 and each
 
@@ -192,65 +196,74 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 class Pipeline(Section):
-    """How a model is cut into stages and in which order their micro-batches run (pp > 1)."""
+    """Pipeline stages and the order of their micro-batches (pp > 1)."""
 
-    schedule: Schedule = Field("1f1b", description="order of forward and backward passes")
+    schedule: Schedule = Field(
+        "1f1b", description="pipeline schedule: the order of forward and backward passes"
+    )
     stages_per_rank: Count | None = Field(
-        None,
-        gt=0,
-        description="stages on each rank; null: 2 for the schedules that interleave, else 1",
+        None, gt=0, description="number of stages on each rank; null: 1 for gpipe and 1f1b, else 2"
     )
     split: Literal["flops", "measured"] | tuple[Count, ...] = Field(
         "flops",
-        description="layers of the stages: evened out by counted FLOPs or by times measured at "
-        "the first launch (whole layers, eager), embedding and head included; or their numbers, "
-        "one for each stage",
+        description="layers of each stage, embedding and head included: balanced by counted FLOPs "
+        "(flops), balanced by times of unsharded layers in eager mode at the first launch "
+        "(measured), or a list with the number of layers of each stage",
     )
 
 
 class ContextCosts(Section):
-    """What the planner of hybrid data/context parallelism assumes of the machine."""
+    """Machine constants for planning hybrid data/context parallelism."""
 
-    tflops: float = Field(400.0, gt=0.0, description="what a rank reaches in products, TFLOP/s")
+    tflops: float = Field(
+        400.0, gt=0.0, description="rate of matrix products of a rank, in TFLOP/s"
+    )
     attention_efficiency: float = Field(
-        1.0, gt=0.0, description="rate of attention over that of other products"
+        1.0, gt=0.0, description="rate of attention divided by the rate of other matrix products"
     )
     bandwidth_gb_per_s: float = Field(
-        50.0, gt=0.0, description="between neighbours of a ring, each way"
+        50.0, gt=0.0, description="bandwidth between neighbours of a ring, in GB/s per direction"
     )
     host_bandwidth_gb_per_s: float = Field(
-        25.0, gt=0.0, description="between a rank and the host's memory, each way"
+        25.0, gt=0.0, description="bandwidth between a rank and host memory, in GB/s per direction"
     )
     micro_batch_ms: float = Field(
-        0.0, ge=0.0, description="what a micro-batch costs besides its tokens, in each layer"
+        0.0, ge=0.0, description="fixed cost of a micro-batch in each layer, in ms"
     )
 
 
 class ContextConfig(Section):
-    """Hybrid data/context parallelism (arXiv 2502.21231): how documents lie on the hdp ranks.
+    """Hybrid data/context parallelism (arXiv 2502.21231): documents on the hdp ranks.
 
-    It takes part where ``data.kind`` is ``documents``.
+    This section applies if ``data.kind`` is ``documents``.
     """
 
     capacity_tokens: Count = Field(
-        8192, gt=0, description="most tokens that a rank holds in one micro-batch"
+        8192,
+        gt=0,
+        description="maximum tokens of a rank in one micro-batch; lower it to save memory",
     )
     policy: Literal["static", "naive", "balanced", "pipeline_balanced"] = Field(
         "balanced",
-        description="static: every document on ``degree`` ranks; naive: as few ranks as a document "
-        "needs; balanced: and all ranks busy for as long; pipeline_balanced: each pipeline has "
-        "documents of like lengths, and the more micro-batches the shorter they are",
+        description="assignment of documents to ranks. static: ``degree`` ranks for each document; "
+        "naive: as few ranks as each document needs; balanced: also equal compute time on all "
+        "ranks; pipeline_balanced: each pipeline gets documents of similar length, and more "
+        "micro-batches the shorter they are",
     )
-    degree: Count = Field(1, gt=0, description="static: ranks of each document")
+    degree: Count = Field(1, gt=0, description="policy static: ranks of each document")
     min_chunk_tokens: Count = Field(
-        128, gt=0, description="a ring of n cuts a document into 2n chunks of at least these tokens"
+        128,
+        gt=0,
+        description="minimum tokens of a chunk; a ring of n ranks cuts a document into 2n chunks",
     )
     offload: Literal["none", "selective"] = Field(
         "none",
-        description="selective: long documents keep activations of some layers in the host's "
-        "memory where that costs no time, and need fewer ranks",
+        description="selective: activations of some layers are offloaded to host memory for long "
+        "documents, where this takes no extra time, so that these documents need fewer ranks",
     )
-    costs: ContextCosts = Field(default_factory=ContextCosts, description="what planning assumes")
+    costs: ContextCosts = Field(
+        default_factory=ContextCosts, description="machine constants for planning"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -263,35 +276,43 @@ class ContextConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Degrees of the mesh's axes; pp x hdp x tp is the number of ranks."""
+    """Degrees of the device mesh; the number of ranks is pp x hdp x tp."""
 
     hdp: Annotated[Count, Field(gt=0)] | Literal["auto"] = Field(
-        "auto", description="hybrid data/context ranks; auto: all ranks that pp and tp leave"
+        "auto",
+        description="hybrid data/context parallel degree; auto: all ranks that pp and tp leave",
     )
-    tp: Count = Field(1, gt=0, description="tensor and sequence parallel ranks")
+    tp: Count = Field(1, gt=0, description="tensor and sequence parallel degree")
     tp_overlap: Literal["off", "chunked", "symmetric"] = Field(
         "off",
-        description="tensor parallelism's messages behind its products; chunked: tokens in chunks "
-        "(without compile); symmetric: torch's async TP through symmetric memory (CUDA, compiled)",
+        description="overlap of tensor-parallel communication with matrix products. chunked: in "
+        "chunks of tokens (without compile); symmetric: torch's async TP on symmetric memory "
+        "(CUDA, compiled)",
     )
-    pp: Count = Field(1, gt=0, description="pipeline ranks")
-    ep: Count = Field(1, gt=0, description="expert parallel ranks, a factor of hdp")
+    pp: Count = Field(1, gt=0, description="pipeline parallel degree")
+    ep: Count = Field(1, gt=0, description="expert parallel degree, a divisor of hdp")
     expert_tp: Literal[1] | None = Field(
         None,
-        description="null: tp cuts the width of each expert; 1: it spreads whole experts as ep "
-        "does, over ep x tp ranks together, and no tokens are gathered for them",
+        description="null: tp shards the width of each expert; 1: complete experts are distributed "
+        "over ep x tp ranks, and their tokens are not gathered over tp",
     )
-    pipeline: Pipeline = Field(default_factory=Pipeline, description="stages, where pp > 1")
+    pipeline: Pipeline = Field(default_factory=Pipeline, description="pipeline stages (pp > 1)")
     context: ContextConfig = Field(
-        default_factory=ContextConfig, description="how whole documents lie on hdp ranks"
+        default_factory=ContextConfig,
+        description="assignment of documents to hdp ranks (data.kind documents)",
     )
-    zero: Zero = Field(default_factory=Zero, description="what is sharded over hdp")
+    zero: Zero = Field(default_factory=Zero, description="ZeRO sharding over hdp")
     timeout_s: Count = Field(
-        600, gt=0, description="seconds after which a step in which a rank hangs ends the run"
+        600, gt=0, description="seconds after which a step with a hanging rank ends the run"
     )
-    watch: Watch = Field(default_factory=Watch, description="how long other things may take")
+    watch: Watch = Field(
+        default_factory=Watch,
+        description="time limits outside of steps, and detection of stragglers",
+    )
     auto: AutoLayout | None = Field(
-        None, description="choose the layout when a run begins; ``parallel: auto``: by its defaults"
+        None,
+        description="choose the layout when a run begins; ``parallel: auto`` does so with the "
+        "defaults of this section; null: keep the configured layout",
     )
 
     @model_validator(mode="before")
@@ -301,25 +322,25 @@ class ParallelConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Loss on each source's held-out tokens."""
+    """Evaluation of the loss on each source's held-out tokens."""
 
     every_steps: Count | None = Field(
-        None, gt=0, description="steps between evaluations; null: only at the end"
+        None, gt=0, description="steps between evaluations; null: evaluate only at the end"
     )
     sequences_per_source: Count = Field(
         64,
         gt=0,
-        description="sequences read from each source's validation split, evenly spread over it",
+        description="sequences evaluated per source, evenly spaced over its validation split",
     )
 
 
 class WandB(Section):
-    """Weights & Biases, when its package is installed."""
+    """Logging to Weights & Biases; requires the package wandb."""
 
     project: str = Field(min_length=1, description="W&B project")
-    entity: str | None = Field(None, description="W&B team or user; null: the default one")
+    entity: str | None = Field(None, description="W&B team or user; null: the account's default")
     mode: Literal["online", "offline"] | None = Field(
-        None, description="W&B mode; null: what $WANDB_MODE says, else online"
+        None, description="W&B mode; null: $WANDB_MODE if set, else online"
     )
 
 
@@ -329,48 +350,45 @@ class MonitorConfig(Section):
     every_steps: Count | None = Field(
         100,
         gt=0,
-        description="steps between looks at activations, attention, gradients and updates: each "
-        "is a forward pass over ``sequences``; null: never",
+        description="steps between measurements of activations, attention, gradients and updates, "
+        "each with one forward pass over ``sequences``; null: never",
     )
     sequences: Count = Field(
-        4, gt=0, description="sequences of the step's batch to look at, over all ranks together"
+        4, gt=0, description="sequences of the step's batch to measure, over all ranks together"
     )
     singular_values_every_steps: Count | None = Field(
-        1000, gt=0, description="steps between looks at singular values; null: never"
+        1000, gt=0, description="steps between measurements of singular values; null: never"
     )
 
 
 class ForecastConfig(Section):
-    """Forecasts of the final loss from the curve so far: ``forecast/`` in metrics.jsonl."""
+    """Forecasts of the final loss from the training curve: ``forecast/`` in metrics.jsonl."""
 
     every_steps: Count | None = Field(
-        1000, gt=0, description="steps between forecasts, each some 50 ms; null: never"
+        1000, gt=0, description="steps between forecasts, about 50 ms each; null: never"
     )
 
 
 class RecordConfig(Section):
-    """What is written while training."""
+    """Records, logs and monitors that are written during training."""
 
     every_steps: Count = Field(1, gt=0, description="steps between rows of metrics.jsonl")
     display_every_steps: Count = Field(10, gt=0, description="steps between printed lines")
     tensorboard: bool = Field(
         True,
-        description="write rows for TensorBoard, those of each printed line (display_every_steps) "
-        "and those with a held-out loss or a forecast",
+        description="write TensorBoard files: the row of each printed line (display_every_steps) "
+        "and rows with a held-out loss or a forecast",
     )
-    wandb: WandB | None = Field(None, description="also log to Weights & Biases")
-    monitors: MonitorConfig = Field(
-        default_factory=MonitorConfig, description="what is watched besides the loss"
-    )
+    wandb: WandB | None = Field(None, description="log to Weights & Biases as well; null: do not")
+    monitors: MonitorConfig = Field(default_factory=MonitorConfig, description="stability monitors")
     forecast: ForecastConfig = Field(
-        default_factory=ForecastConfig, description="what the run will end at"
+        default_factory=ForecastConfig, description="forecasts of the final loss"
     )
     prediction: PredictionConfig = Field(
-        default_factory=PredictionConfig, description="what the planner says of its steps"
+        default_factory=PredictionConfig,
+        description="comparison of predicted and measured step times",
     )
     checks: ChecksConfig = Field(
-        default_factory=ChecksConfig, description="whether machines compute and remember rightly"
+        default_factory=ChecksConfig, description="checks for silent corruption"
     )
-    cards: CardsConfig = Field(
-        default_factory=CardsConfig, description="what is read of the GPUs themselves"
-    )
+    cards: CardsConfig = Field(default_factory=CardsConfig, description="NVML readings of the GPUs")

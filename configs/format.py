@@ -1,4 +1,4 @@
-"""Numbers and times as people read them; loads nothing."""
+"""Format numbers and durations for people; imports no heavy package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def human(number: float) -> str:
-    """A number with three digits and a unit: 25.2M."""
+    """Return a number with three significant digits and a unit: ``human(25.2e6)`` is "25.2M"."""
     for bound, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= bound:
             return f"{number / bound:.3g}{unit}"
@@ -14,7 +14,7 @@ def human(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as the two largest units."""
+    """Return a duration in its two largest units: ``duration(3700)`` is "1h01m"."""
     whole = round(seconds)
     for size, unit, below, small in (
         (86400, "d", 3600, "h"),
@@ -27,6 +27,6 @@ def duration(seconds: float) -> str:
 
 
 def first_names(names: Sequence[str], most: int = 3) -> str:
-    """The first names and how many there are more, for a sentence."""
+    """Return the first ``most`` names and the number of further names: "a, b, c and 2 more"."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

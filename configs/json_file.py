@@ -1,4 +1,4 @@
-"""Reading JSON that may have been damaged, or written by somebody else."""
+"""Read JSON files that may be damaged or may come from another program."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def read(path: str | Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is larger than ``MOST_BYTES``, is not JSON or nests more than ``MOST_DEPTH``
-            deep.
+        ValueError: the file is larger than ``MOST_BYTES``, is not JSON, or has more than
+            ``MOST_DEPTH`` levels.
     """
     path = Path(path)
     if path.stat().st_size > MOST_BYTES:
@@ -25,12 +25,16 @@ def read(path: str | Path) -> Any:
 
 
 def parse(text: bytes | str) -> Any:
-    """Return the value that ``text`` is; ValueError as for ``read``."""
+    """Parse JSON text and return its value.
+
+    Raises:
+        ValueError: as for ``read``.
+    """
     try:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("it nests too deeply") from None
-    # What nests less than Python's own limit would still end whoever walks it further in.
+    # Nesting that json accepts may still exceed the recursion limit in code that walks the value.
     level, depth = [value], 0
     while level := [
         inner
@@ -46,12 +50,21 @@ def parse(text: bytes | str) -> Any:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """Return the object in a JSON file; raises as ``read`` does, also where it is none."""
+    """Return the object in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: as for ``read``, or the value is not an object.
+    """
     return _object(read(path))
 
 
 def parse_object(text: bytes | str) -> dict[str, Any]:
-    """Return the object that ``text`` is; ValueError as for ``read_object``."""
+    """Parse JSON text and return its object.
+
+    Raises:
+        ValueError: as for ``read_object``.
+    """
     return _object(parse(text))
 
 

@@ -1,4 +1,4 @@
-"""The ``kernels`` section: which implementation computes what others compute too."""
+"""The ``kernels`` section: implementations of operations that have several."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ Attention = Literal[
 
 
 class KernelsConfig(Section):
-    """Implementations by name; ``auto``: the fastest on this GPU, measured when a run begins.
+    """Implementations by name; ``auto``: the fastest on this GPU, timed when a run begins.
 
-    A run that continues keeps the kernels of its record. On a CPU ``auto`` follows a fixed rule.
+    A resumed run uses the kernels in its record. On a CPU ``auto`` follows a fixed rule.
     """
 
     attention: Attention = Field(
-        "auto", description="back end of attention; docs/kernels.md says what each can do"
+        "auto", description="attention back end; docs/kernels.md lists what each back end supports"
     )
-    norm: Literal["auto", "torch", "apex"] = Field("auto", description="RMSNorm: torch or apex")
+    norm: Literal["auto", "torch", "apex"] = Field(
+        "auto", description="implementation of RMSNorm: torch or apex"
+    )
     quantise: Literal["auto", "torch", "triton"] = Field(
         "auto",
-        description="rounding to FP8: torch's operators, or Triton's kernels in one pass behind "
-        "norms and SwiGLU (eager code on CUDA; compiled code is fused anyway)",
+        description="implementation of rounding to FP8: torch's operators, or Triton kernels fused "
+        "with norms and SwiGLU (for eager code on CUDA; compiled code is fused without them)",
     )
     adamw: Literal["auto", "torch", "apex"] = Field(
-        "auto", description="the fused AdamW step: torch or apex"
+        "auto", description="implementation of the fused AdamW step: torch or apex"
     )

@@ -1,4 +1,4 @@
-"""The description of a ladder: small runs to learn a law from, and the run it is to predict."""
+"""The description of a ladder: small runs to fit a law to, and the run to predict with it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ Positive = Annotated[Count, Field(gt=0)]
 
 
 class Size(Section):
-    """One model of the ladder: the base's at another width, and with other keys."""
+    """One model size of the ladder: the base model with another width or with other keys."""
 
-    name: Name | None = Field(None, description="in the names of runs; null: w and the width")
+    name: Name | None = Field(
+        None, description="name of the size in the names of runs; null: w followed by the width"
+    )
     width: Count | None = Field(
-        None, gt=0, description="model.width, heads and feed-forward in proportion"
+        None,
+        gt=0,
+        description="model.width; heads and feed-forward width are scaled in proportion; null: the "
+        "base's width",
     )
     set: dict[str, Any] = Field(
-        default_factory=dict, description="keys of the run: {model.num_layers: 8}"
+        default_factory=dict, description="keys of the run to override: {model.num_layers: 8}"
     )
 
     @model_validator(mode="after")
@@ -37,71 +42,77 @@ class Size(Section):
 
     @property
     def label(self) -> str:
-        """What it is called."""
+        """Name of the size: ``name``, or ``w`` followed by the width."""
         return self.name or f"w{self.width}"
 
 
 class NamedSchedule(Section):
-    """A schedule that every rung is trained with."""
+    """A learning-rate schedule with which every rung is trained."""
 
-    name: Name = Field(description="in the names of runs")
-    schedule: ScheduleConfig = Field(description="as a run's ``schedule``")
+    name: Name = Field(description="name of the schedule in the names of runs")
+    schedule: ScheduleConfig = Field(description="schedule, with the keys of a run's ``schedule``")
 
 
 class IsoFlop(Section):
-    """Runs of several sizes for the same compute."""
+    """Runs of several sizes with the same compute."""
 
     flops: tuple[Ratio, ...] = Field(
         min_length=1, description="model FLOPs of a run, attention and head included"
     )
     sizes: tuple[str, ...] | None = Field(
-        None, description="names of sizes of the ladder; null: all of them"
+        None, description="names of sizes of the ladder; null: all sizes"
     )
 
 
 class ConstantBatch(Section):
-    """The base's batch for every run."""
+    """The base's batch size for every run."""
 
     kind: Literal["constant"] = "constant"
 
 
 class PowerBatch(Section):
-    """A batch that grows with the tokens D of a run: base batch x (D/base_tokens)^exponent."""
+    """Batch size as a power of a run's tokens D: base batch x (D/base_tokens)^exponent."""
 
     kind: Literal["power"] = "power"
-    base_tokens: Count = Field(gt=0, description="D at which the batch is the base's")
-    exponent: float = Field(0.5, gt=0.0, lt=1.0, description="power of D")
+    base_tokens: Count = Field(gt=0, description="D at which the batch size equals the base's")
+    exponent: float = Field(0.5, gt=0.0, lt=1.0, description="exponent of D")
 
 
 class LawBatch(Section):
-    """The batch of a published law, of those that ``allometry suggest`` lists."""
+    """Batch size from one of the published laws that ``allometry suggest`` lists."""
 
     kind: Literal["law"] = "law"
-    law: str = Field(description="step-law, deepseek or ling")
+    law: str = Field(description="name of the law: step-law, deepseek or ling")
 
 
 class LocalLaunch(Section):
-    """Runs on this machine."""
+    """Train the runs on this machine."""
 
     kind: Literal["local"] = "local"
     processes: Count = Field(
-        1, gt=0, description="ranks of a run; more than one are started with torchrun"
+        1, gt=0, description="number of ranks of a run; several ranks are started with torchrun"
     )
     parallel: Count = Field(
-        1, gt=0, description="runs at a time; more than one get one thread each"
+        1, gt=0, description="number of runs at a time; if above 1, each run uses one thread"
     )
 
 
 class SbatchLaunch(Section):
-    """Scripts for Slurm, one for each run."""
+    """Write a Slurm script for each run."""
 
     kind: Literal["sbatch"] = "sbatch"
-    processes: Count = Field(1, gt=0, description="ranks of a run, over all its nodes")
-    nodes: Count = Field(1, gt=0, description="nodes of a run, a factor of processes")
+    processes: Count = Field(1, gt=0, description="number of ranks of a run, over all its nodes")
+    nodes: Count = Field(1, gt=0, description="number of nodes of a run, a divisor of processes")
     options: tuple[str, ...] = Field(
-        (), description="for sbatch, one each: --partition=gpu, --gres=gpu:8, --time=8:00:00"
+        (),
+        description="options of sbatch, one per entry: --partition=gpu, --gres=gpu:8, "
+        "--time=8:00:00",
     )
-    setup: str = Field("", description="shell lines before training: modules, an environment")
+    setup: str = Field(
+        "",
+        description="shell lines to run before training, for example to load modules or an "
+        "environment",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -121,13 +132,24 @@ LaunchConfig = Annotated[
 
 
 class LadderTarget(Section):
-    """The run to be predicted before it is trained."""
+    """The run whose loss is predicted before its training."""
 
-    size: Size = Field(description="its model")
-    tokens_per_parameter: float | None = Field(None, gt=0.0, description="its length, by ``count``")
-    tokens: Count | None = Field(None, gt=0, description="its length, in tokens")
-    schedule: str | None = Field(None, description="name of a schedule; null: the first")
-    seed: Count | None = Field(None, ge=0, description="null: the first of ``seeds``")
+    size: Size = Field(description="model size of the target")
+    tokens_per_parameter: float | None = Field(
+        None,
+        gt=0.0,
+        description="length of the target in tokens per parameter, counted by ``count``; null: "
+        "given by tokens",
+    )
+    tokens: Count | None = Field(
+        None,
+        gt=0,
+        description="length of the target in tokens; null: given by tokens_per_parameter",
+    )
+    schedule: str | None = Field(None, description="name of one of ``schedules``; null: the first")
+    seed: Count | None = Field(
+        None, ge=0, description="run.seed of the target; null: the first of ``seeds``"
+    )
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
@@ -141,39 +163,51 @@ class LadderConfig(Section):
 
     kind: Literal["ladder"] = "ladder"
     base: PathText = Field(
-        min_length=1, description="a run: YAML file, beside this one, or preset:NAME"
+        min_length=1, description="base run: preset:NAME, or a YAML file, relative to this file"
     )
-    folder: PathText = Field(min_length=1, description="the ladder's folder, which holds its runs")
+    folder: PathText = Field(
+        min_length=1, description="folder of the ladder, which contains its runs"
+    )
     set: dict[str, Any] = Field(
-        default_factory=dict, description="keys of every run: {optimizer.lr: 6e-3}"
+        default_factory=dict, description="keys to override in every run: {optimizer.lr: 6e-3}"
     )
-    widths: tuple[Positive, ...] = Field((), description="sizes by their width alone")
-    sizes: tuple[Size, ...] = Field((), description="sizes by name, width and keys")
-    tokens_per_parameter: tuple[Ratio, ...] = Field((), description="horizons, by ``count``")
-    tokens: tuple[Positive, ...] = Field((), description="horizons, in tokens")
-    isoflop: IsoFlop | None = Field(None, description="horizons by compute")
+    widths: tuple[Positive, ...] = Field(
+        (), description="model widths of the ladder, if sizes differ in width alone"
+    )
+    sizes: tuple[Size, ...] = Field((), description="sizes of the ladder, by name, width and keys")
+    tokens_per_parameter: tuple[Ratio, ...] = Field(
+        (), description="horizons in tokens per parameter, counted by ``count``"
+    )
+    tokens: tuple[Positive, ...] = Field((), description="horizons in tokens")
+    isoflop: IsoFlop | None = Field(None, description="horizons by compute; null: none")
     count: Literal["non_embedding", "total", "with_head"] = Field(
-        "non_embedding", description="which parameters N counts, in horizons and in the law"
+        "non_embedding", description="parameters counted as N, in horizons and in the law"
     )
     seeds: tuple[Annotated[Count, Field(ge=0)], ...] = Field(
-        (0,), min_length=1, description="each rung is trained with each run.seed"
+        (0,), min_length=1, description="values of run.seed with which each rung is trained"
     )
-    schedules: tuple[NamedSchedule, ...] = Field((), description="empty: the base's schedule")
+    schedules: tuple[NamedSchedule, ...] = Field(
+        (), description="schedules with which each rung is trained; empty: the base's schedule"
+    )
     batch: ConstantBatch | PowerBatch | LawBatch = Field(
-        default_factory=ConstantBatch,
-        discriminator="kind",
-        description="how the batch follows the size of a run",
+        default_factory=ConstantBatch, discriminator="kind", description="batch size of each run"
     )
-    target: LadderTarget | None = Field(None, description="the run to predict")
-    law: str = Field("chinchilla", description="the law to fit; allometry laws lists them")
+    target: LadderTarget | None = Field(None, description="run to predict; null: none")
+    law: str = Field("chinchilla", description="law to fit, one of those that allometry laws lists")
     fix: dict[str, float] = Field(
-        default_factory=dict, description="the law's parameters that are not fitted: {E: 0}"
+        default_factory=dict,
+        description="parameters of the law with fixed values, which are not fitted: {E: 0}",
     )
     loss: str = Field(
-        "validation", description="what it predicts: validation, train, or either/SOURCE"
+        "validation",
+        description="loss to fit and predict: validation, train, validation/SOURCE or train/SOURCE",
     )
-    bootstraps: Count = Field(200, ge=20, description="resamplings behind intervals")
-    launch: LaunchConfig = Field(default_factory=LocalLaunch, description="where runs run")
+    bootstraps: Count = Field(
+        200, ge=20, description="number of bootstrap samples for the intervals"
+    )
+    launch: LaunchConfig = Field(
+        default_factory=LocalLaunch, description="where and how the runs are started"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -201,15 +235,17 @@ class LadderConfig(Section):
 
     @property
     def rungs(self) -> tuple[Size, ...]:
-        """The sizes, however they were given."""
+        """Sizes of the ladder, given as ``sizes`` or as ``widths``."""
         return self.sizes or tuple(Size(width=width) for width in self.widths)
 
 
 def load_ladder(path: str | Path) -> tuple[LadderConfig, Tree]:
-    """The ladder that a YAML file or ``preset:NAME`` describes, and where its keys were written.
+    """Return the ladder in a YAML file or ``preset:NAME``, and the place of each key.
 
-    ``base`` is then a path from here, or ``preset:NAME``. Raises ConfigError, one sentence with
-    file, line and key.
+    ``base`` becomes a path relative to the working directory, or stays ``preset:NAME``.
+
+    Raises:
+        ConfigError: the file is not a valid ladder; one sentence with file, line and key.
     """
     file = locate(str(path), ladder_presets(), "ladder")
     tree = parse_file(file)

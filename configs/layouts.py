@@ -1,4 +1,4 @@
-"""Layouts written on a command line: ``pp=2,hdp=2,zero.stage=1``."""
+"""Parse layouts given on a command line: ``pp=2,hdp=2,zero.stage=1``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from allometry.configs.source import KeyPath, Tree, parse_value
 
 
 def parse_parallel(text: str, base: ParallelConfig) -> ParallelConfig:
-    """Return the ``parallel`` section that ``text`` describes: keys of it with their values.
+    """Return the ``parallel`` section for ``text``, a list of its keys with values.
 
-    The degrees that are not named are 1, and ``hdp`` is as large as ``ep`` and ``zero.replicas``
-    need; what is not a degree is as in ``base``. Raises ConfigError.
+    Degrees missing from ``text`` are 1, and ``hdp`` is ``ep * zero.replicas``; other keys are taken
+    from ``base``. For example, ``tp=2,zero.stage=1``.
+
+    Raises:
+        ConfigError: a key is unknown or a value is invalid.
     """
     tree = Tree(
         base.model_dump(mode="json") | {"pp": 1, "tp": 1, "ep": 1, "hdp": "auto", "auto": None}

@@ -1,4 +1,4 @@
-"""The ``run`` section: where a run lives, and from which other run it goes on."""
+"""The ``run`` section: the folder of a run, and the run that it continues."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from allometry.configs.base import Count, PathText, Section
 
 
 def covers(name: str, key: str) -> bool:
-    """Return whether a dotted key is ``name`` or lies in the section of that name."""
+    """Return True if a dotted key is ``name`` or belongs to the section of that name."""
     return key == name or key.startswith(f"{name}.")
 
 
 class Parent(Section):
-    """The run that a new run branches from, with everything it has learnt and recorded."""
+    """The run from which a new run branches, with its states and its records."""
 
     folder: PathText = Field(
-        min_length=1, description="the parent's run.folder; it may be training"
+        min_length=1, description="run.folder of the parent, which may still be training"
     )
     step: Count = Field(
-        gt=0, description="its checkpoint to begin at; see ``checkpoint.keep_steps``"
+        gt=0,
+        description="step of the parent's checkpoint at which the branch begins; see "
+        "``checkpoint.keep_steps``",
     )
     changes: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (),
-        description="keys or sections in which the branch differs from its parent: data, "
-        "optimizer.lr; schedule: it counts from ``step``, as that of a run that begins there",
+        description="keys or sections in which the branch differs from its parent, such as data or "
+        "optimizer.lr; with schedule, the branch's schedule counts from ``step``",
     )
     schedule_from: Count = Field(
         0,
         ge=0,
-        description="where the parent's own schedule counts from a step of its own, that step; "
-        "not with schedule in ``changes``",
+        description="step from which the parent's own schedule counts, if that is not 0; not "
+        "allowed with schedule in ``changes``",
     )
 
     @model_validator(mode="after")
@@ -55,7 +57,7 @@ class Parent(Section):
         return self
 
     def may_change(self, key: str) -> bool:
-        """Return whether ``changes`` names this key or a section that it lies in."""
+        """Return True if ``changes`` contains this key or a section to which it belongs."""
         return any(covers(name, key) for name in self.changes)
 
 
@@ -69,20 +71,22 @@ Kept = Literal["weights", "optimizer", "data"]
 
 
 class Initial(Section):
-    """The checkpoint of another run, or the Hugging Face model, that a new run begins with."""
+    """The checkpoint of another run, or the Hugging Face model, from which a new run starts."""
 
-    folder: PathText | None = Field(None, min_length=1, description="the run.folder of that run")
+    folder: PathText | None = Field(
+        None, min_length=1, description="run.folder of the other run; null: given by ``hf``"
+    )
     hf: PathText | None = Field(
-        None, min_length=1, description="instead of ``folder``: the folder of a Hugging Face model"
+        None, min_length=1, description="folder of a Hugging Face model, instead of ``folder``"
     )
     step: Annotated[
         Annotated[Count, Field(ge=0)] | Literal["latest"], BeforeValidator(_step_or_latest)
-    ] = Field("latest", description="its checkpoint to begin with, by its step, or the latest")
+    ] = Field("latest", description="step of the other run's checkpoint, or the latest one")
     keep: tuple[Kept, ...] = Field(
         ("weights",),
         min_length=1,
-        description="what goes on: weights; optimizer, what it remembers of each; data, each "
-        "source after what was read of it. The rest begins afresh",
+        description="state to take over: weights; optimizer, the optimizer states; data, the "
+        "position in each source. All other state is initialized",
     )
 
     @model_validator(mode="after")
@@ -114,21 +118,29 @@ class Initial(Section):
 
 
 class RunSection(Section):
-    """Where the run lives and what makes it repeatable."""
+    """Folder, seed and origin of the run."""
 
-    folder: PathText = Field(min_length=1, description="the run's folder")
-    seed: Count = Field(0, ge=0, description="seed of parameters, data order and dropout")
+    folder: PathText = Field(
+        min_length=1, description="folder of the run, for its checkpoints and records"
+    )
+    seed: Count = Field(
+        0, ge=0, description="seed of parameter initialization, data order and dropout"
+    )
     resume: str = Field(
         "auto",
         pattern=r"^(auto|never|step-[0-9]+)$",
-        description="auto: continue what the folder holds, or start; never: the folder must be "
-        "new; step-N: go back to that checkpoint and continue from there",
+        description="auto: continue from the latest checkpoint in the folder, or start a new run; "
+        "never: the folder must be new; step-N: return to that checkpoint and continue from there",
     )
     parent: Parent | None = Field(
-        None, description="branch from another run, with its record and its place in the data"
+        None,
+        description="branch from another run, with its records and its position in the data; null: "
+        "no branch",
     )
     initial: Initial | None = Field(
-        None, description="a new run that begins with the weights of another one, at step 1"
+        None,
+        description="start a new run at step 1 with the weights of another run; null: random "
+        "initialization, unless parent is set",
     )
 
     @model_validator(mode="after")
@@ -142,7 +154,7 @@ class RunSection(Section):
 
     @property
     def schedule_from(self) -> int:
-        """The step after which ``schedule`` counts its steps; 0 but for branches."""
+        """Step after which ``schedule`` counts its steps; 0 except for branches."""
         if self.parent is None:
             return 0
         named = self.parent.may_change("schedule")
@@ -150,5 +162,5 @@ class RunSection(Section):
 
     @property
     def branched_at(self) -> int:
-        """The steps that a branch has from its parent; 0 of other runs."""
+        """Number of steps that a branch takes over from its parent; 0 for other runs."""
         return 0 if self.parent is None else self.parent.step

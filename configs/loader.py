@@ -1,4 +1,4 @@
-"""From YAML files and overrides to a validated run, and back."""
+"""Load a run's configuration from YAML files and overrides, validate it, and dump it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Root = TypeVar("Root", bound=BaseModel)
 
 
 def presets() -> dict[str, Path]:
-    """The configurations that ship with the package, by name."""
+    """Return the files of the configurations that ship with the package, by name."""
     return _presets("*.yaml")
 
 
 def ladder_presets() -> dict[str, Path]:
-    """The ladders that ship with the package, by name."""
+    """Return the files of the ladders that ship with the package, by name."""
     return _presets("ladders/*.yaml")
 
 
@@ -38,11 +38,14 @@ def _presets(pattern: str) -> dict[str, Path]:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that ``path`` describes, with ``section.key=value`` overrides on top.
+    """Return the run in ``path``, with ``section.key=value`` overrides applied.
 
-    ``path`` is a YAML file or ``preset:NAME``. A file may name another with ``base:``, relative to
-    itself or a preset; its own keys lie over the base's. Raises ConfigError, one sentence with
-    file, line and key.
+    ``path`` is a YAML file or ``preset:NAME``. A file may name another one with ``base:``, as a
+    path relative to itself or as a preset, and overrides its keys. For example,
+    ``load("preset:demo", ["optimizer.lr=3e-4"])``.
+
+    Raises:
+        ConfigError: one sentence with file, line and key.
     """
     tree = read(path)
     for text in overrides:
@@ -56,17 +59,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read(path: str | Path) -> Tree:
-    """What ``path`` and the files below it say, not yet validated; see ``load``."""
+    """Return the merged keys of ``path`` and its base files, not validated; see ``load``."""
     return _read(str(path), ())
 
 
 def validate(tree: Tree) -> RunConfig:
-    """The run in ``tree``; a ConfigError says where the first mistake was written."""
+    """Return the run in ``tree``; a ConfigError names the place of the first error."""
     return validate_as(RunConfig, tree)
 
 
 def validate_as(root: type[Root], tree: Tree) -> Root:
-    """The description of another kind in ``tree``; see ``validate``."""
+    """Return the configuration of type ``root`` in ``tree``; see ``validate``."""
     try:
         return root.model_validate(tree.data)
     except ValidationError as error:
@@ -74,12 +77,12 @@ def validate_as(root: type[Root], tree: Tree) -> Root:
 
 
 def dump(config: RunConfig) -> str:
-    """YAML text that ``load`` reads back as an equal run; every default is written out."""
+    """Return a run as YAML with every default; ``load`` of this text returns an equal run."""
     return yaml_text(config.model_dump(mode="json"))
 
 
 def yaml_text(plain: Mapping[str, Any]) -> str:
-    """Plain values as YAML, a key a line."""
+    """Return plain values as YAML, one key per line."""
     out, yaml = StringIO(), YAML(typ="rt")
     yaml.default_flow_style, yaml.width = False, 100
     yaml.dump(plain, out)
@@ -108,7 +111,7 @@ def _read(path: str, seen: tuple[Path, ...]) -> Tree:
 
 
 def locate(path: str, known: Mapping[str, Path], what: str) -> Path:
-    """Return the file at ``path`` or, for ``preset:NAME``, of the ``known`` ones (``what``)."""
+    """Return the file at ``path``, or for ``preset:NAME`` one of ``known``; ``what``: its type."""
     name = path.removeprefix(PRESET)
     if not path.startswith(PRESET):
         if path in known and not Path(path).exists():
@@ -120,7 +123,7 @@ def locate(path: str, known: Mapping[str, Path], what: str) -> Path:
 
 
 def put(tree: Tree, key: str, value: Any, place: str) -> None:
-    """Set ``section.key`` of a run's tree; ``place`` is where an error will say it was written."""
+    """Set ``section.key`` in a run's tree; ``place`` is named in errors about the value."""
     path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
     if path[-1] == "kind" and len(path) > 1:
         section = _section(tree, path[:-1])
@@ -133,12 +136,15 @@ def put(tree: Tree, key: str, value: Any, place: str) -> None:
 def _section(tree: Tree, path: KeyPath) -> dict[str, Any]:
     section: Any = tree.data
     for key in path:
-        section = section.get(key, {}) if isinstance(section, dict) else {}
+        if isinstance(section, list) and isinstance(key, int) and key < len(section):
+            section = section[key]
+        else:
+            section = section.get(key, {}) if isinstance(section, dict) else {}
     return section if isinstance(section, dict) else {}
 
 
 def _of_kind(section: dict[str, Any], path: KeyPath, kind: Any) -> dict[str, Any]:
-    """What may stay of a section whose kind is overridden: the keys both kinds know."""
+    """Return the keys of a section that its new ``kind`` also has."""
     if section.get("kind") == kind:
         return section
     chosen = next((m for m in _models_at(RunConfig, path) if _kind_of(m) == kind), None)
@@ -147,7 +153,7 @@ def _of_kind(section: dict[str, Any], path: KeyPath, kind: Any) -> dict[str, Any
 
 
 def _sentence(error: ValidationError, tree: Tree, root: type[BaseModel]) -> str:
-    """The first error as one sentence: where, which key, what is wrong, what to do."""
+    """Return the first error as one sentence: place, key, problem, remedy."""
     inner = error.errors(include_url=False)[0].get("ctx", {}).get("error")
     if not isinstance(inner, InStage):
         return ": ".join(_located(error, tree, root))
@@ -161,14 +167,14 @@ def _sentence(error: ValidationError, tree: Tree, root: type[BaseModel]) -> str:
 
 
 def _located(error: ValidationError, tree: Tree, root: type[BaseModel]) -> tuple[str, str]:
-    """Where the first error was written, and the rest of the sentence."""
+    """Return the place of the first error, and the rest of the sentence."""
     details = error.errors(include_url=False)
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     path = _data_path(first, tree, root)
     name = ".".join(map(str, path)) or "the run"
     said, number = _explain(first, path, name, root), 1
     if first["type"] == "missing":
-        # All that this section lacks: those of another would stand in another place.
+        # All missing keys of this section; those of other sections have other places.
         paths = [_data_path(d, tree, root) for d in details if d["type"] == "missing"]
         keys = [str(p[-1]) for p in paths if p[:-1] == path[:-1]]
         if len(keys) > 1:
@@ -183,7 +189,7 @@ def _located(error: ValidationError, tree: Tree, root: type[BaseModel]) -> tuple
 
 
 def _left_out(path: KeyPath, tree: Tree) -> str:
-    """What the section of a mistake lost when its kind was changed, as the end of a sentence."""
+    """Return the end of a sentence: the keys that were dropped with a change of ``kind``."""
     for section, lost in tree.left_out.items():
         if path[: len(section)] == section:
             name = ".".join(map(str, section))
@@ -193,7 +199,7 @@ def _left_out(path: KeyPath, tree: Tree) -> str:
 
 
 def _form(path: KeyPath, root: type[BaseModel]) -> str:
-    """How a list or a mapping is written, as the end of a sentence about it or a value in it."""
+    """Return the end of a sentence: how a list or mapping at ``path`` is written."""
     while path and isinstance(path[-1], int):
         path = path[:-1]
     for section in _models_at(root, path[:-1]):
@@ -210,14 +216,14 @@ def _form(path: KeyPath, root: type[BaseModel]) -> str:
 
 
 def _item(annotation: Any) -> Any:
-    """The type of the items, of an annotation that takes a list; None for another one."""
+    """Return the item type of an annotation that accepts a list, else None."""
     if get_origin(annotation) is tuple:
         return get_args(annotation)[0]
     return next((item for a in get_args(annotation) if (item := _item(a)) is not None), None)
 
 
 def _examples(kind: Any) -> tuple[str, ...]:
-    """Items of a list as YAML has them."""
+    """Return example items of a list, as written in YAML."""
     sections = list(_sections(kind))
     if sections:
         known = sections[0].model_fields
@@ -231,19 +237,19 @@ def _examples(kind: Any) -> tuple[str, ...]:
 
 
 def _data_path(detail: ErrorDetails, tree: Tree, root: type[BaseModel]) -> KeyPath:
-    """pydantic's location without the union tags that it puts between the keys."""
+    """Return pydantic's location without the union tags between its keys."""
     path: list[str | int] = []
     node: Any = tree.data
     for part in detail["loc"]:
         inside = isinstance(node, dict) and part in node
         if isinstance(node, dict) and not inside:
-            # The kind of this section, or the first that may stand here if it says none.
+            # The kind of this section, or the first allowed kind if the section has none.
             sections = _models_at(root, tuple(path))
             if part == node.get("kind", _kind_of(sections[0]) if sections else None):
                 continue
         named = isinstance(node, list) and not isinstance(part, int)
         if path and (named or not isinstance(node, dict | list)):
-            break  # which of several types a value was tried as
+            break  # the union member that was tried
         path.append(part)
         item = isinstance(node, list) and isinstance(part, int) and part < len(node)
         node = node[part] if inside or item else None
@@ -258,7 +264,7 @@ def _explain(detail: ErrorDetails, path: KeyPath, name: str, root: type[BaseMode
         return f"{name} is missing; add it"
     if kind == "value_error":
         said = detail["msg"].removeprefix("Value error, ")
-        return f"{name}: {said}" if path else said  # of the whole run: it names the keys itself
+        return f"{name}: {said}" if path else said  # without a path, the message names its keys
     if kind == "union_tag_invalid":
         return f"{name}.kind={context['tag']} is not known; use one of {context['expected_tags']}"
     if kind == "union_tag_not_found":
@@ -293,7 +299,7 @@ def _unknown(path: KeyPath, name: str, root: type[BaseModel]) -> str:
 
 
 def _models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
-    """The sections that may stand at ``path`` (several where kinds differ)."""
+    """Return the section classes allowed at ``path`` (several for different kinds)."""
     here = [model]
     for key in path:
         if isinstance(key, int):

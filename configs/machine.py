@@ -1,4 +1,4 @@
-"""The description of a cluster's hardware: what the planner computes times from."""
+"""The description of a cluster's hardware, from which the planner computes times."""
 
 from __future__ import annotations
 
@@ -22,76 +22,81 @@ PeakName = Literal["fp32", "fp16", "bf16", "fp8", "fp4"]
 
 
 class Accelerator(Section):
-    """One GPU; of a card with two dies that run as two devices, one die."""
+    """One GPU; for a card with two dies that run as two devices, one die."""
 
     peak_flops: dict[PeakName, Positive] = Field(
         min_length=1, description="dense FLOP/s of matrix products by type, without sparsity"
     )
     attainable: dict[PeakName, Share] = Field(
-        min_length=1, description="share of the peak that a large matrix product reaches"
+        min_length=1,
+        description="fraction of the peak that a large matrix product attains, by type",
     )
     attention: Share = Field(
-        description="share of the bf16 peak of causal attention, forward and backward, 4K tokens"
+        description="fraction of the bf16 peak that causal attention attains, forward and "
+        "backward, at 4K tokens"
     )
-    memory_bytes: Positive = Field(description="device memory")
-    memory_bandwidth: Positive = Field(description="bytes/s of the specification")
-    copy_efficiency: Share = Field(description="share of memory_bandwidth that a copy reaches")
-    power_w: Positive = Field(description="watts that its board draws at most")
+    memory_bytes: Positive = Field(description="device memory in bytes")
+    memory_bandwidth: Positive = Field(description="specified memory bandwidth in bytes/s")
+    copy_efficiency: Share = Field(description="fraction of memory_bandwidth that a copy attains")
+    power_w: Positive = Field(description="maximum power of the board in watts")
     asynchronous: bool = Field(
-        default=True, description="false: the processor that computes launches too, as of a CPU"
+        default=True,
+        description="true: the device computes while the host launches kernels; false: the same "
+        "processor does both, as on a CPU",
     )
 
 
 class Links(Section):
-    """What messages between GPUs take, in one direction."""
+    """Bandwidth and latency of messages between GPUs, in one direction."""
 
     bandwidth: Positive = Field(description="bytes/s of one GPU (inside) or of one NIC (across)")
-    latency_s: Positive = Field(description="seconds of one step of a collective")
+    latency_s: Positive = Field(description="latency of one step of a collective, in seconds")
 
 
 class Host(Section):
-    """The CPU side of a node."""
+    """CPUs, memory and disks of a node."""
 
-    memory_bytes: Positive = Field(description="host memory of a node")
-    bandwidth: Positive = Field(description="bytes/s between the host and one GPU, one direction")
-    disk_bandwidth: Positive = Field(description="bytes/s written to a node's local disks")
+    memory_bytes: Positive = Field(description="host memory of a node in bytes")
+    bandwidth: Positive = Field(description="bytes/s between the host and one GPU in one direction")
+    disk_bandwidth: Positive = Field(description="bytes/s of writes to a node's local disks")
     adam_rate: Positive = Field(description="parameters/s that AdamW updates on a node's CPUs")
-    power_w: Positive = Field(description="watts that a node draws at most besides its GPUs")
+    power_w: Positive = Field(description="maximum power of a node without its GPUs, in watts")
 
 
 class Crowd(Section):
-    """Ranks of a node that share a processor, and what each one's rates are of one rank's alone."""
+    """Rates of several ranks that share a processor, relative to one rank alone."""
 
-    ranks: Count = Field(gt=1, description="ranks at once")
-    products: Share = Field(description="share of the rate of products and attention")
-    memory: Share = Field(description="share of the memory's bandwidth")
+    ranks: Count = Field(gt=1, description="number of concurrent ranks")
+    products: Share = Field(description="fraction of the rate of matrix products and attention")
+    memory: Share = Field(description="fraction of the memory bandwidth")
 
 
 class HardwareConfig(Section):
-    """A kind of node, and the network between nodes of that kind."""
+    """A type of node, and the network between nodes of this type."""
 
-    name: str = Field(min_length=1, description="what tables call it")
+    name: str = Field(min_length=1, description="name in tables")
     generation: Generation = Field(
-        default="other", description="of its GPU: what calibration carries over within"
+        default="other",
+        description="GPU generation; calibrated constants are shared within a generation",
     )
     gpu: Accelerator
-    gpus_per_node: Count = Field(gt=0, description="GPUs that the inside links join")
-    nics_per_node: Count = Field(gt=0, description="NICs of those GPUs together")
+    gpus_per_node: Count = Field(gt=0, description="number of GPUs that the inside links connect")
+    nics_per_node: Count = Field(gt=0, description="number of NICs of these GPUs together")
     inside: Links
     across: Links
     host: Host
     crowds: tuple[Crowd, ...] = Field(
-        default=(), description="what ranks that share a processor leave each other; none on GPUs"
+        default=(), description="rates of ranks that share a processor; empty for GPUs"
     )
     constants: dict[str, Positive] = Field(
-        default={}, description="constants of the cost model that were measured here, by name"
+        default={}, description="constants of the cost model measured on this hardware, by name"
     )
 
     def left(self, ranks: int) -> tuple[float, float]:
-        """Return the shares of a rank's rates that ``ranks`` on a node leave: (products, memory).
+        """Return the fractions of a rank's rates with ``ranks`` on a node: (products, memory).
 
-        Between the numbers that were measured, straight lines; beyond the last, ranks share what
-        there is.
+        Interpolated linearly between measured numbers of ranks; beyond the last, the ranks share
+        its total rate.
         """
         before: tuple[int, float, float] = (1, 1.0, 1.0)
         for crowd in sorted(self.crowds, key=lambda one: one.ranks):
@@ -105,13 +110,13 @@ class HardwareConfig(Section):
         return before[1] * beyond, before[2] * beyond
 
     def rank_memory(self, ranks: int) -> float:
-        """Bytes of memory that each of ``ranks`` on a node has; ranks of a CPU share it."""
+        """Return the bytes of memory per rank with ``ranks`` on a node; ranks of a CPU share it."""
         shared = 1 if self.gpu.asynchronous else min(ranks, self.gpus_per_node)
         return self.gpu.memory_bytes / shared
 
     @property
     def network_bandwidth(self) -> float:
-        """Bytes/s across nodes that one GPU has when all GPUs of its node send."""
+        """Bytes/s per GPU across nodes while all GPUs of the node send."""
         return self.across.bandwidth * self.nics_per_node / self.gpus_per_node
 
 
@@ -122,14 +127,15 @@ def known_hardware() -> dict[str, Path]:
 
 
 def measured_file() -> Path:
-    """Return where this machine's own description is kept, by its name on the network."""
+    """Return the path of this machine's own description, which contains its network name."""
     return Path(expanded(f"~/.cache/allometry/machine-{platform.node()}.yaml"))
 
 
 def load_hardware(name: str) -> HardwareConfig:
-    """Read a shipped description (``h100``), ``this-machine``'s own or a YAML file of one.
+    """Read a shipped description (``h100``), that of ``this-machine``, or a YAML file.
 
-    Raises ConfigError, one sentence with file, line and key.
+    Raises:
+        ConfigError: one sentence with file, line and key.
     """
     known = known_hardware()
     if name in known:

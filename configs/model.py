@@ -11,18 +11,20 @@ from allometry.configs.decoder import Decoder
 
 
 class DenseModel(Decoder):
-    """A dense transformer: a gated feed-forward in every block."""
+    """A dense transformer with a gated feed-forward in every block."""
 
     kind: Literal["dense"] = Field("dense", description="architecture family")
     ffn_width: Count = Field(gt=0, description="hidden width of the gated feed-forward")
 
 
 class _Experts(Section):
-    num_experts: Count = Field(gt=0, description="routed experts in a block")
-    experts_per_token: Count = Field(gt=0, description="routed experts that a token visits")
-    width: Count = Field(gt=0, description="hidden width of one expert's SwiGLU")
+    num_experts: Count = Field(gt=0, description="number of routed experts in a block")
+    experts_per_token: Count = Field(gt=0, description="number of routed experts per token (top-k)")
+    width: Count = Field(gt=0, description="hidden width of an expert's SwiGLU")
     num_shared_experts: Count = Field(
-        0, ge=0, description="experts of the same width that every token visits, run as one"
+        0,
+        ge=0,
+        description="number of shared experts of the same width, computed as one for every token",
     )
 
     @model_validator(mode="after")
@@ -36,45 +38,46 @@ class _Experts(Section):
 
 
 class SwiGLUExperts(_Experts):
-    """Experts that read and write the residual stream's width (arXiv 2401.04088)."""
+    """Experts whose input and output have the residual stream's width (arXiv 2401.04088)."""
 
     kind: Literal["swiglu"] = "swiglu"
 
 
 class LatentExperts(_Experts):
-    """Experts in a latent space: one shared projection down to it and one up from it."""
+    """Experts in a latent space, with a shared down-projection and a shared up-projection."""
 
     kind: Literal["latent"] = "latent"
-    latent_width: Count = Field(gt=0, description="width that the routed experts read and write")
+    latent_width: Count = Field(gt=0, description="width of the routed experts' input and output")
 
 
 ExpertsConfig = Annotated[SwiGLUExperts | LatentExperts, Field(discriminator="kind")]
 
 
 class NoBalance(Section):
-    """Nothing evens out the experts' load."""
+    """No load balancing of experts."""
 
     kind: Literal["none"] = "none"
 
 
 class AuxiliaryBalance(Section):
-    """A loss: coefficient * E * sum_e f_e P_e for each layer (arXiv 2101.03961, eq. 4), summed."""
+    """Auxiliary loss, summed over layers: coefficient * E * sum_e f_e P_e (2101.03961, eq. 4)."""
 
     kind: Literal["auxiliary"] = "auxiliary"
-    coefficient: float = Field(gt=0.0, description="weight of the loss of each layer")
+    coefficient: float = Field(gt=0.0, description="weight of each layer's auxiliary loss")
     loads: Literal["auto", "step_before", "this_batch"] = Field(
         "auto",
-        description="f_e: step_before: fractions of visits in the step before, at no cost; "
-        "this_batch: in the step's own global batch, counted in one more forward pass of the "
-        "blocks; auto: this_batch for data.kind documents and for small batches",
+        description="source of f_e. step_before: load fractions of the previous step, at no cost; "
+        "this_batch: load fractions of the step's own global batch, from an additional forward "
+        "pass of the blocks; auto: this_batch for data.kind documents and for small batches, else "
+        "step_before",
     )
 
 
 class BiasBalance(Section):
-    """A bias on each expert's score, for selection only (arXiv 2408.15664)."""
+    """A bias on each expert's score, used only for selection (arXiv 2408.15664)."""
 
     kind: Literal["bias"] = "bias"
-    rate: float = Field(1e-3, gt=0.0, description="what a step adds to or takes from a bias")
+    rate: float = Field(1e-3, gt=0.0, description="change of a bias per step")
     centered: bool = Field(
         False,
         description="take the mean over experts out of each step's changes, so that biases do not "
@@ -86,31 +89,36 @@ BalanceConfig = Annotated[NoBalance | AuxiliaryBalance | BiasBalance, Field(disc
 
 
 class RouterConfig(Section):
-    """How a token chooses its experts and weighs what they say."""
+    """Selection of experts for each token, and the weights of their outputs."""
 
     gate: Literal["softmax", "softmax_after_topk", "sigmoid", "sqrt"] = Field(
         "softmax",
-        description="weights of the chosen experts: softmax over all experts; softmax over the "
-        "chosen ones; sigmoid of each score; sqrt: square root of softmax_after_topk, shared and "
-        "routed parts times sqrt(1/2) each (arXiv 2603.28743)",
+        description="weights of the selected experts. softmax: softmax over all experts; "
+        "softmax_after_topk: softmax over the selected experts; sigmoid: sigmoid of each score; "
+        "sqrt: square root of softmax_after_topk, with shared and routed outputs each times "
+        "sqrt(1/2) (arXiv 2603.28743)",
     )
     normalize: bool = Field(
         False, description="divide the weights by their sum (gates softmax and sigmoid)"
     )
-    scale: float = Field(1.0, gt=0.0, description="multiplies the routed experts' sum")
-    num_groups: Count = Field(1, gt=0, description="groups that the experts are divided into")
+    scale: float = Field(1.0, gt=0.0, description="factor of the routed experts' weighted sum")
+    num_groups: Count = Field(
+        1, gt=0, description="number of groups into which the experts are divided"
+    )
     groups_per_token: Count | None = Field(
         None,
         gt=0,
-        description="groups that a token may visit, those with the largest sum of their two best "
-        "scores; null: all",
+        description="number of groups from which a token's experts are selected: those with the "
+        "largest sum of their two best scores; null: all groups",
     )
     balance: BalanceConfig = Field(
         default_factory=lambda: AuxiliaryBalance(coefficient=1e-3),
-        description="what evens out the experts' load",
+        description="load balancing of the experts",
     )
     z_loss: float = Field(
-        0.0, ge=0.0, description="coefficient of the squared log partition (arXiv 2202.08906)"
+        0.0,
+        ge=0.0,
+        description="coefficient of the squared log partition function (arXiv 2202.08906)",
     )
 
     @model_validator(mode="after")
@@ -126,17 +134,17 @@ class RouterConfig(Section):
 
 
 class MoEModel(Decoder):
-    """A transformer with a mixture of experts in each block after the first dense ones."""
+    """A transformer with a mixture of experts in each block after the first dense blocks."""
 
     kind: Literal["moe"] = Field("moe", description="architecture family")
     first_dense_layers: Count = Field(
-        0, ge=0, description="blocks at the start that have a dense feed-forward instead"
+        0, ge=0, description="number of initial blocks with a dense feed-forward instead of experts"
     )
     ffn_width: Count | None = Field(
-        None, gt=0, description="hidden width of the dense feed-forward, where there is one"
+        None, gt=0, description="hidden width of the dense feed-forward; null: no dense layers"
     )
-    experts: ExpertsConfig = Field(description="the experts of a block")
-    router: RouterConfig = Field(default_factory=RouterConfig, description="the choice among them")
+    experts: ExpertsConfig = Field(description="routed and shared experts of a block")
+    router: RouterConfig = Field(default_factory=RouterConfig, description="selection of experts")
 
     @model_validator(mode="after")
     def _check_experts(self) -> Self:
@@ -166,19 +174,19 @@ class MoEModel(Decoder):
         return self
 
     def has_experts(self, layer: int) -> bool:
-        """Whether this block (counted from 0) holds experts."""
+        """Return True if this block (counted from 0) has experts."""
         return layer >= self.first_dense_layers
 
 
 ModelConfig = DenseModel | MoEModel
-"""Any architecture; in a run's description ``kind`` says which."""
+"""Any architecture, selected by ``kind``."""
 
 
 WeightDecayRule = Literal["coupled", "mup", "sqrt", "independent"]
 
 
 class StandardParameterization(Section):
-    """Standard parameterization: one learning rate and 1/sqrt(fan_in) initialisation for all."""
+    """Standard parameterization: one learning rate and 1/sqrt(fan_in) initialization."""
 
     kind: Literal["sp"] = "sp"
     embedding_std: float = Field(
@@ -186,8 +194,8 @@ class StandardParameterization(Section):
     )
     weight_decay_rule: Literal["coupled", "independent"] = Field(
         "coupled",
-        description="a step at the peak rate takes lr x weight_decay of a weight (coupled) or "
-        "weight_decay itself (independent, arXiv 2309.14322)",
+        description="decay of a weight in a step at the peak rate: lr x weight_decay of it "
+        "(coupled), or weight_decay of it (independent, arXiv 2309.14322)",
     )
 
 
@@ -204,58 +212,66 @@ class _Widths(Section):
 class _Decayed(_Widths):
     weight_decay_rule: WeightDecayRule = Field(
         "mup",
-        description="hidden weight decay at m times the base width: 'coupled' keeps it, 'mup' "
-        "multiplies it by what lr is divided by, so that lr x decay stays constant, 'sqrt' by the "
-        "root of that (arXiv 2510.15262); 'independent': for all matrices a step at the peak rate "
-        "takes weight_decay itself (arXiv 2309.14322)",
+        description="weight decay of hidden matrices at m times the base width. coupled: "
+        "unchanged; mup: multiplied by the factor that divides lr, so that lr x decay is "
+        "constant; sqrt: multiplied by the square root of this factor (arXiv 2510.15262); "
+        "independent: a step at the peak rate decays every matrix by weight_decay itself (arXiv "
+        "2309.14322)",
     )
-    zero_head: bool = Field(False, description="start the output head from zeros")
+    zero_head: bool = Field(False, description="initialize the output head to zero")
 
 
 class MaximalUpdateParameterization(_Decayed):
-    """muP: what is tuned at ``base_width`` holds at any width (arXiv 2203.03466, Table 8)."""
+    """muP: values tuned at ``base_width`` apply at any width (arXiv 2203.03466, Table 8)."""
 
     kind: Literal["mup"] = "mup"
 
 
 class CompleteP(_Decayed):
-    """muP that holds at any depth as well: CompleteP, and Depth-muP (arXiv 2505.01618)."""
+    """muP with transfer over depth as well: CompleteP, and Depth-muP (arXiv 2505.01618)."""
 
     kind: Literal["completep"] = "completep"
-    base_layers: Count = Field(gt=0, description="blocks at which hyperparameters were tuned")
+    base_layers: Count = Field(
+        gt=0, description="number of blocks at which hyperparameters were tuned"
+    )
     depth_alpha: float = Field(
         1.0,
         ge=0.5,
         le=1.0,
-        description="branches shrink as depth to minus this: 1 is CompleteP, 0.5 Depth-muP",
+        description="branches are scaled by depth^-depth_alpha, relative to the base: 1 is "
+        "CompleteP, 0.5 Depth-muP",
     )
 
 
 class MuPPlusPlus(_Decayed):
-    """muP++: muP with branches times 1/sqrt(2 L) and one factor 1/sqrt(L) on all learning rates.
+    """muP++: muP with branches times 1/sqrt(2 L) and all learning rates times 1/sqrt(L).
 
-    As ArchScale runs it (github.com/microsoft/ArchScale).
+    As implemented in ArchScale (github.com/microsoft/ArchScale).
     """
 
     kind: Literal["mupp"] = "mupp"
-    base_layers: Count = Field(gt=0, description="blocks at which hyperparameters were tuned")
+    base_layers: Count = Field(
+        gt=0, description="number of blocks at which hyperparameters were tuned"
+    )
     base_batch_tokens: Count | None = Field(
-        None, gt=0, description="tokens of a batch at the base; null: as many as the run's"
+        None, gt=0, description="tokens of a batch at the base; null: the run's batch"
     )
     batch_rule: Literal["sqrt", "sde", "sdew"] = Field(
         "sqrt",
-        description="for b times the base's batch: sqrt: lr x sqrt(b); sde: also eps / sqrt(b) and "
-        "(1 - beta2) x b; sdew: eps / sqrt(b), (1 - beta2) x sqrt(b), weight_decay x sqrt(b)",
+        description="rule for b times the base's batch. sqrt: lr x sqrt(b); sde: also eps / "
+        "sqrt(b) and (1 - beta2) x b; sdew: eps / sqrt(b), (1 - beta2) x sqrt(b), weight_decay x "
+        "sqrt(b)",
     )
     weight_decay_rule: WeightDecayRule = Field(
-        "coupled", description="hidden weight decay at m times the base width, as for mup"
+        "coupled",
+        description="weight decay of hidden matrices at m times the base width, as for mup",
     )
 
 
 class HyperP(_Widths):
-    """Matrices on spheres, and how their learning rate follows depth, batch and tokens.
+    """Matrices on spheres, with learning rates that depend on depth, batch and tokens.
 
-    arXiv 2603.28743. There is no factor for width, nor for the number of experts.
+    arXiv 2603.28743. Learning rates do not depend on width or on the number of experts.
     """
 
     kind: Literal["hyperp"] = "hyperp"
@@ -263,26 +279,31 @@ class HyperP(_Widths):
         1e-4, gt=0.0, description="standard deviation of the initial embedding"
     )
     head_std: float | None = Field(
-        None, gt=0.0, description="that of the head at any width; null: 0.64 / sqrt(base_width)"
+        None,
+        gt=0.0,
+        description="standard deviation of the initial head at any width; null: 0.64 / "
+        "sqrt(base_width)",
     )
     output_multiplier: Literal["none", "1/m"] = Field(
-        "none", description="what logits are multiplied by at m times the base width"
+        "none", description="factor of the logits at m times the base width"
     )
-    base_layers: Count = Field(gt=0, description="blocks at which lr was tuned")
+    base_layers: Count = Field(gt=0, description="number of blocks at which lr was tuned")
     base_batch_tokens: Count | None = Field(
-        None, gt=0, description="tokens of a batch at the base; null: as many as the run's"
+        None, gt=0, description="tokens of a batch at the base; null: the run's batch"
     )
     base_tokens: Count | None = Field(
-        None, gt=0, description="length of a run at the base; null: as long as this run"
+        None, gt=0, description="length of a run at the base, in tokens; null: the run's length"
     )
-    batch_exponent: float = Field(0.5, ge=0.0, le=1.0, description="lr grows as batch to this")
+    batch_exponent: float = Field(
+        0.5, ge=0.0, le=1.0, description="lr is proportional to batch^batch_exponent"
+    )
     data_exponent: float = Field(
-        0.32, ge=0.0, le=1.0, description="lr falls as the run's tokens to this (eq. 8)"
+        0.32, ge=0.0, le=1.0, description="lr is proportional to tokens^-data_exponent (eq. 8)"
     )
     data_exponent_scope: Literal["hidden", "all"] = Field(
         "all",
-        description="whose lr falls with the run's tokens: all parameters' (as published runs did) "
-        "or only that of hidden matrices, routers and experts (as the paper's table says)",
+        description="parameters whose lr falls with the run's tokens: all (as in published runs), "
+        "or hidden matrices, routers and experts (hidden, as in the paper's table)",
     )
 
 
@@ -291,19 +312,24 @@ class MSSP(_Widths):
 
     kind: Literal["mssp"] = "mssp"
     regime: Literal["I", "II", "III"] = Field(
-        description="what grows: I: widths, with a fixed number of experts; II: width, experts and "
-        "visits, with experts of fixed width; III: all of these"
+        description="what grows. I: widths, with a fixed number of experts; II: width, number of "
+        "experts and experts per token, with a fixed expert width; III: all of these"
     )
     base_experts: Count = Field(gt=0, description="experts.num_experts at the base")
-    base_experts_per_token: Count = Field(gt=0, description="experts.experts_per_token there")
+    base_experts_per_token: Count = Field(gt=0, description="experts.experts_per_token at the base")
     base_expert_width: Count = Field(gt=0, description="experts.width at the base")
     base_layers: Count | None = Field(
-        None, gt=0, description="blocks at the base, for the depth rules of completep; null: none"
+        None,
+        gt=0,
+        description="number of blocks at the base, for completep's depth rules; null: no depth "
+        "rules",
     )
-    depth_alpha: float = Field(1.0, ge=0.5, le=1.0, description="as for completep")
-    zero_head: bool = Field(True, description="start the output head from zeros")
+    depth_alpha: float = Field(
+        1.0, ge=0.5, le=1.0, description="exponent of depth, as for completep"
+    )
+    zero_head: bool = Field(True, description="initialize the output head to zero")
     weight_decay_rule: Literal["coupled", "independent"] = Field(
-        "coupled", description="as for sp: the authors do not scale weight decay"
+        "coupled", description="as for sp; the authors do not scale weight decay"
     )
 
 

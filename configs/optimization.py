@@ -12,23 +12,23 @@ from allometry.configs.overrides import HasOverrides
 
 
 class Fp32States(Section):
-    """States as plain tensors of the parameters' type."""
+    """Optimizer states in the type of the parameters (fp32)."""
 
     kind: Literal["fp32"] = "fp32"
 
 
 class Fp8StatesConfig(Section):
-    """Moments and momenta of matrices in FP8, expanded to its range (COAT, arXiv 2410.19313).
+    """Moments and momenta of matrices in FP8 with range expansion (COAT, arXiv 2410.19313).
 
-    Groups of 128 elements of a row, in E4M3, share a scale and an exponent: 1.05 bytes of an
-    element instead of 4. Vectors keep fp32. See docs/precision.md.
+    Each group of 128 elements of a row, in E4M3, shares a scale and an exponent: 1.05 bytes per
+    element instead of 4. States of vectors stay in fp32. See docs/precision.md.
     """
 
     kind: Literal["fp8"] = "fp8"
     rounding: Literal["nearest", "stochastic"] = Field(
         "nearest",
-        description="how a state is rounded in each step: to the nearest number, as published; or "
-        "to one of the two around it at random, so that small changes are kept in the mean",
+        description="rounding of a state in each step: to the nearest FP8 number, as published, or "
+        "stochastic, to one of the two neighbours, so that small changes are kept in expectation",
     )
 
 
@@ -37,18 +37,18 @@ StatesConfig = Annotated[Fp32States | Fp8StatesConfig, Field(discriminator="kind
 
 class _Compressible(HasOverrides):
     states: StatesConfig = Field(
-        default_factory=Fp32States, description="how moments and momenta are kept"
+        default_factory=Fp32States, description="storage type of moments and momenta"
     )
 
 
 class _Adam(HasOverrides):
-    """What every optimizer says: its rate, its decay, and AdamW for the roles it leaves to it."""
+    """Keys of Adam-type optimizers, which also apply to roles that another rule leaves to AdamW."""
 
-    lr: float = Field(gt=0.0, description="peak learning rate, at the base dimensions")
-    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the first moment")
-    beta2: float = Field(0.95, ge=0.0, lt=1.0, description="decay of the second moment")
+    lr: float = Field(gt=0.0, description="peak learning rate at the base dimensions")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="decay rate of the first moment")
+    beta2: float = Field(0.95, ge=0.0, lt=1.0, description="decay rate of the second moment")
     eps: float = Field(1e-8, gt=0.0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0.0, description="decay of matrices; vectors have none")
+    weight_decay: float = Field(0.1, ge=0.0, description="weight decay of matrices, not of vectors")
 
 
 class AdamW(_Adam, _Compressible):
@@ -58,113 +58,114 @@ class AdamW(_Adam, _Compressible):
 
 
 class Lion(HasOverrides):
-    """The sign of a momentum, for all parameters (arXiv 2302.06675)."""
+    """Lion: sign of a momentum, for all parameters (arXiv 2302.06675)."""
 
     kind: Literal["lion"] = "lion"
     lr: float = Field(
         gt=0.0,
-        description="peak learning rate, at the base dimensions; 3 to 10 times below AdamW's",
+        description="peak learning rate at the base dimensions, typically 3 to 10 times lower than "
+        "AdamW's",
     )
-    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="share of the momentum in an update")
-    beta2: float = Field(0.99, ge=0.0, lt=1.0, description="decay of the momentum")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="weight of the momentum in an update")
+    beta2: float = Field(0.99, ge=0.0, lt=1.0, description="decay rate of the momentum")
     weight_decay: float = Field(
         0.1,
         ge=0.0,
-        description="decay of matrices; vectors have none; as lr is smaller than AdamW's, as many "
-        "times larger",
+        description="weight decay of matrices; vectors are not decayed. Raise it over AdamW's by "
+        "the factor by which lr is lower",
     )
 
 
 class _Mixed(_Adam):
-    """A rule for some roles; AdamW updates the others with ``beta1``, ``beta2`` and ``eps``."""
+    """Update rule for some roles; AdamW updates the others by ``beta1``, ``beta2``, ``eps``."""
 
     adamw_lr: float | None = Field(
-        None, gt=0.0, description="peak learning rate of what AdamW updates; null: lr"
+        None, gt=0.0, description="peak learning rate of AdamW's parameters; null: lr"
     )
 
 
 class Muon(_Mixed, _Compressible):
-    """Momentum made orthogonal, for hidden matrices, routers and experts (K. Jordan, 2024)."""
+    """Muon: orthogonalized momentum for hidden matrices, routers and experts (K. Jordan, 2024)."""
 
     kind: Literal["muon"] = "muon"
-    momentum: float = Field(0.95, ge=0.0, lt=1.0, description="decay of the momentum")
-    nesterov: bool = Field(True, description="look ahead by one gradient")
+    momentum: float = Field(0.95, ge=0.0, lt=1.0, description="decay rate of the momentum")
+    nesterov: bool = Field(True, description="Nesterov momentum")
     adjust: Literal["none", "original", "match_rms_adamw"] = Field(
         "match_rms_adamw",
-        description="what multiplies an update [A, B]: 1; sqrt(max(1, A/B)); 0.2 sqrt(max(A, B)), "
-        "the size of AdamW's updates (arXiv 2502.16982)",
+        description="factor of an update of shape [A, B]: 1 (none); sqrt(max(1, A/B)) (original); "
+        "0.2 sqrt(max(A, B)), the RMS of AdamW's updates (match_rms_adamw, arXiv 2502.16982)",
     )
 
 
 class OnSphere(_Mixed, _Compressible):
-    """Optimizers whose matrices keep their initial norms."""
+    """Optimizers that keep the initial norm of each matrix."""
 
     weight_decay: float = Field(
-        0.0, ge=0.0, description="decay of what AdamW updates; a matrix on its sphere has none"
+        0.0, ge=0.0, description="weight decay of AdamW's parameters; matrices on spheres have none"
     )
 
 
 class MuonH(OnSphere):
-    """Muon on spheres: each matrix keeps its initial norm and turns by ``lr`` in a step.
+    """Muon on spheres: each matrix keeps its initial norm and is rotated by ``lr`` per step.
 
-    Hidden matrices, routers and experts; the head turns by Adam's direction (arXiv 2603.28743).
+    For hidden matrices, routers and experts; the head uses Adam's direction (arXiv 2603.28743).
     """
 
     kind: Literal["muonh"] = "muonh"
-    momentum: float = Field(0.95, ge=0.0, lt=1.0, description="decay of the momentum")
-    nesterov: bool = Field(True, description="look ahead by one gradient")
+    momentum: float = Field(0.95, ge=0.0, lt=1.0, description="decay rate of the momentum")
+    nesterov: bool = Field(True, description="Nesterov momentum")
     step_norm: Literal["frobenius", "spectral"] = Field(
         "frobenius",
-        description="what lr fixes of a step: its norm over the matrix's, as published; or its "
-        "singular values, those of such a step of full rank, however few there are",
+        description="norm of a step that lr fixes. frobenius: Frobenius norm relative to the "
+        "matrix's, as published; spectral: singular values equal to those of such a step of full "
+        "rank, at any rank",
     )
 
 
 class AdamH(OnSphere):
-    """Adam's direction on spheres, for all matrices but the embedding (arXiv 2603.28743)."""
+    """Adam's direction on spheres, for all matrices except the embedding (arXiv 2603.28743)."""
 
     kind: Literal["adamh"] = "adamh"
 
 
 class SGDSaI(HasOverrides):
-    """Momentum, with a scale for each tensor from its first gradient (arXiv 2412.11768)."""
+    """Momentum with a scale per tensor from its first gradient (arXiv 2412.11768)."""
 
     kind: Literal["sgd_sai"] = "sgd_sai"
-    lr: float = Field(gt=0.0, description="peak learning rate, at the base dimensions")
-    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the momentum")
+    lr: float = Field(gt=0.0, description="peak learning rate at the base dimensions")
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="decay rate of the momentum")
     eps: float = Field(1e-8, gt=0.0, description="added to the deviation of the first gradient")
-    weight_decay: float = Field(0.1, ge=0.0, description="decay of matrices; vectors have none")
+    weight_decay: float = Field(0.1, ge=0.0, description="weight decay of matrices, not of vectors")
 
 
 class _LowRank(_Mixed):
     eps: float = Field(1e-6, gt=0.0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.0, ge=0.0, description="decay of matrices; vectors have none")
-    refresh_steps: Count = Field(
-        200, gt=0, description="steps after which a new projection is drawn"
-    )
+    weight_decay: float = Field(0.0, ge=0.0, description="weight decay of matrices, not of vectors")
+    refresh_steps: Count = Field(200, gt=0, description="steps between new projections")
     norm_growth: float = Field(
-        1.01, gt=1.0, description="most that an update's norm may grow from one step to the next"
+        1.01, gt=1.0, description="maximum ratio of an update's norm to the previous one's"
     )
 
 
 class Apollo(_LowRank):
-    """Adam's scale for each channel, from a projected gradient (arXiv 2412.05270)."""
+    """APOLLO: Adam's scale per channel, from a projected gradient (arXiv 2412.05270)."""
 
     kind: Literal["apollo"] = "apollo"
     rank: Count | None = Field(
-        None, gt=0, description="rows of the projection; null: a quarter of the smaller side"
+        None, gt=0, description="rows of the projection; null: a quarter of the smaller dimension"
     )
-    scale: float = Field(1.0, gt=0.0, description="updates are multiplied by its root")
+    scale: float = Field(1.0, gt=0.0, description="updates are multiplied by its square root")
 
 
 class ApolloMini(_LowRank):
-    """Adam's scale for each matrix, from a gradient projected to rank 1 (arXiv 2412.05270)."""
+    """APOLLO-Mini: Adam's scale per matrix, from a rank-1 projection (arXiv 2412.05270)."""
 
     kind: Literal["apollo_mini"] = "apollo_mini"
     scale: float | None = Field(
         None,
         gt=0.0,
-        description="updates are multiplied by its root; null: a quarter of the smaller side",
+        description="updates are multiplied by its square root; null: a quarter of the smaller "
+        "dimension",
     )
 
 
@@ -191,23 +192,23 @@ class _Warmup(Section):
 
 
 class ConstantSchedule(_Warmup):
-    """Warm-up, then constant."""
+    """Linear warm-up, then a constant rate."""
 
     kind: Literal["constant"] = "constant"
 
 
 class LinearSchedule(_Warmup):
-    """Warm-up, then a straight line down to ``final_fraction`` at the end of the run."""
+    """Warm-up, then linear decay to ``final_fraction`` at the end of the run."""
 
     kind: Literal["linear"] = "linear"
-    final_fraction: float = Field(0.0, ge=0.0, le=1.0, description="last rate over peak rate")
+    final_fraction: float = Field(0.0, ge=0.0, le=1.0, description="final rate over peak rate")
 
 
 class CosineSchedule(_Warmup):
-    """Warm-up, then half a cosine down to ``final_fraction`` at the end of the run."""
+    """Warm-up, then cosine decay to ``final_fraction`` at the end of the run."""
 
     kind: Literal["cosine"] = "cosine"
-    final_fraction: float = Field(0.1, ge=0.0, le=1.0, description="last rate over peak rate")
+    final_fraction: float = Field(0.1, ge=0.0, le=1.0, description="final rate over peak rate")
 
 
 class WSDSchedule(_Warmup):
@@ -215,15 +216,15 @@ class WSDSchedule(_Warmup):
 
     kind: Literal["wsd"] = "wsd"
     decay_fraction: float = Field(
-        0.1, gt=0.0, le=1.0, description="share of the run's steps that the decay takes"
+        0.1, gt=0.0, le=1.0, description="fraction of the run's steps in the decay"
     )
     decay: Literal["exponential", "linear", "1-sqrt"] = Field(
         "1-sqrt",
-        description="form of the decay, x from 0 to 1: final_fraction**x; a straight line; "
+        description="shape of the decay at x from 0 to 1: final_fraction**x (exponential); linear; "
         "1 - sqrt(x) (arXiv 2405.18392)",
     )
     final_fraction: float = Field(
-        0.0, ge=0.0, le=1.0, description="last rate over peak rate; exponential needs > 0"
+        0.0, ge=0.0, le=1.0, description="final rate over peak rate; exponential needs > 0"
     )
 
     @model_validator(mode="after")
@@ -241,10 +242,10 @@ def _check_exponential(decay: str, final_fraction: float) -> None:
 
 
 class WSDSSchedule(_Warmup):
-    """Warm-up, then stable and decay several times over (WSD-S, arXiv 2410.05192).
+    """Warm-up, then alternating stable and decay phases (WSD-S, arXiv 2410.05192).
 
-    Each decay ends one of several budgets, as if the run were to stop there; training then goes on
-    from its end, back at the peak. The last decay ends the run.
+    Each decay ends a training budget, as if the run stopped there; training then continues from the
+    end of the decay at the peak rate. The last decay ends the run.
     """
 
     kind: Literal["wsd_s"] = "wsd_s"
@@ -252,19 +253,19 @@ class WSDSSchedule(_Warmup):
         None, description="steps at which decays before the last one end, ascending"
     )
     decay_ends_tokens: tuple[Count, ...] | None = Field(
-        None, description="the same in tokens, each rounded up to a whole step"
+        None, description="the same in tokens, each rounded up to a step"
     )
     decay_fraction: float = Field(
-        0.1, gt=0.0, le=1.0, description="share that a decay takes of all steps up to its end"
+        0.1, gt=0.0, le=1.0, description="fraction of the steps up to its end that a decay takes"
     )
     decay: Literal["exponential", "linear", "1-sqrt"] = Field(
-        "1-sqrt", description="form of each decay, as of kind wsd"
+        "1-sqrt", description="shape of each decay, as for kind wsd"
     )
     final_fraction: float = Field(
-        0.0, ge=0.0, le=1.0, description="rate at the end of a decay over peak rate"
+        0.0, ge=0.0, le=1.0, description="rate at the end of a decay divided by peak rate"
     )
     rewarmup_steps: Count = Field(
-        0, ge=0, description="linear climb back to the peak after a decay; 0: at once, as published"
+        0, ge=0, description="steps of re-warm-up after a decay; 0: none, as published"
     )
 
     @model_validator(mode="after")
@@ -282,15 +283,15 @@ class WSDSSchedule(_Warmup):
 
 
 class RefinedSchedule(_Warmup):
-    """The rate of each step from a file that ``allometry refine`` wrote (arXiv 2310.07831)."""
+    """Rate of each step from a file written by ``allometry refine`` (arXiv 2310.07831)."""
 
     reads_file: ClassVar[bool] = True
 
     kind: Literal["refined"] = "refined"
     file: PathText = Field(
         min_length=1,
-        description="JSON with ``fractions`` of the peak rate; a run of another length reads "
-        "them in proportion. A warm-up, where one is given, multiplies them",
+        description="JSON file with ``fractions`` of the peak rate, which are stretched to the "
+        "length of the run. A warm-up, if set, multiplies them",
     )
 
 
@@ -306,30 +307,30 @@ SimpleSchedule = Annotated[_Simple, Field(discriminator="kind")]
 
 
 class ContinuedSchedule(Section):
-    """A run that is taken further: the schedule it had, and another one after its last step.
+    """Schedule of an extended run: its earlier schedule, and another one after its last step.
 
-    The warm-up of ``after`` climbs from the last rate of ``before`` rather than from 0 (re-warming,
-    arXiv 2403.08763); without one the rate jumps to the peak.
+    The warm-up of ``after`` starts at the last rate of ``before`` instead of 0 (re-warming, arXiv
+    2403.08763); without a warm-up the rate jumps to the peak.
     """
 
     kind: Literal["continued"] = "continued"
     before: SimpleSchedule = Field(description="schedule of the steps up to ``before_steps``")
-    before_steps: Count = Field(gt=0, description="length of the run that is taken further")
-    after: SimpleSchedule = Field(description="schedule of all steps after it")
+    before_steps: Count = Field(gt=0, description="number of steps of the run that is extended")
+    after: SimpleSchedule = Field(description="schedule of all later steps")
 
     @property
     def reads_file(self) -> bool:
-        """Whether rates come from a file, which may change."""
+        """True if rates are read from a file, which may change."""
         return self.before.reads_file or self.after.reads_file
 
     @property
     def warmup_steps(self) -> int | None:
-        """That of ``before``."""
+        """``warmup_steps`` of ``before``."""
         return self.before.warmup_steps
 
     @property
     def warmup_tokens(self) -> int | None:
-        """That of ``before``."""
+        """``warmup_tokens`` of ``before``."""
         return self.before.warmup_tokens
 
 
@@ -337,44 +338,49 @@ ScheduleConfig = Annotated[_Simple | ContinuedSchedule, Field(discriminator="kin
 
 
 class TrainingConfig(Section):
-    """How long to train (a run with ``stages``: as long as these), and what happens in a step."""
+    """Length of the run (with ``stages``: the sum of their lengths), and the training step."""
 
-    total_tokens: Count | None = Field(None, gt=0, description="length of the run, in tokens")
-    total_steps: Count | None = Field(None, gt=0, description="length of the run, in steps")
+    total_tokens: Count | None = Field(
+        None, gt=0, description="length of the run in tokens; null: given by total_steps or stages"
+    )
+    total_steps: Count | None = Field(
+        None, gt=0, description="length of the run in steps; null: given by total_tokens or stages"
+    )
     clip_grad_norm: float | None = Field(
-        1.0, gt=0.0, description="largest global gradient norm; null: do not clip"
+        1.0, gt=0.0, description="maximum global gradient norm; null: gradients are not clipped"
     )
     compute_dtype: Literal["bf16", "fp32", "fp64"] = Field(
         "bf16", description="type of activations and matrix products; parameters are fp32"
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
-        description="what a block's backward computes again instead of keeping: nothing; all but "
-        "matrix products, attention and communication; everything",
+        description="activations that a block's backward recomputes: none; all but those of matrix "
+        "products, attention and communication (selective); all (full). Enable it to save memory",
     )
     activation_offload: float = Field(
         0.0,
         ge=0.0,
         le=1.0,
-        description="share of a pipeline stage's layers, but for its last two, whose activations "
-        "wait for the backward in the host's memory: what checkpointing keeps of them, or all",
+        description="fraction of a pipeline stage's layers, except its last two, whose saved "
+        "activations (those that checkpointing keeps) are stored in host memory until the "
+        "backward pass",
     )
-    compile: bool = Field(False, description="torch.compile each block and the loss")
+    compile: bool = Field(False, description="apply torch.compile to each block and the loss")
     deterministic: bool = Field(
         False,
-        description="the same bits from the same step on CUDA too, for bit-exact resume: kernels "
-        "without atomics, at some cost; a CPU always gives them",
+        description="bitwise reproducible steps on CUDA, for bit-exact resume: slower kernels "
+        "without atomics; steps on a CPU are always reproducible",
     )
     cuda_graphs: Literal["auto"] | bool = Field(
         "auto",
-        description="run forward and backward of a micro-batch as CUDA graphs; auto: where they "
-        "can be (one GPU, zero.stage 0, packing: concatenated, no dropout); on elsewhere: an error",
+        description="run forward and backward passes as CUDA graphs; auto: where supported (one "
+        "GPU, zero.stage 0, packing: concatenated, no dropout); true: an error elsewhere",
     )
     bad_steps: BadSteps | None = Field(
-        None, description="skip bad updates; null: what is not finite ends the run"
+        None, description="skip bad updates; null: a loss that is not finite ends the run"
     )
     skip_steps: tuple[StepRange, ...] = Field(
-        (), description="steps whose batches are passed over: [120, [200, 250]]"
+        (), description="steps whose batches are skipped: [120, [200, 250]]"
     )
 
     @model_validator(mode="after")

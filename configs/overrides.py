@@ -1,4 +1,4 @@
-"""``optimizer.overrides``: what some parameters get instead of what their role gets."""
+"""``optimizer.overrides``: settings of selected parameters in place of those of their role."""
 
 from __future__ import annotations
 
@@ -14,37 +14,45 @@ OverrideRole = Literal["input", "hidden", "output", "vector", "router", "expert_
 
 
 def _listed(value: Any) -> Any:
-    """Let one value stand where a list of them is meant."""
+    """Wrap a single value into a list."""
     return value if value is None or isinstance(value, (list, tuple)) else [value]
 
 
 class ParameterOverride(Section):
-    """Which parameters, and what they get; criteria are joined by AND, none names all parameters.
+    """Settings of the parameters that match all given criteria; without criteria, of all.
 
-    Of several entries the last one that names a parameter decides all it gets, as in a .gitignore.
+    If several entries match a parameter, only the last one applies, as in a .gitignore.
     """
 
     roles: Annotated[tuple[OverrideRole, ...] | None, BeforeValidator(_listed)] = Field(
-        None, min_length=1, description="roles of the parameters (docs/parameterization.md)"
+        None,
+        min_length=1,
+        description="roles of the parameters (docs/parameterization.md); null: all roles",
     )
     layers: Annotated[tuple[int | str, ...] | None, BeforeValidator(_listed)] = Field(
-        None, min_length=1, description='layers from 0: 3, "0-3" (both ends in), or a list of these'
+        None,
+        min_length=1,
+        description='layers, counted from 0: 3, "0-3" (inclusive), or a list of these; null: all '
+        "parameters",
     )
     names: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = Field(
         None,
         min_length=1,
-        description='full names or patterns of them, * for anything: "*.wq.weight", or a list',
+        description='full names or patterns with * as wildcard: "*.wq.weight", or a list; null: '
+        "all names",
     )
     freeze: bool | None = Field(
         None,
-        description="true: not trained, and its bits never change; false: trained although an "
-        "earlier entry freezes it",
+        description="true: the parameters are not trained and keep their exact bits; false or "
+        "null: they are trained, although an earlier entry freezes them",
     )
     lr_multiplier: float | None = Field(
-        None, gt=0.0, description="multiplies the learning rate, peak and schedule"
+        None, gt=0.0, description="factor of the learning rate, in all steps; null: 1"
     )
     weight_decay_multiplier: float | None = Field(
-        None, ge=0.0, description="multiplies the weight decay; a step takes lr x decay of a weight"
+        None,
+        ge=0.0,
+        description="factor of the weight decay; a step decays a weight by lr x decay; null: 1",
     )
 
     @model_validator(mode="after")
@@ -65,7 +73,7 @@ class ParameterOverride(Section):
 
     @property
     def multipliers_given(self) -> tuple[str, ...]:
-        """The keys of the multipliers that are given."""
+        """Names of the multipliers that are set."""
         names = ("lr_multiplier", "weight_decay_multiplier")
         return tuple(name for name in names if getattr(self, name) is not None)
 
@@ -73,7 +81,7 @@ class ParameterOverride(Section):
         """Yield the layers of each item of ``layers``, in order.
 
         Raises:
-            ValueError: an item is neither a number nor two of them with a dash.
+            ValueError: an item is neither a number nor two numbers with a dash.
         """
         for item in self.layers or ():
             found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(item))
@@ -87,10 +95,10 @@ class ParameterOverride(Section):
 
 
 class HasOverrides(Section):
-    """What every optimizer says of single parameters."""
+    """Base class of optimizers: settings of selected parameters."""
 
     overrides: tuple[ParameterOverride, ...] = Field(
         (),
-        description="freezing, and multipliers of rate and decay, by role, layer or name "
-        "(docs/parameterization.md)",
+        description="freezing, and factors of learning rate and weight decay, by role, layer or "
+        "name (docs/parameterization.md); the last entry that matches a parameter applies",
     )

@@ -1,4 +1,4 @@
-"""Paths as users write them."""
+"""Expansion of paths in configurations and on the command line."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
 
 
 def expanded(path: str) -> str:
-    """``path`` with ``~`` at its beginning and ``$VAR`` or ``${VAR}`` replaced, as shells do.
+    """Return ``path`` with a leading ``~`` and ``$VAR`` or ``${VAR}`` expanded, as in a shell.
 
-    A file or folder that is there under its name with ``$`` is meant as it is written.
+    An existing file or folder whose name contains ``$`` is not expanded.
 
-    Raises ConfigError for a user or a variable that there is not, so that no folder is ever called
-    ``~`` or ``$VAR`` by mistake, and for what no system takes as a path.
+    Raises:
+        ConfigError: the user or the variable does not exist, so that no folder is created with the
+            name ``~`` or ``$VAR`` by mistake; or the path is invalid on every system.
     """
 
     longest = max(len(part.encode(errors="surrogatepass")) for part in path.split("/"))

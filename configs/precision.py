@@ -1,4 +1,4 @@
-"""The ``precision`` section: what is kept or multiplied in FP8."""
+"""The ``precision`` section: FP8 in saved activations, matrix products and all-gathers."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ ROLES: tuple[Fp8Role, ...] = ("hidden", "expert_up", "expert_down")
 
 
 class PrecisionConfig(Section):
-    """FP8 for what is kept for backward and for products; docs/precision.md says what each costs.
+    """FP8 for saved activations and matrix products; docs/precision.md gives the costs.
 
-    ``compute`` is ``training.compute_dtype``. Router, head, embedding and attention stay in it.
+    ``compute`` means ``training.compute_dtype``, which router, head, embedding and attention always
+    use.
     """
 
     saved_activations: Literal["compute", "fp8"] = Field(
         "compute",
-        description="type in which inputs of norms, linear layers, SwiGLU, routers and experts "
-        "wait for backward; fp8: E4M3 with a bf16 scale for each 16 numbers of a row",
+        description="type of the inputs of norms, linear layers, SwiGLU, routers and experts that "
+        "are saved for backward; fp8: E4M3 with a bf16 scale per 16 elements of a row",
     )
     linears: Linears = Field(
         "compute",
-        description="products of the layers' weights: compute, or FP8 with one scale for a tensor, "
-        "a row, or blocks (1 x 128 of activations, 128 x 128 of weights); auto: row-wise where the "
-        "device can, else tensor-wise, else compute",
+        description="type of the products of linear layers: compute, or FP8 with one scale per "
+        "tensor, row or block (1 x 128 for activations, 128 x 128 for weights); auto: row-wise if "
+        "the device supports it, else tensor-wise, else compute",
     )
     gradients: Literal["e4m3", "e5m2"] | None = Field(
         None,
-        description="type of incoming gradients in FP8 products; null: e5m2 under one scale for a "
-        "tensor, else e4m3",
+        description="type of incoming gradients in FP8 products; null: e5m2 for tensor-wise "
+        "scales, else e4m3",
     )
     roles: tuple[Fp8Role, ...] = Field(
-        ROLES, min_length=1, description="roles of the weights whose products are FP8"
+        ROLES, min_length=1, description="roles of the weights whose products are computed in FP8"
     )
     gather: Literal["compute", "fp8"] = Field(
         "compute",
-        description="type in which ZeRO gathers the weights of FP8 products under one scale for a "
-        "tensor: fp8 sends a byte of a number",
+        description="type in which ZeRO all-gathers the weights of tensor-wise FP8 products; fp8: "
+        "one byte per element",
     )
     compute_layers: tuple[Annotated[Count, Field(ge=0)], ...] = Field(
-        (), description="layers, from 0, whose products stay in the compute type"
+        (), description="layers, counted from 0, whose products stay in the compute type"
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The whole description of a run."""
+"""The complete configuration of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from allometry.configs.stages import InStage, NotInStages, Stage
 
 
 class RunConfig(Section):
-    """Everything that decides what a run does. One file, saved with the run."""
+    """Complete configuration of a run, stored as one file in the run folder."""
 
     run: RunSection
     model: ModelConfig = Field(discriminator="kind")
@@ -37,14 +37,18 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     record: RecordConfig = Field(default_factory=RecordConfig)
     stages: tuple[Stage, ...] | None = Field(
-        None, min_length=1, description="parts of the run, in order; null: it has only one"
+        None,
+        min_length=1,
+        description="parts of the run, in order; null: the run has a single part",
     )
 
     def of_stages(self) -> tuple[RunConfig, ...]:
-        """The run as it is in each stage, an ordinary run of the stage's length; itself without.
+        """Return the run's configuration in each stage, or the run itself without stages.
+
+        Each is a run without stages, of the stage's length.
 
         Raises:
-            InStage: what a stage makes of it is not valid.
+            InStage: a stage's configuration is not valid.
         """
         if self.stages is None:
             return (self,)

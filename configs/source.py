@@ -1,4 +1,4 @@
-"""Reading YAML text while remembering where each value was written."""
+"""Read YAML text and record the place of each value."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from allometry.configs.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1 << 19, 100_000, 64
-"""Of a YAML file, and of what it says once aliases (``*name``) are written out."""
+"""Limits of a YAML file, with its aliases (``*name``) expanded."""
 
 
 @dataclass
 class Tree:
-    """Plain data and, for each path in it, the place that wrote it.
+    """Plain data, and the place (file and line) at which each path in it was written.
 
-    ``left_out``: keys that a section had under a kind that another one took the place of.
+    ``left_out``: keys of a section that were dropped because its ``kind`` was replaced.
     """
 
     data: dict[str, Any]
@@ -34,7 +34,7 @@ class Tree:
     left_out: dict[KeyPath, tuple[str, ...]] = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> str:
-        """The place of ``path``, or of the nearest enclosing section that was written."""
+        """Return the place of ``path``, or of the nearest enclosing section with a place."""
         inside = [place for known, place in self.origin.items() if known[: len(path)] == path]
         if path and path not in self.origin and inside:
             return inside[-1]
@@ -43,13 +43,18 @@ class Tree:
         return self.origin.get(path, "the configuration")
 
     def overlay(self, top: Tree) -> Tree:
-        """This tree with ``top`` on it: mappings merge, lists and other kinds replace."""
+        """Return this tree with ``top`` over it: mappings merge; lists and other kinds replace."""
         result = Tree(dict(self.data), dict(self.origin), dict(self.left_out))
         _merge(result, top, result.data, top.data, ())
         return result
 
     def set(self, path: KeyPath, value: Any, place: str) -> None:
-        """Write ``value`` at ``path``; mappings on the way are made, list indices must exist."""
+        """Write ``value`` at ``path``; missing mappings are created, list indices must exist.
+
+        Raises:
+            ConfigError: a list index does not exist, or a value on the way is neither a mapping nor
+                a list.
+        """
         holder: Any = self.data
         for depth, key in enumerate(path[:-1]):
             if isinstance(holder, list):
@@ -69,7 +74,7 @@ class Tree:
         self.origin[path] = place
 
     def leave_out(self, path: KeyPath, old: dict[str, Any], new: dict[str, Any]) -> None:
-        """Note the keys of a section that its successor at ``path``, of another kind, lacks."""
+        """Record the keys of ``old`` that ``new``, its replacement of another kind, lacks."""
         lost = [str(key) for key in old if key not in new]
         if lost:
             self.left_out[path] = (*self.left_out.get(path, ()), *lost)
@@ -112,36 +117,41 @@ def _merge(
 
 
 def _same_kind(below: dict[str, Any], above: dict[str, Any]) -> bool:
-    """Whether the keys of ``below`` still mean something under ``above``."""
+    """Return True if the keys of ``below`` remain valid under ``above``."""
     return "kind" not in above or above["kind"] == below.get("kind", above["kind"])
 
 
 def _loaded(text: str) -> Any:
-    """What YAML says; its own reader takes seconds to find that brackets nest too deeply."""
+    """Parse YAML; deep brackets are counted first, as ruamel's parser takes seconds to fail."""
     depth = 0
     for bracket in re.findall(r"[\[\]{}]", text):
         depth += 1 if bracket in "[{" else -1
         if depth > 4 * MOST_DEPTH:
             raise RecursionError
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ReusedAnchorWarning)  # which YAML allows
+        warnings.simplefilter("ignore", ReusedAnchorWarning)  # YAML allows it
         return YAML(typ="rt").load(StringIO(text))
 
 
 def parse_value(text: str, place: str) -> Any:
-    """One YAML 1.2 value: ``3e-4`` is a float, ``null`` is none, ``[1, 2]`` a list."""
+    """Parse one YAML 1.2 value: ``3e-4`` is a float, ``null`` is None, ``[1, 2]`` a list.
+
+    Raises:
+        ConfigError: the text is not valid YAML.
+    """
     try:
         return _plain(_loaded(text), Tree({}), "", ())
-    except Exception as error:  # by the grammar, by a number or a tag: of many kinds
+    except Exception as error:  # grammar, numbers, tags: many types
         shown = text if len(text) <= 100 else f"{text[:100]}..."
         raise ConfigError(f"{place}: cannot read the value {shown!r}: {_reason(error)}") from None
 
 
 def parse_file(path: Path) -> Tree:
-    """The mapping that a YAML file holds, with file and line of each key.
+    """Return the mapping in a YAML file, with file and line of each key.
 
-    Raises ConfigError for a missing file, a syntax error, a duplicate key, or anything but a
-    mapping at the top.
+    Raises:
+        ConfigError: the file is missing or unreadable, has a syntax error or a duplicate key, or is
+            not a mapping at the top.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -164,7 +174,7 @@ def parse_file(path: Path) -> Tree:
             problem = f"key {key!r} stands twice in this section; remove one"
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigError(f"{path}:{line}: {problem}") from None
-    except Exception as error:  # by a number or a tag, or by its depth: of many kinds
+    except Exception as error:  # numbers, tags, depth: many types
         raise ConfigError(f"{path}: not valid YAML: {_reason(error)}") from None
     if not isinstance(raw, dict):
         kind = "a list" if isinstance(raw, CommentedSeq) else "a single value"
@@ -178,15 +188,15 @@ def parse_file(path: Path) -> Tree:
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it nests too deeply"
-    if isinstance(error, LookupError):  # a word that its tag does not know
+    if isinstance(error, LookupError):  # an unknown word under a tag
         return f"{error} does not fit its tag"
     return str(getattr(error, "problem", None) or error).strip().split("\n")[0]
 
 
 def _plain(raw: Any, tree: Tree, file: str, path: KeyPath) -> Any:
-    """ruamel's containers and scalars as plain ones, noting the line of each key.
+    """Convert ruamel's containers and scalars to plain ones, and record the line of each key.
 
-    What an alias names is written out at each place, so that a few lines may say very much.
+    Aliases are expanded at each place, so that a short file may expand to many values.
     """
     within = f"{file}: " if file else ""
     if len(path) > MOST_DEPTH:
@@ -222,6 +232,6 @@ def _plain(raw: Any, tree: Tree, file: str, path: KeyPath) -> Any:
 
 
 def _line(section: CommentedMap | CommentedSeq, key: Any) -> int:
-    """The line of a key or an item, of a key that ``<<`` brought in that of its section."""
+    """Return the line of a key or item; for a key merged by ``<<``, that of its section."""
     known = section.lc.data or {}
     return int(known[key][0] if key in known else section.lc.line or 0) + 1

@@ -1,4 +1,4 @@
-"""The ``stages`` section: parts of a run, each with what it changes of the run's sections."""
+"""The ``stages`` section: parts of a run, each with changes to the run's sections."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
     ),
     "parallel": ("context",),
 }
-"""Keys that a stage may change, by section; ``schedule`` is a stage's own as a whole."""
+"""Keys that a stage may change, by section; ``schedule`` is replaced completely."""
 
 Changes = dict[str, Any]
 Kept = Literal["weights", "optimizer", "data"]
 
 
 class NotInStages(ValueError):
-    """A stage asks for what no stage may have, at ``path`` in it."""
+    """A stage contains a key that no stage may have, at ``path`` within the stage."""
 
     def __init__(self, said: str, *path: str) -> None:
         super().__init__(said)
@@ -43,7 +43,7 @@ class NotInStages(ValueError):
 
 
 class InStage(ValueError):
-    """What stage ``number`` makes of the run is not valid: ``error``, of the run that it makes."""
+    """Stage ``number`` makes the run invalid; ``error`` is that of the resulting run."""
 
     def __init__(self, number: int, name: str, error: ValidationError | NotInStages) -> None:
         said = str(error)
@@ -55,38 +55,47 @@ class InStage(ValueError):
 
 
 class Stage(Section):
-    """A part of the run with a length of its own, and what differs in it from the run's sections.
+    """A part of the run with its own length and changes to the run's sections.
 
-    It begins with the weights, the optimizer's states and the place in the data that the stage
-    before it ends with; the schedule counts from its first step.
+    A stage starts with the weights, the optimizer states and the position in the data at the end of
+    the previous stage; its schedule counts from its first step.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name in the record")
-    steps: Count | None = Field(None, gt=0, description="length of the stage, in steps")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the stage in the run's records",
+    )
+    steps: Count | None = Field(
+        None, gt=0, description="length of the stage in steps; null: given by tokens"
+    )
     tokens: Count | None = Field(
-        None, gt=0, description="the same in tokens, rounded up to whole steps"
+        None,
+        gt=0,
+        description="length of the stage in tokens, rounded up to complete steps; null: given by "
+        "steps",
     )
     mixture: dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
         None,
-        description="weights of data.sources in this stage, 0 for those it does not name; null: "
-        "as data.sources say",
+        description="weights of data.sources in this stage, 0 for sources without an entry; null: "
+        "the weights in data.sources",
     )
     schedule: ScheduleConfig | None = Field(
         None,
-        description="the stage's own schedule; null: the run's, from the beginning. A warm-up "
-        "climbs from the last rate of the stage before",
+        description="schedule of the stage; null: the run's schedule, from its beginning. A "
+        "warm-up starts at the last rate of the previous stage",
     )
     keep: tuple[Kept, ...] = Field(
         ("weights", "optimizer", "data"),
-        description="what goes on from the stage before; without optimizer its states begin anew",
+        description="state to keep from the previous stage; without optimizer, the optimizer "
+        "states are initialized",
     )
-    data: Changes = Field({}, description="changes of data: sequence_length, replay, ...")
-    batch: Changes = Field({}, description="changes of batch")
-    model: Changes = Field({}, description="changes of model: rope_theta, rope_scaling, ...")
-    optimizer: Changes = Field({}, description="changes of optimizer: lr, overrides, ...")
-    training: Changes = Field({}, description="changes of training, but for its length")
-    precision: Changes = Field({}, description="changes of precision")
-    parallel: Changes = Field({}, description="changes of parallel.context")
+    data: Changes = Field({}, description="changes to data: sequence_length, replay, ...")
+    batch: Changes = Field({}, description="changes to batch")
+    model: Changes = Field({}, description="changes to model: rope_theta, rope_scaling, ...")
+    optimizer: Changes = Field({}, description="changes to optimizer: lr, overrides, ...")
+    training: Changes = Field({}, description="changes to training, except its length")
+    precision: Changes = Field({}, description="changes to precision")
+    parallel: Changes = Field({}, description="changes to parallel.context")
 
     @model_validator(mode="before")
     @classmethod
@@ -113,10 +122,11 @@ class Stage(Section):
         return self
 
     def over(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        """What a run's plain description becomes in this stage.
+        """Return a run's plain configuration with the changes of this stage.
 
         Raises:
-            NotInStages: it changes what a stage may not change, or names an unknown source.
+            NotInStages: the stage changes a key that no stage may change, or names an unknown
+                source.
         """
         changes: dict[str, Any] = {}
         for section, allowed in MAY_CHANGE.items():
@@ -150,7 +160,7 @@ class Stage(Section):
         return [one | {"weight": self.mixture.get(one["name"], 0.0)} for one in sources]
 
     def places(self, tree: Tree, number: int) -> Tree:
-        """The tree that ``over`` makes of a run's, with the places of what the stage says."""
+        """Return the tree of ``over``, with the places at which the stage's keys were written."""
         made = Tree(self.over(tree.data), dict(tree.origin))
         start: KeyPath = ("stages", number)
         for section in (*MAY_CHANGE, "schedule"):

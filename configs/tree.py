@@ -1,4 +1,4 @@
-"""The description of a tree: one trunk, and the runs that branch from its checkpoints."""
+"""The description of a tree of runs: one trunk, and the runs that branch from its checkpoints."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ TRUNK = "trunk"
 
 
 class Trunk(Section):
-    """The run that the others branch from: one to be trained, or one that there is."""
+    """The run from which the others branch: a run to train, or an existing run."""
 
     base: PathText | None = Field(
-        None, min_length=1, description="a run: YAML file, beside this one, or preset:NAME"
+        None,
+        min_length=1,
+        description="run to train: preset:NAME, or a YAML file, relative to this file; null: given "
+        "by ``run``",
     )
     run: PathText | None = Field(
-        None, min_length=1, description="instead of ``base``: the folder of a run that there is"
+        None, min_length=1, description="folder of an existing run, instead of ``base``"
     )
     set: dict[str, Any] = Field(
-        default_factory=dict, description="keys of the trunk: {training.total_steps: 4000}"
+        default_factory=dict,
+        description="keys of the trunk to override: {training.total_steps: 4000}",
     )
 
     @model_validator(mode="after")
@@ -42,16 +46,21 @@ class Trunk(Section):
 
 
 class TreeBranch(Section):
-    """A run that begins at a checkpoint of another one of the tree."""
+    """A run that starts from a checkpoint of another run of the tree."""
 
-    name: Name = Field(description="its folder, in ``folder``/runs")
-    parent: str = Field(TRUNK, description="trunk, or the name of another branch")
+    name: Name = Field(description="name of the branch and of its folder, in ``folder``/runs")
+    parent: str = Field(
+        TRUNK, description="run to branch from: trunk, or the name of an earlier branch"
+    )
     at: Count = Field(gt=0, description="step of the parent's checkpoint, which the parent keeps")
     config: PathText | None = Field(
-        None, min_length=1, description="YAML file, beside this one, of what it has otherwise"
+        None,
+        min_length=1,
+        description="YAML file with the changes of the branch, relative to this file; null: only "
+        "``set``",
     )
     set: dict[str, Any] = Field(
-        default_factory=dict, description="keys of the branch: {schedule.kind: wsd}"
+        default_factory=dict, description="keys of the branch to override: {schedule.kind: wsd}"
     )
 
 
@@ -59,10 +68,16 @@ class TreeConfig(Section):
     """A trunk and its branches: stable, then decays with other data (arXiv 2404.06395)."""
 
     kind: Literal["tree"] = "tree"
-    folder: PathText = Field(min_length=1, description="the tree's folder, which holds its runs")
-    trunk: Trunk = Field(description="the run that all of them begin with")
-    branches: tuple[TreeBranch, ...] = Field(min_length=1, description="what branches from it")
-    launch: LaunchConfig = Field(default_factory=LocalLaunch, description="where runs run")
+    folder: PathText = Field(
+        min_length=1, description="folder of the tree, which contains its runs"
+    )
+    trunk: Trunk = Field(description="run from which all branches descend")
+    branches: tuple[TreeBranch, ...] = Field(
+        min_length=1, description="branches, each after its parent"
+    )
+    launch: LaunchConfig = Field(
+        default_factory=LocalLaunch, description="where and how the runs are started"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -80,9 +95,12 @@ class TreeConfig(Section):
 
 
 def load_tree(path: str | Path) -> tuple[TreeConfig, Tree]:
-    """The tree that a YAML file describes, and where its keys were written.
+    """Return the tree in a YAML file, and the place of each key.
 
-    Paths of files are then from here. Raises ConfigError, one sentence with file, line and key.
+    File paths become relative to the working directory.
+
+    Raises:
+        ConfigError: one sentence with file, line and key.
     """
     file = Path(expanded(str(path)))
     source = parse_file(file)

@@ -1,4 +1,4 @@
-"""What a step trains on: sequences of tokens, their targets and where documents begin."""
+"""Batches of a step: sequences of tokens, their targets, and document boundaries."""
 
 # B sequences, L tokens in a sequence, T = B * L, C documents in the batch
 
@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 IGNORE = -100
-"""A target that does not count: the next token belongs to another document, or is repeated."""
+"""Target outside the loss: the next token belongs to another document, or is repeated."""
 
 
 @dataclass(frozen=True)
 class PackedDocuments:
-    """Documents as runs of the flattened T tokens of a batch; a sequence's start begins a run.
+    """Documents as runs of the flattened T tokens of a batch; each sequence begins a new run.
 
-    ``cu_lengths`` (int32, C + 1) is 0, the running sum of the lengths, T: what variable-length
-    attention kernels take. ``max_length`` is the longest run. ``positions_BL`` (int64) counts the
-    tokens of each run from 0.
+    ``cu_lengths`` (int32, C + 1) is 0, the running sum of the lengths, T, as in variable-length
+    attention kernels. ``max_length`` is the longest run. ``positions_BL`` (int64) counts the tokens
+    of each run from 0.
     """
 
     cu_lengths: NDArray[np.int32]
@@ -30,7 +30,10 @@ class PackedDocuments:
 
     @classmethod
     def of_lengths(cls, lengths: NDArray[np.int64], shape: tuple[int, int]) -> Self:
-        """Documents of these ``lengths`` (positive, sum B * L, none across a sequence's end)."""
+        """Return documents of these ``lengths`` (positive, sum B * L, not across a sequence's end).
+
+        For example, ``of_lengths(np.array([3, 1, 4]), (2, 4))`` has ``cu_lengths`` [0, 3, 4, 8].
+        """
         total = shape[0] * shape[1]
         assert total < 2**31, "a batch has fewer than 2**31 tokens"
         cu_lengths = np.zeros(len(lengths) + 1, np.int64)
@@ -41,7 +44,7 @@ class PackedDocuments:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document, in order (C)."""
+        """Number of tokens in each document, in order (C)."""
         return np.diff(self.cu_lengths).astype(np.int64)
 
 
@@ -49,9 +52,9 @@ class PackedDocuments:
 class Batch:
     """B sequences of L tokens.
 
-    ``tokens_BL`` and ``targets_BL`` are int64; a target is the token that follows, or ``IGNORE``.
-    ``source_B`` (int64) numbers the sources in the order of the configuration. ``documents`` is
-    None when sequences are plain streams of tokens that attend across documents.
+    ``tokens_BL`` and ``targets_BL`` (int64): a target is the next token, or ``IGNORE``.
+    ``source_B`` (int64): index of each sequence's source in the configuration. ``documents`` is
+    None if sequences are plain token streams with attention across documents.
     """
 
     tokens_BL: NDArray[np.int64]
@@ -61,21 +64,21 @@ class Batch:
 
     @property
     def num_sequences(self) -> int:
-        """B."""
+        """Number of sequences, B."""
         return int(self.tokens_BL.shape[0])
 
     @property
     def num_tokens(self) -> int:
-        """T = B * L, targets that do not count included."""
+        """T = B * L, including tokens whose target is ``IGNORE``."""
         return int(self.tokens_BL.size)
 
     @property
     def num_targets(self) -> int:
-        """Targets that count."""
+        """Number of targets in the loss."""
         return int(np.count_nonzero(self.targets_BL != IGNORE))
 
     def rows(self, start: int, stop: int) -> Batch:
-        """Sequences ``start`` to ``stop`` (exclusive) as a batch of their own."""
+        """Return sequences ``start`` to ``stop`` (exclusive) as a batch."""
         assert 0 <= start < stop <= self.num_sequences
         documents = None
         if self.documents is not None:
@@ -89,7 +92,7 @@ class Batch:
 
     @classmethod
     def concatenate(cls, batches: Sequence[Batch]) -> Self:
-        """The sequences of ``batches``, which share L and the kind of packing, in one batch."""
+        """Return one batch of all sequences; the batches must have the same L and packing."""
         assert batches, "nothing to concatenate"
         tokens_BL = np.concatenate([batch.tokens_BL for batch in batches])
         packed = [batch.documents for batch in batches if batch.documents is not None]

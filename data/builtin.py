@@ -1,4 +1,4 @@
-"""Two corpora that every Python brings along: its standard library's code and documentation."""
+"""Two corpora included in every Python: its standard library's code and documentation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOPICS = "pydoc_data/topics.py"
 
 
 def open_builtin(name: str) -> Corpus:
-    """``builtin:python-code`` or ``builtin:python-prose``."""
+    """Return the corpus ``builtin:python-code`` or ``builtin:python-prose``."""
     kinds = {"builtin:python-code": CodeCorpus, "builtin:python-prose": ProseCorpus}
     if name not in kinds:
         raise UserError(f"input {name} is not built in; choose one of {', '.join(kinds)}")
@@ -39,14 +39,14 @@ def open_builtin(name: str) -> Corpus:
 
 
 def python_version() -> str:
-    """Version of the running Python, whose standard library the built-in corpora are."""
+    """Return the version of the running Python, whose standard library the corpora contain."""
     return ".".join(str(part) for part in sys.version_info[:3])
 
 
 class CodeCorpus(Corpus):
-    """Each source file of the standard library, its own tests included, installed packages not.
+    """The source files of the standard library with its tests, without installed packages.
 
-    pydoc's topics are left to the prose.
+    pydoc's topics are excluded; ``ProseCorpus`` contains them.
     """
 
     def __init__(self, input: str, root: Path, files: list[Path]) -> None:
@@ -66,10 +66,10 @@ class CodeCorpus(Corpus):
 
 
 class ProseCorpus(Corpus):
-    """Each docstring is a document, the first of equal ones, and so is each topic of pydoc.
+    """Docstrings of the standard library without duplicates, and the topics of pydoc.
 
-    The library's own tests are left out: two thirds of the sources to parse, with few words. A
-    docstring goes to the split of its file, so that no held-out docstring stands in a training
+    The library's tests are excluded: two thirds of the sources to parse, with few words. A
+    docstring belongs to the split of its file, so that no held-out docstring is in a training
     document of ``CodeCorpus`` (unless another file repeats it).
     """
 
@@ -80,7 +80,7 @@ class ProseCorpus(Corpus):
         self._read: tuple[list[Document], LeftOut] | None = None
 
     def documents(self, log: ReadLog, ordered_map: OrderedMap) -> Iterator[Document]:
-        """See ``Corpus.documents``; kept in memory, as parsing takes seconds and they are few."""
+        """See ``Corpus.documents``; cached, as parsing takes seconds and documents are few."""
         if self._read is None:
             by_text: dict[str, Document] = {}
             left_out = LeftOut()
@@ -105,7 +105,7 @@ class ProseCorpus(Corpus):
 
 
 def _source(path: Path) -> str | None:
-    """The file's text by its declared encoding (PEP 263); None if it is not in it."""
+    """Return the file's text by its declared encoding (PEP 263); None if decoding fails."""
     try:
         with tokenize.open(path) as file:
             return file.read()
@@ -114,19 +114,19 @@ def _source(path: Path) -> str | None:
 
 
 def _docstrings(root: Path, path: Path) -> list[Document] | str:
-    """Docstrings of one file in the order of their places, or why there are none."""
+    """Return the docstrings of a file in order, or the reason for their absence."""
     text = _source(path)
     if text is None:
         return "file is not text in its declared encoding"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the library's own code
+            warnings.simplefilter("ignore")  # warnings are about the library's own code
             tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return "file does not parse"
     name, group = path.relative_to(root).as_posix(), text_digest(text)
     documents: list[Document] = []
-    # Statements only: docstrings stand nowhere else, and expressions are most of a tree.
+    # Statements only: expressions contain no docstrings and are most of a tree.
     waiting: list[tuple[ast.AST, str]] = [(tree, name)]
     while waiting:
         node, where = waiting.pop()
@@ -146,7 +146,7 @@ def _docstrings(root: Path, path: Path) -> list[Document] | str:
 def _topics() -> Iterator[Document]:
     try:
         from pydoc_data.topics import topics
-    except ImportError as error:  # a Python that was installed without its documentation
+    except ImportError as error:  # Python was installed without its documentation
         raise UserError(
             "builtin:python-prose needs pydoc_data.topics, which this Python lacks; install the "
             "whole standard library or give a corpus of your own"

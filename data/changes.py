@@ -1,10 +1,11 @@
-"""The mixture of a run as a list of changes: what is declared, and what a run has followed so far.
+"""Mixture of a run as a list of changes: as declared, and as followed so far.
 
-A run's mixture is a tuple of ``Change`` s, the first at sample 0. What a configuration asks for is
-``declared(data)``; where a run goes on under another one, ``followed(past, wanted, position)``
-keeps what its samples so far were and takes the rest from the new one. So the order of data is a
-pure function of the seed, the changes and the position, and an edit in mid-run, a ramp and a stage
-of training are one thing: a change at a position, of shares or of how long samples are.
+A run's mixture is a tuple of ``Change`` objects, the first at sample 0. ``declared(data)`` returns
+the changes of a configuration; if a run continues under another configuration,
+``followed(past, wanted, position)`` keeps the past changes before ``position`` and takes later ones
+from the new configuration. The order of data is therefore a pure function of the seed, the changes
+and the position. An edit during a run, a ramp and a training stage have the same form: a change of
+shares or of the sample length at a position.
 """
 
 # S sources, L tokens in a sample
@@ -25,16 +26,16 @@ from allometry.configs.errors import UserError
 from allometry.data.mixture import Mixture
 
 STAIRS = 64
-"""A ramp is as many equal stairs at most, each with the ratio of its middle."""
+"""Largest number of equal steps in a ramp; each step has the ratio at its middle."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """From sample ``position`` on sources have these ``shares``, and samples ``length`` tokens.
+    """Shares of the sources and sample length from sample ``position`` on.
 
-    Shares are whole multiples of 2**-32 and sum to 1; a source that is not named has none.
-    ``limit``: of whole documents, ``max_document_tokens``. ``passed``: samples that come there by
-    these shares and are passed over, before the one at ``position``; the run never reads them.
+    Shares are multiples of 2**-32 and sum to 1; a source without an entry has share 0. ``length``
+    is in tokens. ``limit``: ``max_document_tokens`` of complete documents. ``passed``: number of
+    samples that these shares give before the sample at ``position`` and that the run skips.
     """
 
     position: int
@@ -44,7 +45,7 @@ class Change:
     passed: int = 0
 
     def describe(self) -> dict[str, Any]:
-        """The same as JSON; ``changes_of`` reads it back with the same bits."""
+        """Return the change as JSON; ``changes_of`` restores the same bits."""
         said = {"position": self.position, "shares": dict(self.shares), "length": self.length}
         rest = {"limit": self.limit, "passed": self.passed or None}
         return said | {key: value for key, value in rest.items() if value is not None}
@@ -52,9 +53,9 @@ class Change:
 
 @dataclass(frozen=True)
 class DataStage:
-    """The data of a stage of a run, whose first sample is at ``position``.
+    """Data of a stage of a run, whose first sample is at ``position``.
 
-    ``samples``: how many it has; None: as many as are asked for. ``name`` None: the whole run.
+    ``samples``: number of samples; None: unlimited. ``name`` None: the stage is the complete run.
     """
 
     data: SequenceData | DocumentData
@@ -64,7 +65,10 @@ class DataStage:
 
 
 def changes_of(state: Mapping[str, Any]) -> tuple[Change, ...]:
-    """The changes that a checkpoint's ``reading`` tells; earlier ones name a run's only length."""
+    """Return the changes in a checkpoint's ``reading``.
+
+    In older checkpoints, all changes have the only length of the run.
+    """
     order = state.get("order", {})
     only = {"length": order.get("data.sequence_length")}
     only["limit"] = order.get("data.max_document_tokens")
@@ -72,9 +76,10 @@ def changes_of(state: Mapping[str, Any]) -> tuple[Change, ...]:
 
 
 def declared(*stages: SequenceData | DocumentData | DataStage) -> tuple[Change, ...]:
-    """What a configuration asks for, from the weights and ``replay`` of each stage.
+    """Return the changes of a configuration, from the weights and ``replay`` of each stage.
 
-    What a stage's ``replay`` would change after its last sample does not come.
+    Changes of ``replay`` after the last sample of a stage are dropped. For example,
+    ``declared(config.data)`` of data without ``replay`` has one change, at sample 0.
     """
     wanted: list[Change] = []
     for given in stages:
@@ -100,7 +105,11 @@ def _declared(data: SequenceData | DocumentData) -> Iterator[Change]:
 
 
 def followed(past: Sequence[Change], wanted: Sequence[Change], position: int) -> tuple[Change, ...]:
-    """The changes of a run that followed ``past`` for ``position`` samples and now wants others."""
+    """Return the changes of a run that followed ``past`` up to ``position``, then ``wanted``.
+
+    For example, ``followed(past, declared(data), 1000)`` is the mixture of a run whose data were
+    changed at sample 1000.
+    """
     kept = [change for change in past if change.position < position]
     rest = [change for change in wanted if change.position > position]
     now = replace(in_force(wanted, position), position=position, passed=0)
@@ -108,7 +117,7 @@ def followed(past: Sequence[Change], wanted: Sequence[Change], position: int) ->
 
 
 def passing_over(changes: Sequence[Change], position: int, samples: int) -> tuple[Change, ...]:
-    """The changes of a run that at ``position`` passes over so many samples (more of them)."""
+    """Return the changes of a run that skips ``samples`` further samples at ``position``."""
     before = [change for change in changes if change.position < position]
     here = in_force(changes, position)
     passed = samples + (here.passed if here.position == position else 0)
@@ -117,12 +126,12 @@ def passing_over(changes: Sequence[Change], position: int, samples: int) -> tupl
 
 
 def in_force(changes: Sequence[Change], position: int) -> Change:
-    """The change that the sample at ``position`` follows."""
+    """Return the change that applies to the sample at ``position``."""
     return changes[bisect_right(changes, position, key=lambda change: change.position) - 1]
 
 
 def _merged(changes: Iterable[Change]) -> tuple[Change, ...]:
-    """Without changes that change nothing, or that the next one replaces at the same position."""
+    """Drop changes without an effect, and changes replaced by the next one at the same position."""
     kept: list[Change] = []
     for change in changes:
         if kept and kept[-1].position == change.position:
@@ -142,10 +151,10 @@ def _shares(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_sum(data: SequenceData | DocumentData) -> None:
-    """Raise UserError for weights that were meant as shares of the whole and do not sum to 1."""
+    """Raise UserError for weights that look like shares of the batch but do not sum to 1."""
     given = [source.weight for source in data.sources if source.weight]
     total = sum(given)
-    near = 0.5 <= total <= 1.5 and abs(total - 1.0) > 0.015  # three times 0.33 are meant
+    near = 0.5 <= total <= 1.5 and abs(total - 1.0) > 0.015  # three times 0.33 is accepted
     if data.replay is None and len(given) > 1 and max(given) < 1.0 and near:
         said = " + ".join(f"{weight:g}" for weight in given)
         raise UserError(
@@ -156,7 +165,7 @@ def check_sum(data: SequenceData | DocumentData) -> None:
 
 
 def _ratios(replay: Replay, length: int) -> Iterator[tuple[int, float]]:
-    """The share of replay and the tokens of the run from which it holds, in order."""
+    """Yield the first token of each replay ratio, and the ratio, in order."""
     ratio = replay.ratio
     yield 0, ratio
     for change in replay.changes:
@@ -170,7 +179,7 @@ def _ratios(replay: Replay, length: int) -> Iterator[tuple[int, float]]:
 
 
 def _with_ratio(weights: Mapping[str, float], replay: Replay, ratio: float) -> dict[str, float]:
-    """The weights in which ``replay.sources`` have ``ratio`` together and the others the rest."""
+    """Scale the weights so that ``replay.sources`` sum to ``ratio`` and the others to the rest."""
     old = math.fsum(weights[name] for name in replay.sources)
     new = math.fsum(w for name, w in weights.items() if name not in replay.sources)
     parts = {True: ratio / old if old else 0.0, False: (1.0 - ratio) / new if new else 0.0}
@@ -178,23 +187,25 @@ def _with_ratio(weights: Mapping[str, float], replay: Replay, ratio: float) -> d
 
 
 class ChangingMixture:
-    """Which source each sample comes from, under ``changes``; sources are numbered as ``names``.
+    """Schedule of sources under ``changes``; sources are numbered as in ``names``.
 
-    Within a change and from one to the next it is ``Mixture``'s schedule: any position is found
-    without those before it.
+    The schedule is that of ``Mixture``, within a change and across changes: any position is
+    computed without the positions before it. For example,
+    ``ChangingMixture(declared(data), names).source(7)`` is the source of sample 7 and its number in
+    the source.
     """
 
     def __init__(self, changes: Sequence[Change], names: Sequence[str]) -> None:
         assert changes[0].position == 0
         self.changes = tuple(changes)
         self.names = tuple(names)
-        # Ties go by the order in which sources came into the run, which an edit may not change.
+        # Ties follow the order in which sources joined the run, so that an edit cannot change them.
         order = list(dict.fromkeys(name for change in changes for name in change.shares))
         assert set(order) <= set(names), (order, names)
         order += [name for name in names if name not in order]
         self._place = np.array([self.names.index(name) for name in order], np.int64)
         self._parts: list[Mixture] = []
-        self._passed = [0]  # samples before the first of each part that the run does not read
+        self._passed = [0]  # skipped samples before each part
         for change in changes:
             weights = [change.shares.get(name, 0.0) for name in order]
             self._parts.append(
@@ -206,12 +217,15 @@ class ChangingMixture:
         self._starts = [change.position for change in changes]
 
     def shares(self, position: int = 0) -> dict[str, float]:
-        """Each source's share of the samples at ``position``; their sum is 1."""
+        """Return each source's share of the samples at ``position``; the shares sum to 1."""
         shares = in_force(self.changes, position).shares
         return {name: shares.get(name, 0.0) for name in self.names}
 
     def sources(self, position: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Source of each of ``count`` samples from ``position`` on and its number in the source."""
+        """Return source and sample number of ``count`` samples from ``position`` on.
+
+        Both are int64 [``count``]; the number counts the samples of the source.
+        """
         found = []
         number = bisect_right(self._starts, position) - 1
         while True:
@@ -225,20 +239,22 @@ class ChangingMixture:
         return self._place[source], index
 
     def source(self, position: int) -> tuple[int, int]:
-        """Source of the sample at ``position`` and that sample's number within the source."""
+        """Return the source of the sample at ``position`` and its number within the source."""
         source_B, index_B = self.sources(position, 1)
         return int(source_B[0]), int(index_B[0])
 
     def counts(self, position: int) -> NDArray[np.int64]:
-        """Samples of each source before the one at ``position``, those passed over among them
-        (int64, S); without such ones their sum is ``position``.
+        """Return the number of samples of each source before ``position``, skipped ones included.
+
+        The result is int64, S; without skipped samples its sum is ``position``.
         """
         number = bisect_right(self._starts, position) - 1
         return self._counts(number, position + self._passed[number + 1])
 
     def passed_over(self, position: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield what is passed over up to ``position``: from which sample of each source to which
-        (exclusive; int64, S).
+        """Yield the skipped ranges up to ``position``: begin and end for each source.
+
+        Both are sample numbers (int64, S); the end is exclusive.
         """
         for number, change in enumerate(self.changes):
             if change.passed and change.position <= position:

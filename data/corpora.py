@@ -1,4 +1,4 @@
-"""Where documents come from: text files, JSON Lines, parquet and what Python brings along."""
+"""Sources of documents: text files, JSON Lines, parquet, and corpora included in Python."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from hashlib import sha256
+from itertools import repeat
 from pathlib import Path
 
 from allometry.configs.errors import UserError
@@ -28,31 +29,50 @@ from allometry.data.kinds import (
     DAMAGE,
     JSON_LINES,
     PARQUET,
+    TEXT,
     SourceFile,
     UnusableError,
     kind_of,
     opened,
 )
-from allometry.data.records import NULL, json_text, parquet_rows, parquet_texts
+from allometry.data.records import (
+    NULL,
+    Key,
+    json_record,
+    parquet_rows,
+    parquet_texts,
+    split_key,
+    text_key,
+    text_of,
+)
 from allometry.data.special_tokens import KNOWN_ENDS
 
 MARKS = (*KNOWN_ENDS, "<doc ")
-"""What separates documents in text files of others."""
+"""Document separators that are common in text files from other tools."""
 _SAY_EVERY_LINES = 1000
 _BLOCK_BYTES = 1 << 20
 
 
-def open_corpus(name: str, text_key: str, separator: str | None = None) -> Corpus:
-    """The corpus that ``name`` names: ``builtin:...``, a file, a folder or a pattern of either.
+def open_corpus(
+    name: str, text: str, separator: str | None = None, split: str | None = None
+) -> Corpus:
+    """Open the corpus ``name``: ``builtin:...``, a file, a folder, or a glob pattern.
 
-    Folders are searched through, in the order of the paths, links followed; what is found there and
-    not read is in ``left_out``. ``text_key`` is the key (JSON Lines) or column (parquet) of the
-    text, ``meta.text`` a field of a field; ``separator`` stands between documents of a text file.
-    Raises UserError when there is nothing of that name, or nothing that can be read.
+    Folders are searched recursively in path order, and links are followed; entries that are not
+    read are listed in ``left_out``. ``text`` names the field (JSON Lines) or column (parquet) of
+    the text, where ``meta.text`` is a nested field, and ``split`` the field that decides a
+    document's split. ``separator`` separates the documents of a text file. For example,
+    ``open_corpus("crawl/**/*.jsonl.gz", "text")`` reads all compressed JSON Lines under crawl/.
+
+    Raises:
+        UserError: the input does not exist, contains no readable file, or has files without fields
+            although ``split`` names a field.
     """
     if name.startswith("builtin:"):
+        if split is not None:
+            raise _no_fields(name, split)
         return open_builtin(name)
-    path, found = Path(name), _Found(text_key)
+    path, found = Path(name), _Found(text)
     try:
         if not os.path.lexists(path) and glob.has_magic(name):
             parts = path.parts
@@ -79,7 +99,19 @@ def open_corpus(name: str, text_key: str, separator: str | None = None) -> Corpu
             f" that can be read (left out: {found.left_out})" if found.left_out.counts else ""
         )
         raise UserError(f"input {name} has no files{left_out}; give a path that holds text")
-    return FileCorpus(str(path.absolute()), found.files, found.left_out, text_key, separator)
+    if split is not None:
+        for file in found.files:
+            if file.kind == TEXT:
+                raise _no_fields(str(file.path), split)
+    keys = text_key(text), None if split is None else split_key(split)
+    return FileCorpus(str(path.absolute()), found.files, found.left_out, keys, separator)
+
+
+def _no_fields(where: str, split: str) -> UserError:
+    return UserError(
+        f"--split-key={split} names a field, but {where} has none; give JSON Lines or parquet, or "
+        "prepare it without --split-key"
+    )
 
 
 class _Found:
@@ -92,9 +124,10 @@ class _Found:
         self._seen: dict[tuple[int, int], Path] = {}
 
     def look_at(self, start: Path, pattern: tuple[str, ...] = ()) -> None:
-        """Take a file, or the files in a folder; each only once, whatever links lead to it.
+        """Take a file, or all files in a folder; a file reached over several links is taken once.
 
-        ``pattern``: the parts that a path goes on with, ``**`` being any number of folders.
+        ``pattern``: the remaining parts of the path pattern, where ``**`` matches any number of
+        folders.
         """
         waiting = [start]
         while waiting:
@@ -124,7 +157,7 @@ class _Found:
                 self.left_out.add(f"unreadable ({error.strerror})", str(path))
 
     def take(self, path: Path) -> None:
-        """Add one file. Raises UnusableError for one that cannot be read."""
+        """Add one file. Raises UnusableError if the file cannot be read as text."""
         if not stat.S_ISREG(path.stat().st_mode):
             raise UnusableError(
                 "not a regular file", "give a file, as inputs are read more than once"
@@ -133,7 +166,7 @@ class _Found:
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether a path, or a folder that it is in, matches."""
+    """Return True if a path, or a folder that contains it, matches."""
     if not pattern:
         return True
     if pattern[0] == "**":
@@ -141,11 +174,15 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-class FileCorpus(Corpus):
-    """Files of the user's: each text file is a document, as is each line or row of the others.
+_Text = str | BadText | None
 
-    With a ``separator``, so is each stretch of a text file between two of them, without the line
-    ends around it.
+
+class FileCorpus(Corpus):
+    """User files: a text file is one document; in other kinds, each line or row is one document.
+
+    With a ``separator``, a text file is split there, and each part is a document without the line
+    ends at its beginning and end. ``keys``: the field of the text, and the field that decides a
+    document's split (None: the text decides).
     """
 
     def __init__(
@@ -153,13 +190,13 @@ class FileCorpus(Corpus):
         input: str,
         files: list[SourceFile],
         left_out: LeftOut,
-        text_key: str,
+        keys: tuple[Key, Key | None],
         separator: str | None = None,
     ) -> None:
         kinds = Counter(file.kind for file in files)
         super().__init__(input, [file.path for file in files], dict(sorted(kinds.items())))
         self.left_out = left_out
-        self.text_key = text_key
+        self.text_key, self.split_key = keys
         self.separator = separator
         self._sources = files
 
@@ -182,7 +219,10 @@ class FileCorpus(Corpus):
             read.finish()
 
     def _texts(self, file: SourceFile, read: _Reading, log: ReadLog) -> Iterator[Document]:
-        """The document of a text file, read once to see that it is text and to name its split."""
+        """Yield the documents of a text file after a first pass that validates the text.
+
+        The first pass also computes the digest that determines the split.
+        """
         digest, first, count = sha256(), "", 0
         for block in _blocks(file, lambda place: None):
             digest.update(block.encode())
@@ -206,30 +246,48 @@ class FileCorpus(Corpus):
                     read.at(raw.tell())
 
     def _rows(self, path: Path, log: ReadLog) -> Iterator[Document]:
-        for number, text in parquet_texts(path, self.text_key):
-            if number == 0 and isinstance(text, BadText):
-                log.bad(f"input file {path}", text, parquet_rows(path))
-            else:
-                yield from self._record(f"{path}", "row", number, text, log)
+        texts = parquet_texts(path, self.text_key)
+        decide = (
+            repeat((0, None)) if self.split_key is None else parquet_texts(path, self.split_key)
+        )
+        for (number, text), (first, group) in zip(texts, decide, strict=False):
+            missing = text if number == 0 else group if first == 0 else None
+            if isinstance(missing, BadText):
+                log.bad(f"input file {path}", missing, parquet_rows(path))
+                return
+            yield from self._record(f"{path}", "row", number, (text, group), log)
 
     def _record(
-        self, path: str, unit: str, number: int, value: bytes | str | BadText | None, log: ReadLog
+        self, path: str, unit: str, number: int, value: bytes | tuple[_Text, _Text], log: ReadLog
     ) -> Iterator[Document]:
-        """The document of one line or row, unless it has none."""
+        """Yield the document of one line or row; null text is counted, and bad text is reported."""
         try:
-            if isinstance(value, BadText):
-                raise value
-            text = json_text(value, self.text_key) if isinstance(value, bytes) else value
+            text, group = self._fields(value) if isinstance(value, bytes) else value
+            if isinstance(text, BadText):
+                raise text
+            if isinstance(group, BadText):
+                raise group
             if text is None:
                 log.left_out.add(NULL, f"{path}:{number}")
-            else:
-                yield Document(f"{path}:{number}", (text,), text_digest(text))
+                return
+            if self.split_key is not None and not group:
+                raise BadText(
+                    f"nothing under {self.split_key.name!r}",
+                    f"has nothing under {self.split_key.name!r}, so that its split is not known; "
+                    "fill it in (a document without a parent: with its own text or id)",
+                )
+            yield Document(f"{path}:{number}", (text,), text_digest(group or text))
         except BadText as error:
             log.bad(f"input file {path}, {unit} {number}", error)
 
+    def _fields(self, line: bytes) -> tuple[str | None, str | None]:
+        record = json_record(line)
+        text = text_of(record, self.text_key)
+        return text, None if self.split_key is None else text_of(record, self.split_key)
+
 
 class _Reading:
-    """How far a file was read, told in bytes on disk."""
+    """Progress of reading a file, in bytes on disk."""
 
     def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
         self._size = path.stat().st_size
@@ -245,7 +303,7 @@ class _Reading:
 
 
 def _blocks(file: SourceFile, at: Callable[[int], None]) -> Iterator[str]:
-    """The text of a file. Raises BadText at bytes that are not UTF-8 text, NUL included."""
+    """Yield the text of a file; BadText at bytes that are not UTF-8 text, NUL included."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     before = 0
     with opened(file) as (stream, raw):
@@ -269,7 +327,7 @@ def _not_utf8(what: str, place: int) -> BadText:
 
 
 class _Again:
-    """The text of a file that was read before, read anew each time so that it need not be held."""
+    """Blocks of a file that was read before, read again on each iteration to save memory."""
 
     def __init__(self, file: SourceFile, read: _Reading) -> None:
         self._file = file
@@ -297,10 +355,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def named_input(value: str) -> tuple[str, str]:
-    """Split ``name=input``; without a name, one is made from the input.
+    """Split ``name=input``; without a name, derive one from the input.
 
-    A path whose first folder is called ``lang=en``, or a pattern that one matches (``lang=*``), has
-    no name in front.
+    If the first folder of the path is itself called ``lang=en``, or matches a pattern like
+    ``lang=*``, the value is a path without a name. For example, ``named_input("web=crawl/")``
+    returns ("web", "crawl/") and ``named_input("notes.txt")`` returns ("notes", "notes.txt").
     """
     if not value.strip():
         raise UserError(

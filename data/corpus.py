@@ -1,4 +1,4 @@
-"""What a corpus is: documents, each with a stable name and what decides its split."""
+"""Interface of a corpus: documents with a stable name and a digest that decides their split."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _PLACES_KEPT = 5
 
 
 class Document(NamedTuple):
-    """A text and its stable name; ``group`` is the digest that decides its split.
+    """Text with a stable name; ``group`` is the digest that decides its split.
 
-    ``blocks`` are the text in order, and can be gone through again: one string, or what a large
-    file is read in. The digest is of the text itself, or of the larger text out of which the
-    document was taken, so that what stands in one file never lands in two splits.
+    ``blocks`` are the text in order and can be iterated again: one string, or the blocks of a large
+    file. The digest is of the text itself, or of the larger text from which the document was taken,
+    so that text of one file is never in two splits.
     """
 
     id: str
@@ -29,34 +29,37 @@ class Document(NamedTuple):
 
     @classmethod
     def of(cls, id: str, text: str, group: str | None = None) -> Self:
-        """A document of one string; ``group`` defaults to the digest of the text."""
+        """Return a document of one string; ``group`` defaults to the digest of the text.
+
+        For example, ``Document.of("a.txt", "some text")``.
+        """
         return cls(id, (text,), text_digest(text) if group is None else group)
 
     @property
     def text(self) -> str:
-        """The whole text as one string."""
+        """The complete text as one string."""
         return "".join(self.blocks)
 
     def is_blank(self) -> bool:
-        """Whether there is nothing but white space."""
+        """Return True if the text contains only white space."""
         return all(not block or block.isspace() for block in self.blocks)
 
     def num_bytes(self) -> int:
-        """Size of the text in UTF-8."""
+        """Return the size of the text in UTF-8."""
         return sum(len(block.encode()) for block in self.blocks)
 
 
 OrderedMap = Callable[[Callable[[Any], Any], Iterator[Any]], Iterator[Any]]
-"""A map that keeps the order and may work in several processes."""
+"""An ordered map that may use several processes."""
 
 OnBadLine = Literal["stop", "skip"]
 
 
 class BadText(Exception):
-    """A line, row or file whose text is missing or damaged.
+    """Line, row or file whose text is missing or damaged.
 
-    ``reason`` is what it is counted under; ``says`` goes on with a sentence that begins with its
-    place.
+    ``reason`` is the category in the counts; ``says`` continues a sentence that begins with the
+    place of the text.
     """
 
     def __init__(self, reason: str, says: str) -> None:
@@ -72,14 +75,14 @@ class LeftOut:
         self.places: dict[str, list[str]] = {}
 
     def add(self, reason: str, place: str, count: int = 1) -> None:
-        """Count ``count`` more, of which ``place`` is one (or the first)."""
+        """Add ``count`` skipped documents; ``place`` is the place of the first."""
         self.counts[reason] += count
         places = self.places.setdefault(reason, [])
         if len(places) < _PLACES_KEPT and place not in places:
             places.append(place)
 
     def update(self, other: LeftOut) -> None:
-        """Add what another one counts."""
+        """Add the counts and places of ``other``."""
         for reason, places in other.places.items():
             self.counts[reason] += other.counts[reason]
             self.places.setdefault(reason, []).extend(places)
@@ -95,11 +98,11 @@ class LeftOut:
 
 
 class ReadLog:
-    """What reading one source has to tell.
+    """Statistics and errors of reading one source.
 
-    One rule holds in every format. Text that is null or blank is no document, and is counted. Text
-    that is missing or damaged stops the reading (``on_bad_line`` "stop") or is counted ("skip"), up
-    to ``max_bad_lines`` of them.
+    The rules are the same in all formats. Text that is null or blank is not a document, and is
+    counted. Text that is missing or damaged stops the reading (``on_bad_line`` "stop") or is
+    counted ("skip"), up to ``max_bad_lines`` times.
     """
 
     def __init__(
@@ -112,15 +115,15 @@ class ReadLog:
         """Told how many more bytes of the corpus' files were read."""
         self.left_out = LeftOut()
         self.marks: Counter[str] = Counter()
-        """How often what separates documents elsewhere stands in text files."""
+        """Occurrences in text files of common separators of documents."""
         self.separators = 0
-        """How often the separator that was asked for stands there."""
+        """Occurrences of the requested separator."""
         self._on_bad_line = on_bad_line
         self._max_bad_lines = max_bad_lines
         self._bad = 0
 
     def bad(self, place: str, error: BadText, count: int = 1) -> None:
-        """Leave out what is bad, or raise UserError."""
+        """Omit and count a bad text, or raise UserError."""
         if self._on_bad_line == "stop":
             raise UserError(
                 f"{place} {error}, or leave out what is like it with --on-bad-line skip"
@@ -135,10 +138,10 @@ class ReadLog:
 
 
 class Corpus(ABC):
-    """Documents in a fixed order, to be read as often as needed.
+    """Documents in a fixed order that can be read repeatedly.
 
-    ``input`` is how the record names it; ``files`` are all that is read; ``left_out`` is what was
-    found there and is not read; ``kinds`` says how many files of what kind there are.
+    ``input`` is the name in the manifest; ``files`` are all files that are read; ``left_out`` are
+    entries that were found but are not read; ``kinds`` is the number of files of each kind.
     """
 
     def __init__(self, input: str, files: list[Path], kinds: dict[str, int]) -> None:
@@ -149,9 +152,9 @@ class Corpus(ABC):
 
     @abstractmethod
     def documents(self, log: ReadLog, ordered_map: OrderedMap) -> Iterator[Document]:
-        """Read all documents; tell ``log`` what cannot be one.
+        """Read all documents; report text that cannot be a document to ``log``.
 
-        Text that is blank is left to the caller. Raises UserError for a file that cannot be read.
+        Blank text is yielded; the caller drops it. Raises UserError for a file that cannot be read.
         """
 
     @property
@@ -160,7 +163,7 @@ class Corpus(ABC):
         return sum(_status(path).st_size for path in self.files)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the names, sizes and times of change of ``files``."""
+        """SHA-256 of names, sizes and modification times of ``files``."""
         digest = hashlib.sha256()
         for path in self.files:
             status = _status(path)
@@ -169,8 +172,26 @@ class Corpus(ABC):
 
 
 def text_digest(text: str) -> str:
-    """SHA-256 of the text in UTF-8."""
+    """Return the SHA-256 of the text in UTF-8."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def held_out_below(fraction: float) -> int:
+    """Return the bound of a held-out group: its digest's first 64 bits are below the bound."""
+    return round(fraction * 2**64)
+
+
+def is_held_out(group: str, below: int) -> bool:
+    """Return True if the documents of a group are held out."""
+    return int(group[:16], 16) < below
+
+
+def held_out(text: str, fraction: float) -> bool:
+    """Return True if ``prepare`` puts the document in the validation split; for other engines.
+
+    With datatrove: ``LambdaFilter(lambda document: not held_out(document.text, 0.05))``.
+    """
+    return is_held_out(text_digest(text), held_out_below(fraction))
 
 
 def _status(path: Path) -> os.stat_result:

@@ -1,6 +1,6 @@
-"""A source's token stream as pieces of documents, whose largest length may change."""
+"""Token stream of a source as pieces of documents, whose largest length may change during a run."""
 
-# s tokens in a document; place: a token's number in the stream
+# s tokens in a document; place: a token's index in the stream
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ Columns = tuple[
 
 
 class PieceStream:
-    """A source's token stream, each document cut into pieces of ``limit`` tokens and a rest.
+    """Token stream of a source, with documents cut into pieces of ``limit`` tokens and a rest.
 
-    A rest of one token predicts nothing, as its document ends with it: it is left out, and a
-    document of one token with it. What stands where is found by bisection.
+    A rest of one token has no target, because its document ends there: it is left out, and so is a
+    document of one token. Places are found by bisection. For example, with ``limit`` 4 a document
+    of 9 tokens has two pieces of 4 tokens, and its last token is only a target.
     """
 
     def __init__(self, order: DocumentOrder, limit: int) -> None:
@@ -36,24 +37,24 @@ class PieceStream:
         lengths = order.store.lengths
         self._lone = (lengths > 0) & ((lengths - 1) % limit == 0)
         self.epoch_tokens = order.store.num_tokens - int(np.count_nonzero(self._lone))
-        """Tokens of the pieces of an epoch."""
+        """Number of tokens of the pieces of an epoch."""
         self._lone_places = lru_cache(maxsize=_EPOCHS_KEPT)(self._find_lone)
 
     def _find_lone(self, epoch: int) -> NDArray[np.int64]:
-        """Places in an epoch's order of the documents whose last token is left out."""
+        """Return the positions, in an epoch's order, of documents whose last token is left out."""
         documents = self.order.epoch(epoch).documents
         return np.flatnonzero(self._lone if documents is None else self._lone[documents])
 
     def tokens_before(self, place: int) -> int:
-        """Tokens of the pieces that begin among the first ``place`` tokens of the stream."""
+        """Return the tokens of pieces that begin in the first ``place`` tokens of the stream."""
         epoch, offset = divmod(place, self.order.store.num_tokens)
         return epoch * self.epoch_tokens + (self._tokens_in(epoch, offset) if offset else 0)
 
     def _tokens_in(self, epoch: int, offset: int) -> int:
-        """``tokens_before`` inside an epoch; ``offset`` > 0."""
+        """Compute ``tokens_before`` inside an epoch; ``offset`` > 0."""
         epoch = 0 if self.order.seed is None else epoch
         made = self.order.epoch(epoch)
-        # The document that holds the last token before the offset; all before it are whole.
+        # The document of the last token before the offset; the documents before it are complete.
         index = int(np.searchsorted(made.ends, offset - 1, side="right"))
         document = int(made.numbers(index, index + 1)[0])
         length = int(self.order.store.lengths[document])
@@ -63,10 +64,10 @@ class PieceStream:
         return start + begun - left_out - int(begun == length and self._lone[document])
 
     def begin_in(self, start: int, stop: int) -> Columns:
-        """The pieces that begin at tokens ``start`` to ``stop`` of the stream, in order.
+        """Return the pieces that begin at tokens ``start`` to ``stop`` of the stream, in order.
 
-        ``stop`` is exclusive. Returns documents, offsets, lengths, ends (as in ``Pieces``) and
-        where each begins.
+        ``stop`` is exclusive. Returns documents, offsets, lengths and ends (as in ``Pieces``), and
+        the place at which each piece begins.
         """
         period = self.order.store.num_tokens
         parts = []
@@ -85,7 +86,7 @@ class PieceStream:
         documents = made.numbers(int(first), int(last) + 1)
         lengths = self.order.store.lengths[documents]
         begins = made.ends[first : last + 1] - lengths
-        # Of each document the pieces number low to high (exclusive) begin in the stretch.
+        # Pieces low to high (exclusive) of each document begin between start and stop.
         low = -(-np.maximum(start - begins, 0) // self.limit)
         high = -(-np.minimum(stop - begins, lengths) // self.limit)
         number = np.maximum(high - low, 0)
@@ -93,7 +94,7 @@ class PieceStream:
         nth = np.arange(len(of)) - np.repeat(np.cumsum(number) - number, number)
         offsets = (low[of] + nth) * self.limit
         left = lengths[of] - offsets
-        kept = left > 1  # a rest of one token has nothing to predict
+        kept = left > 1  # a rest of one token has no target
         of, offsets, left = of[kept], offsets[kept], left[kept]
         lengths, ends = np.minimum(left, self.limit), left <= self.limit
         return documents[of], offsets, lengths, ends, begins[of] + offsets
@@ -103,9 +104,9 @@ class PieceStream:
 class _Cut:
     """Pieces from ``place`` of a source's stream on, up to the next cut.
 
-    A document that lies across ``place`` ends at ``end`` (no document: ``place``), is ``document``
-    and begins at ``start``; the pieces before have read it up to its token ``read``, and the rest
-    is cut from there.
+    The document that spans ``place`` has the number ``document`` and extends from place ``start``
+    to ``end``; the pieces before the cut have read its first ``read`` tokens, and the rest is cut
+    from there. If no document spans ``place``, ``end`` equals ``place``.
     """
 
     place: int
@@ -116,12 +117,12 @@ class _Cut:
     read: int = 0
 
     def read_before(self, place: int) -> int:
-        """Up to where pieces that begin before ``place`` read the document across the cut."""
+        """Return the tokens of the cut document that are read by pieces before ``place``."""
         begun = -(-(place - self.start - self.read) // self.stream.limit)
         return min(self.read + max(0, begun) * self.stream.limit, self.end - self.start)
 
     def tokens_before(self, place: int) -> int:
-        """Tokens of the pieces that begin from ``self.place`` up to ``place``."""
+        """Return the tokens of the pieces that begin from ``self.place`` up to ``place``."""
         tokens, length = 0, self.end - self.start
         if self.end > self.place:
             read = self.read_before(min(place, self.end))
@@ -133,7 +134,7 @@ class _Cut:
         return tokens
 
     def begin_in(self, start: int, stop: int) -> Iterator[Columns]:
-        """The pieces that begin at tokens ``start`` to ``stop``, none of them before ``place``."""
+        """Yield the pieces that begin at tokens ``start`` to ``stop``, from ``self.place`` on."""
         if start < self.end:
             limit, length = self.stream.limit, self.end - self.start
             offsets = np.arange(self.read, length, limit)
@@ -148,10 +149,10 @@ class _Cut:
 
 
 class CutStream:
-    """A source's token stream in windows, each part with its own length and its own cut.
+    """Token stream of a source in windows; each part has its own window length and limit.
 
-    A part goes on at the token after the one before it. Of a document in which that happens the
-    pieces that have begun stay as they are, and the rest is cut as the part says.
+    A part continues at the token after the part before it. If a document spans that place, its
+    pieces that have begun are unchanged, and its rest is cut with the limit of the new part.
     """
 
     def __init__(
@@ -191,12 +192,12 @@ class CutStream:
         return _Cut(place, stream, end, document, start, last.read_before(place))
 
     def place(self, sample: int) -> int:
-        """Where a sample's window begins in the stream."""
+        """Return the place in the stream at which a sample's window begins."""
         at = bisect_right(self._firsts, sample) - 1
         return self._places[at] + (sample - self._firsts[at]) * self.parts[at].length
 
     def tokens_before(self, place: int) -> list[tuple[int, int]]:
-        """Tokens of the pieces that begin before ``place``, by cut, beside those of an epoch."""
+        """Return the tokens of pieces that begin before ``place`` and of an epoch, for each cut."""
         ends = [*(cut.place for cut in self._cuts[1:]), max(place, self._cuts[-1].place)]
         return [
             (cut.tokens_before(min(end, place)), cut.stream.epoch_tokens)
@@ -205,7 +206,7 @@ class CutStream:
         ]
 
     def unique_before(self, place: int) -> int:
-        """Of these the different ones; no piece goes on in another epoch."""
+        """Return the distinct tokens of the pieces before ``place``; pieces do not cross epochs."""
         period = self.order.store.num_tokens
         tokens = sum(number for number, _ in self.tokens_before(min(place, period)))
         if place <= period or len(self._cuts) == 1:
@@ -215,7 +216,7 @@ class CutStream:
         return tokens + int(np.searchsorted(self._late, place))
 
     def _find_late(self) -> NDArray[np.int64]:
-        """Where pieces begin that read a last token which earlier cuts had left out, ascending."""
+        """Return the places of pieces with a last token that earlier cuts left out, ascending."""
         period, late = self.order.store.num_tokens, []
         known = np.zeros(self.order.store.num_documents, np.bool_)
         for epoch in range(self._cuts[-1].place // period + 2):
@@ -226,7 +227,7 @@ class CutStream:
         return np.concatenate(late)
 
     def begin_in(self, start: int, stop: int) -> Columns:
-        """The pieces that begin at tokens ``start`` to ``stop``; see ``PieceStream``."""
+        """Return the pieces that begin at tokens ``start`` to ``stop``; see ``PieceStream``."""
         parts: list[Columns] = []
         ends = [*(cut.place for cut in self._cuts[1:]), max(stop, self._cuts[-1].place)]
         for cut, end in zip(self._cuts, ends, strict=True):

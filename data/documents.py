@@ -1,6 +1,6 @@
-"""Whole documents as a pure function of (seed, sample position)."""
+"""Complete documents as a pure function of (seed, sample position)."""
 
-# C documents, or pieces of them, of any lengths; s tokens in one; L tokens in a sample's window
+# C documents or pieces of documents, of any length; s tokens in a piece; L tokens in a window
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from allometry.data.store import TokenStore
 
 @dataclass(frozen=True)
 class Pieces:
-    """C pieces of documents, known by their places; tokens are read when asked for.
+    """C pieces of documents, known by their positions; tokens are read on request.
 
     Piece i is ``lengths[i]`` tokens from ``offsets[i]`` on of document ``documents[i]`` of source
-    ``sources[i]``, whose store is ``stores[sources[i]]`` (int64 all). ``ends[i]``: it is the last
-    of its document, so that its last token has no target.
+    ``sources[i]``, whose store is ``stores[sources[i]]`` (all int64). ``ends[i]`` is True for the
+    last piece of a document; the last token of such a piece has no target.
     """
 
     lengths: NDArray[np.int64]
@@ -42,20 +42,21 @@ class Pieces:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all pieces."""
+        """Number of tokens in all pieces."""
         return int(self.lengths.sum())
 
     @property
     def num_targets(self) -> int:
-        """Targets that count: all tokens but the last ones of documents."""
+        """Number of targets in the loss: all tokens except the last of each document."""
         return self.num_tokens - int(np.count_nonzero(self.ends))
 
     def read(
         self, piece: int, start: int = 0, stop: int | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens ``start`` to ``stop`` (exclusive) of a piece and their targets (int64 both).
+        """Read tokens ``start`` to ``stop`` (exclusive) of a piece and their targets (both int64).
 
-        The last token of a document has the target ``IGNORE``.
+        The last token of a document has the target ``IGNORE``. For example,
+        ``tokens, targets = pieces.read(0)`` reads the complete first piece.
         """
         length = int(self.lengths[piece])
         stop = length if stop is None else stop
@@ -69,12 +70,13 @@ class Pieces:
 
 
 class DocumentStream(Sources):
-    """Training and held-out documents of a data configuration, whole.
+    """Training and held-out documents of a data configuration, not cut at sample boundaries.
 
-    Sample i of a source is window [i L, i L + L) of its token stream, in order (documents are
-    permuted already): it holds the pieces that begin there, wherever they end. Targets are the
-    tokens that follow in the same document, so each of them counts once an epoch. A sample may hold
-    no piece: the one before it then ends behind it.
+    Sample i of a source is window [i L, i L + L) of its token stream, in stream order (the
+    documents are permuted already): it contains the pieces that begin in the window, even if they
+    end behind it. Targets are the next tokens of the same document, so each token after the first
+    of a document is a target once an epoch. A sample may have no pieces, if an earlier piece covers
+    the complete window.
     """
 
     data: DocumentData
@@ -103,7 +105,7 @@ class DocumentStream(Sources):
         return float((whole * limit**2 + np.where(rest > 1, rest, 0) ** 2).sum())
 
     def pieces(self, position: int, count: int) -> Pieces:
-        """The pieces of the ``count`` samples from ``position`` on, by position, then by place."""
+        """Return the pieces of the ``count`` samples from ``position``, in order."""
         source_B, index_B = self.samples(position, count)
         parts, rows, sources = [], [], []
         for source in np.unique(source_B).tolist():
@@ -136,10 +138,10 @@ class DocumentStream(Sources):
         return {**super()._order(), "data.max_document_tokens": self.max_document_tokens}
 
     def validation_pieces(self, count: int) -> dict[str, Pieces]:
-        """Documents of each held-out split, evenly spread: on average ``count`` windows of tokens.
+        """Return evenly spaced documents of each held-out split: about ``count`` windows of tokens.
 
-        They come as they are stored and are cut as training documents are. A split of fewer windows
-        gives what it has, which is logged.
+        Documents are in the order in which they are stored and are cut like training documents. A
+        split of fewer windows returns all its pieces, which is logged.
         """
         assert count > 0
         by_name = {}

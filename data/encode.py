@@ -1,4 +1,4 @@
-"""Text to tokens: the tokenizer that is given or trained, and several processes that apply it."""
+"""Encode text to tokens: a given or trained tokenizer, applied by several processes."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from allometry.configs.errors import UserError
-from allometry.data.corpus import Document, text_digest
+from allometry.data.corpus import Document, is_held_out, text_digest
 from allometry.data.pieces import SPAN, Span, encode_span, spans, stretches
 from allometry.data.processes import end_with_parent
 from allometry.data.special_tokens import END_OF_DOCUMENT, load_encoder, load_watcher
 
 _CHUNK_CHARACTERS = SPAN
 _IN_FLIGHT = 4
-_TEXTS_NAMED, _PARTS_NAMED, _CHARACTERS_NAMED = 16, 5, 20  # of a chunk, a text, a part
+_TEXTS_NAMED, _PARTS_NAMED, _CHARACTERS_NAMED = 16, 5, 20  # per chunk, per text, per part
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE (Radford et al. 2019) whose id 0 ends documents; any text is encodable.
+    """Train a byte-level BPE (Radford et al. 2019) that encodes any text; id 0 ends documents.
 
-    The result depends on the texts alone. A small input may give fewer than ``vocab_size`` ids.
+    The result depends on the texts alone. A small input may give fewer than ``vocab_size`` ids. For
+    example, ``train_tokenizer(texts, 8192).save("tokenizer.json")``.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
@@ -58,9 +59,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 class TextSample:
-    """Up to ``budget`` characters of whole documents, those of smallest digest.
+    """Sample of documents of up to ``budget`` characters in all: those of smallest digest.
 
-    Any order of ``offer`` gives the same sample. A document longer than the budget is cut to it.
+    The sample does not depend on the order of ``offer``. A document longer than the budget is cut
+    to the budget.
     """
 
     def __init__(self, budget: int) -> None:
@@ -71,10 +73,10 @@ class TextSample:
         self._smallest_refused = 1 << 64
 
     def offer(self, document: Document) -> None:
-        """Consider one document."""
+        """Consider one document for the sample."""
         text = _beginning(document.blocks, self.budget)
         self.offered += len(text)
-        # Docstrings of a file share a group: the text's own hash breaks their ties evenly.
+        # Docstrings of a file have one group, so the text's own hash breaks ties.
         digest = int(text_digest(document.group + text)[:16], 16)
         if digest >= self._smallest_refused:
             return
@@ -86,7 +88,7 @@ class TextSample:
             self._size -= len(text)
 
     def texts(self) -> list[str]:
-        """The sample, by digest."""
+        """Return the sample in order of digests."""
         return [text for _, text in sorted(self._kept, reverse=True)]
 
 
@@ -102,9 +104,10 @@ def _beginning(blocks: Iterable[str], characters: int) -> str:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How to encode: all that a process needs to know.
+    """Settings of the encoding for a worker process.
 
-    A document is held out if the first 64 bits of its group's digest are ``validation_below``.
+    A document is held out if the first 64 bits of its group's digest are below
+    ``validation_below``.
     """
 
     tokenizer: str
@@ -122,10 +125,11 @@ class Piece(NamedTuple):
 
 
 class EncodedPiece(NamedTuple):
-    """Tokens of a piece in the dtype of the files; ``text_bytes`` of UTF-8 that they stand for.
+    """Tokens of a piece in the dtype of the files; ``text_bytes`` is the UTF-8 size of their text.
 
-    ``last``: the document ends here, with the end-of-document token. ``exact``: the tokens are
-    those that the whole document would have. ``unknown``: what of it has no token.
+    ``last``: the document ends here, with the end-of-document token. ``exact``: the tokens are the
+    same as in an encoding of the complete document. ``unknown``: the parts of the text without a
+    token.
     """
 
     tokens: NDArray[Any]
@@ -137,9 +141,9 @@ class EncodedPiece(NamedTuple):
 
 
 class Unknown(NamedTuple):
-    """How many times a text holds what has no token, some of it, and the token in its place.
+    """Number of unknown parts in a text, some examples, and the token that replaces them.
 
-    Without such a token (None) the tokenizer drops it.
+    With ``token`` None, the tokenizer drops unknown text.
     """
 
     times: int
@@ -148,7 +152,7 @@ class Unknown(NamedTuple):
 
 
 def chunks(documents: Iterable[Document]) -> Iterator[list[Piece]]:
-    """Documents gathered, and long ones cut, to what is worth a trip to another process."""
+    """Group documents, and cut long ones, into chunks for worker processes."""
     chunk: list[Piece] = []
     size = 0
     for document in documents:
@@ -163,7 +167,10 @@ def chunks(documents: Iterable[Document]) -> Iterator[list[Piece]]:
 
 
 class Encoder:
-    """Text to ids, among which ``end`` is not; ``path`` names a tokenizer."""
+    """Encoder from text to ids without the id ``end``; ``path`` names a tokenizer.
+
+    For example, ``Encoder("tokens/tokenizer.json", 0)("def f():")`` returns a list of ids.
+    """
 
     def __init__(self, path: str, end: int) -> None:
         self._tokenizer = load_encoder(path, end)
@@ -171,10 +178,10 @@ class Encoder:
         self._end = end
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a text. Raises UserError for a text that has none."""
+        """Return the ids of a text; UserError if encoding fails."""
         try:
             ids = _ids(self._tokenizer, text)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower type
             raise UserError(
                 f"the tokenizer cannot encode a document that begins {text[:40]!r} ({error}); give "
                 "one that has a token for what is unknown, or knows all bytes"
@@ -188,9 +195,10 @@ class Encoder:
         return ids
 
     def unknown(self, text: str, ids: list[int], *, named: bool) -> Unknown | None:
-        """What of a text, whose ids are ``ids``, has no token; None if all of it has.
+        """Count the parts of a text without a token; None if there is no such part.
 
-        Its parts are only looked for where they are to be ``named``, which takes longer.
+        ``ids`` are the ids of the text. Examples of the parts are collected only if ``named``,
+        which takes longer.
         """
         if self._watcher is None:
             return None
@@ -205,20 +213,20 @@ class Encoder:
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    # A batch of one: faster than `encode`, which tracks offsets, and on one thread, as the
-    # processes are what runs in parallel.
+    # A batch of one is faster than `encode`, which tracks offsets, and runs on one thread;
+    # parallelism comes from the processes.
     ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
     return ids
 
 
 @lru_cache(maxsize=1)
 def _loaded(path: str, sha256: str, end: int) -> Encoder:
-    """Loaded once a process; ``sha256`` tells apart what one path held at different times."""
+    """Load a tokenizer once per process; ``sha256`` distinguishes successive contents of a path."""
     return Encoder(path, end)
 
 
 def encode_chunk(encoding: Encoding, chunk: list[Piece]) -> list[EncodedPiece]:
-    """Encode one chunk; the same for any process and any chunks."""
+    """Encode one chunk; independent of processes and of other chunks."""
     end = encoding.end_of_document
     encode = _loaded(encoding.tokenizer, encoding.tokenizer_sha256, end)
     outcomes: list[EncodedPiece] = []
@@ -231,23 +239,23 @@ def encode_chunk(encoding: Encoding, chunk: list[Piece]) -> list[EncodedPiece]:
         if last:
             ids.append(end)
         tokens = np.array(ids, encoding.dtype)
-        held_out = int(group[:16], 16) < encoding.validation_below
+        held_out = is_held_out(group, encoding.validation_below)
         text_bytes = len(text.encode())
         outcomes.append(EncodedPiece(tokens, text_bytes, held_out, last, exact, unknown))
     return outcomes
 
 
 def _live_and_die_with_parent() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it: the pool would wait for ever."""
+    """Ignore Ctrl-C, and end with the parent, so that the pool does not wait forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 
 class Workers:
-    """An ordered map over ``processes`` processes; with one, in this process.
+    """Ordered map over ``processes`` processes; with ``processes`` 1, in this process.
 
-    Processes are spawned, not forked: forking a process that holds the tokenizer's threads can
-    deadlock.
+    Processes are spawned, not forked: forking a process with threads of the tokenizer can deadlock.
+    For example, ``with Workers(8) as workers: results = workers.map(function, items)``.
     """
 
     def __init__(self, processes: int) -> None:
@@ -258,7 +266,7 @@ class Workers:
             self._pool = ProcessPoolExecutor(processes, context, _live_and_die_with_parent)
 
     def map(self, function: Callable[[Item], Outcome], items: Iterator[Item]) -> Iterator[Outcome]:
-        """Outcomes in the order of ``items``, few of which are ahead in memory."""
+        """Yield outcomes in the order of ``items``; few items are submitted ahead."""
         if self._pool is None:
             yield from map(function, items)
             return

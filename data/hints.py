@@ -1,4 +1,4 @@
-"""What ``prepare`` says of requests that may be meant otherwise: separators and keys."""
+"""Hints of ``prepare`` about options that may be mistakes: separators and keys."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from allometry.data.corpus import Corpus, ReadLog
 from allometry.data.kinds import JSON_LINES, PARQUET, TEXT
 
-_LONG_DOCUMENT_BYTES = 1 << 20  # documents that a mark separates are shorter on average
+_LONG_DOCUMENT_BYTES = 1 << 20  # separated documents are shorter on average
 
 
 def unused(corpora: Iterable[Corpus], text_key: str, separator: str | None) -> Iterator[str]:
-    """A sentence for each option that none of the inputs has a use for."""
+    """Yield a sentence for each option that applies to none of the inputs."""
     kinds = {kind for corpus in corpora for kind in corpus.kinds}
     if separator is not None and TEXT not in kinds:
         yield f"--separator={separator!r} has no use: none of the inputs is a text file"
@@ -20,7 +20,7 @@ def unused(corpora: Iterable[Corpus], text_key: str, separator: str | None) -> I
 
 
 def hints(corpus: Corpus, log: ReadLog, text_bytes: int, separator: str | None) -> Iterator[str]:
-    """A sentence for each thing about a source's documents that may be a mistake."""
+    """Yield a sentence for each possible mistake in reading a source's documents."""
     for mark, count in log.marks.items():
         if count > 1 and text_bytes < count * _LONG_DOCUMENT_BYTES:
             yield (

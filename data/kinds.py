@@ -1,4 +1,4 @@
-"""What kind of file an input is, told by its content and its ending."""
+"""Detect the kind of an input file from its content and its extension."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _HEAD_BYTES = 1 << 16
 _ZSTD_CHUNK_BYTES = 1 << 18
 
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError)
-"""What reading a damaged file raises."""
+"""Exceptions raised by reading a damaged file."""
 
 
 class SourceFile(NamedTuple):
-    """A file and how to read it; ``compression`` is the ending that stands for one, or empty."""
+    """A file and its kind; ``compression`` is its compression's extension, or empty."""
 
     path: Path
     kind: str
@@ -36,14 +36,14 @@ class SourceFile(NamedTuple):
 
 
 class UnusableError(Exception):
-    """A file that is no source of text: ``reason`` says what it is, ``advice`` what to do."""
+    """A file that is not usable as text: ``reason`` names its kind, ``advice`` the remedy."""
 
     def __init__(self, reason: str, advice: str) -> None:
         super().__init__(reason)
         self.reason, self.advice = reason, advice
 
 
-# How the content begins (pzstd begins zstd with a frame to be skipped), and what unpacks it.
+# Ending: pattern of the first bytes (pzstd writes a skippable frame first), decompressor.
 _COMPRESSIONS: dict[str, tuple[bytes, Any]] = {
     ".gz": (rb"\x1f\x8b", lambda raw: gzip.GzipFile(fileobj=raw, mode="rb")),
     ".zst": (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", lambda raw: _zstd(raw)),
@@ -54,9 +54,9 @@ _UNPACK = "unpack it and give what is in it"
 _CONVERT = "write its text as JSON Lines or parquet"
 _HOW = "docs/file_formats.md has the command"
 _CONTROL = bytes({*range(32)} - {*b"\b\t\n\v\f\r\x1b"})
-"""Bytes that no text holds, in any encoding that has one byte for each letter."""
+"""Bytes that do not occur in text in any single-byte encoding."""
 _UTF8 = "convert it with iconv -t UTF-8 -f ENCODING"
-# Offset, bytes, what has them there, what to do.
+# Offset, bytes at that offset, kind of file, advice.
 _MAGIC = (
     (0, b"PK\x03\x04", "zip archive", _UNPACK),
     (257, b"ustar", "tar archive", _UNPACK),
@@ -83,7 +83,10 @@ _MAGIC = (
 
 
 def kind_of(path: Path, text_key: str) -> SourceFile:
-    """Look into a file. Raises UnusableError for one that holds no text that can be read."""
+    """Detect a file's kind. Raises UnusableError if the file contains no readable text.
+
+    For example, a.jsonl.gz is ``SourceFile(path, JSON_LINES, ".gz")``.
+    """
     try:
         with path.open("rb") as raw:
             head = raw.read(_HEAD_BYTES)
@@ -103,7 +106,7 @@ def kind_of(path: Path, text_key: str) -> SourceFile:
         try:
             with opened(SourceFile(path, "", compression)) as (stream, _):
                 head = stream.read(_HEAD_BYTES)
-        except DAMAGE:  # in its first part; reading will say so
+        except DAMAGE:  # in the first block; reading reports the damage
             return SourceFile(path, JSON_LINES if ending in _JSON_ENDINGS else TEXT, compression)
         if _compression(head):
             raise UnusableError("compressed twice", _UNPACK)
@@ -142,22 +145,22 @@ def _kind_of_content(head: bytes, ending: str, text_key: str) -> str:
 
 def _is_utf8(head: bytes) -> bool:
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # its last letter may be cut
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut
     except UnicodeDecodeError:
         return False
     return True
 
 
 def _holds_json_lines(head: bytes, text_key: str) -> bool:
-    """Whether a file without an ending of JSON holds lines of it.
+    """Return True if a file without a JSON Lines extension contains JSON Lines.
 
-    Two lines are objects, or the only one has the text key: one object alone may be anything.
+    True if two lines are objects, or the only line is an object with the text key.
     """
     lines = [line for line in head.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
     if not lines or not lines[0].lstrip().startswith(b"{"):
         return False
     if len(head) == _HEAD_BYTES and len(lines) > 1:
-        lines.pop()  # it goes on
+        lines.pop()  # the last line may be cut
     if len(lines) > 1:
         return all(_is_object(line) for line in lines[:2])
     name = json.dumps(text_key.rpartition(".")[2]).encode()
@@ -173,7 +176,7 @@ def _is_object(line: bytes) -> bool:
 
 @contextmanager
 def opened(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The file's content, and the file as it is on disk, whose place tells how far it was read."""
+    """Open a file; return its content, and the raw file, whose position gives the progress."""
     with file.path.open("rb") as raw:
         if file.compression:
             unpack = _COMPRESSIONS[file.compression][1]
@@ -188,7 +191,7 @@ def _zstd(raw: IO[bytes]) -> IO[bytes]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Frames of zstd; unlike the library's own reader it refuses a file that was cut short."""
+    """Reader of zstd frames; unlike the library's reader, it refuses truncated files."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw

@@ -1,6 +1,6 @@
-"""A source as an endless line of tokens that is read in windows, whose length may change."""
+"""Endless token stream of a source, read in windows whose length may change during a run."""
 
-# L tokens in a window; place: a token's number in a line; a stretch: windows that share an order
+# L tokens in a window; place: a token's index in a line; stretch: windows with a common permutation
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SHUFFLES_KEPT = 2
 
 @dataclass(frozen=True)
 class Part:
-    """From sample ``first`` of a source on its samples are of ``length`` tokens.
+    """Range of a source's samples, from sample ``first`` on, that contain ``length`` tokens each.
 
-    ``limit``: of whole documents, where longer ones are cut.
+    ``limit``: largest length of a complete document; longer documents are cut.
     """
 
     first: int
@@ -32,9 +32,9 @@ class Part:
 
 
 class Line(ABC):
-    """An endless line of tokens in stretches; the windows that start in one are shuffled.
+    """Endless token stream in stretches; the windows that start in a stretch are shuffled.
 
-    The order of a stretch's windows follows from (``key``, stretch, length) alone.
+    The permutation of a stretch's windows depends on (``key``, stretch, length) alone.
     """
 
     def __init__(self, key: str) -> None:
@@ -43,39 +43,39 @@ class Line(ABC):
 
     @abstractmethod
     def bound(self, stretch: int) -> int:
-        """The place at which a stretch begins."""
+        """Return the place at which a stretch begins."""
 
     @abstractmethod
     def stretch(self, place: int) -> int:
-        """The stretch that a place lies in."""
+        """Return the stretch that contains a place."""
 
     @abstractmethod
     def runs(self, place: int, count: int) -> Iterator[tuple[int, int]]:
-        """Where ``count`` tokens from ``place`` on lie in the source's own line: places, counts.
+        """Yield (place, count) in the source's own line of ``count`` tokens from ``place`` on.
 
-        Runs that follow each other there are one.
+        Runs that are adjacent there are returned as one run.
         """
 
     def windows(self, stretch: int, length: int) -> tuple[int, Shuffle]:
-        """The first window that starts in a stretch, and the order of all that do."""
+        """Return the first window that starts in a stretch, and the permutation of its windows."""
         first, end = (-(-self.bound(at) // length) for at in (stretch, stretch + 1))
         return first, self._shuffle(f"{self.key}:{stretch}:{length}", end - first)
 
     def window(self, sample: int, length: int) -> int:
-        """Which window of the line a sample is: window w starts at token w x ``length``.
+        """Return the window that a sample reads; window w starts at token w x ``length``.
 
-        Neighbours in a long document must not meet in one batch.
+        Windows are shuffled so that adjacent windows of a long document are not in one batch.
         """
         first, shuffle = self.windows(self.stretch(sample * length), length)
         return first + shuffle(sample - first)
 
 
 class Rest(Line):
-    """What ``samples`` windows of ``length`` tokens have left of a line: unread windows, then all.
+    """Rest of a line of which ``samples`` windows of ``length`` tokens were read.
 
-    The unread windows of the stretch that was begun come first, end to end in the order of their
-    places, and are a stretch; then the line goes on behind the windows of that stretch. Nothing is
-    left out and nothing comes twice, whatever the length that this line is read with.
+    The unread windows of the current stretch come first, concatenated in the order of their places,
+    and form stretch 0; then the line continues behind the last window of that stretch. Each
+    remaining token is read exactly once per epoch, for any window length of this line.
     """
 
     def __init__(self, below: Line, length: int, samples: int) -> None:
@@ -108,7 +108,7 @@ class Rest(Line):
             yield from self._below.runs(start, number)
 
     def _parts(self, place: int, count: int) -> Iterator[tuple[int, int]]:
-        """``runs`` in the line below, window by window."""
+        """Yield ``runs`` in the line below, window by window."""
         while count:
             window, offset = divmod(place, self._length)
             if place < self._left:
@@ -120,14 +120,14 @@ class Rest(Line):
             place, count = place + number, count - number
 
     def of_below(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where unread places of the line below are in this one."""
+        """Convert unread places of the line below to places of this line."""
         windows, offsets = np.divmod(places, self._length)
         left = np.searchsorted(self._unread, windows) * self._length + offsets
         return np.where(places < self._behind, left, places - self._behind + self._left)
 
 
 def _joined(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Runs without seams between those that follow each other."""
+    """Merge runs that are adjacent."""
     start, number = next(runs)
     for at, count in runs:
         if at == start + number:
@@ -139,9 +139,11 @@ def _joined(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 class Windows:
-    """The samples of a source that is read in ``parts``, each with windows of another length.
+    """Samples of a source that is read in ``parts``, each with its own window length.
 
-    ``line`` is the source's own; a part reads what those before it have left of it.
+    ``line`` is the source's own line; each part reads the tokens that the parts before it have not
+    read. For example, parts ``[Part(0, 2048), Part(1000, 4096)]`` read 1000 samples of 2048 tokens,
+    and then samples of 4096 tokens.
     """
 
     def __init__(self, line: Line, parts: Sequence[Part]) -> None:
@@ -150,10 +152,10 @@ class Windows:
         self._lines = [line]
         self._firsts = [part.first for part in parts]
         self._through: tuple[int, int, int] | None = None
-        self._again: NDArray[np.int64] | None = None  # samples at which a token comes again
+        self._again: NDArray[np.int64] | None = None  # samples that repeat a token
 
     def line(self, number: int) -> Line:
-        """What a part reads; made when it is first asked for, at 8 bytes an unread window."""
+        """Return the line of a part; it is built on first use, at 8 bytes per unread window."""
         while len(self._lines) <= number:
             done, begun = self.parts[len(self._lines) - 1], self.parts[len(self._lines)]
             count = begun.first - done.first
@@ -161,7 +163,7 @@ class Windows:
         return self._lines[number]
 
     def sample(self, number: int) -> Iterator[tuple[int, int]]:
-        """Where the tokens of a sample lie in the source's own line: places and counts."""
+        """Yield (place, count) in the source's own line of the tokens of a sample."""
         at = bisect_right(self._firsts, number) - 1
         part, line = self.parts[at], self.line(at)
         return _joined(
@@ -169,7 +171,7 @@ class Windows:
         )
 
     def tokens(self, samples: int) -> int:
-        """Tokens in the first ``samples`` samples."""
+        """Return the number of tokens in the first ``samples`` samples."""
         ends = [*self._firsts[1:], max(samples, self._firsts[-1])]
         return sum(
             part.length * max(0, min(end, samples) - part.first)
@@ -179,11 +181,12 @@ class Windows:
     def unique(
         self, samples: int, places_of: Callable[[NDArray[np.int64]], NDArray[np.int64]]
     ) -> int:
-        """Different tokens among those of the first ``samples`` samples, exactly.
+        """Return the exact number of distinct tokens in the first ``samples`` samples.
 
-        The windows that start in the first epoch hold each of its tokens once, and what the last
-        ones have of the epochs after it: tokens that come twice once both samples are read.
-        ``places_of`` returns where the tokens at places of the line lie in its first epoch.
+        The windows that start in the first epoch contain each of its tokens once. The last windows
+        also contain tokens of the next epochs; such a token is a repeat once both of its samples
+        are read. ``places_of`` converts places of the line to the places of the same tokens in the
+        first epoch.
         """
         if self._through is None:
             self._through = self._first_epoch()
@@ -203,7 +206,7 @@ class Windows:
         return self.tokens(samples) - int(np.searchsorted(self._again, samples))
 
     def _first_epoch(self) -> tuple[int, int, int]:
-        """When it is through: in samples, the part that ends it, and the place behind it."""
+        """Return the end of the first epoch: sample, part, and place behind the last window."""
         for number, part in enumerate(self.parts):
             line = self.line(number)
             windows = -(-line.bound(1) // part.length)
@@ -214,7 +217,7 @@ class Windows:
         raise AssertionError("the last part has no end")
 
     def _samples_of(self, places: NDArray[np.int64], last: int) -> NDArray[np.int64]:
-        """The samples that read places of the first epoch's windows, in parts up to ``last``."""
+        """Return the samples that read these places of the first epoch, in parts up to ``last``."""
         found = np.full(len(places), -1, np.int64)
         open_ = np.arange(len(places))
         for number in range(last + 1):

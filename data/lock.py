@@ -1,4 +1,4 @@
-"""One preparation at a time in a folder."""
+"""Lock of a folder against concurrent preparations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Make the folder and hold its lock; turn what the disk refuses into a sentence."""
+    """Create the folder ``out`` and lock it for the duration of the ``with`` block.
+
+    For example, ``with locked(Path("tokens")): ...``. The lock is an exclusive ``flock`` on
+    ``out``/.lock.
+
+    Raises:
+        UserError: another process has the lock, or the disk refuses a write in the block.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (out / LOCK).open("w") as file:

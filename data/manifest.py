@@ -1,4 +1,4 @@
-"""The record that ``prepare`` leaves beside token files."""
+"""Manifest that ``prepare`` and ``adopt`` write next to token files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Split = Literal["train", "validation"]
 
 
 class FileRecord(Section):
-    """One file, as it was written; older ones have no ``sampled_sha256`` (``contents.py``)."""
+    """One file, as written; older records have no ``sampled_sha256`` (``contents.py``)."""
 
     bytes: int
     sha256: str
@@ -25,21 +25,25 @@ class FileRecord(Section):
 
 
 class SplitRecord(Section):
-    """One split of a source; ``bytes`` are of UTF-8 text, end-of-document tokens not counted."""
+    """One split of a source.
+
+    ``bytes``: UTF-8 bytes of text without end-of-document tokens; None if only tokens were read.
+    """
 
     documents: int
     tokens: int
-    bytes: int
+    bytes: int | None
     largest_id: int
     files: dict[str, FileRecord]
 
 
 class SourceRecord(Section):
-    """One source: where it came from, what was left out, its splits.
+    """Record of one source: its input, skipped documents and splits.
 
-    ``kinds`` counts the files of each kind that were read, ``skipped`` what was left out, by
-    reason; ``skipped_places`` are the first few of each. ``inexact_cuts`` counts places in long
-    documents where tokens may differ from those of the whole text (data/pieces.py).
+    ``kinds`` is the number of files read by kind, ``skipped`` the number of skipped documents by
+    reason; ``skipped_places`` are the first few places of each reason. ``inexact_cuts`` is the
+    number of places in long documents where tokens may differ from the tokens of the complete text
+    (data/pieces.py).
     """
 
     input: str
@@ -52,7 +56,7 @@ class SourceRecord(Section):
 
 
 class TokenizerRecord(Section):
-    """The tokenizer; ``sha256`` is of its canonical JSON, ``vocab_size`` its largest id + 1."""
+    """The tokenizer; ``sha256`` of its canonical JSON, ``vocab_size``: its largest id + 1."""
 
     file: str
     sha256: str
@@ -62,24 +66,27 @@ class TokenizerRecord(Section):
 
 
 class Manifest(Section):
-    """What a folder of token files holds and how it was made."""
+    """Contents of a folder of token files, and their preparation."""
 
     kind: Literal["allometry.tokens"] = "allometry.tokens"
     version: Literal[1] = 1
-    dtype: Literal["uint16", "int32"]
+    dtype: Literal["uint8", "int8", "int16", "int32", "int64", "uint16"]
     tokenizer: TokenizerRecord
     sources: dict[str, SourceRecord]
     request: dict[str, Any]
     versions: dict[str, str]
 
     def split(self, stem: str) -> SplitRecord | None:
-        """The split whose files are ``stem``.bin and .idx, if it is recorded here."""
+        """Return the split with files ``stem``.bin and .idx, None if it is not recorded."""
         splits = (split for source in self.sources.values() for split in source.splits.values())
-        return next((split for split in splits if f"{stem}.bin" in split.files), None)
+        return next((split for split in splits if f"{stem}.idx" in split.files), None)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in ``folder``; None without one of ours. A damaged one is a UserError."""
+    """Read the manifest in ``folder``; None without a manifest.
+
+    A manifest.json of another program counts as none. Raises UserError for a damaged manifest.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -96,10 +103,13 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def manifest_of(prefix: str) -> tuple[Manifest, SplitRecord] | None:
-    """The manifest beside the token files ``prefix``.bin/.idx and their record in it.
+    """Return the manifest next to ``prefix``.bin/.idx and the split's record in it.
 
-    None when no manifest of ours names them. Files whose sizes are not those recorded are a
-    UserError: they are not the ones that the manifest describes.
+    Returns None if no manifest contains the files. For example, ``manifest_of("tokens/web.train")``
+    reads tokens/manifest.json.
+
+    Raises:
+        UserError: a file is missing or has another size than recorded.
     """
     path = Path(prefix)
     manifest = read_manifest(path.parent)

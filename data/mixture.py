@@ -1,17 +1,17 @@
-"""Which source each sample comes from: an exact schedule with random access.
+"""Schedule of sources: the source of each sample, exact and with random access.
 
 Sample j of a source with share w is due at time (j + 1/2) / w; samples are taken in the order of
-their due times, ties in the order of the sources (the method of Webster and Sainte-Laguë, run in
-time). By time t source s has given n_s(t) = floor(w_s t + 1/2) samples, so n_s is never further
-than 1/2 from w_s t and the sum over S sources never further than S/2 from t. The sources of
-positions p to p + n therefore follow from the due times between p - S/2 and p + n + S/2 alone:
-no state, no table, O(S log S) work at any position.
+their due times, ties in the order of the sources (the method of Webster and Sainte-Laguë, applied
+over time). By time t source s has given n_s(t) = floor(w_s t + 1/2) samples, so |n_s - w_s t| is at
+most 1/2 and the sum over S sources differs from t by at most S/2. The sources of positions p to p +
+n therefore depend only on the due times between p - S/2 and p + n + S/2: no state, no table, O(S
+log S) work at any position.
 
-Weights may change at a position: each source then goes on at its next sample, and what the shares
-so far owe it, w_s t - n_s, is kept, so that counts stay near the sum of the shares over time
-however often these change. A sample that is overdue when they change is due at once.
+Weights may change at a position. Each source then continues with its next sample, and the balance
+w_s t - n_s of the shares so far is kept, so that counts remain near the sum of the shares over time
+for any number of changes. A sample that is overdue at a change is due immediately.
 
-Shares are whole multiples of 2**-32 and all arithmetic is exact, on any machine.
+Shares are multiples of 2**-32 and all arithmetic is exact, on any machine.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ _MOST_SAMPLES = 1 << 28
 
 
 class Mixture:
-    """The schedule of sources by weight, from ``start_position`` on.
+    """Schedule of sources by weight, from ``start_position`` on.
 
-    ``weights`` are finite, in any scale; a share below 2**-32 is raised to that, and a source of
-    weight 0 gives nothing. ``start_counts`` are the samples that each source gave before
-    ``start_position`` and ``owed`` what it was to give besides, in units of 2**-32 (sum 0), under
-    the mixtures before this one: a change of weights in mid-run is a new ``Mixture``
-    (``continued``).
+    ``weights`` are finite, in any scale; a share below 2**-32 is raised to 2**-32, and a source of
+    weight 0 gives no samples. A change of weights during a run is a new ``Mixture``
+    (``continued``): ``start_counts`` are the samples that each source gave before
+    ``start_position``, and ``owed`` are the samples that the earlier mixtures still owe each
+    source, in units of 2**-32 (sum 0).
+
+    For example, ``Mixture([3, 1]).counts(8)`` is [6, 2].
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Mixture:
         self._owed = [0] * len(self.units) if owed is None else list(owed)
         assert sum(self._owed) == 0
         self._units = np.array(self.units, np.int64)
-        # While a source that is ahead gives nothing, the others are ahead of time by as much.
+        # While a source that is ahead gives no samples, the others run ahead by the same amount.
         ahead = sum(max(0, -owed) for owed in self._owed)
         self._slack = (self.num_sources + 1) // 2 - (-ahead // _UNITS)
 
@@ -65,11 +67,11 @@ class Mixture:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The share of each source, as used; their sum is 1."""
+        """The share of each source after rounding; the shares sum to 1."""
         return tuple(units / _UNITS for units in self.units)
 
     def continued(self, weights: Sequence[float], position: int) -> Mixture:
-        """The mixture with other ``weights`` from ``position`` on, after this one."""
+        """Return the mixture that follows this one from ``position`` on, with other ``weights``."""
         counts = self.counts(position).tolist()
         time = position - self.start_position
         given = (after - before for after, before in zip(counts, self._start_counts, strict=True))
@@ -80,18 +82,21 @@ class Mixture:
         return Mixture(weights, position, counts, _settled(owed, _quantize(weights)))
 
     def source(self, position: int) -> tuple[int, int]:
-        """Source of the sample at ``position`` and that sample's index within the source."""
+        """Return the source of the sample at ``position`` and its index within the source."""
         source_B, index_B = self.sources(position, 1)
         return int(source_B[0]), int(index_B[0])
 
     def sources(self, position: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``source`` of ``count`` samples from ``position`` on, as two int64 arrays."""
+        """Return ``source`` of ``count`` samples from ``position`` on, as two int64 arrays."""
         skip, _, source, index = self._due(position, count)
         chosen = slice(skip, skip + count)
         return source[chosen], index[chosen] + self._start_counts[source[chosen]]
 
     def counts(self, position: int) -> NDArray[np.int64]:
-        """Samples of each source among the first ``position`` (int64, S); their sum is it."""
+        """Return the samples of each source before ``position`` (int64, S).
+
+        Their sum is ``position``.
+        """
         skip, before, source, _ = self._due(position, 0)
         within = np.bincount(source[:skip], minlength=self.num_sources)
         return before + within + self._start_counts
@@ -99,22 +104,22 @@ class Mixture:
     def _due(
         self, position: int, count: int
     ) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Samples in order over a time that holds ``count`` from ``position`` on.
+        """Sort the samples of a time interval that contains ``count`` samples from ``position`` on.
 
-        Returns how many of them to skip, each source's samples before them, and their sources and
-        indices.
+        Returns the number of samples to skip, each source's samples before the interval, and the
+        sources and indices of the samples in order.
         """
         first = position - self.start_position
         assert first >= 0
         assert 0 <= count < _MOST_SAMPLES
         begin, end = max(0, first - self._slack), first + count + self._slack
-        # What is overdue when the mixture begins comes after its beginning.
+        # Samples that are overdue when the mixture begins come after its beginning.
         before = [self._given(s, begin) if begin else 0 for s in range(self.num_sources)]
         number = np.array([self._given(s, end) for s in range(self.num_sources)], np.int64)
         number -= before
         source = np.repeat(np.arange(self.num_sources), number)
         nth = np.arange(len(source)) - np.repeat(np.cumsum(number) - number, number)
-        # Time from begin to when sample (before + nth) is due, as a fraction over units[source].
+        # Time from begin until sample (before + nth) is due, as a fraction over units[source].
         parts = zip(self.units, before, self._owed, strict=True)
         waits = [(2 * b + 1) * (_UNITS >> 1) - owed - u * begin for u, b, owed in parts]
         numerator = np.maximum(np.array(waits, np.int64)[source] + nth * _UNITS, 0)
@@ -125,13 +130,13 @@ class Mixture:
         return first - sum(before), before_S, source, before_S[source] + nth[order]
 
     def _given(self, source: int, time: int) -> int:
-        """Samples of a source due by ``time``: floor(owed + w t + 1/2), or none yet."""
+        """Return the samples of a source due by ``time``: floor(owed + w t + 1/2), at least 0."""
         due = 2 * (self.units[source] * time + self._owed[source]) + _UNITS
         return max(0, due >> (_BITS + 1))
 
 
 def _settled(owed: Sequence[int], units: Sequence[int]) -> list[int]:
-    """What is owed to sources that go on: that of the others is theirs by their shares."""
+    """Divide the balance of sources that end among the others, by their new shares."""
     rest = sum(one for one, share in zip(owed, units, strict=True) if not share)
     kept = [
         one + (rest * share >> _BITS) if share else 0
@@ -144,10 +149,10 @@ def _settled(owed: Sequence[int], units: Sequence[int]) -> list[int]:
 def _exact_order(
     numerator: NDArray[np.int64], denominator: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """Whole part and the first 64 fractional bits of fractions whose denominators are <= 2**32.
+    """Split fractions with denominators <= 2**32 into an integer and 64 fractional bits.
 
     Two different fractions differ by at least 2**-64 (the product of two sources' units is below
-    2**64), so these keys order fractions exactly and are equal only for equal ones.
+    2**64), so these keys order fractions exactly and are equal only for equal fractions.
     """
     whole, rest = np.divmod(numerator, denominator)
     divisor = denominator.astype(np.uint64)
@@ -157,7 +162,10 @@ def _exact_order(
 
 
 def _quantize(weights: Sequence[float]) -> tuple[int, ...]:
-    """Whole units, at least 1 for each weight above 0, that sum to 2**32, by largest remainder."""
+    """Round weights to integers that sum to 2**32, by largest remainder.
+
+    Each weight above 0 gets at least 1.
+    """
     assert 0 < len(weights) < _UNITS
     assert all(math.isfinite(weight) and weight >= 0 for weight in weights)
     assert any(weights)
@@ -170,7 +178,7 @@ def _quantize(weights: Sequence[float]) -> tuple[int, ...]:
         by_remainder = sorted(range(len(units)), key=lambda s: (units[s] - shares[s], s))
         for s in by_remainder[:missing]:
             units[s] += 1
-    else:  # tiny shares were raised to 1: the largest pays
+    else:  # tiny shares were raised to 1; the largest share is reduced
         units[max(range(len(units)), key=lambda s: (units[s], -s))] += missing
     assert sum(units) == _UNITS
     assert all(unit >= 1 for unit, share in zip(units, shares, strict=True) if share)

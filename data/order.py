@@ -1,4 +1,4 @@
-"""The order in which a source's tokens are read."""
+"""Order in which a source's tokens are read."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ _EPOCHS_KEPT = 2
 
 @dataclass(frozen=True)
 class Epoch:
-    """Documents in the order in which an epoch reads them, and where each ends in it."""
+    """Documents in the order in which an epoch reads them, and the place where each ends."""
 
     documents: NDArray[np.int64] | None  # None: as stored
     ends: NDArray[np.int64]
 
     def numbers(self, first: int, stop: int) -> NDArray[np.int64]:
-        """The documents at places ``first`` to ``stop`` (exclusive)."""
+        """Return the documents at places ``first`` to ``stop`` (exclusive)."""
         if self.documents is None:
             return np.arange(first, stop)
         return self.documents[first:stop]
 
 
 class DocumentOrder(Line):
-    """A source as one endless token stream: epochs, each a permutation of its documents.
+    """Source as one endless token stream: epochs, each a permutation of its documents.
 
-    It is read in windows, an epoch's in an order of their own (with ``seed`` None: in turn).
+    The stream is read in windows, which are shuffled within an epoch (in order if ``seed`` is
+    None).
 
-    The permutation of an epoch follows from (seed, name, epoch) alone; with ``seed`` None every
-    epoch has the documents as they are stored. A place in the stream is found by bisection over the
-    epoch's running lengths, which cost 16 bytes a document; two epochs are kept.
+    The permutation of an epoch depends on (seed, name, epoch) alone; with ``seed`` None every epoch
+    reads the documents as they are stored. A place in the stream is found by bisection over the
+    epoch's cumulative lengths, which take 16 bytes per document; two epochs are cached.
     """
 
     def __init__(self, store: TokenStore, name: str, seed: int | None) -> None:
@@ -71,7 +72,7 @@ class DocumentOrder(Line):
         return sample if self.seed is None else super().window(sample, length)
 
     def places_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the tokens at these places lie in the first epoch."""
+        """Convert places of the stream to the places of the same tokens in the first epoch."""
         first = self.epoch(0)
         assert first.documents is not None
         starts = np.empty(self.store.num_documents, np.int64)
@@ -90,8 +91,8 @@ class DocumentOrder(Line):
     def read(self, start: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
         """Fill ``out`` with the stream's tokens from ``start`` on.
 
-        Returns the lengths of the runs of one document (int64, positive, sum ``len(out)``), the
-        first and last cut where the window cuts them.
+        Returns the number of tokens of each document in ``out`` (int64, positive, sum
+        ``len(out)``); the first and the last document may be cut by the window.
         """
         period, filled = self.store.num_tokens, 0
         lengths = []
@@ -112,7 +113,7 @@ class DocumentOrder(Line):
         offsets[0] = offset - (ends[0] - lengths[0])
         lengths[0] -= offsets[0]
         lengths[-1] -= ends[-1] - (offset + len(out))
-        filled = lengths > 0  # a store may hold empty documents
+        filled = lengths > 0  # a store may contain empty documents
         if not filled.all():
             documents, offsets, lengths = documents[filled], offsets[filled], lengths[filled]
         self.store.read_into(documents, offsets, lengths, out)
@@ -120,11 +121,13 @@ class DocumentOrder(Line):
 
 
 def permutation(key: str, count: int) -> NDArray[np.int64]:
-    """A permutation of range(count), the same on every machine and with every numpy.
+    """Return a permutation of range(count) that is the same on all machines and numpy versions.
 
-    The raw 64-bit stream of Philox under the SHA-256 of ``key`` (numpy promises bit generators'
-    raw streams, and not what ``Generator`` makes of them) gives each number a random key; the low
-    bits hold the number itself, so that a plain sort orders them without ties.
+    The raw 64-bit stream of Philox, keyed by the SHA-256 of ``key``, gives each number a random
+    sort key (numpy guarantees the raw streams of bit generators, but not the methods of
+    ``Generator``). The low bits of a sort key are the number itself, so that a plain sort has no
+    ties. For example, ``permutation("7:web:0", 3)`` returns the same order of 0, 1 and 2 in each
+    process.
     """
     digest = hashlib.sha256(key.encode()).digest()
     raw = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)

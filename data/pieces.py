@@ -1,12 +1,13 @@
-"""Long texts in pieces, so that memory does not grow with a document.
+"""Encoding of long texts in pieces, so that memory does not grow with the document.
 
-A tokenizer needs some 160 bytes for each byte of the text that it encodes. A text is therefore cut
-into spans of ``SPAN`` characters. Each is encoded with a margin of its neighbours, in which the
-place of the cut is chosen, and whose tokens are taken off again. Where a tokenizer's rules look no
-further than the margin, the tokens are those of the whole text. A cut is tried on the spot: what
-stands before it is encoded the same with and without what follows, and what follows is the same
-for two different beginnings. Where there is no such place, as in a long text without a space, the
-tokens around the cut may differ from those of the whole text, and the cut is counted.
+A tokenizer needs about 160 bytes of memory for each byte of text. A text is therefore cut into
+spans of ``SPAN`` characters. Each span is encoded with a margin of text from its neighbours; the
+place of the cut is chosen inside the margin, and the margin's tokens are removed. If a tokenizer's
+rules look no further than the margin, the tokens equal the tokens of the complete text. Each cut is
+tested: the text before the cut must have the same tokens with and without the text after it, and
+the text after the cut the same tokens for two different beginnings. If no cut passes, as in a long
+text without spaces, the tokens around the cut may differ from the tokens of the complete text, and
+the cut is counted as inexact.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ _TRIED = 16
 
 
 class Span(NamedTuple):
-    """A part of a text; ``before`` and ``after`` characters at its ends are its neighbours'.
+    """Part of a text; its first ``before`` and last ``after`` characters belong to its neighbours.
 
-    Each is 0, where the text begins or ends, or ``MARGIN``. The window around a cut, twice the
-    margin, is the same in both spans that share it, so both find the same place.
+    ``before`` and ``after`` are 0 at the beginning and the end of the text, else ``MARGIN``. The
+    two spans at a cut share a window of twice the margin around the cut, so both choose the same
+    place.
     """
 
     text: str
@@ -35,7 +37,10 @@ class Span(NamedTuple):
 
 
 def spans(blocks: Iterable[str]) -> Iterator[Span]:
-    """The text of ``blocks`` as spans; one of up to SPAN + MARGIN characters is one span."""
+    """Cut the text of ``blocks`` into spans.
+
+    A text of at most SPAN + MARGIN characters is one span.
+    """
     text, before = "", 0
     for block in blocks:
         text += block
@@ -47,7 +52,7 @@ def spans(blocks: Iterable[str]) -> Iterator[Span]:
 
 
 class EncodedSpan(NamedTuple):
-    """Token ids, the text that they stand for, and whether the ids are the whole text's."""
+    """Token ids, their text, and True if the ids equal the ids of the complete text."""
 
     ids: list[int]
     text: str
@@ -55,7 +60,10 @@ class EncodedSpan(NamedTuple):
 
 
 def encode_span(encode: Callable[[str], list[int]], span: Span) -> EncodedSpan:
-    """Encode what of a text is the span's own; the spans' ids one after another are the text's."""
+    """Encode a span without its margins; concatenated, the spans' ids are the ids of the text.
+
+    For example, ``encode_span(encode, Span("a short text", 0, 0)).exact`` is True.
+    """
     text, begin, end, exact = span.text, 0, len(span.text), True
     if span.after:
         end += find_cut(encode, text[-2 * MARGIN :])[0] - 2 * MARGIN
@@ -71,7 +79,7 @@ def encode_span(encode: Callable[[str], list[int]], span: Span) -> EncodedSpan:
 
 
 def find_cut(encode: Callable[[str], list[int]], window: str) -> tuple[int, bool]:
-    """Where near the middle to cut, and whether tokens are the same on both sides of the cut."""
+    """Return a place near the middle to cut, and True if the tokens on both sides are unchanged."""
     other = window[_OTHER_BEGINNING:]
     whole, whole_other = encode(window), encode(other)
     for at in _candidates(window):
@@ -83,7 +91,7 @@ def find_cut(encode: Callable[[str], list[int]], window: str) -> tuple[int, bool
 
 
 def _candidates(window: str) -> Iterator[int]:
-    """Places to cut, likely ones first: before white space after a word, then other ends of one."""
+    """Yield places to cut: before white space after a word, at other ends of words, elsewhere."""
     middle = len(window) // 2
     places = range(len(window) // 4, len(window) - len(window) // 16)
     order = sorted(places, key=lambda at: abs(at - middle))
@@ -102,9 +110,9 @@ def _candidates(window: str) -> Iterator[int]:
 
 
 def stretches(text: str) -> Iterator[str]:
-    """A text in parts of SPAN characters or more, cut before white space after a word if it can be.
+    """Cut a text into parts of SPAN characters or more, if possible at the end of a word.
 
-    For training a tokenizer that splits words there.
+    The cut is before white space, for the training of a tokenizer that splits words there.
     """
     begin = 0
     while len(text) - begin > SPAN + MARGIN:

@@ -1,4 +1,4 @@
-"""Build the next batches in the background while the current one trains."""
+"""Build the next batches in the background during training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ _POLL_S = 0.1
 
 
 class Prefetcher(Generic[Request, Item]):
-    """Iterates over ``fetch(request)`` for each of ``requests``, ``depth`` items ahead.
+    """Iterator over ``fetch(request)`` for each of ``requests``, ``depth`` items ahead.
 
-    One thread fetches, in order. An error in ``fetch`` or ``requests`` is raised to the consumer
-    in its turn, after the items before it. ``close`` (or leaving the ``with`` block) ends the
-    thread, whatever it is at; an item being fetched is finished and dropped.
+    One thread fetches, in order. An error in ``fetch`` or ``requests`` is raised in the consumer
+    after the items before it. ``close`` (or the end of the ``with`` block) ends the thread in any
+    state; an item that is being fetched is completed and dropped. For example,
+    ``for batch in Prefetcher(fetch, positions): ...``.
     """
 
     def __init__(
@@ -39,10 +40,10 @@ class Prefetcher(Generic[Request, Item]):
             for request in requests:
                 if self._closed.is_set() or not self._put((fetch(request), None)):
                     return
-        except StopIteration as error:  # must not pass for the end of the requests
+        except StopIteration as error:  # not the end of the requests
             end = RuntimeError("fetch raised StopIteration")
             end.__cause__ = error
-        except BaseException as error:  # the consumer would wait for ever, whatever it is
+        except BaseException as error:  # any error, or the consumer would wait for ever
             end = error
         self._put((None, end))
 
@@ -69,7 +70,7 @@ class Prefetcher(Generic[Request, Item]):
         return item
 
     def close(self) -> None:
-        """End the thread and wait for it; safe to call twice."""
+        """End the thread and wait for it; may be called twice."""
         self._closed.set()
         self._thread.join()
 

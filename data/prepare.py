@@ -1,4 +1,4 @@
-"""``allometry prepare``: documents to token files."""
+"""``allometry prepare``: convert documents to token files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from allometry.configs.errors import UserError
-from allometry.data.builtin import python_version
 from allometry.data.corpora import named_input, open_corpus
-from allometry.data.corpus import Corpus, Document, LeftOut, OnBadLine, ReadLog
+from allometry.data.corpus import (
+    Corpus,
+    Document,
+    LeftOut,
+    OnBadLine,
+    ReadLog,
+    held_out_below,
+    is_held_out,
+)
 from allometry.data.encode import (
     Encoding,
     TextSample,
@@ -38,41 +44,39 @@ from allometry.data.manifest import (
     manifest_of,
     read_manifest,
 )
+from allometry.data.output import (
+    copy_tokenizer,
+    publish,
+    refuse_to_overwrite,
+    tokenizer_record,
+    versions,
+    write_manifest,
+)
 from allometry.data.progress import ProgressReport
-from allometry.data.special_tokens import (
-    END_OF_DOCUMENT,
-    find_end_of_document,
-    load_tokenizer,
-    vocabulary_bound,
-)
-from allometry.data.tokenizer import (
-    BESIDE,
-    TOKENIZER,
-    fingerprint,
-    read_tokenizer_json,
-    recorded_as,
-    tokenizer_file,
-)
+from allometry.data.special_tokens import END_OF_DOCUMENT, find_end_of_document, load_tokenizer
+from allometry.data.tokenizer import TOKENIZER, fingerprint, read_tokenizer_json, recorded_as
 from allometry.data.writer import TokenWriter, load_megatron
 
 DEFAULT_VOCAB_SIZE = 8192
 _PARTIAL = ".partial"
-_DECIDING = "text_key", "max_documents", "max_bytes", "separator", "on_bad_line"
+_DECIDING = "text_key", "split_key", "max_documents", "max_bytes", "separator", "on_bad_line"
 _SAMPLE_CHARACTERS = 4 << 20
-_SAMPLED_FROM = 16  # times the sample: how far a source is read for it
+_SAMPLED_FROM = 16  # limit of the characters read, in multiples of the sample
 
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """What to prepare.
+    """Request of ``prepare``.
 
     ``inputs`` are ``name=input`` or ``input``: files, folders, patterns, builtin:python-code,
-    builtin:python-prose. ``tokenizer`` is the path of a tokenizer.json; None trains one with
-    ``vocab_size`` ids (default 8192). ``validation_fraction`` is the share of documents held out.
-    ``max_documents`` and ``max_bytes`` (of UTF-8 text) end a source early. ``processes`` None
-    takes all cores; the files do not depend on it. ``separator`` stands between the documents of a
-    text file. ``on_bad_line``: whether text that is missing or damaged stops the preparation or is
-    left out and counted ("skip"), up to ``max_bad_lines`` in a source.
+    builtin:python-prose. ``tokenizer`` is the path of a tokenizer.json; None trains a tokenizer
+    with ``vocab_size`` ids (default 8192). ``validation_fraction`` is the fraction of held-out
+    documents. ``max_documents`` and ``max_bytes`` (of UTF-8 text) limit each source. ``processes``
+    None uses all cores; the files do not depend on the number. ``separator`` separates the
+    documents of a text file. ``on_bad_line``: missing or damaged text stops the preparation
+    ("stop"), or is left out and counted ("skip"), up to ``max_bad_lines`` per source.
+    ``split_key``: the field whose hash decides whether a document is held out, instead of the hash
+    of the document's text, such as the text or the id of the document's parent.
     """
 
     inputs: tuple[str, ...]
@@ -88,6 +92,7 @@ class PrepareRequest:
     separator: str | None = None
     on_bad_line: OnBadLine = "stop"
     max_bad_lines: int = 1000
+    split_key: str | None = None
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -121,10 +126,13 @@ class PrepareRequest:
 def prepare(request: PrepareRequest, quiet: bool = False) -> Manifest:
     """Write ``out``/<source>.<train|validation>.{bin,idx}, tokenizer.json and manifest.json.
 
-    Everything is written in ``out``/.partial and renamed when it is complete, the manifest last.
-    The same request again finds its files and does nothing. Progress goes to standard error
-    unless ``quiet``. Raises UserError for inputs that cannot be read or hold nothing, and for a
-    folder that holds something else.
+    All files are written to ``out``/.partial and renamed once they are complete, the manifest last.
+    A repeated request finds its files and returns their manifest. Progress is printed to standard
+    error unless ``quiet``. For example,
+    ``prepare(PrepareRequest(("builtin:python-code",), "tokens"))``.
+
+    Raises:
+        UserError: inputs cannot be read or have no text, or ``out`` has files of another request.
     """
     corpora = _open_inputs(request)
     out = Path(request.out)
@@ -146,19 +154,19 @@ def _prepare_locked(
         report.say(f"removing what an interrupted preparation left in {partial}")
         shutil.rmtree(partial)
     if not interrupted:
-        _refuse_to_overwrite(out, corpora)
+        endings = ("train.bin", "train.idx", "validation.bin", "validation.idx")
+        refuse_to_overwrite(out, [f"{name}.{end}" for name in corpora for end in endings])
     partial.mkdir()
     try:
         processes = request.processes or len(os.sched_getaffinity(0))
-        if processes > 1:  # its import takes seconds, in which the others can work
+        if processes > 1:  # the import takes seconds, while the processes can work
             threading.Thread(target=load_megatron, daemon=True).start()
         with Workers(processes) as workers:
             manifest = _Preparation(request, partial, workers, report).run(corpora, identity)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
-        os.replace(path, out / path.name)
+    publish(partial, out, [path.name for path in partial.iterdir()])
     partial.rmdir()
     return manifest
 
@@ -173,7 +181,7 @@ class _Preparation:
         self.folder = folder
         self.workers = workers
         self.report = report
-        self.validation_below = round(request.validation_fraction * 2**64)
+        self.validation_below = held_out_below(request.validation_fraction)
 
     def run(self, corpora: dict[str, Corpus], identity: dict[str, Any]) -> Manifest:
         for hint in unused(corpora.values(), self.request.text_key, self.request.separator):
@@ -187,17 +195,16 @@ class _Preparation:
             tokenizer=tokenizer,
             sources={name: self._source(name, corpora[name], encoding) for name in corpora},
             request=identity,
-            versions=_versions(),
+            versions=versions(),
         )
-        text = manifest.model_dump_json(indent=2)
-        (self.folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        write_manifest(self.folder, manifest)
         return manifest
 
     def _log(self) -> ReadLog:
         return ReadLog(self.report.advance, self.request.on_bad_line, self.request.max_bad_lines)
 
     def _documents(self, corpus: Corpus, log: ReadLog) -> Iterator[Document]:
-        """The corpus without blank documents, up to the request's limits."""
+        """Yield the corpus without blank documents, up to the request's limits."""
 
         def with_text() -> Iterator[Document]:
             for document in corpus.documents(log, self.workers.map):
@@ -215,36 +222,22 @@ class _Preparation:
             yield document
 
     def _tokenizer(self, corpora: dict[str, Corpus]) -> TokenizerRecord:
-        """Put a tokenizer.json into the folder: the one given, or one trained on a sample."""
-        path = self.folder / TOKENIZER
+        """Write a tokenizer.json to the folder: the given one, or one trained on a sample."""
         given = self.request.tokenizer
         if given is not None:
-            shutil.copyfile(tokenizer_file(given), path)
-            for beside in map(tokenizer_file(given).with_name, BESIDE):
-                if beside.is_file():
-                    shutil.copyfile(beside, self.folder / beside.name)
+            copy_tokenizer(given, self.folder)
         else:
             texts = [text for name in corpora for text in self._sample(name, corpora[name])]
             vocab_size = self.request.vocab_size or DEFAULT_VOCAB_SIZE
-            train_tokenizer(texts, vocab_size).save(str(path))
-        tokenizer = load_tokenizer(str(path))
-        end, number = find_end_of_document(
-            given or str(path), tokenizer, self.request.end_of_document
-        )
-        return TokenizerRecord(
-            file=TOKENIZER,
-            sha256=fingerprint(read_tokenizer_json(path)),
-            vocab_size=vocabulary_bound(tokenizer),
-            end_of_document=end,
-            end_of_document_id=number,
-        )
+            train_tokenizer(texts, vocab_size).save(str(self.folder / TOKENIZER))
+        return tokenizer_record(self.folder, given, self.request.end_of_document)
 
     def _sample(self, name: str, corpus: Corpus) -> list[str]:
-        """Training documents of one source for the tokenizer; no source outweighs another."""
+        """Sample a source's training documents for the tokenizer; sources have equal budgets."""
         sample = TextSample(_SAMPLE_CHARACTERS)
         self.report.begin(f"sampling {name} for the tokenizer", corpus.total_bytes)
         for document in self._documents(corpus, self._log()):
-            if int(document.group[:16], 16) >= self.validation_below:
+            if not is_held_out(document.group, self.validation_below):
                 sample.offer(document)
             if sample.offered >= _SAMPLED_FROM * sample.budget:
                 break
@@ -309,7 +302,7 @@ class _Preparation:
 
 
 def _add_unknown(left_out: LeftOut, unknown: Unknown) -> None:
-    """Count and name what has no token."""
+    """Count the parts of a text without a token, with examples."""
     became = "dropped" if unknown.token is None else f"became {unknown.token}"
     reason = f"text that the tokenizer does not know, {became}"
     left_out.counts[reason] += unknown.times
@@ -326,12 +319,12 @@ def _open_inputs(request: PrepareRequest) -> dict[str, Corpus]:
                 f"two inputs give the source {name!r} (the second is {value}); name one of them "
                 "with name=input"
             )
-        corpora[name] = open_corpus(source, request.text_key, request.separator)
+        corpora[name] = open_corpus(source, request.text_key, request.separator, request.split_key)
     return corpora
 
 
 def _identity(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, Any]:
-    """What decides the files that a request makes, the content of the inputs aside (JSON)."""
+    """Return the settings that determine the files of a request, without the inputs (JSON)."""
     if request.tokenizer is None:
         tokenizer: dict[str, Any] = {"trained_vocab_size": request.vocab_size or DEFAULT_VOCAB_SIZE}
         end = END_OF_DOCUMENT
@@ -348,14 +341,18 @@ def _identity(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, 
 def _already_prepared(
     out: Path, identity: dict[str, Any], corpora: dict[str, Corpus]
 ) -> Manifest | None:
-    """The manifest of ``out`` if it answers this request; UserError if it answers another."""
+    """Return the manifest of ``out`` if it matches the request; None if ``out`` has none.
+
+    Raises UserError if the manifest is of another request, or the inputs have changed.
+    """
     manifest = read_manifest(out)
     if manifest is None:
         return None
     advice = "choose another output folder or remove this one"
-    recorded = manifest.request | {"end_of_document": manifest.tokenizer.end_of_document}
+    recorded = {"split_key": None, **manifest.request}
+    recorded["end_of_document"] = manifest.tokenizer.end_of_document
     for key, value in identity.items():
-        before = recorded.get(key, value)  # an older manifest has fewer keys
+        before = recorded.get(key, value)  # older manifests have fewer keys
         nothing_was_bad = key == "on_bad_line" and before == "stop"
         if before != value and not nothing_was_bad:
             raise UserError(f"folder {out} was prepared with {key}={before}, not {value}; {advice}")
@@ -371,28 +368,3 @@ def _already_prepared(
     if fingerprint(read_tokenizer_json(out / TOKENIZER)) != manifest.tokenizer.sha256:
         raise UserError(f"{out / TOKENIZER} is not the one that {out / MANIFEST} names; {advice}")
     return manifest
-
-
-def _refuse_to_overwrite(out: Path, corpora: dict[str, Corpus]) -> None:
-    endings = ("train.bin", "train.idx", "validation.bin", "validation.idx")
-    for name in (
-        TOKENIZER,
-        *BESIDE,
-        MANIFEST,
-        *(f"{name}.{end}" for name in corpora for end in endings),
-    ):
-        if (out / name).exists():
-            raise UserError(
-                f"folder {out} holds {name}, but no manifest.json that tells how it was made; "
-                "choose another output folder"
-            )
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": python_version()}
-    for package in ("allometry", "tokenizers", "numpy", "megatron-core"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that was not installed
-            versions[package] = "not installed"
-    return versions

@@ -1,4 +1,4 @@
-"""Processes that end with those that started them, however these end."""
+"""Child processes that end together with their parent, even if the parent is killed."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ import sys
 import threading
 
 LAUNCHER = "ALLOMETRY_LAUNCHER"
-"""Environment variable in which a launcher tells processes that are to end with it its own id."""
+"""Environment variable with the launcher's process id, for child processes that end with it."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 
 def ended_with_this() -> dict[str, str]:
-    """Return variables for processes that this one starts and that are to end with it."""
+    """Return environment variables for child processes that are to end with this process.
+
+    For example, ``subprocess.Popen(command, env=os.environ | ended_with_this())``.
+    """
     return {LAUNCHER: f"{os.getpid()} {_namespace()}"}
 
 
 def end_with_launcher() -> None:
-    """Let the kernel end this process with its parent, if that is torchrun or gave it LAUNCHER.
+    """Let the kernel end this process with its parent, if that is torchrun or set LAUNCHER.
 
-    What else starts a process, such as a shell, may end before it. Linux alone can do it. That a
-    parent has ended before this call is seen only where it gave its id, and shares ours.
+    Other parents, such as a shell, may end first. Linux only. An end of the parent before this call
+    is detected only if the parent set its id and shares the PID namespace.
     """
     launcher = os.environ.get(LAUNCHER)
     if sys.platform != "linux" or (launcher is None and "TORCHELASTIC_RUN_ID" not in os.environ):
@@ -36,7 +39,7 @@ def end_with_launcher() -> None:
 
 
 def _namespace() -> str:
-    """Where ids of processes are valid; a container may have its own."""
+    """Return the PID namespace; a container may have its own."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -44,7 +47,7 @@ def _namespace() -> str:
 
 
 def name_rank(rank: str) -> None:
-    """Name this process ``rank N`` for ps, top and debuggers (Linux), forked as it may be."""
+    """Name this process ``rank N`` for ps, top and debuggers (Linux), also after a fork."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_NAME, f"rank {rank}".encode())
 

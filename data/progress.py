@@ -21,7 +21,11 @@ _LINE_EVERY_S = 10.0
 
 
 class ProgressReport:
-    """Says on ``stream`` (default: standard error) what is done; nothing when ``quiet``."""
+    """Prints progress to ``stream`` (default: standard error), or no output if ``quiet``.
+
+    For example: ``report.begin("encoding web", total_bytes)``, then ``report.advance(n)`` for each
+    n bytes.
+    """
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
         console = Console(file=stream or sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
@@ -48,7 +52,7 @@ class ProgressReport:
         self._console.print(text, markup=False)
 
     def begin(self, label: str, total_bytes: int) -> None:
-        """Start a stretch of work over ``total_bytes``; the one before it is over."""
+        """Start a phase of ``total_bytes``, which ends the previous phase."""
         self._label, self._total, self._done = label, total_bytes, 0
         self._spoke = time.monotonic()
         if self._bar is not None:
@@ -57,7 +61,7 @@ class ProgressReport:
             self._task = self._bar.add_task(label, total=total_bytes)
 
     def advance(self, num_bytes: int) -> None:
-        """Another ``num_bytes`` are done."""
+        """Add ``num_bytes`` to the finished work; in a log file, print a line every 10 s."""
         self._done += num_bytes
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, num_bytes)

@@ -1,4 +1,4 @@
-"""Where a run stands in each of its sources: which sample comes next, and what was read so far."""
+"""Position of a run in each of its sources: next samples, and the data read so far."""
 
 # B samples, S sources, L tokens in a sample
 
@@ -31,11 +31,11 @@ from allometry.data.lines import Part
 
 @dataclass(frozen=True)
 class Account:
-    """What was read of a source: ``tokens`` by this run, ``unique_tokens`` of them never before.
+    """Tokens read of a source: ``tokens`` by this run, ``unique_tokens`` for the first time.
 
-    ``epochs``: how often the source has been read through and ``samples`` how many of its samples
-    have been read, by this run and those that it goes on after; both say where it stands, so that
-    samples which were passed over count there, and not as tokens.
+    ``epochs`` is the number of passes over the source and ``samples`` the number of its samples, by
+    this run and the runs that it continues. Both are positions in the source, so skipped samples
+    are included there, but not in the token counts.
     """
 
     tokens: int
@@ -45,7 +45,10 @@ class Account:
 
 
 def samples_read(run: Mapping[str, Any], name: str) -> int | None:
-    """Samples of a source that a run has read, as its export tells; None: it does not tell."""
+    """Return the number of samples that a run has read of a source, from its export.
+
+    None if the export does not record the data.
+    """
     state = run.get("reading")
     return None if state is None else int(state["ledger"].get(name, {"samples": 0})["samples"])
 
@@ -53,14 +56,14 @@ def samples_read(run: Mapping[str, Any], name: str) -> int | None:
 class Reading(ABC):
     """The samples of a data configuration, as a function of their position.
 
-    A run that goes on at a checkpoint follows ``resumed``; one whose weights come from another run
-    may go on ``after`` what that one has read. Sources are numbered as in the configuration.
+    A run that resumes from a checkpoint uses ``resumed``; a run with the weights of another run may
+    continue ``after`` the data of that run. Sources are numbered as in the configuration.
     """
 
     def __init__(
         self, data: SequenceData | DocumentData, seed: int, stages: Sequence[DataStage] = ()
     ) -> None:
-        """``stages``: those of the run, if it has several, of the same sources as ``data``."""
+        """``stages``: stages of the run, if any, with the same sources as ``data``."""
         self.data = data
         self.seed = seed
         self.stages = tuple(stages) or (DataStage(data),)
@@ -68,11 +71,11 @@ class Reading(ABC):
         self.sources = tuple(source.name for source in data.sources)
         self.mixture = ChangingMixture(declared(*self.stages), self.sources)
         self.starts = np.zeros(len(self.sources), np.int64)
-        """Samples of each source that this run goes on after [S]."""
-        self._inherited: dict[str, list[Part]] = {}  # how these were read
+        """Samples of each source read before this run [S]."""
+        self._inherited: dict[str, list[Part]] = {}  # lengths of those samples
 
     def in_stage(self, number: int) -> Self:
-        """The same, for the samples of a stage: with its length, and what it says of documents."""
+        """Return a copy for the samples of a stage, with its sequence length and limits."""
         made = copy.copy(self)
         made.data = self.stages[number].data
         made.sequence_length = made.data.sequence_length
@@ -81,10 +84,10 @@ class Reading(ABC):
 
     @abstractmethod
     def _settle(self) -> None:
-        """Follow ``data`` and ``parts``, which are other ones."""
+        """Rebuild state that depends on ``data`` and ``parts``, after these have changed."""
 
     def parts(self, source: int) -> list[Part]:
-        """How long a source's samples are, those before this run's among them."""
+        """Return the sample lengths of a source, including samples before this run."""
         name, start = self.sources[source], int(self.starts[source])
         parts = list(self._inherited.get(name, ()))
         for change in self.mixture.changes:
@@ -98,43 +101,43 @@ class Reading(ABC):
 
     @abstractmethod
     def _tokens_in(self, source: int, samples: int) -> int:
-        """Tokens that the ledger counts in the first ``samples`` samples of a source."""
+        """Return the tokens that the ledger counts in the first ``samples`` samples of a source."""
 
     @abstractmethod
     def _unique_in(self, source: int, samples: int) -> int:
-        """Of these the different ones."""
+        """Return the distinct tokens in the first ``samples`` samples of a source."""
 
     @abstractmethod
     def _epoch_tokens(self, source: int) -> int:
-        """Tokens that the ledger counts in an epoch of a source."""
+        """Return the tokens that the ledger counts in an epoch of a source."""
 
     def _epochs_in(self, source: int, samples: int) -> float:
-        """How often the first ``samples`` samples of a source read it."""
+        """Return the epochs in the first ``samples`` samples of a source."""
         return self._tokens_in(source, samples) / self._epoch_tokens(source)
 
     @abstractmethod
     def fingerprints(self) -> dict[str, str]:
-        """A name for the contents of each source's training files, and of what is kept of them."""
+        """Return a fingerprint of each source's training files and of its selection."""
 
     def samples(self, position: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Source of each of ``count`` samples from ``position`` on and its number in the source.
+        """Return the source of ``count`` samples from ``position`` on, and their numbers in it.
 
-        A source and a number are a sample's identity: they say which tokens it holds.
+        Source and number (both int64) identify a sample: they determine its tokens.
         """
         source_B, index_B = self.mixture.sources(position, count)
         return source_B, index_B + self.starts[source_B]
 
     def ledger(self, position: int) -> dict[str, int]:
-        """Tokens of each source in the first ``position`` samples, exactly."""
+        """Return the exact number of tokens of each source in the first ``position`` samples."""
         read = self._read(position, unique=False)
         return {name: account.tokens for name, account in read.items()}
 
     def accounts(self, position: int) -> dict[str, Account]:
-        """What the first ``position`` samples have read of each source, exactly."""
+        """Return the exact account of each source after the first ``position`` samples."""
         return self._read(position, unique=True)
 
     def _read(self, position: int, *, unique: bool) -> dict[str, Account]:
-        """``accounts``, or without counting unique tokens, which takes longer."""
+        """Return ``accounts``, optionally without unique tokens, which take longer to count."""
         accounts = {}
         counts = self.mixture.counts(position).tolist()
         passed = list(self.mixture.passed_over(position))
@@ -159,7 +162,7 @@ class Reading(ABC):
         return accounts
 
     def window_tokens(self, position: int) -> int:
-        """What the first ``position`` samples stand for: as many windows, however full."""
+        """Return the nominal number of tokens of ``position`` samples: their windows' length."""
         changes = self.mixture.changes
         ends = [*(change.position for change in changes[1:]), max(position, changes[-1].position)]
         return sum(
@@ -168,20 +171,20 @@ class Reading(ABC):
         )
 
     def tokens(self, position: int) -> int:
-        """Tokens in the first ``position`` samples, all sources together."""
+        """Return the number of tokens in the first ``position`` samples, over all sources."""
         return sum(self.ledger(position).values())
 
     def epochs(self, position: int) -> dict[str, float]:
-        """How often each source has been read after the first ``position`` samples."""
+        """Return the epochs over each source after the first ``position`` samples."""
         read = self._read(position, unique=False)
         return {name: account.epochs for name, account in read.items()}
 
     def unique_tokens(self) -> dict[str, int]:
-        """Tokens in an epoch of each source."""
+        """Return the number of tokens in an epoch of each source."""
         return {name: self._epoch_tokens(source) for source, name in enumerate(self.sources)}
 
     def state(self, position: int) -> dict[str, Any]:
-        """What a checkpoint says of the data read in the first ``position`` samples (JSON)."""
+        """Return the state of the data after ``position`` samples, for a checkpoint (JSON)."""
         return {
             "mixture": [change.describe() for change in self.mixture.changes],
             "starts": dict(zip(self.sources, self.starts.tolist(), strict=True)),
@@ -194,10 +197,10 @@ class Reading(ABC):
         }
 
     def resumed(self, state: Mapping[str, Any], position: int) -> Self:
-        """The same, of a run at ``position`` that has followed the ``state`` of a checkpoint.
+        """Return a copy for a run that resumes at ``position`` from the ``state`` of a checkpoint.
 
-        Its samples so far are what they were; from ``position`` on the shares are those of this
-        configuration. Each source goes on at its next sample.
+        Samples before ``position`` are unchanged; from ``position`` on, the shares are those of
+        this configuration. Each source continues with its next sample.
 
         Raises:
             UserError: a source that the run has read is missing.
@@ -220,18 +223,23 @@ class Reading(ABC):
         return self._with(followed(known, declared(*self.stages), position), starts, inherited)
 
     def passing_over(self, position: int, samples: int) -> Self:
-        """The same, but that at ``position`` so many samples are passed over and never read."""
+        """Return a copy that skips ``samples`` samples at ``position``; the run never reads them.
+
+        After ``passing_over(1000, 64)``, for example, position 1000 has the sample that was at
+        1064.
+        """
         starts = dict(zip(self.sources, self.starts.tolist(), strict=True))
         changes = passing_over(self.mixture.changes, position, samples)
         return self._with(changes, starts, self._inherited)
 
     def after(self, ancestors: Sequence[Mapping[str, Any]]) -> Self:
-        """The same, each source after what ``ancestors`` have read of it (as exports tell).
+        """Return a copy in which each source continues after the samples read by ``ancestors``.
 
-        A source of which they have read nothing begins at its beginning.
+        ``ancestors`` are the records of earlier runs from exports. A source that no ancestor has
+        read begins at its first sample.
 
         Raises:
-            UserError: there are no ancestors, or what one has read cannot be continued.
+            UserError: there are no ancestors, or the data of an ancestor cannot be continued.
         """
         if not ancestors:
             raise UserError(
@@ -253,7 +261,10 @@ class Reading(ABC):
         return self._with(self.mixture.changes, starts, inherited)
 
     def _read_of(self, run: Mapping[str, Any], name: str, here: list[str]) -> int:
-        """Samples that an ancestor has read of source ``name``, whose documents ``here`` has."""
+        """Return the number of samples of source ``name`` that an ancestor has read.
+
+        ``here``: the sources of this run with the same files.
+        """
         state, problem = run.get("reading"), None
         order, now = (state or {}).get("order", {}), self._order()
         if state is None:
@@ -277,7 +288,7 @@ class Reading(ABC):
         return int(state["ledger"][name]["samples"])  # type: ignore[index]
 
     def _order(self) -> dict[str, Any]:
-        """What decides which tokens a sample of a source holds, besides the source."""
+        """Return the settings that determine the tokens of a source's samples."""
         return {"run.seed": self.seed, "data.sequence_length": self.sequence_length}
 
     def _with(
@@ -294,11 +305,11 @@ class Reading(ABC):
         return made
 
     def check_run(self, samples: int) -> None:
-        """Check a whole run of so many samples before its first one, from the plan alone.
+        """Check a run of ``samples`` samples before its first step, from the configuration alone.
 
         Raises:
-            UserError: a source runs dry: it would be read more often than its ``max_epochs``; a
-                change of ``replay`` lies past the end; shares do not sum to 1.
+            UserError: a source would be read more often than its ``max_epochs``; a change of
+                ``replay`` is past the end; shares do not sum to 1.
         """
         for stage in self.stages:
             check_sum(stage.data)
@@ -310,7 +321,7 @@ class Reading(ABC):
                 raise UserError(self._dry(source.name, wanted, most, samples))
 
     def _dry(self, name: str, wanted: Account, most: float, samples: int) -> str:
-        """What a user should know of a source that is not enough for the run."""
+        """Return the message about a source that is too small for the run."""
         first = bisect_left(
             range(samples + 1),
             True,
@@ -330,21 +341,21 @@ class Reading(ABC):
 
 
 def same_files(one: str, other: str) -> bool:
-    """Whether two of ``fingerprints`` are of the same files, whatever a ``select`` keeps."""
+    """Return True if two of ``fingerprints`` are of the same files, ignoring ``select``."""
     return one.partition(":")[0] == other.partition(":")[0]
 
 
 def _parts_of(state: Mapping[str, Any], name: str, samples: int) -> list[Part]:
-    """How long the first ``samples`` samples of a source were, as a checkpoint tells."""
+    """Return the lengths of the first ``samples`` samples of a source, from a checkpoint."""
     if "parts" in state:
         return [Part(**part) for part in state["parts"].get(name, ()) if part["first"] < samples]
-    order = state.get("order", {})  # until stages could differ
+    order = state.get("order", {})  # format before stages had their own lengths
     length, limit = (order.get(f"data.{key}") for key in ("sequence_length", "max_document_tokens"))
     return [Part(0, length, limit)] if samples and length else []
 
 
 def _check_replay(stage: DataStage, samples: int) -> None:
-    """Refuse a change of replay that lies past the end of a stage, or of the run."""
+    """Raise UserError for a change of replay past the end of a stage or of the run."""
     samples = samples if stage.samples is None else stage.samples
     tokens = samples * stage.data.sequence_length
     of = "the run" if stage.name is None else f"stage {stage.name}"

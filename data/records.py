@@ -1,21 +1,40 @@
-"""The text of a record: a line of JSON, a row of parquet."""
+"""The text of a record: a line of JSON, or a row of parquet."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from allometry.data.corpus import BadText
+
+
+class Key(NamedTuple):
+    """A field of records, and the option that names it; ``numbers``: integers are allowed."""
+
+    name: str
+    option: str
+    numbers: bool = False
+
+
+def text_key(name: str) -> Key:
+    """Return the key of the text."""
+    return Key(name, "--text-key")
+
+
+def split_key(name: str) -> Key:
+    """Return the key that determines a document's split: the parent's text, or an id."""
+    return Key(name, "--split-key", numbers=True)
+
 
 _ROWS_AT_ONCE = 256  # rows may be large
 _KEYS_NAMED = 20
 NULL = "text is null"
 
 
-def json_text(line: bytes, key: str) -> str | None:
-    """The text under ``key`` of one line; None where it is null. Raises BadText."""
+def json_record(line: bytes) -> dict[str, Any]:
+    """Parse the JSON object on one line. Raises BadText."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -30,9 +49,19 @@ def json_text(line: bytes, key: str) -> str | None:
         raise BadText("line is not JSON", f"is not JSON ({error}); {advice}") from error
     if not isinstance(record, dict):
         raise BadText("line is no JSON object", "is no JSON object; write one object on each line")
+    return record
+
+
+def text_of(record: dict[str, Any], key: Key) -> str | None:
+    """Return the text under ``key``, or None if the value is null. Raises BadText.
+
+    For example, ``text_of({"meta": {"text": "a"}}, text_key("meta.text"))`` returns "a".
+    """
     text = _value_at(record, key)
     if text is None:
         return None
+    if key.numbers and isinstance(text, int) and not isinstance(text, bool):
+        return str(text)
     if not isinstance(text, str):
         raise _other_type(key, type(text).__name__)
     try:
@@ -44,12 +73,12 @@ def json_text(line: bytes, key: str) -> str | None:
     return text
 
 
-def _value_at(record: dict[str, Any], key: str) -> Any:
-    """``record[key]``; without such a key, ``record["meta"]["text"]`` for ``meta.text``."""
-    if key in record:
-        return record[key]
+def _value_at(record: dict[str, Any], key: Key) -> Any:
+    """Return ``record[key]``; if that is absent, follow the dots of ``key`` into nested objects."""
+    if key.name in record:
+        return record[key.name]
     value: Any = record
-    for name in key.split("."):
+    for name in key.name.split("."):
         if value is None:
             return None
         if not isinstance(value, dict) or name not in value:
@@ -66,11 +95,12 @@ def _names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def parquet_texts(path: Path, key: str) -> Iterator[tuple[int, str | BadText | None]]:
-    """The text in column ``key`` of each row, by the row's number from 1.
+def parquet_texts(path: Path, key: Key) -> Iterator[tuple[int, str | BadText | None]]:
+    """Yield the row number, counted from 1, and the text in column ``key`` of each row.
 
-    None where it is null. ``key`` may be a field in a struct: ``meta.text``. Where no row has it,
-    BadText stands for all of them, under the number 0. Raises OSError for a damaged file.
+    The text is None if the value is null. ``key`` may name a field of a struct: ``meta.text``. If
+    the file has no such column, one BadText is yielded for all rows, under row number 0. Raises
+    OSError for a damaged file.
     """
     import pyarrow
     from pyarrow import parquet
@@ -82,7 +112,7 @@ def parquet_texts(path: Path, key: str) -> Iterator[tuple[int, str | BadText | N
                 yield 0, names
                 return
             number = 0
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[key]):
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[key.name]):
                 for value in _strings(batch, names).to_pylist():
                     number += 1
                     yield number, value if value is None else _decoded(value)
@@ -91,17 +121,17 @@ def parquet_texts(path: Path, key: str) -> Iterator[tuple[int, str | BadText | N
 
 
 def parquet_rows(path: Path) -> int:
-    """The number of rows that a parquet file says it has."""
+    """Return the number of rows in a parquet file, from its metadata."""
     from pyarrow import parquet
 
     return int(parquet.read_metadata(path).num_rows)
 
 
-def _column(schema: Any, key: str) -> list[str] | BadText:
-    """The names that lead to a column of text, or why there is none."""
+def _column(schema: Any, key: Key) -> list[str] | BadText:
+    """Return the path of field names to a text column, or BadText if there is no such column."""
     from pyarrow import types
 
-    names = [key] if key in schema.names else key.split(".")
+    names = [key.name] if key.name in schema.names else key.name.split(".")
     fields = {field.name: field for field in schema}
     for at, name in enumerate(names):
         if name not in fields:
@@ -115,7 +145,8 @@ def _column(schema: Any, key: str) -> list[str] | BadText:
         types.is_string, types.is_large_string, types.is_string_view, types.is_binary,
         types.is_large_binary, types.is_binary_view, types.is_null,
     )  # fmt: skip
-    return names if any(test(kind) for test in is_text) else _other_type(key, str(kind))
+    taken = any(test(kind) for test in is_text) or (key.numbers and types.is_integer(kind))
+    return names if taken else _other_type(key, str(kind))
 
 
 def _leaves(fields: Any, prefix: str = "") -> Iterator[str]:
@@ -129,7 +160,7 @@ def _leaves(fields: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _strings(batch: Any, names: list[str]) -> Any:
-    """The column as bytes, as a string of arrow's may hold what is not UTF-8."""
+    """Return the column as bytes, because arrow strings may contain invalid UTF-8."""
     import pyarrow
     from pyarrow import compute, types
 
@@ -138,6 +169,8 @@ def _strings(batch: Any, names: list[str]) -> Any:
         column = compute.struct_field(column, name)
     if types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if types.is_integer(column.type):
+        column = column.cast(pyarrow.string())
     return column.cast(pyarrow.large_binary())
 
 
@@ -148,17 +181,17 @@ def _decoded(value: bytes) -> str | BadText:
         return BadText("text is not UTF-8", f"has text that is not UTF-8 ({error}); convert it")
 
 
-def _no_key(key: str, names: list[str]) -> BadText:
+def _no_key(key: Key, names: list[str]) -> BadText:
     more = ", ..." if len(names) > _KEYS_NAMED else ""
     known = ", ".join(names[:_KEYS_NAMED]) + more if names else "none"
     return BadText(
-        f"no text under {key!r}",
-        f"has no {key!r} (it has: {known}); name the field of the text with --text-key",
+        f"no text under {key.name!r}",
+        f"has no {key.name!r} (it has: {known}); name the field with {key.option}",
     )
 
 
-def _other_type(key: str, kind: str) -> BadText:
+def _other_type(key: Key, kind: str) -> BadText:
     return BadText(
-        f"no text under {key!r}",
-        f"has no text under {key!r} but {kind}; name the field of the text with --text-key",
+        f"no text under {key.name!r}",
+        f"has no text under {key.name!r} but {kind}; name the field with {key.option}",
     )

@@ -1,7 +1,7 @@
-"""The tokenizer of a run and the token that ends its documents: found with its data, then kept.
+"""Tokenizer of a run and its end-of-document token, taken from the data and kept in the run folder.
 
-A run's folder holds ``tokenizer.json``, what says which of its tokens are special, and under
-``tokenizer`` in run.json what is known of it, so that the folder can be moved and converted.
+A run folder contains ``tokenizer.json``, the files that list its special tokens, and a
+``tokenizer`` entry in run.json, so that the folder can be moved and converted.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _RUN = "run.json"
 
 @dataclass(frozen=True)
 class RunTokenizer:
-    """``file``: a tokenizer.json; ``end``: the token that ends documents, and its id.
+    """Tokenizer file of a run, and its end-of-document token ``end`` with the token's id.
 
-    ``unknown`` says in a sentence each why one of them is None.
+    ``unknown`` has one sentence for each of ``file`` and ``end`` that is None, with the reason.
     """
 
     file: Path | None = None
@@ -39,7 +39,7 @@ class RunTokenizer:
     unknown: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """What run.json says of it (JSON)."""
+        """Return the ``tokenizer`` entry of run.json (JSON)."""
         return {
             "file": None if self.file is None else TOKENIZER,
             "sha256": None if self.file is None else fingerprint(read_tokenizer_json(self.file)),
@@ -49,7 +49,7 @@ class RunTokenizer:
         }
 
     def keep(self, folder: Path) -> None:
-        """Copy the tokenizer and the files beside it into ``folder``."""
+        """Copy the tokenizer and the files next to it into ``folder``."""
         if self.file is None or self.file.parent.resolve() == folder.resolve():
             return
         for name in (TOKENIZER, *BESIDE):
@@ -58,10 +58,12 @@ class RunTokenizer:
                 shutil.copyfile(source, folder / name)
 
     def told(self, tokenizer: str | None, end: str | None, vocab_size: int) -> RunTokenizer:
-        """With what a user says of it.
+        """Return the tokenizer completed by ``--tokenizer`` and ``--end-of-document`` of the user.
 
-        Raises UserError for a tokenizer that gives other ids than the known one, one with more
-        ids than the model's ``vocab_size``, and an end of documents that it does not have.
+        Raises:
+            UserError: the tokenizer gives other ids than the known one or has more ids than the
+                model's ``vocab_size``, or the end-of-document token is not one of its tokens or not
+                the known one.
         """
         from allometry.data.special_tokens import load_tokenizer, vocabulary_bound
 
@@ -100,7 +102,7 @@ class RunTokenizer:
 
 
 def tokenizer_of(data: SequenceData | DocumentData) -> RunTokenizer:
-    """The tokenizer that a run's data name, and what the manifests beside its files say."""
+    """Return the tokenizer that a run's data name, with facts from adjacent manifests."""
     file, named = None, "data.tokenizer names none"
     if data.tokenizer is not None:
         path = tokenizer_file(data.tokenizer)
@@ -131,7 +133,7 @@ def tokenizer_of(data: SequenceData | DocumentData) -> RunTokenizer:
 
 
 def tokenizer_that_agrees(data: SequenceData | DocumentData, source: Path) -> Path | None:
-    """The tokenizer.json of a model's or a run's folder ``source``, if it has one.
+    """Return the tokenizer.json in the folder ``source`` of a model or a run, None without one.
 
     Raises:
         UserError: ``data`` were made with another tokenizer, as far as that is known.
@@ -153,9 +155,9 @@ def tokenizer_that_agrees(data: SequenceData | DocumentData, source: Path) -> Pa
 
 
 def tokenizer_of_run(folder: Path, data: SequenceData | DocumentData) -> RunTokenizer:
-    """What a run's folder keeps, and of what it lacks what its data say.
+    """Return the tokenizer in a run's folder, completed from its data.
 
-    A tokenizer in the folder that is no longer the one that was kept there does not count.
+    A tokenizer in the folder that differs from the stored one is ignored.
     """
     record: dict[str, Any] = {}
     if (folder / _RUN).is_file():
@@ -180,6 +182,6 @@ def tokenizer_of_run(folder: Path, data: SequenceData | DocumentData) -> RunToke
 
 
 def _unknown(file: Path | None, end: object, before: tuple[str, ...]) -> tuple[str, ...]:
-    """What of ``before`` is still unknown."""
+    """Return the entries of ``before`` that are still unknown."""
     still = {"tokenizer": file is None, "end of documents": end is None}
     return tuple(why for why in before if still[why.split(":")[0]])

@@ -1,4 +1,4 @@
-"""A permutation of range(n) that is looked up, not stored."""
+"""A permutation of range(n) that is computed per index instead of stored."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ _AT_ONCE = 1 << 20
 
 
 class Shuffle:
-    """A bijection of range(``size``) that follows from ``key`` alone, in O(1) time and memory.
+    """Permutation of range(``size``) that depends on ``key`` alone, in O(1) time and memory.
 
-    A Feistel network over the smallest even number of bits that holds ``size``, walked along its
-    cycle until it lands inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002);
-    its round function is the finaliser of splitmix64 under round keys from SHA-256.
+    A Feistel network over the smallest even number of bits that can represent range(``size``),
+    applied repeatedly until the result is below ``size`` (cycle walking; Black and Rogaway,
+    "Ciphers with arbitrary finite domains", 2002). The round function is the finaliser of
+    splitmix64 with round keys from SHA-512.
+
+    For example, ``shuffle = Shuffle("epoch 0", 10)``; ``shuffle.inverse(shuffle(3))`` is 3.
     """
 
     def __init__(self, key: str, size: int) -> None:
@@ -30,15 +33,15 @@ class Shuffle:
         self._keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
 
     def __call__(self, index: int) -> int:
-        """Where ``index`` goes."""
+        """Return the image of ``index``."""
         return self._walk(index, self._forward)
 
     def inverse(self, image: int) -> int:
-        """What goes to ``image``."""
+        """Return the index whose image is ``image``."""
         return self._walk(image, self._backward)
 
     def images(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Where each of ``start`` to ``stop`` (exclusive) goes: the same, many at a time."""
+        """Return the images of ``start`` to ``stop`` (exclusive), vectorized."""
         found = np.empty(stop - start, np.int64)
         for at in range(0, len(found), _AT_ONCE):
             end = min(at + _AT_ONCE, len(found))
@@ -84,7 +87,7 @@ def _mixed(value: int) -> int:
 
 
 def _mixed_many(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """``_mixed`` of an array, whose products wrap around by themselves."""
+    """Return ``_mixed`` of an array; its products wrap around in uint64."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

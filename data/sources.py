@@ -1,4 +1,4 @@
-"""The corpora of a run: their token files, their shares of the samples, what the record says."""
+"""The sources of a run: token files, shares of the samples, and facts for the record."""
 
 # S sources
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allometry.configs.data import DocumentData, SequenceData, Source
@@ -23,12 +23,12 @@ _log = logging.getLogger(__name__)
 
 
 class Sources(Reading):
-    """Training and held-out documents of a data configuration, each source a ``DocumentOrder``.
+    """Training and held-out documents of a data configuration; one ``DocumentOrder`` per source.
 
-    ``mixture`` says which source's sample stands at a position; sample i of a source belongs to
-    a window of L tokens of its token stream. What a sample holds of that window is
-    what the subclasses are about. Nothing depends on what was asked before, on the number of ranks
-    or on how positions are grouped into batches.
+    ``mixture`` maps a position to a source's sample; sample i of a source corresponds to a window
+    of L tokens in its token stream, and subclasses define the sample's content in this window.
+    Results do not depend on earlier requests, on the number of ranks, or on the grouping of
+    positions into batches.
 
     Raises UserError for token files that cannot be used or were made with different tokenizers.
     """
@@ -41,10 +41,10 @@ class Sources(Reading):
         *,
         whole: bool,
     ) -> None:
-        """``whole``: only documents of two tokens or more hold something to predict."""
+        """``whole``: targets do not cross documents, so a store needs a document of two tokens."""
         super().__init__(data, seed, stages)
         self.selections: dict[str, Selection] = {}
-        """What is kept of the training documents of sources that have a ``select``."""
+        """Selected training documents of sources with a ``select``."""
         self._train = [
             DocumentOrder(_checked(self._documents(source), whole=whole), source.name, seed)
             for source in data.sources
@@ -60,7 +60,7 @@ class Sources(Reading):
         self._settle()
 
     def _documents(self, source: Source) -> TokenStore:
-        """The training documents of a source: all of its store, or what its ``select`` keeps."""
+        """Return the training documents of a source, filtered by its ``select`` if it has one."""
         store = TokenStore(source.train)
         if source.select is None:
             return store
@@ -70,26 +70,35 @@ class Sources(Reading):
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """What ``describe`` says besides the sources."""
+        """Return the settings in ``describe`` other than the sources."""
 
     @abstractmethod
     def _epoch_squares(self, source: int) -> float:
-        """Sum of the squared lengths that the documents of an epoch have in training, expected."""
+        """Return the expected sum of squared document lengths in an epoch, as trained."""
 
     def _epoch_tokens(self, source: int) -> int:
         return self._train[source].store.num_tokens
 
+    def by_kind(self, tokens: Mapping[str, int]) -> dict[str, int]:
+        """Return token counts by source kind; empty if all sources are natural.
+
+        ``tokens``: tokens of each source, as returned by ``ledger``.
+        """
+        sums = sums_by_kind({source.name: source.kind for source in self.data.sources}, tokens)
+        return {} if set(sums) <= {"natural"} else sums
+
     @property
     def stores(self) -> tuple[TokenStore, ...]:
-        """All token files, training then held-out."""
+        """All token files, training before held-out."""
         orders = [*self._train, *self._validation.values()]
         return tuple(order.store for order in orders)
 
     def squared_lengths_per_token(self, first: int = 0, last: int | None = None) -> float:
-        """Expected sum of the squared lengths of documents, as they are trained on, by token.
+        """Return the expected sum of squared document lengths in training, divided by tokens.
 
-        It is what FLOPs of attention are counted from (``DocumentFlops``), from the index alone; of
-        the samples from ``first`` to ``last`` (exclusive), or of the mixture at ``first``.
+        ``DocumentFlops`` computes the FLOPs of attention from this value, which needs the index
+        alone. The average is over the samples from ``first`` to ``last`` (exclusive), or over the
+        mixture at ``first`` if ``last`` is None.
         """
         squares = tokens = 0.0
         shares = list(self.mixture.shares(first).values())
@@ -102,9 +111,10 @@ class Sources(Reading):
         return squares / tokens
 
     def fingerprints(self) -> dict[str, str]:
-        """A name for the contents of each source's training files, wherever they are.
+        """Return an identifier of the contents of each source's training files.
 
-        ``TokenStore.fingerprint`` and, of a source that has a ``select``, that of what it keeps.
+        It is ``TokenStore.fingerprint``, which does not depend on paths, followed by the
+        selection's fingerprint if the source has a ``select``.
         """
         found = {}
         for name, order in zip(self.sources, self._train, strict=True):
@@ -113,12 +123,14 @@ class Sources(Reading):
         return found
 
     def describe(self) -> dict[str, Any]:
-        """What the data are, for a run's record: sizes, shares and fingerprints (JSON)."""
+        """Return sizes, shares and fingerprints of the data for a run's record (JSON)."""
         sources = {}
+        tags = {source.name: _tags(source) for source in self.data.sources}
         for (name, share), order in zip(self.mixture.shares().items(), self._train, strict=True):
             held_out = self._validation.get(name)
             sources[name] = {
                 "share": share,
+                **tags[name],
                 "train": _describe(order.store),
                 "validation": None if held_out is None else _describe(held_out.store),
             }
@@ -129,7 +141,10 @@ class Sources(Reading):
         return {**settings, "sources": sources, "mixture": mixture}
 
     def _held_out_windows(self, name: str, available: int, count: int) -> list[int]:
-        """Which windows stand for a held-out split: ``count`` of them, or all; fewer is logged."""
+        """Return ``count`` evenly spaced windows of a held-out split, or all if it has fewer.
+
+        Fewer windows than ``count`` are logged.
+        """
         if available < count:
             _log.warning(
                 "validation split of source %s has %d sequences of %d tokens, fewer than the "
@@ -140,10 +155,31 @@ class Sources(Reading):
         return evenly(available, min(count, available))
 
 
-def evenly(available: int, count: int) -> list[int]:
-    """``count`` of the numbers below ``available``, evenly spread, in order.
+def sums_by_kind(kinds: Mapping[str, str], tokens: Mapping[str, int]) -> dict[str, int]:
+    """Return the token counts of each source kind.
 
-    What is stored side by side is alike (files of one folder), so the first ones would not do.
+    For example, kinds {"web": "natural", "qa": "generated"} and tokens {"web": 8, "qa": 2} give
+    {"natural": 8, "generated": 2}.
+    """
+    sums: dict[str, int] = {}
+    for name, count in tokens.items():
+        kind = kinds.get(name, "natural")
+        sums[kind] = sums.get(kind, 0) + count
+    return sums
+
+
+def _tags(source: Source) -> dict[str, str]:
+    """Return the kind and the parent of a source that is not natural, for ``describe``."""
+    if source.kind == "natural":
+        return {}
+    return {"kind": source.kind} | ({} if source.parent is None else {"parent": source.parent})
+
+
+def evenly(available: int, count: int) -> list[int]:
+    """Return ``count`` of the numbers below ``available``, evenly spaced, in order.
+
+    Adjacent documents are similar (files of one folder), so the first ones are not representative.
+    For example, ``evenly(10, 2)`` returns [2, 7].
     """
     assert 0 <= count <= available, (count, available)
     return [(2 * k + 1) * available // (2 * count) for k in range(count)]

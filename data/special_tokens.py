@@ -1,8 +1,8 @@
-"""Special tokens: which ones a tokenizer has, which one ends documents, and text that spells one.
+"""Special tokens of a tokenizer, its end-of-document token, and text that spells such a token.
 
-A special token is an added token flagged as special or written like one (``<|...|>``, ``</s>``,
-``[SEP]``), one that ``tokenizer_config.json`` or ``special_tokens_map.json`` beside the tokenizer
-names, the model's token for what is unknown, and the end of documents.
+A special token is an added token that is flagged as special or written like one (``<|...|>``,
+``</s>``, ``[SEP]``), a token that ``tokenizer_config.json`` or ``special_tokens_map.json`` next to
+the tokenizer names, the model's unknown token, and the end-of-document token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KNOWN_ENDS = (
     "<|end▁of▁sentence|>",
     "<｜end▁of▁sentence｜>",
 )
-_WRITTEN_LIKE_ONE = re.compile(  # U+FF5C, DeepSeek's bar, beside the plain one
+_WRITTEN_LIKE_ONE = re.compile(  # U+FF5C is the bar of DeepSeek's tokens
     r"<[|\uff5c].*[|\uff5c]>|</?s>|<(unk|pad|mask|bos|eos|eod|sep|cls|endoftext)>"
     r"|\[(UNK|PAD|MASK|BOS|EOS|SEP|CLS)\]",
     re.DOTALL,
@@ -44,7 +44,7 @@ _NAMED = (
 )
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _BYTES = {f"<0x{number:02X}>" for number in range(256)}
-_APART = {  # a pre-tokenizer: no piece then holds a byte's token as it is spelled
+_APART = {  # pre-tokenizer that splits the spelling of a byte's token
     "type": "Split",
     "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
     "behavior": "MergedWithPrevious",
@@ -53,11 +53,14 @@ _APART = {  # a pre-tokenizer: no piece then holds a byte's token as it is spell
 
 
 def find_end_of_document(path: str, tokenizer: Tokenizer, wanted: str | None) -> tuple[str, int]:
-    """The token that ends a document and its id.
+    """Return the end-of-document token and its id.
 
-    It is ``wanted``, or the ``eos_token`` that the files beside ``path`` name, or the one
-    well-known name that the tokenizer has. Raises UserError when none or several qualify, and for
-    one that ordinary text needs.
+    It is ``wanted``, or the ``eos_token`` in the files next to ``path``, or the only well-known
+    name among the special tokens. For example, a tokenizer with ``<|endoftext|>`` at id 0 and no
+    other known name returns ("<|endoftext|>", 0).
+
+    Raises:
+        UserError: no token or several tokens qualify, or ordinary text needs the token.
     """
     end, why = wanted, "--end-of-document"
     if end is None:
@@ -86,29 +89,29 @@ def find_end_of_document(path: str, tokenizer: Tokenizer, wanted: str | None) ->
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in ``path`` (a tokenizer.json, or a folder that holds one) as it is."""
+    """Return the tokenizer in ``path`` (a tokenizer.json or its folder), unchanged."""
     return _loaded(path, json.dumps(read_tokenizer_json(path)))
 
 
 def load_encoder(path: str | Path, end: int) -> Tokenizer:
-    """The tokenizer in ``path``, set to encode plain text, which never becomes a special token.
+    """Return the tokenizer in ``path`` for plain text, which never becomes a special token.
 
-    Nothing is padded, cut, dropped at random or added around the text. ``end`` is the id of the
-    token that ends documents. The special tokens keep their ids under names drawn anew, which no
-    text can spell: neither the added tokens nor the model's own vocabulary then hold what a text
-    spells out, so that it is encoded from smaller parts. A byte's token (``<0x0A>``), which keeps
-    its name, is cut where a text spells it. Other text has the ids that it always has.
+    The text is not padded, truncated, subject to dropout or surrounded by added tokens. ``end``: id
+    of the end-of-document token. Special tokens keep their ids under random names, which no text
+    can spell: neither the added tokens nor the model's vocabulary then contain their spelling, so
+    that such text is encoded from smaller parts. Byte tokens (``<0x0A>``) keep their names, and
+    text that spells one is split. All other text keeps its ids.
     """
     return _loaded(path, json.dumps(_of_plain_text(path, end)), plain=True)
 
 
 def load_watcher(path: str | Path, end: int) -> tuple[Tokenizer, int, str | None] | None:
-    """What shows that a text holds what the tokenizer in ``path`` has no token for.
+    """Load the detector of text for which the tokenizer in ``path`` has no token.
 
-    It encodes plain text, with the id that it gives in place of what is unknown, and the token of
-    that id: then it is as ``load_encoder`` has it. Without such a token, what is unknown is dropped
-    by the tokenizer, and the other ids of the watcher mean nothing. None: all text has tokens, or
-    what has none is an error.
+    Returns a tokenizer of plain text, the id that it gives to unknown text, and the token of that
+    id. If the token is not None, the ids are those of ``load_encoder``. If the token is None, the
+    tokenizer in ``path`` drops unknown text, and only the unknown id of the detector is meaningful.
+    Returns None if all text has tokens, or if unknown text is an error.
     """
     values = _of_plain_text(path, end)
     model, plain = values["model"], _canonical(path)["model"]
@@ -128,7 +131,7 @@ def load_watcher(path: str | Path, end: int) -> tuple[Tokenizer, int, str | None
 
 
 def _knows_all_bytes(values: Mapping[str, Any]) -> bool:
-    """Whether a BPE has a token for each byte, and writes what it does not know as bytes."""
+    """Return True if a BPE has a token for each byte and encodes unknown text as bytes."""
     model = values["model"]
     vocabulary: set[str] = set(model["vocab"])
     if '"ByteLevel"' in json.dumps([values["normalizer"], values["pre_tokenizer"]]):
@@ -137,7 +140,7 @@ def _knows_all_bytes(values: Mapping[str, Any]) -> bool:
 
 
 def _of_plain_text(path: str | Path, end: int) -> dict[str, Any]:
-    """The tokenizer of ``load_encoder`` as JSON."""
+    """Return the tokenizer of ``load_encoder`` as JSON."""
     values = _canonical(path)
     names = _special(path, values) | {str(load_tokenizer(path).id_to_token(end))}
     hidden = {name: f"{uuid.uuid4().hex}{uuid.uuid4().hex}" for name in names}
@@ -157,27 +160,27 @@ def _of_plain_text(path: str | Path, end: int) -> dict[str, Any]:
 
 
 def vocabulary_bound(tokenizer: Tokenizer) -> int:
-    """The largest id plus one; more than the number of tokens where ids have gaps."""
+    """Return the largest id plus one, above the number of tokens if ids have gaps."""
     return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
 
 
 def _loaded(path: str | Path, text: str, *, plain: bool = False) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower type
         raise UserError(f"tokenizer {path} cannot be loaded ({error}); save it again") from error
     tokenizer.encode_special_tokens = plain
     return tokenizer
 
 
 def _canonical(path: str | Path) -> dict[str, Any]:
-    """What a tokenizer.json says as the library in use would write it."""
+    """Return a tokenizer.json as the installed library would write it."""
     values: dict[str, Any] = json.loads(load_tokenizer(path).to_str())
     return values
 
 
 def _special(path: str | Path, values: Mapping[str, Any]) -> set[str]:
-    """The special tokens of a tokenizer, its end of documents aside."""
+    """Return the special tokens of a tokenizer, without its end-of-document token."""
     model = values["model"]
     names = {
         token["content"]
@@ -197,14 +200,14 @@ def _special(path: str | Path, values: Mapping[str, Any]) -> set[str]:
 
 
 def _needed(model: Mapping[str, Any], token: str) -> bool:
-    """Whether a token is a character or byte from which a BPE makes all others."""
+    """Return True if the token is a character or byte from which a BPE builds all other tokens."""
     if model["type"] != "BPE" or token not in model["vocab"] or token == model["unk_token"]:
         return False
     return len(token) == 1 or bool(model["byte_fallback"] and _BYTE.fullmatch(token))
 
 
 def _hide(model: dict[str, Any], hidden: Mapping[str, str]) -> None:
-    """Give tokens of the model's vocabulary other names; they keep their ids and scores."""
+    """Rename tokens of the model's vocabulary; ids and scores are unchanged."""
     if model["type"] == "Unigram":
         model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
         return
@@ -222,7 +225,7 @@ def _hide(model: dict[str, Any], hidden: Mapping[str, str]) -> None:
 
 
 def _keep_bytes_apart(values: dict[str, Any]) -> None:
-    """Keep what a text spells from the tokens of bytes, which the model finds by their names."""
+    """Prevent text from spelling byte tokens, which the model finds by their names."""
     model = values["model"]
     values["added_tokens"] = [
         token for token in values["added_tokens"] if not _BYTE.fullmatch(token["content"])
@@ -238,7 +241,7 @@ def _keep_bytes_apart(values: dict[str, Any]) -> None:
 
 
 def _named_end(path: str) -> tuple[str | None, str]:
-    """The ``eos_token`` that files beside a tokenizer name, and where; None without one."""
+    """Return the ``eos_token`` in the files next to a tokenizer and its origin, or (None, "")."""
     named = {
         f"eos_token of {tokenizer_file(path).parent / file}": name
         for file, settings in _beside(path).items()
@@ -253,7 +256,7 @@ def _named_end(path: str) -> tuple[str | None, str]:
 
 
 def _beside(path: str | Path) -> dict[str, dict[str, Any]]:
-    """What the files beside a tokenizer.json hold, by their names."""
+    """Read the files next to a tokenizer.json, by their names."""
     found = {}
     for name in BESIDE:
         file = tokenizer_file(path).parent / name
@@ -270,7 +273,7 @@ def _beside(path: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def _contents(value: Any) -> Iterable[str]:
-    """The tokens in a value of such a file: text, an object with ``content``, or many of them."""
+    """Return the tokens in a value of such a file: text, objects with ``content``, or lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict) and isinstance(value.get("content"), str):

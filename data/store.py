@@ -1,7 +1,7 @@
 """Token files in Megatron's .bin/.idx format, read through memory maps.
 
-The format is documented in docs/file_formats.md. Reading needs numpy alone: megatron-core takes
-seconds to import and is not on every machine that trains.
+docs/file_formats.md documents the format. Reading needs only numpy: megatron-core takes seconds to
+import and is not installed on every training machine.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from allometry.configs.errors import RankError, UserError
 from allometry.data.manifest import manifest_of
+from allometry.data.shards import ENDING, TokenLine, read_shards, shard_files, shards_path
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -35,25 +36,34 @@ _SAMPLE_BLOCKS = 512
 _BLOCK_TOKENS = 1 << 16
 
 
-class TokenStore:
-    """The documents of ``prefix``.bin and ``prefix``.idx.
+class EmptyStoreError(UserError):
+    """Token files without documents or without tokens."""
 
-    A document is what the document indices say, however many sequences it was written in. Opening
-    reads the index and checks it against the size of the .bin file; tokens are read when asked
-    for. Raises UserError for files that are missing, damaged, of another format or empty.
+
+class TokenStore:
+    """Documents of ``prefix``.bin and ``prefix``.idx, or of ``prefix``.shards.json and .idx.
+
+    Documents are defined by the document indices, for any number of sequences per document. The
+    constructor reads the index and checks it against the size of the .bin file; tokens are read on
+    request. For example, ``TokenStore("tokens/web.train").read(0)`` returns the tokens of the first
+    document.
+
+    Raises:
+        UserError: files are missing, damaged, of another format, or empty.
     """
 
     def __init__(self, prefix: str | Path) -> None:
         self.vocab_size: int | None = None
-        """Where it is set, what is read must be below."""
+        """Exclusive bound of the token ids that ``read`` accepts; None: no check."""
         self.prefix = str(prefix)
         if self.prefix.endswith((".bin", ".idx")):
             raise UserError(
                 f"token files are named without their ending: write {self.prefix[:-4]} instead of "
                 f"{self.prefix}"
             )
-        self._bin = Path(self.prefix + ".bin")
         self._idx = Path(self.prefix + ".idx")
+        listed = shards_path(self.prefix)
+        self._bin = listed if listed.is_file() else Path(self.prefix + ".bin")
         for path in (self._bin, self._idx):
             if not path.is_file():
                 raise UserError(
@@ -62,14 +72,13 @@ class TokenStore:
                 )
         self.dtype, starts = self._read_index()
         self.starts: NDArray[np.int64] = starts
-        """Where each document begins when they stand end to end, and the end (documents + 1)."""
+        """Start of each document in the concatenated documents, and the end (documents + 1)."""
         self._offsets: NDArray[np.int64] = starts[:-1]
-        """Where each begins in the .bin file, in tokens."""
-        # A plain array: np.memmap's own slicing costs more than the copy of a short document.
-        self._tokens: NDArray[Any] = np.memmap(self._bin, self.dtype, mode="r").view(np.ndarray)
+        """Start of each document in the concatenated .bin files, in tokens."""
+        self._tokens = self._open_tokens(int(starts[-1]))
 
     def _read_index(self) -> tuple[np.dtype[Any], NDArray[np.int64]]:
-        """Type of the tokens and document starts, checked against the .bin file."""
+        """Return token type and document starts, checked against the .bin file."""
         size = self._idx.stat().st_size
         with self._idx.open("rb") as file:
             header = file.read(HEADER.size)
@@ -103,45 +112,57 @@ class TokenStore:
         num_tokens = int(ends[-1])
         if num_tokens == 0:
             raise self._empty()
-        expected, num_bytes = num_tokens * dtype.itemsize, self._bin.stat().st_size
-        if num_bytes != expected:
+        return dtype, np.concatenate(([0], ends))[indices]
+
+    def _open_tokens(self, num_tokens: int) -> TokenLine:
+        """Open the token files and check their sizes against the index."""
+        if self._bin.name.endswith(ENDING):
+            listed = read_shards(self._bin)
+            counts = [shard.tokens for shard in listed.shards]
+            files = shard_files(self._bin, listed)
+            num_bytes = sum(shard.file.bytes for shard in listed.shards)
+        else:
+            counts, files, num_bytes = [num_tokens], [self._bin], self._bin.stat().st_size
+        expected = num_tokens * self.dtype.itemsize
+        if num_bytes != expected or sum(counts) != num_tokens:
             raise UserError(
                 f"token file {self._bin} has {num_bytes} bytes, but its index {self._idx} says "
                 f"{expected}: it was cut short or belongs to another index; prepare or copy both "
                 "files again"
             )
-        return dtype, np.concatenate(([0], ends))[indices]
+        return TokenLine(files, counts, self.dtype)
 
     def _damaged(self, how: str) -> UserError:
         return UserError(f"token index {self._idx} {how}; prepare or copy both files again")
 
     def _empty(self) -> UserError:
-        return UserError(
+        return EmptyStoreError(
             f"token file {self._bin} holds no documents or no tokens; prepare it from a corpus "
             "that is not empty, or take this source out of the configuration"
         )
 
     @property
     def num_documents(self) -> int:
-        """Documents, empty ones included."""
+        """Number of documents, empty ones included."""
         return len(self.starts) - 1
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents."""
+        """Number of tokens in all documents."""
         return int(self.starts[-1])
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens in each document (int64, num_documents)."""
+        """Number of tokens in each document (int64, num_documents)."""
         return np.diff(self.starts)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (16 digits) of the files' document lengths, first and last tokens.
+        """SHA-256 (16 digits) of all document lengths and of tokens at the ends of two documents.
 
-        Enough to notice another preparation, cheap enough for terabytes; whatever documents of the
-        files this is ``only``.
+        The first and last 4096 tokens of the first and the last document are read: enough to detect
+        another preparation, and fast for terabytes. A store from ``only`` has the fingerprint of
+        the full store.
         """
         digest = hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes())
         for document in (0, self.num_documents - 1):
@@ -152,8 +173,11 @@ class TokenStore:
         return digest.hexdigest()[:16]
 
     def only(self, documents: NDArray[np.int64]) -> TokenStore:
-        """The same files with these documents alone, numbered anew in this order; no copy."""
-        assert self.fingerprint  # known before, so that it stays the files' own
+        """Return a store of these documents alone, renumbered in this order, over the same files.
+
+        For example, ``store.only(np.array([4, 2]))`` has two documents. Tokens are not copied.
+        """
+        assert self.fingerprint  # cached before the copy: it is of the full store
         made = copy.copy(self)
         made.__dict__.pop("lengths")
         made.starts = np.concatenate(([0], np.cumsum(self.lengths[documents])))
@@ -161,7 +185,7 @@ class TokenStore:
         return made
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Tokens ``start`` to ``stop`` (exclusive) of a document: a view of the file, no copy.
+        """Return tokens ``start`` to ``stop`` (exclusive) of a document as a view of the file.
 
         Raises RankError for an id that is not below ``vocab_size``.
         """
@@ -169,7 +193,7 @@ class TokenStore:
         length = int(self.starts[document + 1] - self.starts[document])
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length
-        return self._checked(self._tokens[begin + start : begin + stop])
+        return self._checked(self._tokens.read(begin + start, begin + stop))
 
     def read_into(
         self,
@@ -182,16 +206,17 @@ class TokenStore:
 
         Raises RankError as ``read`` does.
         """
-        begins = (self._offsets[documents] + offsets).tolist()
-        tokens, at = self._tokens, 0
-        for begin, length in zip(begins, lengths.tolist(), strict=True):
-            out[at : at + length] = tokens[begin : begin + length]
+        files, begins = self._tokens.find(self._offsets[documents] + offsets)
+        at, tokens = 0, {file: self._tokens.tokens(file) for file in set(files.tolist())}
+        runs = zip(files.tolist(), begins.tolist(), lengths.tolist(), strict=True)
+        for file, begin, length in runs:
+            out[at : at + length] = tokens[file][begin : begin + length]
             at += length
         assert at == len(out)
         self._checked(out)
 
     def _checked(self, tokens: NDArray[Any]) -> NDArray[Any]:
-        """Return ``tokens``; one pass sees ids that are too large and, as such, negative ones."""
+        """Return ``tokens`` after one check for ids that are too large or negative."""
         if self.vocab_size is not None and len(tokens):
             unsigned = tokens.view(f"<u{tokens.itemsize}")
             if int(unsigned.max()) >= self.vocab_size:
@@ -205,16 +230,16 @@ class TokenStore:
 
     @property
     def vocab_bound(self) -> int:
-        """A number above every token id: rows that the embedding must have at least.
+        """Number above all token ids: the least number of rows of the embedding.
 
-        ``vocab_bound_origin`` tells how it is known. Only a sample of a large store without a
-        manifest is read, so there the bound may be too low.
+        ``vocab_bound_origin`` is the origin of the bound. Of a large store without a manifest, only
+        a sample is read, so the bound may be too low.
         """
         return self._vocab_bound[0]
 
     @property
     def vocab_bound_origin(self) -> Literal["manifest", "scan", "sample"]:
-        """The manifest's vocabulary, all tokens, or a sample of them."""
+        """Origin of ``vocab_bound``: the manifest's vocabulary, all tokens, or a sample."""
         return self._vocab_bound[1]
 
     @cached_property
@@ -228,7 +253,8 @@ class TokenStore:
         chosen = np.linspace(0, blocks - 1, _SAMPLE_BLOCKS if sampled else blocks).astype(np.int64)
         largest, smallest = 0, 0
         for block in chosen.tolist():
-            part = tokens[block * _BLOCK_TOKENS : (block + 1) * _BLOCK_TOKENS]
+            start = block * _BLOCK_TOKENS
+            part = tokens.read(start, min(start + _BLOCK_TOKENS, len(tokens)))
             largest, smallest = max(largest, int(part.max())), min(smallest, int(part.min()))
         if smallest < 0:
             raise UserError(

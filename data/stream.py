@@ -25,23 +25,27 @@ from allometry.data.sources import Sources
 def open_stream(
     data: SequenceData | DocumentData, seed: int, stages: Sequence[DataStage] = ()
 ) -> Stream | DocumentStream:
-    """The stream of the kind that ``data`` asks for; UserError as for ``Sources``."""
+    """Open the stream class for ``data.kind``. Raises UserError like ``Sources``.
+
+    For example, ``open_stream(config.data, seed=0).batch(0, 8)`` returns the first 8 sequences of a
+    run.
+    """
     if data.kind == "documents":
         return DocumentStream(data, seed, stages)
     return Stream(data, seed, stages)
 
 
 def missing_sources(data: SequenceData | DocumentData) -> list[str]:
-    """Names of the sources whose training files are not on this machine."""
+    """Return the names of sources whose training files are missing on this machine."""
     return [source.name for source in data.sources if not Path(f"{source.train}.idx").exists()]
 
 
 class Stream(Sources):
     """Training and held-out sequences of a data configuration.
 
-    A sample is a window [w L, w L + L] of its source's token stream (see
-    ``DocumentOrder``): L inputs and, one further, L targets, so that each token is a target once
-    an epoch; the windows of an epoch are shuffled.
+    A sample is a window [w L, w L + L] of its source's token stream (see ``DocumentOrder``): L
+    inputs and the L targets one token later, so that each token is a target once per epoch; the
+    windows of an epoch are shuffled.
     """
 
     data: SequenceData
@@ -60,9 +64,10 @@ class Stream(Sources):
         return {"packing": "per_document" if self.per_document else "concatenated"}
 
     def _epoch_squares(self, source: int) -> float:
-        """The sum over pairs of a document's tokens of the chance that no window's end is between.
+        """Return the expected sum of squared document lengths, as cut by windows, in an epoch.
 
-        Windows begin anywhere in documents: tokens k apart are in one with 1 - k / L.
+        Windows begin at any token of a document, so two tokens of a document at distance k are in
+        the same window with probability 1 - k / L.
         """
         store, length = self._train[source].store, self.sequence_length
         if not self.per_document:
@@ -74,7 +79,7 @@ class Stream(Sources):
         return float((d + 2 * pairs)[d > 0].sum())
 
     def batch(self, position: int, count: int) -> Batch:
-        """The ``count`` samples from ``position`` on: rows in the order of their positions."""
+        """Return the ``count`` samples from ``position`` on; row i is sample ``position`` + i."""
         source_B, index_B = self.samples(position, count)
         windows = [
             (self._train[source], list(self._windows[source].sample(index)))
@@ -87,7 +92,7 @@ class Stream(Sources):
         windows: list[tuple[DocumentOrder, list[tuple[int, int]]]],
         source_B: NDArray[np.int64],
     ) -> Batch:
-        """Sequences of the tokens at these places of their sources' lines: runs of L in all."""
+        """Return a batch from the runs of each row's window, L tokens in all."""
         length = self.sequence_length
         tokens_BL = np.empty((len(windows), length), np.int64)
         targets_BL = np.empty_like(tokens_BL)
@@ -95,10 +100,10 @@ class Stream(Sources):
         ends, bounds, at = [], [], 0
         for order, runs in windows:
             for place, count in runs:
-                run = np.empty(count + 1, np.int64)  # one token more than inputs
+                run = np.empty(count + 1, np.int64)  # inputs and one more token
                 lengths = order.read(place, run)
                 tokens[at : at + count], targets[at : at + count] = run[:-1], run[1:]
-                # A last document goes on, so that its last input has a target; others' do not.
+                # The last document continues behind the run, so only its last input has a target.
                 ends.append(np.cumsum(lengths[:-1]) + at)
                 at += count
                 bounds.append(at)
@@ -111,18 +116,18 @@ class Stream(Sources):
         return Batch(tokens_BL, targets_BL, source_B, documents)
 
     def _tokens_in(self, source: int, samples: int) -> int:
-        return self._windows[source].tokens(samples)  # input tokens: L a sample
+        return self._windows[source].tokens(samples)  # input tokens: L per sample
 
     def _unique_in(self, source: int, samples: int) -> int:
         return self._windows[source].unique(samples, self._train[source].places_of)
 
     def validation(self, count: int, batch_sequences: int = 1) -> dict[str, list[Batch]]:
-        """``count`` sequences of each held-out split, evenly spread, in batches of one size.
+        """Return ``count`` evenly spaced sequences of each held-out split, in batches of one size.
 
-        A last batch that is not full is filled with rows that do not count.
-        Documents come in the order in which they are stored. A split of fewer than ``count``
-        sequences gives what it has, which is logged; its last sequence goes on at the split's
-        beginning, and the targets there do not count, so that none counts twice.
+        Documents are in the order in which they are stored. The last batch is padded with rows
+        whose targets are ``IGNORE``. A split of fewer than ``count`` sequences returns all of them,
+        which is logged; its last sequence wraps around to the split's beginning, where targets are
+        ``IGNORE``, so that each target counts once.
         """
         assert count > 0
         by_name = {}
@@ -142,7 +147,7 @@ class Stream(Sources):
         return by_name
 
     def _held_out(self, name: str, order: DocumentOrder, windows: list[int], rows: int) -> Batch:
-        """These windows, and the last one again for rows that are left."""
+        """Return a batch of these windows, padded to ``rows`` with copies of the last window."""
         source_B = np.full(rows, self.sources.index(name), np.int64)
         filled = windows + windows[-1:] * (rows - len(windows))
         length = self.sequence_length

@@ -1,4 +1,4 @@
-"""Token files without text, for tests and benchmarks."""
+"""Write token files without text, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from allometry.data.store import DTYPES, HEADER, MAGIC
 
 
 def write_index(path: Path, dtype: str, lengths: NDArray[Any]) -> None:
-    """Write the .idx of a store whose documents, one sequence each, have these ``lengths``."""
+    """Write the .idx of a store of documents with ``lengths``, one sequence per document."""
     code = next(code for code, known in DTYPES.items() if known.name == dtype)
     ends = np.cumsum(lengths, dtype=np.int64)
     pointers = (ends - lengths) * np.dtype(dtype).itemsize
@@ -27,7 +27,10 @@ def write_index(path: Path, dtype: str, lengths: NDArray[Any]) -> None:
 def write_store(
     prefix: str | Path, documents: Sequence[NDArray[Any] | Sequence[int]], dtype: str = "uint16"
 ) -> None:
-    """Write token files of these ``documents``."""
+    """Write ``prefix``.bin and ``prefix``.idx with these ``documents``.
+
+    For example, ``write_store("tiny", [[1, 2, 0], [3, 0]])`` writes two documents.
+    """
     with Path(f"{prefix}.bin").open("wb") as file:
         for document in documents:
             file.write(np.asarray(document, np.dtype(dtype).newbyteorder("<")).tobytes())
@@ -38,18 +41,18 @@ def write_store(
 def write_random_store(
     prefix: str | Path, num_tokens: int, vocab_size: int, mean_length: int = 512, seed: int = 0
 ) -> None:
-    """Write documents of random tokens, geometric in length; uint16 where the ids fit."""
+    """Write documents of random tokens with geometric lengths; uint16 if the ids fit."""
     rng = np.random.default_rng(seed)
     dtype = "uint16" if vocab_size < 65536 else "int32"
     drawn = rng.geometric(1 / mean_length, 2 + 2 * num_tokens // mean_length)
     whole = drawn[: int(np.searchsorted(np.cumsum(drawn), num_tokens))]
-    lengths = np.append(whole, num_tokens - int(whole.sum()))  # the last is cut
+    lengths = np.append(whole, num_tokens - int(whole.sum()))  # the last document is cut
     rng.integers(0, vocab_size, num_tokens).astype(dtype).tofile(f"{prefix}.bin")
     write_index(Path(f"{prefix}.idx"), dtype, lengths)
 
 
 def write_sparse_store(prefix: str | Path, num_tokens: int, num_documents: int) -> None:
-    """Write a real index over a .bin of zeros that takes no room on a disk with sparse files."""
+    """Write an index over a sparse .bin of zeros, which needs no disk space."""
     rng = np.random.default_rng(0)
     bounds = np.sort(rng.integers(0, num_tokens + 1, num_documents - 1))
     lengths = np.diff(np.concatenate(([0], bounds, [num_tokens])))

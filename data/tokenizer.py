@@ -1,4 +1,4 @@
-"""Do the tokens fit the tokenizer and the model?"""
+"""Check that tokens, tokenizer and model fit together."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from allometry.data.store import TokenStore
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
-"""Files beside a tokenizer.json that say which tokens are special."""
+"""Files next to a tokenizer.json that list special tokens."""
 _log = logging.getLogger(__name__)
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """The tokenizer.json that ``path``, a file or the folder that holds it, names."""
+    """Return the tokenizer.json for ``path``, a file or its folder."""
     path = Path(path)
     return path / TOKENIZER if path.is_dir() else path
 
 
 def read_tokenizer_json(path: str | Path) -> dict[str, Any]:
-    """The content of a tokenizer.json; UserError when it is missing or is none."""
+    """Return the content of a tokenizer.json; UserError if it is missing or invalid."""
     path = tokenizer_file(path)
     if not path.is_file():
         raise UserError(f"tokenizer {path} does not exist; give the path of a tokenizer.json")
@@ -46,17 +46,17 @@ def read_tokenizer_json(path: str | Path) -> dict[str, Any]:
 
 
 def fingerprint(tokenizer: dict[str, Any]) -> str:
-    """SHA-256 of the canonical JSON: equal for equal content, however it was written."""
+    """Return the SHA-256 of the canonical JSON, independent of its formatting."""
     text = json.dumps(tokenizer, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """The first part of two tokenizers by which a text may get other ids; None if none does.
+    """Return the first part of two tokenizers that can change a text's ids; None if there is none.
 
-    Text never becomes a special token, so one that a tokenizer has and the other lacks is no
-    difference, but one with another id is. Versions, post-processors, decoders, padding,
-    truncation and what is dropped at random while a model trains do not count.
+    Plain text is never encoded to special tokens, so a special token that only one tokenizer has is
+    not a difference, while a shared special token with two ids is. Versions, post-processors,
+    decoders, padding, truncation and the BPE dropout of training are ignored.
     """
     if fingerprint(one) == fingerprint(other):
         return None
@@ -64,10 +64,10 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
     written = []
     for values in (one, other):
-        try:  # both as this version of the library writes them
+        try:  # normalize both to the format of this library version
             text = json.dumps(values | {"version": "1.0"})
             values = json.loads(Tokenizer.from_str(text).to_str())
-        except Exception:  # the library raises nothing narrower
+        except Exception:  # the library raises no narrower type
             return "content, as one of them cannot be loaded,"
         values["model"].pop("dropout", None)
         written.append(values)
@@ -89,7 +89,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class _Made:
-    """The tokenizer of token files: where it is named, and its content where that is known."""
+    """Tokenizer of token files: the place that names the tokenizer, and its content if known."""
 
     origin: str
     sha256: str
@@ -109,7 +109,7 @@ def _given(path: str) -> _Made:
 
 
 def _recorded(folder: Path, record: TokenizerRecord) -> _Made:
-    """What a manifest says, with the tokenizer.json beside it if it is the one recorded."""
+    """Return a manifest's tokenizer, with the adjacent tokenizer.json if it is the recorded one."""
     values = None
     if (folder / record.file).is_file():
         values = read_tokenizer_json(folder / record.file)
@@ -118,9 +118,9 @@ def _recorded(folder: Path, record: TokenizerRecord) -> _Made:
 
 
 def recorded_as(path: str, folder: Path) -> str:
-    """The fingerprint by which ``folder``'s manifest knows the tokenizer in ``path``.
+    """Return the fingerprint of the tokenizer in ``path`` for ``folder``'s manifest.
 
-    It is the recorded one if both give the same ids, else that of ``path``.
+    The recorded fingerprint if both give the same ids, else the fingerprint of ``path``.
     """
     given, manifest = _given(path), read_manifest(folder)
     if manifest is None:
@@ -130,11 +130,11 @@ def recorded_as(path: str, folder: Path) -> str:
 
 
 def check_tokenizer(tokenizer_path: str | None, prefixes: Iterable[str]) -> None:
-    """Raise UserError unless the token files were made with one tokenizer, the one given.
+    """Raise UserError unless all token files were made with the same tokenizer, the given one.
 
-    Tokenizers that differ only in what does not change ids are one. ``tokenizer_path`` None checks
-    only that the files agree with each other. Files without a manifest of ours cannot be checked,
-    which is logged when a tokenizer was given.
+    Tokenizers that differ only in parts that do not change ids are the same (``difference``). With
+    ``tokenizer_path`` None, the files are only compared with each other. Files without a manifest
+    of ``prepare`` cannot be checked, which is logged if a tokenizer was given.
     """
     expected = None if tokenizer_path is None else _given(tokenizer_path)
     same: set[str] = set()
@@ -164,7 +164,7 @@ def check_tokenizer(tokenizer_path: str | None, prefixes: Iterable[str]) -> None
 
 
 def check_vocabulary(model_vocab_size: int, stores: Iterable[TokenStore]) -> None:
-    """Raise UserError if a store's token ids may reach beyond the model's embedding."""
+    """Raise UserError if token ids of a store may exceed the model's embedding."""
     for store in stores:
         if store.vocab_bound > model_vocab_size:
             source = {

@@ -1,4 +1,4 @@
-"""Writing token files, with megatron-core's own builder."""
+"""Write token files with megatron-core's builder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGEST_SEQUENCE = 2**31 - 1
 
 @lru_cache(maxsize=1)
 def load_megatron() -> Any:
-    """megatron-core's indexed_dataset module; importing it takes seconds and warns about GPUs."""
+    """Import megatron-core's indexed_dataset, which takes seconds and warns about GPUs."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -35,9 +35,11 @@ def load_megatron() -> Any:
 
 
 class TokenWriter:
-    """Writes ``folder``/``stem``.bin and .idx, one sequence a document.
+    """Writer of ``folder``/``stem``.bin and .idx, with one sequence per document.
 
-    A document of more tokens than the index can count in one sequence has several.
+    A document of more than 2**31 - 1 tokens, the limit of a sequence in the index, has several
+    sequences. For example: ``writer.add(tokens, text_bytes, last=True)`` for each document, then
+    ``writer.finish()``.
     """
 
     def __init__(self, folder: Path, stem: str, dtype: str) -> None:
@@ -48,7 +50,7 @@ class TokenWriter:
         self._begun = 0
 
     def add(self, tokens: NDArray[Any], text_bytes: int, last: bool) -> None:
-        """Append tokens to the document in hand, which ends with them if they are its ``last``."""
+        """Append tokens to the current document, and end it if they are its ``last``."""
         self.tokens += len(tokens)
         self.text_bytes += text_bytes
         self._largest_id = max(self._largest_id, int(tokens.max(initial=0)))
@@ -62,7 +64,7 @@ class TokenWriter:
         self._begun = 0
 
     def finish(self) -> SplitRecord | None:
-        """Close the files and say what they hold; None, and no files, without documents."""
+        """Close the files and return their record; without documents, delete them (None)."""
         self._builder.finalize(str(self._idx))
         if self.documents == 0:
             self._bin.unlink()
@@ -78,7 +80,7 @@ class TokenWriter:
 
 
 def file_record(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file, and of a sample of it."""
+    """Return the size and SHA-256 of a file, and the SHA-256 of a sample."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(bytes=path.stat().st_size, sha256=digest, sampled_sha256=sampled_sha256(path))

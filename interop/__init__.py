@@ -1,1 +1,1 @@
-"""Checkpoints and descriptions of other frameworks, read and written."""
+"""Import and export of checkpoints and configurations of other frameworks."""

@@ -1,4 +1,4 @@
-"""Scores of a Hugging Face folder by EleutherAI's lm-evaluation-harness (the package lm_eval)."""
+"""Evaluation of a Hugging Face folder with EleutherAI's lm-evaluation-harness (lm_eval)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ _NEEDED = ("lm_eval", "transformers", "accelerate", "datasets")
 _RESAMPLINGS = 1000
 _PLACES = ("dataset_path", "dataset_kwargs", "metadata")
 _SHARES = ("acc", "exact_match")
-"""Metrics, by how their names begin, that are shares of right answers."""
+"""Prefixes of the names of metrics that are fractions of correct answers."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task; ``filter``: how answers were read. See ``laws/scores.py``."""
+    """Value of one metric of one task; ``filter`` names the harness' answer filter.
+
+    See ``laws/scores.py`` for the file format.
+    """
 
     task: str
     metric: str
@@ -40,12 +43,12 @@ class Score:
 
     @property
     def is_accuracy(self) -> bool:
-        """Whether it is a share of right answers."""
+        """True if the metric is a fraction of correct answers."""
         return self.metric.startswith(_SHARES) and 0.0 <= self.value <= 1.0
 
 
 def require_harness() -> str:
-    """Return the harness and its version. Raises UserError if a package is missing."""
+    """Return "lm_eval" and its version. Raises UserError if a package is missing."""
     for name in _NEEDED:
         if importlib.util.find_spec(name) is None:
             raise UserError(
@@ -55,13 +58,14 @@ def require_harness() -> str:
 
 
 class Harness:
-    """Tasks, loaded once for all checkpoints.
+    """Tasks of the harness, loaded once for all checkpoints.
 
-    ``tasks``: the harness' own names, YAML files, or folders of them; in a file, paths of data
-    files are from the file's folder. ``limit``: of each task only the first documents.
+    ``tasks``: task names of the harness, YAML files, or folders of YAML files; paths of data files
+    in a YAML file are relative to its folder. ``limit``: number of documents per task, the first
+    ones. For example, ``Harness(["arc_easy", "my_task.yaml"], limit=100)``.
 
     Raises:
-        UserError: a task is not known, or its data cannot be had.
+        UserError: a task is unknown, or its data cannot be loaded.
     """
 
     def __init__(
@@ -84,17 +88,17 @@ class Harness:
             self.hashes[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _members(self) -> dict[str, list[str]]:
-        """The tasks of each group that has a score of its own."""
+        """Return the member tasks of each group that has an aggregated score."""
         return {
             name: sorted({task.task_name for task in one.get_all_tasks()})
             for name, one in self._groups.items()
         }
 
     def scores(self, folder: Path, *, device: str, dtype: str, batch_size: int) -> list[Score]:
-        """Return what the model in a Hugging Face folder scores, task by task.
+        """Return the scores of the model in a Hugging Face folder, task by task.
 
         Raises:
-            UserError: the harness cannot read the model or ask it.
+            UserError: the harness cannot load or evaluate the model.
         """
         from lm_eval import simple_evaluate
 
@@ -122,7 +126,7 @@ class Harness:
         return [one for name, of in members.items() for one in self._of(name, of, results)]
 
     def _of(self, name: str, members: Sequence[str], results: Any) -> Iterator[Score]:
-        """What a task scores, or a group of tasks."""
+        """Yield the scores of a task or of a group of tasks."""
         where = results["groups"] if name in self._groups else results["results"]
         found = where[name]
         counts = {one: int(results["n-samples"][one]["effective"]) for one in members}
@@ -150,14 +154,14 @@ class Harness:
             )
 
     def _chance(self, counts: Mapping[str, int]) -> float | None:
-        """What guessing gives, over the documents of all these tasks; None where one has none."""
+        """Return the chance level over all documents of these tasks; None if unknown for a task."""
         each = {name: _chance(self._tasks[name], n) for name, n in counts.items()}
         known = [chance * counts[name] for name, chance in each.items() if chance is not None]
         return sum(known) / sum(counts.values()) if len(known) == len(counts) else None
 
 
 def _load(tasks: Sequence[str]) -> tuple[Any, Any]:
-    """The harness' task manager and the tasks that it made of these."""
+    """Return the harness' task manager and the loaded tasks."""
     from lm_eval.tasks import TaskManager
 
     files = [Path(task) for task in tasks]
@@ -176,7 +180,7 @@ def _load(tasks: Sequence[str]) -> tuple[Any, Any]:
             wanted.append(_described(file))
     try:
         return manager, manager.load(wanted)
-    except Exception as error:  # of the hub, of its library, of a script
+    except Exception as error:  # raised by the hub, its library, or a task's script
         raise UserError(
             f"--tasks={','.join(tasks)}: the tasks cannot be loaded ({_said(error)}); tasks whose "
             "data are not local files fetch them over the network, once"
@@ -194,12 +198,12 @@ def _named(manager: Any, task: str) -> list[str]:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """The task in a YAML file, with its data files' paths from here."""
+    """Return the task of a YAML file, with the paths of its data files made absolute."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
         described: dict[str, Any] = load_yaml(path)
-    except Exception as error:  # YAML, a function that is not there, no file
+    except Exception as error:  # invalid YAML, a missing function, a missing file
         raise UserError(f"--tasks={path} cannot be read ({_said(error)}); mend it") from error
     if not isinstance(described.get("task"), str):
         raise UserError(f"--tasks={path} describes no task: it has no 'task: NAME'; add it")
@@ -226,7 +230,7 @@ def _documents(task: Any, limit: int | None) -> list[Any]:
 
 
 def _chance(task: Any, n: int) -> float | None:
-    """What guessing gives: the mean of 1/choices; None where answers are not chosen."""
+    """Return the chance level, the mean of 1/choices; None for tasks without multiple choice."""
     if getattr(task, "OUTPUT_TYPE", None) != "multiple_choice" or not n:
         return None
     try:
@@ -236,7 +240,7 @@ def _chance(task: Any, n: int) -> float | None:
 
 
 def _hash(task: Any, limit: int | None) -> str:
-    """A hash of what is asked: the task's settings and documents, wherever their files are."""
+    """Return a hash of a task's settings and documents, independent of the paths of its files."""
     config = {key: value for key, value in task.dump_config().items() if key not in _PLACES}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=_name).encode())
     for one in _documents(task, limit):
@@ -245,11 +249,11 @@ def _hash(task: Any, limit: int | None) -> str:
 
 
 def _name(value: Any) -> str:
-    """Text for JSON of what is none, without addresses in memory."""
+    """Return a JSON string for a value without a JSON form, without memory addresses."""
     return str(getattr(value, "__qualname__", None) or type(value).__qualname__)
 
 
 def _said(error: BaseException) -> str:
-    """An error as one line."""
+    """Return the message of an error as one line of at most 300 characters."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= 300 else words[:297] + "..."

@@ -119,8 +119,8 @@ def how_ended(codes: dict[int, int]) -> str:
     """Return a clause that describes the failed ranks; ``codes``: exit codes, -N for signal N.
 
     If a rank was killed by a signal, only the killed ranks are named: the other ranks failed
-    because of them. For example, ``how_ended({0: 1, 3: -9})`` returns ``"rank 3 was ended by
-    SIGKILL (out of memory?)"``.
+    because of them. For example, ``how_ended({0: 1, 3: -9})`` returns
+    ``"rank 3 was ended by SIGKILL (out of memory?)"``.
     """
     killed = {rank: code for rank, code in codes.items() if code < 0 or code > 128}
     said = []

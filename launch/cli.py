@@ -29,6 +29,7 @@ COMMANDS: Commands = {
     "runs": (runs.Runs, "runs.listing:listed"),
     "branch": (runs.Branch, "runs.branch:branched"),
     "prepare": (runs.Prepare, "runs.prepare:prepared"),
+    "adopt": (runs.Adopt, "runs.adopt:adopted"),
     "convert": (runs.Convert, "runs.convert:converted"),
     "fetch": (runs.Fetch, "runs.fetch:fetched"),
     "merge": (runs.Merge, "runs.merge:merged"),
@@ -66,6 +67,8 @@ SELECT: Commands = {
     "import": (select.Import, "select.show:imported"),
     "random": (select.Random, "select.show:random"),
     "perplexity": (select.Perplexity, "select.perplexity:scored"),
+    "betr": (select.Betr, "select.near:near_targets"),
+    "prototypes": (select.Prototypes, "select.near:near_centres"),
 }
 LADDER: Commands = {
     "run": (ladder.Run, "studies.ladder.work:run"),
@@ -101,12 +104,14 @@ for _app, _commands in _groups:
     for _name, (_command, _work) in _commands.items():
         register(_app, _name, _command, f"allometry.launch.{_work}")
 app.add_typer(
-    _ladder, name="ladder", help="Train small runs, fit a law to them, predict a larger run."
+    _ladder,
+    name="ladder",
+    help="Train small runs, fit a law to their losses, predict a larger run.",
 )
 app.add_typer(
-    _select, name="select", help="Score documents, and look at what a share by scores keeps."
+    _select, name="select", help="Score documents and show the documents that a selection keeps."
 )
-app.add_typer(_mix, name="mix", help="Choose the shares of data by laws of small runs.")
+app.add_typer(_mix, name="mix", help="Choose data mixtures by laws that are fitted to small runs.")
 
 
 def main(arguments: list[str] | None = None) -> Any:

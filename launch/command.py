@@ -45,13 +45,15 @@ FURTHER = {"allow_extra_args": True, "ignore_unknown_options": True}
 REQUIRED = MISSING
 
 
-def option(help: str, default: Any = None, *names: str, **more: Any) -> Any:
+def option(help: str, default: Any = None, *names: str, paths: bool = False, **more: Any) -> Any:
     """Return a dataclass field that is an option, required if ``default`` is REQUIRED.
 
     ``names``: option names in place of the field's name, such as ``--text-key``, or short names.
-    ``more``: arguments of ``typer.Option``. For example, ``option("samples", 200, "-n", min=0)``.
+    ``paths``: as for ``argument``. ``more``: arguments of ``typer.Option``. For example,
+    ``option("samples", 200, "-n", min=0)``.
     """
-    return field(default=default, metadata={"names": names, "typer": {"help": help, **more}})
+    metadata = {"names": names, "typer": {"help": help, **more}, "paths": paths}
+    return field(default=default, metadata=metadata)
 
 
 def argument(
@@ -90,7 +92,7 @@ class Command:
 class ConfigCommand(Command):
     """Command about the run that CONFIG describes; further arguments override single keys."""
 
-    config: str = argument("a YAML file, or preset:NAME")
+    config: str = argument("YAML file, or preset:NAME")
     overrides: tuple[str, ...] = ()
 
     def load(self, *, stages: bool = False) -> RunConfig:

@@ -83,8 +83,8 @@ def fit_rungs(
     """Return the law of finished runs and its bootstrap over cells (equal runs but for seeds).
 
     Raises UserError: the law does not exist, runs are not finished or not comparable, or there are
-    fewer runs than parameters. For example, ``fit_rungs(folders, "chinchilla",
-    count="non_embedding", loss="train", bootstraps=200)``.
+    fewer runs than parameters. For example,
+    ``fit_rungs(folders, "chinchilla", count="non_embedding", loss="train", bootstraps=200)``.
     """
     form = form_named(law)
     observations = from_runs(folders, count=count, loss=loss)

@@ -66,8 +66,7 @@ def optimal_mixture(
     columns of the laws (N, D), equal for every mixture; ``bounds``: upper bounds of the losses of
     some validation sets. Sequential least squares from points spread over the simplex: sums of
     mixing_exponential laws are convex, so all starts agree; other laws may have several minima.
-    Raises UserError: a name is unknown, a weight negative, or no mixture is found. For example,
-    ``optimal_mixture({"web": fit}, ["web", "code"]).shares``.
+    Raises UserError: a name is unknown, a weight negative, or no mixture is found.
     """
     from scipy.optimize import minimize
 

@@ -35,8 +35,8 @@ def quadratic_optimum(log2_lrs: Sequence[float], losses: Sequence[float]) -> Opt
     """Return the vertex of the parabola through the best point and its two neighbours.
 
     Points may have any order and distances; a loss that is not finite is of a run that diverged. A
-    vertex of 0 or less for positive losses is not an optimum. For example, ``quadratic_optimum([-9,
-    -8, -7], [3.1, 3.0, 3.2]).log2_lr``.
+    vertex of 0 or less for positive losses is not an optimum. For example,
+    ``quadratic_optimum([-9, -8, -7], [3.1, 3.0, 3.2]).log2_lr``.
     """
     order = np.argsort(log2_lrs)
     x = np.asarray(log2_lrs, np.float64)[order]

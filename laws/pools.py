@@ -86,8 +86,8 @@ def choose_pools(
 
     Sets with more than ``MAX_EPOCHS`` epochs are not compared. Raises UserError: sizes are not
     those of the law's pools or not positive, or a budget exceeds ``MAX_EPOCHS`` epochs of all
-    pools. For example, ``choose_pools(form, fit.values, {"a": 1e9, "b": 4e9},
-    [1e10])[0].best.pools``.
+    pools. For example,
+    ``choose_pools(form, fit.values, {"a": 1e9, "b": 4e9}, [1e10])[0].best.pools``.
     """
     _check(form, sizes, budgets)
     compared, chosen = candidates(form, values, sizes), []

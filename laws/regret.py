@@ -118,8 +118,8 @@ def regret(base: Sweep, target: Sweep) -> Regret:
     Both have the same seeds (columns), in the same order: a seed determines initial values and the
     order of data at either size, and is left out of both. The interval is that of the jackknife
     with quantiles of Student's t (see ``jackknife``); it includes the uncertainty of the rates,
-    because both optima are recomputed without each seed. For example, ``regret(transfer.sweep(64),
-    transfer.sweep(256)).percent``.
+    because both optima are recomputed without each seed. For example,
+    ``regret(transfer.sweep(64), transfer.sweep(256)).percent``.
     """
     number = base.losses_RS.shape[1]
     assert number == target.losses_RS.shape[1], "the same seeds at both"
@@ -194,7 +194,8 @@ def jackknife(
 
     θ ± t_{n-1} √((n-1)/n Σ (θ_i - mean θ_i)²), with θ_i the statistic without seed i (Efron and
     Tibshirani 1993, chapter 11; quantile of Student's t as in Tukey 1958). (NaN, NaN) with fewer
-    than two seeds, or if a value of the statistic is not finite.
+    than two seeds, or if a value of the statistic is not finite. For example,
+    ``jackknife(lambda seeds: float(x[list(seeds)].mean()), len(x), x.mean())``.
     """
     if number < 2:
         return _NONE

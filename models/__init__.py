@@ -1,1 +1,1 @@
-"""Plain torch modules that know no ranks."""
+"""Model modules in plain torch, without knowledge of ranks or process groups."""

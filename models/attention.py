@@ -1,4 +1,4 @@
-"""Causal attention inside documents: one function, and its plain twin."""
+"""Causal attention inside documents: dispatch to back ends, and the reference implementation."""
 
 # B batch, L length, T = B*L, N query heads, K key/value heads, G = N/K, H head width
 
@@ -16,11 +16,17 @@ from allometry.models import attention_cuda
 from allometry.models.attention_blocked import blocked_attention
 from allometry.models.attention_packed import packed_attention
 from allometry.models.documents import Documents, causal_mask
-from allometry.scaling.attention import AttentionBackend, AttentionCall, choose_backend, installed
+from allometry.scaling.attention import (
+    AttentionBackend,
+    AttentionCall,
+    choose_backend,
+    installed,
+    named,
+)
 
 
 class Attend(Protocol):
-    """Causal attention within each document, [B, L, N, H], of a query's last ``window`` keys."""
+    """Causal attention within each document, [B, L, N, H], over a query's last ``window`` keys."""
 
     def __call__(
         self,
@@ -33,7 +39,7 @@ class Attend(Protocol):
         *,
         window: int | None = None,
     ) -> Tensor:
-        """``scale`` multiplies q k^T; ``window`` None: all keys up to a query's own."""
+        """``scale`` multiplies q k^T; ``window`` None: all keys up to the query's position."""
 
 
 _DTYPES = {
@@ -56,10 +62,12 @@ def attend(
 ) -> Tensor:
     """Return softmax(scale * q k^T) v [B, L, N, H], causal, within each document.
 
-    Without ``documents`` each sequence is one document. With a ``window`` query i meets keys
-    i - window + 1 to i (arXiv 2004.05150). Query head n uses key/value head
-    n // (N/K) (arXiv 2305.13245). ``backend``: a name in ``scaling.attention.BACKENDS``; None: the
-    first of them that suits.
+    Without ``documents`` each sequence is one document. With a ``window`` query i attends to keys
+    i - window + 1 to i (arXiv 2004.05150). Query head n uses key/value head n // (N/K)
+    (arXiv 2305.13245). ``backend``: a name in ``scaling.attention.BACKENDS``; None selects the
+    first back end that supports the call. Values may be narrower than keys: for back ends whose
+    kernel needs one width, the values are padded with zeros. For example,
+    ``attend(q, k, v, None, 64**-0.5, "reference")``.
     """
     assert q_BLNH.shape[2] % k_BLKH.shape[2] == 0, (q_BLNH.shape, k_BLKH.shape)
     if window is not None and window >= q_BLNH.shape[1]:
@@ -67,13 +75,21 @@ def attend(
     if backend is None:
         compiling = torch.compiler.is_compiling()
         backend = backend_of(q_BLNH, documents, compiled=compiling, window=window).name
-    if window is None:
-        return RUN[backend](q_BLNH, k_BLKH, v_BLKH, documents, scale)
-    return RUN[backend](q_BLNH, k_BLKH, v_BLKH, documents, scale, window=window)
+    run = RUN[backend] if window is None else partial(RUN[backend], window=window)
+    width = v_BLKH.shape[-1]
+    if width == q_BLNH.shape[-1] or named(backend).narrow_values:
+        return run(q_BLNH, k_BLKH, v_BLKH, documents, scale)
+    wide_BLKH = filled(v_BLKH, q_BLNH.shape[-1])
+    return run(q_BLNH, k_BLKH, wide_BLKH, documents, scale)[..., :width]
+
+
+def filled(v_BLKH: Tensor, width: int) -> Tensor:
+    """Return the values padded with zeros to ``width``."""
+    return F.pad(v_BLKH, (0, width - v_BLKH.shape[-1]))
 
 
 def attend_by(backend: str | None) -> Attend:
-    """Return ``attend`` with this back end in every call; None: the first that suits each call."""
+    """Return ``attend`` with a fixed back end; None: the first that supports each call."""
     return attend if backend is None else partial(attend, backend=backend)
 
 
@@ -94,7 +110,7 @@ def backend_of(
     return choose_backend(call, _installed)
 
 
-@torch.compiler.assume_constant_result  # what is installed does not change in a run
+@torch.compiler.assume_constant_result  # installed packages do not change in a run
 def _installed(package: str | None) -> bool:
     return installed(package)
 
@@ -119,7 +135,7 @@ def _reference(
 
 
 def _mask(q_BLNH: Tensor, documents: Documents | None, window: int | None) -> Tensor:
-    """Return which keys each query meets, [B or 1, 1, L, L]."""
+    """Return the mask of keys visible to each query, bool [B or 1, 1, L, L]."""
     if documents is None:
         return causal_mask(q_BLNH.shape[1], q_BLNH.device, window)[None, None]
     return documents.mask(window)[:, None]
@@ -132,7 +148,7 @@ def _flash(
     q, k, v, grouped = _heads_first(q_BLNH, k_BLKH, v_BLKH)
     half = q.dtype in (torch.bfloat16, torch.float16)
     if q.device.type == "cuda" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
-        # Not whichever kernel torch prefers: the record says which one ran.
+        # Always the flash kernel, not torch's choice: the run's record names this back end.
         return attention_cuda.flash(q, k, v, scale).transpose(1, 2)
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return o.transpose(1, 2)
@@ -155,7 +171,7 @@ def _flex(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    from allometry.models.attention_flex import flex  # torch's takes seconds to import
+    from allometry.models.attention_flex import flex  # takes seconds to import
 
     return flex(q_BLNH, k_BLKH, v_BLKH, documents, scale, window)
 
@@ -177,11 +193,11 @@ def _masked(
 def _heads_first(
     q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """Return q, k, v as [B, heads, L, H] and whether torch is to group the heads itself."""
+    """Return q, k, v as [B, heads, L, H], and True if torch must group the heads (GQA)."""
     q, k, v = (t.transpose(1, 2) for t in (q_BLNH, k_BLKH, v_BLKH))
     groups = q.shape[1] // k.shape[1]
-    # On CUDA only the flash kernel, for half types, groups heads; the others would fall back to
-    # materialised scores, which costs far more than repeated keys.
+    # On CUDA only the flash kernel, for half types, supports grouped heads; for other types torch
+    # would materialise the scores, at a far higher cost than repeated keys.
     if groups > 1 and q.device.type == "cuda" and q.dtype not in (torch.bfloat16, torch.float16):
         k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
         groups = 1
@@ -217,4 +233,4 @@ RUN: Mapping[str, Callable[..., Tensor]] = {
     "masked": _masked,
     "reference": _reference,
 }
-"""How each of ``scaling.attention.BACKENDS`` runs; those that take windows have ``window``."""
+"""Function of each of ``scaling.attention.BACKENDS``; back ends with windows have ``window``."""

@@ -1,10 +1,11 @@
 """Attention as matrix products on blocks of queries, for compiled code on a CPU.
 
 torch's flash kernel for CPUs runs at an eighth of the rate of its matrix products (bf16, one Zen 4
-core, heads of 64: 25 and 190 GFLOP/s). Where scores are small enough to be kept, products and a
-fused softmax on blocks of queries, each with the keys up to its end, do five eighths of the work
-of full scores at the products' rate: forward and backward take 0.6 of flash's time at 512 tokens.
-The block must be compiled: otherwise masks and softmax pass over the scores again and again.
+core, heads of 64: 25 and 190 GFLOP/s). If the scores are small enough to be kept, products and a
+fused softmax on blocks of queries, each with the keys up to the end of the block, do five eighths
+of the work of full scores at the rate of matrix products: forward and backward take 0.6 of flash's
+time at 512 tokens. Only compiled code is this fast: in eager mode the masks and the softmax are
+separate passes over the scores.
 """
 
 # B batch, L length, N query heads, K key/value heads, H head width, X = B*N, b queries of a block
@@ -29,9 +30,9 @@ def blocked_attention(
 ) -> Tensor:
     """Return causal attention [B, L, N, H], within each document if ``documents`` are given.
 
-    With a ``window`` a block's products begin at the first key that one of its queries meets.
-    Scores and softmax are fp32 (fp64 for fp64), as a product in bf16 would round them; weights
-    are rounded to the type of ``v``, as in the flash kernel.
+    With a ``window`` the products of a block start at the first key in the window of its first
+    query. Scores and softmax are fp32 (fp64 for fp64), as a bf16 product would round the scores;
+    the softmax weights are rounded to the type of ``v``, as in the flash kernel.
     """
     B, L, N, _ = q_BLNH.shape
     groups = N // k_BLKH.shape[2]

@@ -1,4 +1,4 @@
-"""Attention by kernels for CUDA: torch's, cuDNN's, flash-attn's; for half types only."""
+"""Attention by CUDA kernels of torch, cuDNN and flash-attn; only for half types."""
 
 # B sequences, L tokens in a sequence, T = B*L, N query heads, K key/value heads, H head width
 
@@ -23,7 +23,7 @@ def flash_attn_2(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """Return causal attention within each document [B, L, N, H]: flash-attn's kernels."""
+    """Return causal attention within each document [B, L, N, H], by flash-attn's kernels."""
     import flash_attn
 
     functions = (flash_attn.flash_attn_func, flash_attn.flash_attn_varlen_func)
@@ -38,7 +38,7 @@ def flash_attn_3(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """Return the same by flash-attn's kernels for Hopper (arXiv 2407.08608)."""
+    """Return causal attention [B, L, N, H] by flash-attn's Hopper kernels (arXiv 2407.08608)."""
     import flash_attn_interface
 
     functions = (
@@ -58,14 +58,14 @@ def _package(
     window: int | None,
 ) -> Tensor:
     whole, varlen = functions
-    # Without it the backward adds gradients of queries by atomics, in any order.
+    # Without ``deterministic`` the backward sums query gradients by atomics, in any order.
     options: dict[str, Any] = {
         "softmax_scale": scale,
         "causal": True,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     if window is not None:
-        options["window_size"] = (window - 1, 0)  # keys before a query's own, and after
+        options["window_size"] = (window - 1, 0)  # keys before the query's position, and after
     if documents is None:
         o_BLNH = whole(q_BLNH, k_BLKH, v_BLKH, **options)
     else:
@@ -79,7 +79,7 @@ def _package(
 def torch_varlen(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents, scale: float
 ) -> Tensor:
-    """Return causal attention within each document [T, N, H]: torch's kernel."""
+    """Return causal attention within each document [T, N, H], by torch's varlen kernel."""
     from torch.nn.attention import varlen
 
     window, groups_heads = _spelling()
@@ -99,7 +99,7 @@ def _bounds(documents: Documents) -> tuple[Tensor, Tensor, int, int]:
 
 @functools.cache
 def torch_spelling() -> tuple[bool, bool]:
-    """Return whether this version of torch takes a window for causal, and groups heads itself."""
+    """Return whether this torch's varlen_attn has ``window_size``, and has ``enable_gqa``."""
     from torch.nn.attention import varlen
 
     names = inspect.signature(varlen.varlen_attn).parameters
@@ -109,16 +109,16 @@ def torch_spelling() -> tuple[bool, bool]:
 
 @torch.compiler.assume_constant_result  # torch's version does not change in a run
 def _spelling() -> tuple[bool, bool]:
-    return torch_spelling()  # cached behind this: the compiler would trace into a cache
+    return torch_spelling()  # cached one level down: the compiler would trace into the cache
 
 
 def flash(q_BNLH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, scale: float) -> Tensor:
-    """Return causal attention [B, N, L, H] by torch's flash kernel and no other of its kernels."""
+    """Return causal attention [B, N, L, H] by torch's flash kernel, without fallback."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention
     return kernel(q_BNLH, k_BKLH, v_BKLH, 0.0, True, False, scale=scale)[0]
 
 
 def cudnn(q_BNLH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, scale: float) -> Tensor:
-    """Return causal attention [B, N, L, H] by cuDNN's kernel and no other."""
+    """Return causal attention [B, N, L, H] by cuDNN's kernel, without fallback."""
     kernel = torch.ops.aten._scaled_dot_product_cudnn_attention
     return kernel(q_BNLH, k_BKLH, v_BKLH, None, True, 0.0, True, False, scale=scale)[0]

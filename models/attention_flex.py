@@ -1,7 +1,7 @@
 """Attention within packed documents by torch's flex_attention (arXiv 2412.05496).
 
-The mask is two numbers for each token and a list of blocks of keys for each block of queries:
-nothing grows with L squared but that list, at 4 (L / 128)^2 bytes for a sequence.
+The mask is two numbers for each token and, for each block of queries, a list of blocks of keys.
+Only this list grows with L squared, at 4 (L / 128)^2 bytes for a sequence.
 """
 
 # B sequences, L tokens in a sequence, N query heads, K key/value heads, H head width,
@@ -30,10 +30,10 @@ def flex(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """Return causal attention within each document [B, L, N, H], of the last ``window`` keys.
+    """Return causal attention within each document [B, L, N, H], over the last ``window`` keys.
 
-    Outside of compiled code its kernel is compiled on CUDA; on a CPU, where torch has no backward
-    for it, its own eager code computes all scores.
+    Outside of compiled code the kernel is compiled on CUDA. On a CPU, where torch has no backward
+    for the compiled kernel, flex_attention's eager code computes all scores.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BLKH, v_BLKH))
     compiled = torch.compiler.is_compiling() or q.device.type != "cuda"
@@ -53,11 +53,11 @@ def _compiled() -> Callable[..., Any]:
 
 
 def document_mask(positions_BL: Tensor, window: int | None = None) -> BlockMask:
-    """Return the causal mask within documents, from each token's place in its document.
+    """Return the causal mask within documents, from each token's position in its document.
 
-    A block of queries sees the blocks of keys from the one with the first key of its first token,
-    where its document begins or its window does, to its own. Those before its own that have no key
-    before the first one of its last token are whole: the kernel applies no mask there.
+    A block of queries attends to its own block of keys and the blocks back to the first key of its
+    first token (the start of the document or of the window). Earlier blocks whose keys are all
+    visible, also to the last token, are full blocks: the kernel applies no mask to full blocks.
     """
     L = positions_BL.shape[1]
     R = -(-L // BLOCK)
@@ -70,7 +70,7 @@ def document_mask(positions_BL: Tensor, window: int | None = None) -> BlockMask:
     block_R = torch.arange(R, device=positions_BL.device)
     from_BR = start_BL[:, first_R] // BLOCK
     whole_BR = torch.minimum((start_BL[:, last_R] + BLOCK - 1) // BLOCK, block_R)
-    # Block j of keys is seen in part by block i of queries in [from, whole) and at i, else whole.
+    # Block i of queries sees block j of keys in part for j in [from, whole) and j = i, else fully.
     whole_BRR = (block_R >= whole_BR[..., None]) & (block_R < block_R[:, None])
     part_BRR = (block_R >= from_BR[..., None]) & (block_R < whole_BR[..., None])
     part_BRR = part_BRR | (block_R == block_R[:, None])
@@ -88,7 +88,7 @@ def document_mask(positions_BL: Tensor, window: int | None = None) -> BlockMask:
 
 
 def _listed(mask_BRR: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many blocks of keys there are [B, 1, R], and which, these first [B, 1, R, R]."""
+    """Return the number of key blocks [B, 1, R] and their indices, in front of [B, 1, R, R]."""
     number_BR = mask_BRR.sum(dim=-1, dtype=torch.int32)
     index_BRR = mask_BRR.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return number_BR[:, None], index_BRR.to(torch.int32)[:, None].contiguous()

@@ -1,9 +1,9 @@
-"""Attention within packed documents as a batch of documents of like length, for each length.
+"""Attention within packed documents: one batched kernel call for each padded document length.
 
-Where a kernel takes equal lengths only, one call for all documents of one padded length is many
-times faster than a dense mask: torch's flash kernel on a CPU, cuDNN's on CUDA (torch's own call of
-cuDNN for ragged lengths is switched off, and its backward takes the width of a head for the longest
-length). As one opaque operator with a registered backward it leaves a compiled block whole.
+If a kernel supports only equal lengths, one call per padded length is many times faster than a
+dense mask: with torch's flash kernel on a CPU and cuDNN's on CUDA (torch's own cuDNN call for
+ragged lengths is disabled, and its backward passes the head width as the longest length). A single
+custom operator with a registered backward avoids graph breaks in a compiled block.
 """
 
 # T tokens, N query heads, K key/value heads, H head width, n documents of one padded length P
@@ -20,10 +20,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 def padded_lengths(lengths: Tensor, least: int = 32) -> Tensor:
-    """Round lengths up by at most an eighth (and to ``least``), so that few different are left.
+    """Round lengths up by at most an eighth (and to ``least``), so that few distinct ones remain.
 
-    A kernel's code is generated for each shape it meets and kept: with every length its own shape,
-    a CPU process grows by hundreds of megabytes, and cuDNN plans anew.
+    Kernels are generated for each shape and cached: with a shape for every length, a CPU process
+    grows by hundreds of megabytes, and cuDNN plans each shape. For example, 100 becomes 128 and
+    1000 becomes 1024.
     """
     octave = (lengths - 1).clamp(min=1).log2().floor().long()
     step = (1 << (octave - 3)).clamp(min=least)
@@ -31,13 +32,13 @@ def padded_lengths(lengths: Tensor, least: int = 32) -> Tensor:
 
 
 class _Kernels(NamedTuple):
-    """A kernel for equal lengths: q, k, v are [n, heads, P, H], the log-sum-exp [n, N, P].
+    """Kernel for equal lengths: q, k, v are [n, heads, P, H], the log-sum-exp [n, N, P].
 
     ``forward(q, k, v, scale)`` returns output and log-sum-exp, ``backward(grad, q, k, v, o, lse,
-    scale)`` the gradients of q, k and v. ``least``: the shortest length to pad to; ``by_powers``:
-    whether the number of documents is to be a power of two, so that few are planned for. ``spare``:
-    whether what is past documents' ends goes to a row of nobody, as counting would wait for the
-    device, or nowhere.
+    scale)`` the gradients of q, k and v. ``least``: the minimal padded length. ``by_powers``: call
+    the kernel with powers of two of documents, so that few shapes are planned. ``spare``: write the
+    results of padding rows to a spare row T instead of dropping them, as selecting the other rows
+    would wait for the device.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -50,9 +51,10 @@ class _Kernels(NamedTuple):
 class _Like(NamedTuple):
     """Documents of one padded length.
 
-    ``rows_nP``: where each row is among the T tokens; rows past a document's end repeat its last
-    token, finite numbers that causality keeps from the document's own rows. ``targets_nP``: where a
-    row's result goes; T, which is nobody's, for rows past the end. ``own_nP``: which are not.
+    ``rows_nP``: index of each row among the T tokens; padding rows repeat the last token of their
+    document, finite numbers that the causal mask hides from the document's own rows.
+    ``targets_nP``: index of each row's result; T, the spare row, for padding rows. ``own_nP``:
+    False for padding rows.
     """
 
     rows_nP: Tensor
@@ -61,11 +63,11 @@ class _Like(NamedTuple):
 
 
 _SORTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""By ``cu_lengths``, which nobody writes into: what ``_like_documents`` returned, by device."""
+"""Results of ``_like_documents`` by ``cu_lengths`` and device; ``cu_lengths`` is never modified."""
 
 
 def _like_documents(cu_lengths: Tensor, device: torch.device, kernels: _Kernels) -> list[_Like]:
-    """Return ``_sorted_documents``, found once for all layers and passes while they are in use."""
+    """Return ``_sorted_documents``, cached for all layers and passes while ``cu_lengths`` lives."""
     by_device = _SORTED.setdefault(cu_lengths, {})
     key = device, kernels.least, kernels.by_powers
     if key not in by_device:
@@ -77,7 +79,7 @@ def _like_documents(cu_lengths: Tensor, device: torch.device, kernels: _Kernels)
 def _sorted_documents(
     cu_lengths: Tensor, device: torch.device, kernels: _Kernels
 ) -> Iterator[_Like]:
-    """Sort the documents of ``cu_lengths``, on the CPU, by padded length; nothing is waited for."""
+    """Yield the documents of ``cu_lengths`` (on the CPU) by padded length, without device waits."""
     lengths = cu_lengths.diff().long()
     filled = lengths > 0  # the kernel divides by the length: an empty document kills the process
     bounds_2n = torch.stack((cu_lengths[:-1].long(), lengths))[:, filled]
@@ -98,7 +100,7 @@ def _sorted_documents(
 
 
 def _powers(count: int) -> list[int]:
-    """Return the powers of two whose sum is ``count``."""
+    """Return the powers of two that sum to ``count``, largest first."""
     return [1 << bit for bit in reversed(range(count.bit_length())) if count >> bit & 1]
 
 
@@ -126,7 +128,7 @@ def _backward_cudnn(
     kernel = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
     if _dimensions_of_lse(q.device, q.dtype) == 4:
         lse_nNP = lse_nNP[..., None]
-    # The state of a generator, read only where there is dropout; no bias and no ragged lengths.
+    # Dropout's generator state, which is not read without dropout; no bias, no ragged lengths.
     unread = torch.zeros((), dtype=torch.int64, device=q.device)
     P = q.shape[2]
     return kernel(
@@ -136,7 +138,7 @@ def _backward_cudnn(
 
 @functools.cache
 def _dimensions_of_lse(device: torch.device, dtype: torch.dtype) -> int:
-    """Versions of torch differ in whether cuDNN's log-sum-exp has a last dimension of 1."""
+    """Return the number of dimensions of cuDNN's log-sum-exp: 3, or 4 in some torch versions."""
     x = torch.zeros(1, 1, 128, 64, dtype=dtype, device=device)
     return torch.ops.aten._scaled_dot_product_cudnn_attention(x, x, x, None, True, is_causal=True)[
         1
@@ -165,7 +167,7 @@ def packed_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return causal attention within each document [T, N, H] and its log-sum-exp [N, T].
 
-    ``cu_lengths`` [documents + 1] is on the CPU, wherever the others are.
+    ``cu_lengths`` [documents + 1] must be on the CPU. For example, [0, 3, 8] for two documents.
     """
     return forward(_KERNELS[q_TNH.device.type], q_TNH, k_TKH, v_TKH, cu_lengths, scale)
 
@@ -178,7 +180,7 @@ def forward(
     cu_lengths: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute what ``packed_attention`` returns."""
+    """Compute ``packed_attention`` with the given kernels."""
     assert int(cu_lengths[-1]) == q_TNH.shape[0], (cu_lengths[-1], q_TNH.shape)
     T, spare = len(q_TNH), int(kernels.spare)
     o_SNH, lse_NS = _outputs(q_TNH, spare)
@@ -191,7 +193,7 @@ def forward(
 
 
 def _like(x: Tensor, more: int = 0) -> Tensor:
-    # Contiguous, unlike empty_like of a transposed view.
+    # Contiguous; empty_like of a transposed view would keep the strides.
     return x.new_empty((x.shape[0] + more, *x.shape[1:]))
 
 
@@ -232,7 +234,7 @@ def backward(
     cu_lengths: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute what ``packed_attention_backward`` returns; ``qkvo``: its next four arguments."""
+    """Compute ``packed_attention_backward`` with the given kernels; ``qkvo`` is (q, k, v, o)."""
     T = len(grad_TNH)
     dq, dk, dv = (_like(x, int(kernels.spare)) for x in qkvo[:3])
     for like in _like_documents(cu_lengths, grad_TNH.device, kernels):

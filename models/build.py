@@ -1,4 +1,4 @@
-"""From a model's description to modules, and from modules to their parameters' specs."""
+"""Build a model from its config, and list its parameters and their specs."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _BUILDERS: Mapping[str, _Builder] = {
     "dense": Transformer,
     "moe": MoETransformer,
 }
-"""The architecture families, by ``model.kind``."""
+"""Model class of each ``model.kind``."""
 
-# What torch's wrappers put into the middle of a name.
+# Name parts that torch's checkpoint and compile wrappers insert.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 def torch_dtype(name: ComputeDtype) -> torch.dtype:
-    """Return torch's type for ``training.compute_dtype``."""
+    """Return the torch dtype of ``training.compute_dtype``, e.g. ``torch.bfloat16`` for "bf16"."""
     return _DTYPES[name]
 
 
@@ -50,8 +50,10 @@ def build_model(
 ) -> Transformer:
     """Return the model, or a part of it, on the current default device (meta included).
 
-    Its parameters are fp32 NaNs until ``initialize`` or a checkpoint fills them. Those that are
-    frozen require no gradient.
+    Parameters are fp32 and NaN until ``initialize`` or a checkpoint fills them. Frozen parameters
+    have ``requires_grad`` False. For example,
+    ``build_model(model, parameterization, "bf16", Part(range(4), last=False))`` returns the first
+    four layers with the embedding.
     """
     build = _BUILDERS[model.kind]
     built = build(model, parameterization.forward, torch_dtype(compute_dtype), part)
@@ -67,7 +69,7 @@ def build_model(
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """Yield (full name, owner, name in the owner, parameter), each parameter once, in order.
 
-    Full names are those of the model as built, whatever wrappers have been put in since.
+    Full names are the names in the model as built, without the prefixes of wrappers.
     """
     seen: set[int] = set()
     for prefix, owner in module.named_modules():
@@ -82,10 +84,10 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, n
 
 
 def parameter_specs(module: nn.Module) -> dict[str, ParamSpec]:
-    """Return what each parameter is for, by full name, in ``named_parameters()`` order.
+    """Return the spec of each parameter by full name, in the order of ``named_parameters()``.
 
-    Shapes are those of whole parameters, also where only a shard is here or nothing. Raises
-    ``ValueError`` for a parameter that its module does not own by a spec.
+    Shapes are unsharded, also if this rank has only a shard or an empty tensor. Raises
+    ``ValueError`` for a parameter that its module did not create with ``own``.
     """
     specs = {}
     for full, owner, name, parameter in named_parameters(module):

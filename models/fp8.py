@@ -1,10 +1,10 @@
-"""FP8 tensors with scales, and products of them: by torch's kernels on CUDA, emulated elsewhere.
+"""FP8 tensors with scales, and their matrix products: torch's kernels on CUDA, emulated elsewhere.
 
-A scale is the largest magnitude of a block over the largest number of the type, so nothing finite
-is ever clipped. What is not finite makes its block NaN: it is never turned into 448.
+A scale is the largest magnitude of a block divided by the largest number of the type, so finite
+inputs are never clipped. An infinity or NaN makes its block NaN and never becomes 448.
 """
 
-# M, N rows, K columns (what a product sums over), E groups, S rows sorted by group
+# M, N rows, K columns (summed over in a product), E groups, S rows sorted by group
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 _LEAST_SCALE = 2.0**-126
 Block = tuple[int | None, int | None]
-"""Rows and columns under one scale; None: all of them."""
+"""Rows and columns under one scale; None means all of that dimension, e.g. (1, None): each row."""
 
 SAVED: Block = (1, SAVED_GROUP)
 ACTIVATION_BLOCKS: dict[str, Block] = {
@@ -46,38 +46,39 @@ def quantise(
 ) -> Quantised:
     """Return x [..., M, K] rounded to ``dtype``, each block divided by its scale.
 
-    A block of zeros stays zeros; one with an infinity or a NaN becomes NaN as a whole.
+    A block of zeros stays zero; a block with an infinity or a NaN becomes NaN. For example,
+    ``quantise(x, (1, 128))`` gives scales [..., M, ceil(K / 128)].
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     blocks = _in_blocks(wide, block)
     largest = blocks.abs().amax(dim=(-3, -1), keepdim=True)
-    # Rounded as it will be kept, so that both sides use one number.
+    # Rounded to the stored type first, so that quantise and dequantise use the same scale.
     scales = scales_of(largest, dtype).to(scale_dtype)
     values = _from_blocks(with_scale(blocks, scales, dtype), x.shape)
     return Quantised(values, scales.squeeze(-1).squeeze(-2))
 
 
 def scales_of(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the scale of blocks with these largest magnitudes, which are fp32 or wider."""
+    """Return the scales of blocks with the largest magnitudes ``largest``, fp32 or wider."""
     return (largest / LARGEST[dtype]).clamp(min=_LEAST_SCALE)
 
 
 def with_scale(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x over ``scale``, rounded to ``dtype``."""
+    """Return ``x / scale`` rounded to ``dtype``."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    # A scale that was rounded down would carry the largest past the type's end.
+    # A scale that was rounded down would push the largest value beyond the type's range.
     return (x.to(wide) / scale.to(wide)).clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
 
 
 def dequantise(x: Quantised, block: Block, dtype: torch.dtype) -> Tensor:
-    """Return values times scales in ``dtype``."""
+    """Return values times scales in ``dtype``; ``block`` is the block of ``quantise``."""
     wide = torch.promote_types(dtype, torch.float32)
     blocks = _in_blocks(x.values.to(wide), block) * x.scales.to(wide)[..., :, None, :, None]
     return _from_blocks(blocks, x.values.shape).to(dtype)
 
 
 def _in_blocks(x: Tensor, block: Block) -> Tensor:
-    """Return [..., M/rows, rows, K/columns, columns], filled up with zeros."""
+    """Return [..., M/rows, rows, K/columns, columns], padded with zeros."""
     M, K = x.shape[-2:]
     rows, columns = block[0] or max(M, 1), block[1] or max(K, 1)
     below, beside = -M % rows, -K % columns
@@ -94,17 +95,17 @@ def _from_blocks(blocks: Tensor, shape: torch.Size) -> Tensor:
 
 
 def save(x: Tensor) -> Quantised:
-    """Return x [..., K] as it is kept for backward: 1.125 bytes a number."""
+    """Return x [..., K] as stored for backward: E4M3 and bf16 scales, 1.125 bytes a number."""
     return quantise(x.reshape(-1, x.shape[-1]), SAVED, scale_dtype=torch.bfloat16)
 
 
 def restore(values: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Return what ``save`` kept."""
+    """Return the tensor that ``save`` stored as ``values`` and ``scales``, in ``dtype``."""
     return dequantise(Quantised(values, scales), SAVED, dtype).view(shape)
 
 
 def gradient_type(recipe: str, gradients: str | None) -> torch.dtype:
-    """Return the type of incoming gradients under ``precision.linears`` and ``.gradients``."""
+    """Return the FP8 type of incoming gradients for ``precision.linears`` and ``.gradients``."""
     if gradients is None:
         gradients = "e5m2" if recipe == "fp8_tensorwise" else "e4m3"
     return E5M2 if gradients == "e5m2" else E4M3
@@ -113,10 +114,10 @@ def gradient_type(recipe: str, gradients: str | None) -> torch.dtype:
 def scaled_product(
     a: Quantised, b: Quantised, recipe: str, dtype: torch.dtype, *, fast: bool = False
 ) -> Tensor:
-    """Return a [M, K] times b [N, K] transposed in ``dtype``, sums in fp32.
+    """Return a [M, K] times b [N, K] transposed in ``dtype``, accumulated in fp32.
 
-    ``a`` has the recipe's blocks of activations, ``b`` of weights. ``fast``: let Hopper's tensor
-    cores keep sums in fewer bits, as is usual forward.
+    ``a`` has the recipe's ``ACTIVATION_BLOCKS``, ``b`` its ``WEIGHT_BLOCKS``. ``fast``: let
+    Hopper's tensor cores accumulate with fewer bits, as is usual in the forward pass.
     """
     if a.values.is_cuda:
         return _on_cuda(a, b, recipe, dtype, fast)
@@ -124,7 +125,7 @@ def scaled_product(
 
 
 def emulated_product(a: Quantised, b: Quantised, recipe: str, dtype: torch.dtype) -> Tensor:
-    """Return ``scaled_product`` of the same FP8 numbers by fp32 products: its plain twin."""
+    """Return ``scaled_product`` of the same FP8 numbers by fp32 products: the reference."""
     wide = torch.promote_types(dtype, torch.float32)
     if recipe == "fp8_blockwise":
         blocks = ACTIVATION_BLOCKS[recipe], WEIGHT_BLOCKS[recipe]
@@ -135,14 +136,14 @@ def emulated_product(a: Quantised, b: Quantised, recipe: str, dtype: torch.dtype
 
 def _on_cuda(a: Quantised, b: Quantised, recipe: str, dtype: torch.dtype, fast: bool) -> Tensor:
     left, right = a.values, b.values
-    if left.shape[1] % 16:  # tokens, in the gradient of a weight
+    if left.shape[1] % 16:  # in weight gradients, where K counts tokens
         beside = (0, -left.shape[1] % 16)
         left, right = (F.pad(x.view(torch.uint8), beside).view(x.dtype) for x in (left, right))
     scale_a, scale_b = a.scales, b.scales.t()
     if recipe == "fp8_rowwise":
         scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
     elif recipe == "fp8_blockwise":
-        # cuBLAS reads the scales of 1 x 128 along the rows, and rows of 128 x 128 of 4 at a time.
+        # cuBLAS reads 1 x 128 scales column-major, and 128 x 128 scales with row strides of 4 n.
         scale_a = scale_a.t().contiguous().t()
         grid = b.scales
         scale_b = F.pad(grid, (0, -grid.shape[1] % 4))[:, : grid.shape[1]].t()

@@ -1,11 +1,11 @@
-"""Rounding rows to FP8 in one pass, in Triton: alone, behind RMSNorm, and behind SwiGLU.
+"""Triton kernels that round rows to FP8 in one pass: alone, after RMSNorm, and after SwiGLU.
 
-A program does a row. Torch's operators read and write an activation some ten times to find the
-largest magnitudes, divide, clamp and cast; behind a norm or SwiGLU these kernels read its input
-once and write what is kept for backward, the result, and the result as the next product reads it.
-Codes are made with whole numbers, so they do not depend on how a device casts; given the same
-numbers they are those of ``fp8.quantise``, its twin, to the bit. A norm's sum has its own order.
-Compiled models do not come here: torch's compiler fuses the same passes.
+A program handles one row. Torch's operators read and write an activation some ten times to find
+the largest magnitudes, divide, clamp and cast. After a norm or SwiGLU, these kernels read the input
+once and write the FP8 copy for backward, the result, and the result in FP8 for the next product.
+FP8 codes are computed with integer arithmetic, so they do not depend on a device's casts; for equal
+inputs they are bitwise equal to ``fp8.quantise``, the reference. The sum in a norm has its own
+order. Compiled models do not use these kernels: torch.compile fuses the same passes.
 """
 
 # M rows, K columns, G groups of W numbers in a row
@@ -23,23 +23,23 @@ from torch import Tensor
 from allometry.models import fp8
 
 LARGEST_ROW = 16384
-"""Columns that a program holds in registers; wider rows are torch's."""
+"""Largest number of columns that a program keeps in registers; torch rounds wider rows."""
 
 _TYPES = (torch.bfloat16, torch.float32)
 _SAVED: tl.constexpr = tl.constexpr(fp8.SAVED[1])
 
 
 class Normed(NamedTuple):
-    """What a norm makes of x [.., K]: its result, what backward reads, the result in FP8."""
+    """Output of ``norm`` for x [.., K]: result, tensors for backward, result in FP8."""
 
     y: Tensor
-    scale: Tensor  # one over the root mean square [.., 1], fp32
+    scale: Tensor  # reciprocal root mean square [.., 1], fp32
     saved: fp8.Quantised
     small: fp8.Quantised | None
 
 
 class Gated(NamedTuple):
-    """What SwiGLU makes of [.., 2F]: its result, what backward reads, the result in FP8."""
+    """Output of ``swiglu`` for [.., 2F]: result, tensors for backward, result in FP8."""
 
     h: Tensor
     saved: fp8.Quantised
@@ -47,7 +47,7 @@ class Gated(NamedTuple):
 
 
 def takes(x: Tensor, block: fp8.Block) -> bool:
-    """Return whether a kernel rounds x under scales of such blocks: of rows, or parts of them."""
+    """Return True if a kernel supports x with such blocks: complete rows, or 16 or 128 columns."""
     known = x.dtype in _TYPES and 0 < x.shape[-1] <= LARGEST_ROW
     return known and block[0] == 1 and block[1] in (None, 16, 128)
 
@@ -55,7 +55,7 @@ def takes(x: Tensor, block: fp8.Block) -> bool:
 def quantise(
     x: Tensor, block: fp8.Block, dtype: torch.dtype, scale_dtype: torch.dtype
 ) -> fp8.Quantised:
-    """``fp8.quantise`` of what ``takes`` takes."""
+    """Return ``fp8.quantise`` of a tensor for which ``takes`` is True."""
     x = x.contiguous()
     rows, columns = x.numel() // x.shape[-1], x.shape[-1]
     made = _room(x, block, dtype, scale_dtype)
@@ -68,9 +68,9 @@ def quantise(
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, block: fp8.Block | None) -> Normed:
-    """RMSNorm; ``block``: of the scales of its result in FP8, None: that is not wanted.
+    """Compute RMSNorm; ``block``: block of the FP8 copy of the result, None for no copy.
 
-    Of ``fp8.SAVED``, scales are bf16 as in what is kept for backward, else fp32.
+    With ``fp8.SAVED`` the copy's scales are bf16, as in the tensors for backward, else fp32.
     """
     x, columns = x.contiguous(), x.shape[-1]
     rows = x.numel() // columns
@@ -85,7 +85,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, block: fp8.Block | None) -> Norm
 
 
 def swiglu(gate_up: Tensor, block: fp8.Block | None) -> Gated:
-    """SwiGLU of [.., 2F], F a multiple of 16; ``block``: as in ``norm``."""
+    """Compute SwiGLU of [.., 2F], F a multiple of 16; ``block`` as in ``norm``."""
     gate_up, width = gate_up.contiguous(), gate_up.shape[-1] // 2
     assert width % fp8.SAVED[1] == 0, width  # type: ignore[operator]
     rows = gate_up.numel() // (2 * width)
@@ -148,7 +148,7 @@ def _columns(GROUPS: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def _as_bf16(x):
-    """Return fp32 numbers rounded to bf16, to the nearest and ties to even."""
+    """Return fp32 numbers rounded to bf16, to nearest, ties to even."""
     bits = x.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -156,13 +156,13 @@ def _as_bf16(x):
 
 @triton.jit
 def _as(x, y):
-    """Return fp32 numbers rounded to the type of what ``y`` points to: bf16, or none."""
+    """Return fp32 numbers rounded to the element type of ``y``: bf16, or unchanged for fp32."""
     return _as_bf16(x) if y.dtype.element_ty == tl.bfloat16 else x
 
 
 @triton.jit
 def _codes(x, E5M2: tl.constexpr):
-    """Return the bytes of numbers no larger than the type's largest, to the nearest, ties even."""
+    """Return the FP8 bytes of numbers within the type's range, to nearest, ties to even."""
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     least: tl.constexpr = 0x38800000 if E5M2 else 0x3C800000  # the smallest normal, 2^-14 or 2^-6
@@ -171,7 +171,7 @@ def _codes(x, E5M2: tl.constexpr):
     first: tl.constexpr = 448 if E5M2 else 960
     magic: tl.constexpr = 128.0 if E5M2 else 16384.0
     normal = ((size + half + ((size >> shift) & 1)) >> shift) - first
-    tiny = size.to(tl.float32, bitcast=True) + magic  # below the normals, numbers are even steps
+    tiny = size.to(tl.float32, bitcast=True) + magic  # subnormals are evenly spaced
     code = tl.where(size < least, tiny.to(tl.int32, bitcast=True) & 15, normal)
     code = tl.where(x == x, code, 0x7F)
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
@@ -179,13 +179,13 @@ def _codes(x, E5M2: tl.constexpr):
 
 @triton.jit
 def _write(x_GW, values, scales, row, columns, E5M2: tl.constexpr, HALF: tl.constexpr):
-    """Write a row [G, W] in FP8, each group under the scale of its largest magnitude."""
+    """Write a row [G, W] in FP8, each group with the scale of its largest magnitude."""
     at_GW = _columns(x_GW.shape[0], x_GW.shape[1])
     there_GW = at_GW < columns
     group_G = tl.arange(0, x_GW.shape[0])
     largest: tl.constexpr = 57344.0 if E5M2 else 448.0
     size_GW = tl.where(there_GW, tl.abs(x_GW), 0.0)
-    number_G = tl.min((size_GW == size_GW).to(tl.int32), 1) == 1  # a maximum may pass over NaN
+    number_G = tl.min((size_GW == size_GW).to(tl.int32), 1) == 1  # tl.max may ignore NaN
     scale_G = tl.maximum(tl.div_rn(tl.max(size_GW, 1), largest), 1.1754943508222875e-38)
     scale_G = tl.where(number_G, scale_G, float("nan"))
     if HALF:

@@ -1,4 +1,4 @@
-"""Weights gathered in FP8: what a product reads, with the shape and type of the weight."""
+"""Weights all-gathered in FP8, as a tensor subclass with the weight's own shape and type."""
 
 # R output width, D input width
 
@@ -21,10 +21,10 @@ _KEEP = (
 
 
 class Gathered(Tensor):
-    """A weight [R, D] of the type ``dtype`` that is E4M3 ``values`` [R, D] times ``scale`` (0-dim).
+    """Weight [R, D] stored as E4M3 ``values`` [R, D] and a 0-dim ``scale``; its type is ``dtype``.
 
-    Autograd and FSDP2 see a tensor of ``dtype``, so its gradient has that type; ``products.py``
-    reads ``values``. Whatever else computes with it gets the product of both.
+    Autograd and FSDP2 see a tensor of ``dtype``, so the gradient has that type. ``products.py``
+    reads ``values``; any other operator receives ``values * scale`` in ``dtype``.
     """
 
     values: Tensor
@@ -32,7 +32,7 @@ class Gathered(Tensor):
 
     @staticmethod
     def __new__(cls, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Gathered:
-        """Make one, contiguous."""
+        """Wrap ``values`` and ``scale``; the weight has the strides of ``values``."""
         made: Gathered = torch.Tensor._make_wrapper_subclass(
             cls, values.shape, strides=values.stride(), dtype=dtype, device=values.device
         )
@@ -45,7 +45,7 @@ class Gathered(Tensor):
     def __torch_dispatch__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Keep FP8 through what FSDP2 makes of a parameter; decode for anything else."""
+        """Keep FP8 through the view operators of FSDP2; decode the weight for all others."""
         if func in _KEEP:
             weight = args[0]
             assert func is not _KEEP[2] or tuple(args[1]) == tuple(weight.shape), args[1]
@@ -54,26 +54,26 @@ class Gathered(Tensor):
         return func(*args, **kwargs)
 
     def decoded(self) -> Tensor:
-        """Return the weight as a tensor like any other."""
+        """Return the weight as a plain tensor of its ``dtype``."""
         wide = torch.promote_types(self.dtype, torch.float32)
         return (self.values.to(wide) * self.scale.to(wide)).to(self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        """Tell torch's compiler what it is made of."""
+        """Return the names of the inner tensors and the type, for torch.compile."""
         return ["values", "scale"], self.dtype
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], dtype: torch.dtype, size: Any, stride: Any
     ) -> Gathered:
-        """Make it again of its parts."""
+        """Rebuild the tensor from its inner tensors, for torch.compile."""
         return Gathered(inner["values"], inner["scale"], dtype)
 
 
 def quantised(weights: Sequence[Tensor]) -> fp8.Quantised | None:
-    """Return weights, one below the other, under one scale; None: they were not gathered in FP8.
+    """Return the weights concatenated by rows under one scale; None if not gathered in FP8.
 
-    Weights of one input are gathered under one scale.
+    Weights that multiply the same input are gathered with a common scale.
     """
     first = weights[0]
     if not isinstance(first, Gathered):

@@ -1,7 +1,7 @@
-"""Products of rows with the matrix of the group they belong to.
+"""Grouped matrix products: each row times the matrix of its group.
 
-Rows are sorted by group (``visits.py``), so a group is a stretch of rows. Nothing here adds with
-atomics: the same input gives the same bits.
+Rows are sorted by group (``visits.py``), so a group is a contiguous range of rows. No kernel here
+uses atomic additions, so equal inputs give bitwise equal outputs.
 """
 
 # T tokens, S rows sorted by group, E groups (experts), D and F widths
@@ -29,10 +29,10 @@ _ALIGNMENT_BYTES = 16
 def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """Return [S, F]: each row times the transposed matrix of its group.
 
-    The first ``counts_E[0]`` rows belong to group 0, the next to group 1 and so on; the counts add
-    up to S and stay on the device. A group without rows, or no row at all, is fine: its gradient
-    is zero. Where torch has no kernel for this type or alignment, a loop over groups does it,
-    which waits for the counts on a GPU.
+    The first ``counts_E[0]`` rows belong to group 0, the next to group 1 and so on; the sum of the
+    counts is S, and the counts stay on the device. Groups without rows are allowed, also S = 0;
+    their gradient is zero. If torch has no kernel for this type or alignment, a loop over groups
+    computes the product and, on a GPU, waits for the counts.
     """
     if _looped(x_SD, (weight_EFD,)):
         return loop_linear(x_SD, weight_EFD, counts_E)
@@ -42,10 +42,10 @@ def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
 
 
 class Tokens(NamedTuple):
-    """``kept``: tokens [T, D] in FP8 as a product's input is; ``token_S``: the token of each row.
+    """``kept``: tokens [T, D] in FP8 as the input of a product; ``token_S``: token of each row.
 
-    What a token's row is rounded to does not depend on other rows, so the tokens are kept for
-    backward rather than the k rows of each.
+    The rounding of a token does not depend on other rows, so backward keeps the T tokens instead of
+    k rows for each.
     """
 
     kept: fp8.Quantised
@@ -55,7 +55,7 @@ class Tokens(NamedTuple):
     def of(
         cls, x_TD: Tensor, token_S: Tensor, stacked: Stacked, kept: fp8.Quantised | None
     ) -> Self:
-        """Round tokens, unless ``kept`` is what ``fp8.save`` has made of these and will do."""
+        """Round tokens to FP8, or use ``kept`` from ``fp8.save`` if rows and blocks match."""
         if kept is None or stacked.recipe or len(kept.values) != len(x_TD):
             block = _BLOCKS[stacked.recipe][0] if stacked.recipe else fp8.SAVED
             scale_dtype = torch.float32 if stacked.recipe else torch.bfloat16
@@ -64,7 +64,7 @@ class Tokens(NamedTuple):
         return cls(kept, token_S)
 
     def rows(self) -> fp8.Quantised:
-        """Return the rows [S, D]."""
+        """Return the FP8 rows [S, D]."""
         values = self.kept.values.view(torch.uint8)[self.token_S].view(self.kept.values.dtype)
         return fp8.Quantised(values, self.kept.scales[self.token_S])
 
@@ -74,7 +74,7 @@ def multiply_groups(
 ) -> Joined:
     """Return ``grouped_linear`` of the weights [E, F, D]: ``products.multiply`` for groups.
 
-    ``tokens``: whose rows ``x_SD`` are, where the input is kept in FP8.
+    ``tokens``: the tokens that ``x_SD`` was gathered from, if the input is saved in FP8.
     """
     if stacked.watch is not None:
         stacked.watch(x_SD)
@@ -113,15 +113,15 @@ def _offsets(counts_E: Tensor) -> Tensor:
 
 
 def _looped(x_SD: Tensor, weights: tuple[Tensor, ...]) -> bool:
-    # Without values there is nothing to loop over, and a compiler cannot trace a loop of data.
+    # Fake tensors have no values to loop over, and the compiler cannot trace a loop over data.
     traced = torch.compiler.is_compiling() or isinstance(x_SD, FakeTensor)
     return not traced and not all(_has_kernel(x_SD.dtype, w.shape) for w in weights)
 
 
 def loop_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
-    """Return what ``grouped_linear`` returns, group by group: its plain twin."""
+    """Return ``grouped_linear`` computed group by group: the reference."""
     groups = x_SD.split(counts_E.tolist())
-    # Unbound at once: each index of its own would give a gradient as large as all groups.
+    # One unbind: indexing each matrix would give each a gradient as large as all groups.
     matrices = weight_EFD.unbind()
     return torch.cat([x @ weight.T for x, weight in zip(groups, matrices, strict=True)])
 
@@ -133,7 +133,7 @@ def _has_kernel(dtype: torch.dtype, shape_EFD: torch.Size) -> bool:
 
 @torch.library.custom_op("allometry::_grouped_mm", mutates_args=())
 def _opaque_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
-    """What the compiler calls without looking in: the kernel, or a loop where there is none."""
+    """Compute ``_grouped_mm`` as an opaque operator for the compiler: torch's kernel or a loop."""
     widths = b.shape if b.ndim == 3 else torch.Size((1, a.shape[0], b.shape[1]))
     if _has_kernel(a.dtype, widths) and not _by_onednn(a):
         return torch._grouped_mm(a, b, offsets_E)
@@ -147,9 +147,9 @@ def _(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
-    """Return a's stretches of rows times the matrices of ``b``, or stretches of both [E, ...]."""
+    """Return row ranges of ``a`` times the matrices of ``b``, or [E, ...] from ranges of both."""
     widths = b.shape if b.ndim == 3 else torch.Size((1, a.shape[0], b.shape[1]))
-    # While tracing, and without values, torch believes that its kernel takes bf16 alone.
+    # When tracing or with fake tensors, torch accepts only bf16 for this kernel.
     if torch.compiler.is_compiling() or isinstance(a, FakeTensor):
         known = a.dtype == torch.bfloat16 and b.ndim == 3 and _has_kernel(a.dtype, b.shape)
         if not known or _by_onednn(a):
@@ -159,15 +159,15 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def _by_onednn(a: Tensor) -> bool:
-    """Whether a product is oneDNN's, which generates code for each number of rows and keeps it."""
+    """Return True if oneDNN computes the product: it compiles and caches a kernel per row count."""
     return a.device.type == "cpu" and a.dtype in (torch.bfloat16, torch.float16)
 
 
 def _looped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
-    """Return what ``_grouped_mm`` returns, group by group, each of a ``rounded`` number of rows.
+    """Return ``_grouped_mm`` computed group by group, with row counts ``rounded`` up.
 
-    Rows that fill a group up are the next group's where results are dropped, zeros where they are
-    added up.
+    If ``b`` has matrices, the extra rows come from the next group and their results are dropped;
+    in sums over rows, the extra rows are zeros.
     """
     groups = list(enumerate(pairwise([0, *offsets_E.tolist()])))
     if b.ndim == 3:
@@ -187,25 +187,25 @@ def _looped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def rounded(rows: int) -> int:
-    """Return a number of rows, at most 15 or 1/16 more, of which there are 16 in each octave.
+    """Round a number of rows up, by at most 15 rows or 1/16, to one of 16 values per octave.
 
-    Experts have other numbers of rows in every micro-batch; with each of them the memory of
-    oneDNN's kernels grew.
+    The number of an expert's rows changes in every micro-batch; without rounding, oneDNN caches a
+    kernel for each number and its memory grows. For example, 100 becomes 112 and 1000 becomes 1024.
     """
     step = max(16, 1 << max(rows.bit_length() - 5, 0))
     return -(-rows // step) * step
 
 
 def _filled(x_SD: Tensor, rows: int) -> Tensor:
-    """Return ``x_SD`` with rows of zeros at the end, ``rows`` in all."""
+    """Return ``x_SD`` padded with zero rows to ``rows`` rows."""
     return x_SD if len(x_SD) == rows else F.pad(x_SD, (0, 0, 0, rows - len(x_SD)))
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """torch's grouped product with a backward pass that survives what its own does not.
+    """torch's grouped product with its own backward pass.
 
-    torch's own fails where the incoming gradient is not contiguous (an expanded sum) and where
-    there are no rows, and on Blackwell leaves the gradients of empty groups unset
+    torch's backward fails if the incoming gradient is not contiguous (an expanded sum) or if there
+    are no rows, and on Blackwell leaves the gradients of empty groups uninitialised
     (pytorch/pytorch#172439).
     """
 
@@ -232,19 +232,19 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.by_token = saves and tokens is not None
         kept: tuple[Tensor, ...] = ()
         if not any(ctx.needs_input_grad[9:]):
-            pass  # of frozen weights there is no gradient that reads x
+            pass  # only gradients of trained weights read x
         elif saves and tokens is not None:
             kept = *tokens.kept, tokens.token_S
         else:
             kept = (x_SD,) if not saves else small or ready or save(x_SD, fused=fused)
         ctx.kept = len(kept)
-        # What is no step's copy is made again: FSDP2 frees weights, and gathers them for backward.
+        # Without a step's copy, join again in backward: FSDP2 frees weights and gathers them again.
         ctx.save_for_backward(*kept, offsets_E, *(weights if whole_EFD is None else (whole_EFD,)))
         return y_SF
 
     @staticmethod
     def backward(ctx: Any, grad_SF: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: checkpointing computes them again and hands them over
+        saved = ctx.saved_tensors  # read once: checkpointing recomputes and unpacks them only once
         kept, (offsets_E, *weights) = saved[: ctx.kept], saved[ctx.kept :]
         grad_SF, grad_x = grad_SF.contiguous(), None
         rows = grad_SF.shape[0]
@@ -281,8 +281,8 @@ def _restored(ctx: Any, kept: tuple[Tensor, ...]) -> Tensor:
     return x_SD[token_S[0]] if ctx.by_token else x_SD
 
 
-# Scales of activations and weights. torch's kernel takes those of rows alone, and one for all rows
-# would be of rows that meet at an expert.
+# Blocks of activations and weights. torch's grouped kernel supports only row scales, and one scale
+# for all rows would depend on the rows that visit an expert together.
 _ROWS = (fp8.ACTIVATION_BLOCKS["fp8_rowwise"], fp8.WEIGHT_BLOCKS["fp8_rowwise"])
 _BLOCKS: dict[str, tuple[fp8.Block, fp8.Block]] = {
     "fp8_tensorwise": _ROWS,
@@ -314,9 +314,9 @@ def _product(
     fused: bool = False,
     ready: fp8.Quantised | None = None,
 ) -> tuple[Tensor, fp8.Quantised | None]:
-    """Return each row times the transposed matrix of its group, and x as ``dtype`` where read so.
+    """Return each row times the transposed matrix of its group, and the FP8 copy of x or None.
 
-    FP8 on CUDA, rows under a scale each; elsewhere the same numbers in fp32.
+    On CUDA an FP8 kernel with one scale per row; on other devices the same FP8 numbers in fp32.
     """
     if not recipe:
         return _grouped_mm(x_SK, matrices_ENK.transpose(-2, -1), offsets_E), None
@@ -332,9 +332,10 @@ def _product(
 
 
 def _with_zeros(grad_EFD: Tensor, offsets_E: Tensor) -> Tensor:
-    """Return gradients that are zeros for groups without rows, which torch's kernel leaves unset.
+    """Return gradients with zeros for groups without rows, which torch's kernel leaves unset.
 
-    Compiled, it is part of the pass that casts the gradient; else in place, for those groups alone.
+    In compiled code the mask fuses with the cast of the gradient; otherwise a Triton kernel, if
+    installed, writes only the empty groups, in place.
     """
     traced = torch.compiler.is_compiling() or isinstance(grad_EFD, FakeTensor)
     if not traced and grad_EFD.is_contiguous() and find_spec("triton") is not None:

@@ -1,4 +1,4 @@
-"""What the grouped products of ``grouped.py`` need besides torch's kernel on a GPU, in Triton."""
+"""Triton kernel that complements torch's grouped product on a GPU (``grouped.py``)."""
 
 # E groups, S rows sorted by group
 
@@ -12,10 +12,10 @@ _BLOCK = 4096
 
 
 def zero_empty_groups_(y_EFD: Tensor, offsets_E: Tensor) -> None:
-    """Set the matrices of groups without rows to zero, in place, and touch no other.
+    """Set the matrices of groups without rows to zero, in place; other matrices are not read.
 
-    ``offsets_E``: where each group's rows end. The twin is ``masked_fill``, which reads and writes
-    all groups.
+    ``offsets_E``: the end of each group's rows. The reference is ``masked_fill``, which reads and
+    writes all groups.
     """
     assert y_EFD.is_contiguous(), y_EFD.stride()
     groups, size = y_EFD.shape[0], y_EFD[0].numel()

@@ -1,4 +1,4 @@
-"""The end of a model: logits, or the loss without ever holding all logits."""
+"""Output head: logits, or the loss without materialising all logits."""
 
 # B batch, L length, T = B*L, D width, V vocabulary
 
@@ -20,10 +20,11 @@ from allometry.scaling.roles import ParamSpec
 
 
 class Losses(NamedTuple):
-    """``total``: the sum over target tokens, z-loss included, to be divided by the global count.
+    """Loss of a batch.
 
-    ``nll_BL``: -log p of each target, without gradient, 0 where it is ignored. Both are fp32, or
-    fp64 where the model computes in fp64.
+    ``total``: sum over target tokens, z-loss included, to be divided by the global token count.
+    ``nll_BL``: -log p of each target, without gradient, 0 where the target is ignored. Both are
+    fp32, or fp64 if the model computes in fp64.
     """
 
     total: Tensor
@@ -31,14 +32,14 @@ class Losses(NamedTuple):
 
 
 class OutputHead(OwnsParameters):
-    """Logits or loss. ``weight`` is None where the head is ``tied`` to the embedding, the owner.
+    """Output layer; returns logits or the loss.
 
-    ``stacked`` is the weight as products read it.
-
-    ``compile`` compiles the softmax of a chunk only: matrix products gain nothing, and a loop
-    over chunks would be unrolled into one large graph. ``softmax`` says whether the weight here is
-    the whole vocabulary or a part. ``gradient_sum``: for who runs many forwards before a backward.
-    ``cross_entropy`` is what stacked runs replace.
+    ``weight`` is None if the head is ``tied`` to the embedding, which then owns the parameter;
+    products read the weight through ``stacked``. ``compile`` compiles only the softmax of a chunk:
+    matrix products gain nothing, and the loop over chunks would be unrolled into one large graph.
+    ``softmax`` is ``SharedSoftmax`` if the weight here is a shard of the vocabulary.
+    ``gradient_sum`` is set by pipeline schedules that run several forwards before a backward.
+    ``StackedModel`` replaces ``cross_entropy``.
     """
 
     weight: nn.Parameter | None
@@ -63,12 +64,12 @@ class OutputHead(OwnsParameters):
         self.stacked = Stacked((self if tied is None else tied, "weight"))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the loss with these options of ``torch.compile``."""
+        """Compile the loss; the arguments are passed to ``torch.compile``."""
         self.softmax.compile(*args, **kwargs)
 
     @property
     def vocabulary(self) -> Vocabulary | None:
-        """Which part of the vocabulary the weight here is; None: all of it."""
+        """Shard of the vocabulary on this rank; None if the weight covers all of it."""
         return self.softmax.vocabulary if isinstance(self.softmax, SharedSoftmax) else None
 
     def forward(
@@ -77,10 +78,10 @@ class OutputHead(OwnsParameters):
         targets_BL: Tensor | None,
         weights_K: Tensor | None = None,
     ) -> Tensor | Losses:
-        """Return logits [B, L, V] (fp32 or wider), or with targets the losses.
+        """Return logits [B, L, V] (fp32 or wider), or ``Losses`` if targets are given.
 
-        ``weights_K``: x and targets are 1 + K batches one after the other, [(1 + K) B, L], of which
-        the losses of the later ones count so many times in ``total``, without z-loss.
+        ``weights_K``: x and targets are 1 + K batches in a row, [(1 + K) B, L]; ``total`` includes
+        the losses of batch k > 0 times ``weights_K[k - 1]`` and without z-loss.
         """
         if targets_BL is None:
             logits_BLV = F.linear(x_BLD, self.stacked.joined(x_BLD.dtype))

@@ -1,4 +1,4 @@
-"""Initial values that depend on seed, name and row alone, whatever the layout."""
+"""Initial values that depend only on seed, parameter name and row, on every layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Distribution = Literal["normal", "uniform"]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """The part of a whole tensor of ``shape`` that ``local`` holds: it begins at ``offset``."""
+    """Shard of a tensor of ``shape``: the contiguous box ``local``, starting at ``offset``."""
 
     local: Tensor
     shape: tuple[int, ...]
@@ -31,26 +31,26 @@ class Box:
 
 
 Hold = Callable[[nn.Module, str], AbstractContextManager[Tensor]]
-"""(owner, name of its parameter) -> the values to fill, whole or a shard, while it lasts."""
+"""(owner, parameter name) -> context manager with the values to fill, unsharded or a shard."""
 
 
 def held(owner: nn.Module, name: str) -> AbstractContextManager[Tensor]:
-    """Hold a parameter that has its storage."""
+    """Return a context manager with the values of a parameter that has storage."""
     return nullcontext(getattr(owner, name).detach())
 
 
 def initialize(
     module: nn.Module, parameterization: Parameterization, seed: int, hold: Hold = held
 ) -> None:
-    """Fill every parameter of ``module``, whole or sharded, as ``parameterization`` says.
+    """Fill every parameter of ``module``, sharded or not, as ``parameterization`` specifies.
 
-    Buffers get their first values from the ``reset_buffers`` of the modules that have some.
+    Modules with buffers set their first values in ``reset_buffers``.
 
-    A row of a random parameter (its last dimension) is drawn on the CPU by a generator of its own,
-    seeded with (``seed``, full name, row), so the same model starts anywhere: any number of ranks,
-    any sharding, any device. Where experts start alike, all get the rows of the first. ``hold``:
-    where the values go, one parameter after the other. Raises
-    ``ValueError`` for a parameter without a role.
+    Each row (last dimension) of a random parameter is drawn on the CPU by its own generator, seeded
+    with (``seed``, full name, row), so the initial model is the same for any number of ranks, any
+    sharding and any device. If experts start alike, every expert gets the rows of the first.
+    ``hold``: opens the values of one parameter at a time. Raises ``ValueError`` for a parameter
+    without a role. For example, ``initialize(model, parameterization, seed=1)``.
     """
     specs = parameter_specs(module)
     for name, owner, own_name, _ in list(named_parameters(module)):
@@ -66,15 +66,15 @@ def initialize(
                     box.local.zero_()
     for owner in module.modules():
         reset = getattr(owner, "reset_buffers", None)
-        if reset is not None:  # on the meta device a constructor's values were lost
+        if reset is not None:  # values set in a constructor on the meta device were lost
             reset()
 
 
 def local_box(tensor: Tensor) -> Box:
-    """Return what this rank holds of ``tensor``, a plain tensor or a DTensor.
+    """Return this rank's shard of ``tensor``, a plain tensor or a DTensor.
 
-    Asserts that it is one contiguous box, which holds for every order of shards that FSDP2 and
-    tensor parallelism make.
+    Asserts that the shard is one contiguous box, as for every order of shards that FSDP2 and
+    tensor parallelism create.
     """
     shape = tuple(tensor.shape)
     if not torch.distributed.is_available():
@@ -83,7 +83,7 @@ def local_box(tensor: Tensor) -> Box:
 
     if not isinstance(tensor, DTensor):
         return Box(tensor, shape, (0,) * len(shape))
-    # Not public API, but the one function that knows strided shards (FSDP2 over tensor parallel).
+    # Private API, but the only function that supports strided shards (FSDP2 over tensor parallel).
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     local = tensor.to_local()
@@ -97,10 +97,10 @@ def local_box(tensor: Tensor) -> Box:
 def fill_random(
     box: Box, kind: Distribution, std: float, name: str, seed: int, *, alike: bool = False
 ) -> None:
-    """Fill ``box.local`` with its part of the numbers that are drawn for the whole parameter.
+    """Fill ``box.local`` with its part of the random numbers of the full parameter.
 
-    ``kind``: N(0, ``std``²), or U(-b, b) of the same standard deviation. ``alike``: each matrix of
-    a parameter [E, out, in] gets the numbers of the first.
+    ``kind``: N(0, ``std``²), or U(-b, b) with the same standard deviation. ``alike``: each matrix
+    of a parameter [E, out, in] gets the numbers of the first matrix.
     """
     if box.local.numel() == 0:
         return
@@ -117,7 +117,7 @@ def fill_random(
         drawn = draw_rows(some, box.shape[-1], name, seed, kind)
         local_2d[start : start + len(some)].copy_(drawn[:, columns].double() * scale)
 
-    # Drawing releases the interpreter's lock, so threads share the work of large matrices.
+    # Drawing releases the GIL, so threads share the work of large matrices.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(fill, range(0, len(rows), ROWS_AT_ONCE)))
 
@@ -125,11 +125,11 @@ def fill_random(
 def draw_rows(
     rows: list[int], width: int, name: str, seed: int, kind: Distribution = "normal"
 ) -> Tensor:
-    """Return numbers [len(rows), ``width``], each row by its own generator.
+    """Return random numbers [len(rows), ``width``], each row from its own generator.
 
     N(0, 1) in fp64, because torch's fp32 normal differs between instruction sets while fp64
-    rounded to fp32 does not; U(-1, 1) in fp32, which does not differ. Whole contiguous rows,
-    because the algorithm depends on length and strides.
+    rounded to fp32 does not; U(-1, 1) in fp32, which is equal on all. Always full contiguous rows,
+    because torch's algorithm depends on length and strides.
     """
     generator = torch.Generator("cpu")
     dtype = torch.float64 if kind == "normal" else torch.float32
@@ -145,7 +145,7 @@ def draw_rows(
 
 
 def _rows(box: Box) -> Iterator[int]:
-    """Yield the global number of each local row, all dimensions but the last flattened."""
+    """Yield the unsharded number of each local row, all dimensions but the last flattened."""
     leading, sizes = box.shape[:-1], box.local.shape[:-1]
     for local in range(math.prod(sizes)):
         row, stride = 0, 1

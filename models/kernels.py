@@ -1,4 +1,4 @@
-"""Kernels of a model that a run may choose: attention's back end, RMSNorm's, and FP8 rounding."""
+"""Selection of a model's kernels: attention back end, RMSNorm, and rounding to FP8."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from allometry.models.transformer import FeedForward, Transformer
 def use_kernels(
     model: Transformer, attention: str | None = None, norm: str = "torch", quantise: str = "torch"
 ) -> None:
-    """Let a model that nothing has wrapped yet compute with these kernels.
+    """Set the kernels of a model; call before the model is wrapped, compiled or sharded.
 
-    ``attention``: a name in ``scaling.attention.BACKENDS``, None: the first that suits each call;
-    ``norm``: a name in ``NORMS``; ``quantise``: torch or triton. Another norm than torch's stays by
-    itself, and what it made is rounded by a kernel of its own.
+    ``attention``: a name in ``scaling.attention.BACKENDS``; None selects the first back end that
+    supports each call. ``norm``: a name in ``NORMS``. ``quantise``: "torch" or "triton". With
+    "triton" and ``norm="torch"``, one kernel computes RMSNorm and rounds its output; the output of
+    any other norm is rounded by a separate kernel. For example,
+    ``use_kernels(model, attention="flash2", quantise="triton")``.
     """
     core = attend_by(attention)
     for block in model.blocks.values():
@@ -57,4 +59,4 @@ NORMS: dict[str, Callable[[Tensor, tuple[int, ...], Tensor, float], Tensor]] = {
     "torch": F.rms_norm,
     "apex": _apex,
 }
-"""RMSNorm's kernels: (x, normalised shape, weight, eps) -> as x."""
+"""RMSNorm kernels by name: (x, normalised shape, weight, eps) -> output in x's shape and type."""

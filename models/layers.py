@@ -1,4 +1,4 @@
-"""The smallest modules: they compute in the activations' type, whatever the parameters' type."""
+"""Basic modules; each computes in the type of its activations, whatever the parameters' type."""
 
 # B batch, L length, D width, V vocabulary, N heads, H head width, h = H/2
 
@@ -21,11 +21,11 @@ from allometry.scaling.roles import ParamSpec
 
 
 class Linear(OwnsParameters, nn.Linear):
-    """``y = x @ weight.T``, plus a bias where its spec is given; weight [out, in]."""
+    """``y = x @ weight.T``, plus a bias if its spec is given; weight [out, in]."""
 
     def __init__(self, spec: ParamSpec, bias: ParamSpec | None = None) -> None:
-        # nn.Linear's own constructor would draw numbers that nobody uses; being one is what lets
-        # torch's tensor-parallel styles recognise it.
+        # nn.Linear's own constructor would draw unused random numbers. The base class is needed
+        # because torch's tensor-parallel styles check for nn.Linear.
         nn.Module.__init__(self)
         self.in_features, self.out_features = spec.fan_in, spec.fan_out
         self.own("weight", spec)
@@ -42,12 +42,12 @@ class Linear(OwnsParameters, nn.Linear):
         return self.plus_bias(y)
 
     def plus_bias(self, y: Tensor) -> Tensor:
-        """Return what the product made [..., out], with the bias if there is one."""
+        """Return the product ``y`` [..., out] plus the bias, if the layer has one."""
         return y if self.bias is None else y + local_weight(self.bias).to(y.dtype)
 
 
 class Embedding(OwnsParameters, nn.Embedding):
-    """Rows of a table [V, D], in ``dtype``."""
+    """Embedding table [V, D]; looked-up rows are returned in ``dtype``."""
 
     def __init__(self, spec: ParamSpec, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -59,16 +59,16 @@ class Embedding(OwnsParameters, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., D] for token ids [...]."""
-        # Look up first: casting the rows that are used is cheaper than casting the table, and
-        # the gradient of a frequent token then adds up in fp32.
+        # Look up, then cast: casting the used rows is cheaper than casting the table, and the
+        # gradients of a frequent token are then summed in fp32.
         return F.embedding(input, local_weight(self.weight)).to(self.dtype)
 
 
 class RMSNorm(OwnsParameters):
-    """``x / rms(x) * weight`` over the last dimension (arXiv 1910.07467), fp32 inside.
+    """``x / rms(x) * weight`` over the last dimension (arXiv 1910.07467), computed in fp32.
 
-    ``saves``: keep the input for backward in FP8; ``fused``: by a kernel that makes the result and
-    rounds both in one pass, the result for the product that it ``feeds``.
+    ``saves``: keep the input for backward in FP8. ``fused``: one kernel computes the norm and
+    rounds both its input (for backward) and its output (for the product of ``feeds``).
     """
 
     weight: nn.Parameter
@@ -81,7 +81,7 @@ class RMSNorm(OwnsParameters):
         self.own("weight", spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x's shape and type; torch widens half types to fp32 inside this operator."""
+        """Return x's shape and type; torch's operator widens half types to fp32 internally."""
         weight = local_weight(self.weight).to(x.dtype)
         if self.saves and torch.is_grad_enabled():
             own = kernels(self.fused)
@@ -93,7 +93,7 @@ class RMSNorm(OwnsParameters):
 
 
 class _SavedNorm(torch.autograd.Function):
-    """RMSNorm that keeps its input in FP8 and one number of each row; forward is as without."""
+    """RMSNorm that keeps its input in FP8 and 1/rms of each row; same forward as RMSNorm."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, norm: Any) -> Tensor:
@@ -110,7 +110,7 @@ class _SavedNorm(torch.autograd.Function):
 
 
 class _FusedNorm(torch.autograd.Function):
-    """The derivative of what a kernel has made already."""
+    """Backward of RMSNorm for an output that a fused kernel has computed already."""
 
     @staticmethod
     def forward(
@@ -155,9 +155,9 @@ def _grad_norm(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class Gate(NamedTuple):
-    """What a gated feed-forward does with its gate.
+    """Activation of the gate in a gated feed-forward.
 
-    ``backward(grad, gate)`` is its derivative, written to ``grad_input`` if that is given.
+    ``backward(grad, gate)`` is its derivative, written to ``grad_input`` if given.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -171,7 +171,7 @@ GATES: Mapping[Activation, Gate] = {
         partial(torch.ops.aten.gelu_backward, approximate="tanh"),
     ),
 }
-"""By ``model.activation``."""
+"""Gate activations by ``model.activation``."""
 
 
 def gated(
@@ -181,11 +181,12 @@ def gated(
     saves: bool = False,
     feeds: Stacked | None = None,
 ) -> Tensor:
-    """Return activation(gate) * up (arXiv 2002.05202), of two tensors or of one [..., 2F].
+    """Return activation(gate) * up (arXiv 2002.05202), of a pair or of one tensor [..., 2F].
 
-    The gradient of one is one: halves that are put together would be a pass of their own.
-    ``saves``: keep one tensor of both for backward in FP8, and nothing else. ``feeds``: what
-    multiplies the result; if that is fused, a kernel rounds it for the product, too (SwiGLU's).
+    One tensor gets one gradient tensor [..., 2F], as concatenating two halves would cost another
+    pass. ``saves``: for backward, keep only ``gate_up``, in FP8. ``feeds``: the weights that
+    multiply the result; if ``feeds.fused``, one kernel computes SwiGLU and rounds the result for
+    that product. For example, ``gated((gate, up), "gelu_tanh")`` is GeGLU.
     """
     if not isinstance(gate_up, Tensor):
         gate, up = gate_up
@@ -227,7 +228,7 @@ class _SavedGated(torch.autograd.Function):
 
 
 class _FusedSwiGLU(torch.autograd.Function):
-    """The derivative of what a kernel has made already."""
+    """Backward of SwiGLU for an output that a fused kernel has computed already."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, h: Tensor, values: Tensor, scales: Tensor) -> Tensor:
@@ -256,7 +257,7 @@ def _grad_saved(ctx: Any, grad: Tensor, gate: Gate) -> Tensor:
 
 def _grad_gated(grad: Tensor, gate_up: Tensor, active: Tensor, by: Gate) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    if torch.compiler.is_compiling():  # into one tensor all the same, and functional
+    if torch.compiler.is_compiling():  # one output tensor as well, but without in-place writes
         return torch.cat([by.backward(grad * up, gate), grad * active], dim=-1)
     made = torch.empty_like(gate_up)
     of_gate, of_up = made.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""Linear layer and cross-entropy in one, chunk by chunk: the logits of all tokens never exist."""
+"""Fused linear layer and cross-entropy in chunks of tokens, without materialising all logits."""
 
 # T tokens, c tokens of a chunk, D width, V vocabulary
 
@@ -16,7 +16,7 @@ from typing_extensions import override
 from allometry.models.products import add_product_, product
 
 IGNORE = -100
-"""A target that does not count (the same number as in ``allometry.data.batch``)."""
+"""Target that is excluded from the loss (the same number as in ``allometry.data.batch``)."""
 
 
 class Segment(NamedTuple):
@@ -31,27 +31,27 @@ ChunkGradient = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
 
 
 class ChunkSoftmax(Protocol):
-    """The loss of a chunk of tokens from its logits [c, v], before the scale.
+    """Loss of a chunk of tokens from its unscaled logits [c, v].
 
-    v are the columns of the vocabulary that are here, all of them or a part.
+    v is the number of local columns of the vocabulary: all columns, or a shard.
     """
 
     def columns(self, weight_VD: Tensor) -> int:
-        """Return the columns of the largest part: all parts cut tokens into the same chunks."""
+        """Return the columns of the largest shard: all shards cut tokens into the same chunks."""
 
     def gradient_(
         self, logits_cv: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
     ) -> tuple[Tensor, Tensor]:
-        """Turn logits into the gradient of the loss, in place; return (nll_c, the z-loss)."""
+        """Overwrite the logits with the gradient of the loss; return (nll_c, z-loss)."""
 
     def loss(
         self, logits_cv: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
     ) -> tuple[Tensor, Tensor]:
-        """Return (nll_c, the z-loss) and leave the logits alone."""
+        """Return (nll_c, z-loss) without changing the logits."""
 
 
 def row_kernels(logits_cv: Tensor) -> Any:
-    """Return the module of kernels that do these logits row by row on CUDA, or None: torch does."""
+    """Return the Triton module for these logits, or None if torch's operators compute them."""
     if not logits_cv.is_cuda or importlib.util.find_spec("triton") is None:
         return None
     from allometry.models import loss_triton
@@ -60,13 +60,13 @@ def row_kernels(logits_cv: Tensor) -> Any:
 
 
 class WholeSoftmax(ChunkSoftmax):
-    """All columns are here. ``compile`` compiles the gradient of a chunk that torch computes."""
+    """Softmax over the unsharded vocabulary; ``compile`` compiles the torch gradient of a chunk."""
 
     def __init__(self) -> None:
         self._gradient_: ChunkGradient = softmax_gradient_
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the passes over the logits with these options of ``torch.compile``."""
+        """Compile the passes over the logits; the arguments are passed to ``torch.compile``."""
         self._gradient_ = torch.compile(softmax_gradient_, *args, **kwargs)
 
     @override
@@ -96,13 +96,14 @@ class WholeSoftmax(ChunkSoftmax):
 
 
 class GradientSum:
-    """One buffer for the weight's gradient of all calls whose backward is still to come.
+    """One buffer for the weight gradient of all calls whose backward is still pending.
 
-    For pipelines, whose last stage may run the forwards of all micro-batches before a backward:
-    without it each of them keeps a gradient as large as the weight. Every call adds to the buffer;
-    the next backward, of whichever call, hands all of it over, and one that finds nothing hands
-    over zeros. So the weight's gradient is complete when every call has been differentiated, and
-    all must be, with one factor. ``begin`` each step: it drops what a step that failed left.
+    For pipeline schedules, whose last stage may run the forwards of all micro-batches before a
+    backward: without the buffer each micro-batch keeps a gradient as large as the weight. Every
+    forward adds to the buffer; the next backward of any call returns the complete buffer, and a
+    backward that finds the buffer empty returns zeros. The weight gradient is complete once all
+    calls have been differentiated; all must be, with the same factor. Call ``begin`` at the start
+    of each step, to discard gradients of a failed step.
     """
 
     def __init__(self) -> None:
@@ -110,11 +111,11 @@ class GradientSum:
         self._factor: Tensor | None = None
 
     def begin(self) -> None:
-        """Forget all calls."""
+        """Reset the buffer and the factor."""
         self.pending_VD = self._factor = None
 
     def take(self, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return ``factor`` times the gradient of all calls since the last time."""
+        """Return ``factor`` times the gradients of all forwards since the last ``take``."""
         if self._factor is None:
             self._factor = factor.clone()
         else:
@@ -142,19 +143,19 @@ def linear_cross_entropy(
     """Return (total, nll_T) of logits = ``logit_scale`` * x @ weight.T.
 
     ``total`` = sum over counted tokens of -log p(target) + ``z_loss`` * (log Z)^2 (PaLM, arXiv
-    2204.02311, section 5); ``nll_T`` is the first term for each token, without gradient, 0 where
-    the target is ``IGNORE``. Products run in x's type, softmax in fp32 or wider, and the weight's
-    gradient adds up over chunks in fp32 or wider.
+    2204.02311, section 5); ``nll_T`` is the first term of each token, without gradient, 0 where the
+    target is ``IGNORE``. Products run in x's type, softmax in fp32 or wider; the weight gradient is
+    summed over chunks in fp32 or wider. For example, ``linear_cross_entropy(x, w, targets)[0]``.
 
-    Gradients are computed in the forward pass, while a chunk's logits are there: nothing of size
-    T x V is kept and no product is done twice. So ``total`` can be differentiated with one factor
+    Gradients are computed in the forward pass, while the chunk's logits exist: no T x V tensor is
+    stored and no product is repeated. ``total`` can therefore be differentiated with one factor
     only (for x and for the weight together, or for one after the other).
-    ``chunk_tokens`` None: ``default_chunk_tokens``. ``softmax`` None: the weight is the whole
-    vocabulary (``WholeSoftmax``). Where it is a part, ``total`` and ``nll_T`` are of the whole, the
-    gradient of the weight is the part's, and that of x is the part's summand. ``gradient_sum``:
-    what adds up the weight's gradient over calls. ``cast_VD``: the weight in x's type, where it is
-    there already. ``segments``: tokens in runs of different weights, whose numbers add up to T
-    (None: one run of weight 1 with ``z_loss``).
+    ``chunk_tokens`` None: ``default_chunk_tokens``. ``softmax`` None: ``WholeSoftmax``, the weight
+    is unsharded. With a shard, ``total`` and ``nll_T`` cover the full vocabulary, the weight
+    gradient is the shard's, and the gradient of x is the shard's partial sum. ``gradient_sum``
+    accumulates the weight gradient over calls. ``cast_VD``: the weight cast to x's type, if there.
+    ``segments``: runs of tokens with different weights, of T tokens in all (None: one run of weight
+    1 with ``z_loss``).
     """
     assert x_TD.ndim == 2, x_TD.shape
     assert targets_T.shape == x_TD.shape[:1], (targets_T.shape, x_TD.shape)
@@ -196,17 +197,18 @@ def _weighted(loss: Tensor, run: Segment) -> Tensor:
 
 
 def default_chunk_tokens(tokens: int, vocab_size: int, dtype: torch.dtype, device_type: str) -> int:
-    """Return how many of ``tokens`` to do at once, a multiple of 128.
+    """Return the number of tokens per chunk, a multiple of 128.
 
-    Each chunk reads and writes the whole weight gradient (V x D), so it needs some hundred tokens
-    to be bound by arithmetic; beyond that, smaller is better. On a CPU, 8 MiB of logits stay in
-    the last-level cache between the passes over them (V = 8192, bf16, 2 cores: 256 and 512 tokens
-    are fastest, 2048 take 1.3 times as long). A GPU's cache holds no useful chunk, and its products
-    want thousands of tokens (H100, bf16, compiled: V = 128k and D = 2048 run at .60, .77, .92 of
-    the speed of 4096 tokens with 512, 1024, 2048; a model of 125M parameters trains 1.05 times as
-    fast with 8192 as with 2000). So there it is an eighth of the full logits, but at least 256 MiB,
-    which keeps the peak at V = 128k and 4k tokens below a tenth of theirs, and at most 1 GiB. A
-    rule rather than a measurement: a run that resumes adds up the same chunks.
+    Each chunk reads and writes the complete weight gradient (V x D), so a chunk needs some hundred
+    tokens to be bound by arithmetic; beyond that, smaller is better. On a CPU, 8 MiB of logits stay
+    in the last-level cache between the passes over them (V = 8192, bf16, 2 cores: 256 and 512
+    tokens are fastest, 2048 take 1.3 times as long). A GPU's cache is too small for a useful chunk,
+    and its products need thousands of tokens (H100, bf16, compiled: V = 128k and D = 2048 run at
+    .60, .77, .92 of the speed of 4096 tokens with 512, 1024, 2048; a model of 125M parameters
+    trains 1.05 times as fast with 8192 as with 2000). A GPU's chunk is an eighth of the full
+    logits, but at least 256 MiB, which keeps the peak at V = 128k and 4k tokens below a tenth of
+    the full logits, and at most 1 GiB. The size is a rule and not measured at run time, so that a
+    resumed run sums the same chunks.
     """
     row_bytes = vocab_size * dtype.itemsize
     if device_type == "cpu":
@@ -219,14 +221,14 @@ def default_chunk_tokens(tokens: int, vocab_size: int, dtype: torch.dtype, devic
 def softmax_gradient_(
     logits_cV: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """Turn ``logits_cV`` (before the scale) into the gradient of the chunk's loss, in place.
+    """Overwrite ``logits_cV`` (before the scale) with the gradient of the chunk's loss.
 
-    Returns (nll_c, the z-loss of the chunk). Compiled, one pass reads the logits and one writes.
+    Returns (nll_c, z-loss of the chunk). Compiled, one pass reads the logits and one pass writes.
     """
     wide = _wide(logits_cV)
     counted_c = targets_c != IGNORE
     index_c1 = targets_c.where(counted_c, 0)[:, None]
-    scaled = logits_cV.to(wide)  # the logits themselves where they are wide already
+    scaled = logits_cV.to(wide)  # the same storage as the logits if these are wide already
     if logit_scale != 1.0:
         scaled = scaled.mul_(logit_scale)
     target_c = scaled.gather(1, index_c1)[:, 0]
@@ -241,7 +243,7 @@ def softmax_gradient_(
     gradient = exponentials.mul_(weight_c[:, None] / sums_c1)
     onehot_c1 = counted_c.to(wide)[:, None] * -logit_scale
     if torch.compiler.is_compiling():
-        # As a comparison it fuses with the pass that writes the gradient; a scatter is its own.
+        # A comparison fuses with the pass that writes; a scatter would be a separate kernel.
         column_V = torch.arange(logits_cV.shape[1], device=logits_cV.device)
         gradient = torch.where(column_V == index_c1, gradient + onehot_c1, gradient)
     else:
@@ -255,7 +257,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _chunks(tokens: int, largest: int) -> Iterator[slice]:
-    """Cut ``tokens`` into near-equal parts of at most ``largest``, multiples of 64 if possible."""
+    """Split ``tokens`` into near-equal chunks, at most ``largest``, multiples of 64 if possible."""
     count = max(1, -(-tokens // largest))
     size = min(-(-tokens // (count * 64)) * 64, largest)
     for start in range(0, tokens, size or 1):
@@ -268,10 +270,10 @@ def _empty_sums(x_TD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _HandOver(torch.autograd.Function):
-    """A number whose gradient, the factor of the loss, becomes that of the weight.
+    """Scalar of value 0 whose incoming gradient, the loss factor, scales the weight gradient.
 
-    A node of its own: pipelines that split backward call that of the loss for the inputs first,
-    when nothing may be taken from the sum yet.
+    A separate autograd node: schedules that split backward first call the node of the loss for the
+    input gradients, before the gradient sum may be taken.
     """
 
     @staticmethod
@@ -307,7 +309,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_TD) if need_x else None
         grad_weight = None if gradient_sum is None else gradient_sum.pending_VD
 
-        # A function, so that a chunk's logits are gone before the next ones come.
+        # A function, so that a chunk's logits are freed before the next chunk.
         def chunk(part: slice, run: Segment) -> None:
             nonlocal grad_weight, total
             x = x_TD[part]
@@ -337,10 +339,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, as the gradients are ours and as large as the weight. Pipelines that split
-        # backward come here twice, for x and for the weight, with one factor: the second time the
-        # gradients are as they should be. Scaled through ``data``, as autograd's version check
-        # would refuse them; another factor is refused instead, on CUDA without waiting for it.
+        # In place: the gradients belong to this function and are as large as the weight. Schedules
+        # that split backward come here twice with one factor, for x and for the weight; the second
+        # time the gradients are scaled already. ``data`` bypasses autograd's version check, which
+        # would refuse changed tensors; an assert that does not wait for CUDA refuses other factors.
         grads = ctx.saved_tensors
         if ctx.scaled_by is None:
             ctx.scaled_by = grad_total.clone()
@@ -357,7 +359,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _accumulate(
     grad_weight: Tensor | None, gradient_cV: Tensor, x_cD: Tensor, wide: torch.dtype
 ) -> Tensor:
-    """Add gradient.T @ x to the weight's gradient, which is kept in ``wide``."""
+    """Add gradient.T @ x to the weight gradient, which is accumulated in ``wide``."""
     if grad_weight is None:
         return product(gradient_cV.t(), x_cD, wide)
     return add_product_(grad_weight, gradient_cV.t(), x_cD)
@@ -371,7 +373,7 @@ def reference_cross_entropy(
     logit_scale: float = 1.0,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return what ``linear_cross_entropy`` returns, from full logits: its plain twin."""
+    """Return ``linear_cross_entropy`` computed from full logits: the reference implementation."""
     wide = _wide(x_TD)
     logits_TV = F.linear(x_TD, weight_VD.to(x_TD.dtype)).to(wide)
     if logit_scale != 1.0:

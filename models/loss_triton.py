@@ -1,13 +1,14 @@
-"""The softmax of a chunk on CUDA: loss and gradient of a row while the row is in the cache.
+"""Softmax cross-entropy of a chunk on CUDA: loss and gradient of a row while the row is in cache.
 
-One program does a row: it reads the logits for their maximum and the sum of exponentials above it
-(online, arXiv 1805.02867, algorithm 3), then reads them again, from the L2 cache, and writes the
-gradient over them. So DRAM is read and written once, and no wide copy of the logits exists, whether
-the model is compiled or not. Rows are independent and nothing is added with atomics: the same
-logits give the same bits. The twins are ``loss.softmax_gradient_`` and ``vocabulary._scan``.
+One program handles one row: a first pass reads the logits for their maximum and the sum of
+exp(logit - maximum) (online softmax, arXiv 1805.02867, algorithm 3); a second pass reads them from
+the L2 cache and overwrites them with the gradient. DRAM is read and written once, and no wide copy
+of the logits exists, compiled or not. Rows are independent and no kernel uses atomic additions:
+equal logits give bitwise equal results. The references are ``loss.softmax_gradient_`` and
+``vocabulary._scan``.
 """
 
-# c tokens of a chunk, v columns of the vocabulary that are here
+# c tokens of a chunk, v local columns of the vocabulary
 
 from __future__ import annotations
 
@@ -22,14 +23,14 @@ _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def takes(logits_cv: Tensor) -> bool:
-    """Return whether the kernels can do these logits; fp64 is not for them."""
+    """Return True if the kernels support these logits: not fp64, and contiguous rows."""
     return logits_cv.dtype in _TYPES and logits_cv.stride(1) == 1
 
 
 def gradient_(
     logits_cv: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float, ignore: int
 ) -> tuple[Tensor, Tensor]:
-    """Turn logits into the gradient of the loss; return (nll_c, log Z_c), 0 where ignored."""
+    """Overwrite logits with the gradient of the loss; return (nll_c, log Z_c), 0 where ignored."""
     nll_c, log_z_c = _empty(logits_cv), _empty(logits_cv)
     _whole[(len(logits_cv),)](
         logits_cv,
@@ -48,7 +49,7 @@ def gradient_(
 
 
 def scan(logits_cv: Tensor, own_c: Tensor, logit_scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return maxima, sums of exponentials above them and the targets' logits (0 if elsewhere)."""
+    """Return maxima, sums of exp(logit - maximum) and targets' logits (0 on other ranks), [c]."""
     largest_c, sums_c, target_c = (_empty(logits_cv) for _ in range(3))
     _statistics[(len(logits_cv),)](
         logits_cv,
@@ -92,7 +93,7 @@ def _block(logits_cv: Tensor) -> int:
 
 @triton.jit
 def _scan_row(row, columns, scale, BLOCK: tl.constexpr):
-    """The maximum of a row and the sum of exponentials above it."""
+    """Return the maximum of a row and the sum of exp(logit - maximum)."""
     largest = float("-inf")
     total = 0.0
     for start in range(0, columns, BLOCK):
@@ -106,7 +107,7 @@ def _scan_row(row, columns, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def _write_row(row, columns, scale, own, largest, weight, BLOCK: tl.constexpr):
-    """Write weight * exponential, less the scale at ``own``; a weight of 0 is for no target."""
+    """Write weight * exponential, minus the scale at ``own``; weight 0 marks an ignored target."""
     for start in range(0, columns, BLOCK):
         place = start + tl.arange(0, BLOCK)
         mask = place < columns

@@ -1,8 +1,8 @@
-"""Mixtures of experts: no token is dropped, and no capacity has to be guessed.
+"""Mixture of experts without token dropping and without capacity factors.
 
-A router sends each token to k of E experts (gated feed-forwards, arXiv 2401.04088); shared experts,
-if any, see every token (arXiv 2401.06066), and latent experts work in a narrower space that one
-projection leads to and one from. Models know no ranks: what expert parallelism replaces is
+A router sends each token to k of E experts (gated feed-forwards, arXiv 2401.04088). Shared experts,
+if any, process every token (arXiv 2401.06066). Latent experts work in a narrower space, with one
+projection down to this space and one back up. Models know no ranks: expert parallelism replaces
 ``Experts.exchange``.
 """
 
@@ -26,32 +26,33 @@ from allometry.models.grouped import Tokens, multiply_groups
 from allometry.models.layers import Linear, gated
 from allometry.models.parameters import OwnsParameters
 from allometry.models.products import Stacked
+from allometry.models.rotary import Geometry
 from allometry.models.router import Router, RouterStatistics
-from allometry.models.transformer import Block, FeedForward, Geometry, Transformer
+from allometry.models.transformer import Block, FeedForward, Transformer
 from allometry.models.visits import gather_rows, sort_by_expert, spread_rows
 from allometry.scaling.inventory import Specs, within
 from allometry.scaling.parameterizations.base import ForwardScales
 
 Compute = Callable[[Tensor, Tensor], Tensor]
-"""(rows sorted by local expert, rows of each local expert) -> what the experts make of them."""
+"""(rows sorted by local expert, number of rows of each local expert) -> the experts' outputs."""
 
 Finish = Callable[[Compute], Tensor]
-"""What experts make of rows that were sent: [S, D], row for row."""
+"""Compute function -> outputs [S, D] of the experts for the rows that were sent, in their order."""
 
 Exchange = Callable[[Tensor, Tensor], Finish]
-"""(rows [S, D] sorted by expert, rows of each expert [E]) -> what ends the exchange it begins."""
+"""(rows [S, D] sorted by expert, rows of each expert [E]) -> function that ends the exchange."""
 
 
 def stay(x_SD: Tensor, counts_E: Tensor) -> Finish:
-    """The exchange of a rank that holds all experts."""
+    """Exchange without communication, for a rank with all experts."""
     return lambda compute: compute(x_SD, counts_E)
 
 
 class Experts(OwnsParameters):
-    """The routed experts: down(activation(gate(x)) * up(x)) each, as grouped products.
+    """Routed experts, down(activation(gate(x)) * up(x)) each, as grouped products.
 
-    Weights may be DTensors; the local part decides which experts and how much of F are here.
-    Every weight gets a gradient, zeros where no token came.
+    Weights may be DTensors; the local shard determines the experts and the part of F on this rank.
+    Every weight gets a gradient, which is zero for experts without tokens.
     """
 
     gate: nn.Parameter
@@ -76,10 +77,11 @@ class Experts(OwnsParameters):
         beside: Callable[[], Tensor] | None = None,
         kept: Quantised | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return [T, D] in x's type: the sum over each token's experts, times its gates.
+        """Return (y, result of ``beside``): y [T, D] is the gate-weighted sum over experts.
 
-        And what ``beside`` returns, which runs while rows travel. ``kept``: what ``fp8.save`` has
-        made of ``x_TD``, or of the part of it that was there before it came here.
+        y has x's type. ``beside`` runs while rows are in transit; without ``beside`` the second
+        result is None. ``kept``: the FP8 copy by ``fp8.save`` of ``x_TD``, or of the shard of
+        ``x_TD`` before its all-gather.
         """
         sorting, tokens = sort_by_expert(experts_Tk, self.num_experts), None
         if self.gate_up.saves and self.exchange is stay and torch.is_grad_enabled():
@@ -89,7 +91,7 @@ class Experts(OwnsParameters):
         return gather_rows(finish(partial(self.compute, tokens=tokens)), gates_Tk, sorting), made
 
     def compute(self, x_SD: Tensor, counts_E: Tensor, tokens: Tokens | None = None) -> Tensor:
-        """Return [S, D] for rows sorted by the experts that this rank holds."""
+        """Return [S, D] for rows sorted by the experts of this rank."""
         gate_up = multiply_groups(x_SD, self.gate_up, counts_E, tokens)
         saves, feeds = self.gate_up.saves, self.down_only
         h_SF = gated(gate_up, self.activation, saves=saves, feeds=feeds)
@@ -101,8 +103,8 @@ class Experts(OwnsParameters):
 class MoEFeedForward(nn.Module):
     """``scale`` x routed experts + shared experts; router and shared experts read the full width.
 
-    With gate "sqrt" and shared experts both parts are multiplied by sqrt(1/2)
-    (arXiv 2603.28743). ``routed`` is the parameterization's factor on the routed experts.
+    With gate "sqrt" and shared experts, both terms are multiplied by sqrt(1/2) (arXiv 2603.28743).
+    ``routed`` is the parameterization's multiplier of the routed experts.
     """
 
     def __init__(self, specs: Specs, model: MoEModel, routed: float = 1.0) -> None:
@@ -120,7 +122,7 @@ class MoEFeedForward(nn.Module):
     def forward(
         self, x_BLD: Tensor, counted_BL: Tensor | None = None
     ) -> tuple[Tensor, RouterStatistics]:
-        """Return [B, L, D] and what the router saw, which are the tokens ``counted_BL``."""
+        """Return [B, L, D] and the router statistics of the tokens ``counted_BL``."""
         x_TD = x_BLD.flatten(0, 1)
         counted_T = None if counted_BL is None else counted_BL.flatten()
         gates_Tk, experts_Tk, statistics, kept = self.router(x_TD, counted_T)
@@ -147,14 +149,14 @@ class MoEFeedForward(nn.Module):
 
 
 class MoEBlock(Block):
-    """A block whose feed-forward is a mixture of experts."""
+    """Transformer block with a mixture of experts as its feed-forward."""
 
     def __init__(self, specs: Specs, model: MoEModel, scales: ForwardScales, layer: int) -> None:
         ffn = MoEFeedForward(within(specs, "ffn"), model, scales.experts)
         super().__init__(specs, model, scales, ffn, layer)
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> tuple[Tensor, RouterStatistics]:
-        """Return [B, L, D] in x's type, and what its router saw."""
+        """Return [B, L, D] in x's type, and the router statistics."""
         x_BLD = self.attended(x_BLD, geometry)
         documents = geometry.documents
         counted_BL = None if documents is None else documents.counted_BL
@@ -163,7 +165,7 @@ class MoEBlock(Block):
 
 
 class MoETransformer(Transformer):
-    """A transformer whose blocks hold experts, after the first dense ones."""
+    """Transformer with experts in all blocks after the first dense blocks."""
 
     @override
     def _make_block(
@@ -175,7 +177,7 @@ class MoETransformer(Transformer):
 
 
 def routers(model: Transformer) -> dict[int, Router]:
-    """Return the routers of a model, or of a part of one, by layer."""
+    """Return the routers of a model, or of a part of a model, by layer."""
     return {
         int(layer): module
         for layer, block in model.blocks.items()
@@ -186,9 +188,10 @@ def routers(model: Transformer) -> dict[int, Router]:
 
 @torch.no_grad()
 def begin_step(model: Transformer, tokens: int | Tensor) -> None:
-    """Tell the routers the tokens (positive) of the step's batch, over all micro-batches and ranks.
+    """Set the routers' token count of the step, over all micro-batches and ranks; must be positive.
 
-    Every token that goes through the model counts, whether it has a target or not, but filling.
+    Counts every token that passes through the model, with or without a target, except padding.
+    For example, ``begin_step(model, 8 * 4096)`` for a global batch of 8 sequences.
     """
     for router in routers(model).values():
         router.tokens.fill_(tokens)
@@ -196,7 +199,7 @@ def begin_step(model: Transformer, tokens: int | Tensor) -> None:
 
 @torch.no_grad()
 def set_loads(model: Transformer, counts: Mapping[int, Tensor]) -> None:
-    """Set the loads that the auxiliary loss holds against experts to these visits [E], by layer."""
+    """Set the loads of the auxiliary loss from the visits [E], by layer."""
     by_layer = routers(model)
     assert counts.keys() == by_layer.keys(), (sorted(counts), sorted(by_layer))
     for layer, router in by_layer.items():
@@ -205,11 +208,11 @@ def set_loads(model: Transformer, counts: Mapping[int, Tensor]) -> None:
 
 @torch.no_grad()
 def end_step(model: Transformer, counts: Mapping[int, Tensor]) -> None:
-    """Give each router the visits [E] to its experts in the whole global batch, by layer.
+    """Update each router with the visits [E] to its experts in the global batch, by layer.
 
-    They are the loads of the step before in the next step; biases move by ``rate`` towards experts
-    that had less than the mean and away from those that had more (arXiv 2408.15664, algorithm 1).
-    A frozen router keeps its bias, too: where it sends what it sees stays as it was.
+    Sets the loads for the next step, and moves each bias by ``rate``: up for experts with fewer
+    visits than the mean, down for experts with more (arXiv 2408.15664, algorithm 1). A frozen
+    router also keeps its bias, so its routing does not change.
     """
     set_loads(model, counts)
     for layer, router in routers(model).items():
@@ -220,15 +223,16 @@ def end_step(model: Transformer, counts: Mapping[int, Tensor]) -> None:
 
 
 def loads_of(counts_E: Tensor) -> Tensor:
-    """Return the fractions [..., E] of visits [..., E], fp64."""
+    """Return the fraction of visits of each expert, [..., E] fp64, from visits [..., E]."""
     wide_E = counts_E.double()
     return wide_E / wide_E.sum(-1, keepdim=True)
 
 
 def wanted_of(counts_E: Tensor, balance: BiasBalance) -> Tensor:
-    """Return 1 for experts that had fewer visits [..., E] than the mean, -1 for more, fp64.
+    """Return 1 for experts with fewer visits [..., E] than the mean, -1 for more, 0 if equal; fp64.
 
-    Less the mean of these over experts, where ``balance`` centers them (Ling 2.0).
+    With ``balance.centered`` the mean of these values over experts is subtracted (Ling 2.0). For
+    example, visits [1, 2, 6] give [1, 1, -1].
     """
     wide_E = counts_E.double()
     wanted_E = (wide_E.mean(-1, keepdim=True) - wide_E).sign()
@@ -236,12 +240,12 @@ def wanted_of(counts_E: Tensor, balance: BiasBalance) -> Tensor:
 
 
 def balance_record(statistics: RouterStatistics, model: MoEModel) -> dict[str, float | list[float]]:
-    """Return what a run records of one router in one step, from its sums over the global batch.
+    """Return the metrics of one router in one step, from statistics of the global batch.
 
-    ``max_vio``: (largest - mean) / mean of the experts' loads (arXiv 2408.15664). ``entropy``:
-    mean over tokens, in nats. ``squared_log_z``: mean over tokens. ``balance``: E x sum_e f_e P_e
-    of this very step, 1 where loads are even. ``auxiliary_loss`` and ``z_loss``: these times their
-    coefficients, where the model has them. ``load``: each expert's fraction of the visits.
+    ``max_vio``: (largest - mean) / mean of the experts' loads (arXiv 2408.15664). ``entropy`` (in
+    nats) and ``squared_log_z``: means over tokens. ``balance``: E x sum_e f_e P_e with the loads of
+    this step, 1 for uniform loads. ``auxiliary_loss`` and ``z_loss``: balance and squared_log_z
+    times their coefficients, if the model has them. ``load``: fraction of visits of each expert.
     """
     counts_E = statistics.counts_E.double().cpu()
     tokens = float(statistics.tokens)

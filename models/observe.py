@@ -1,12 +1,12 @@
-"""Watching a model from outside: what blocks, attention and head do in a forward pass.
+"""Statistics of a forward pass, collected by hooks on blocks, attention cores and the head.
 
-Hooks are there only while somebody watches, and compiled blocks run as plain code then, so that
-what was compiled for training knows nothing of them. Models know no ranks: sums are of what is
-here, and whoever spreads a model adds them up.
+Hooks exist only while an observer is active. Compiled blocks then run uncompiled, so the compiled
+training code contains no hooks. Models know no ranks: sums cover this rank's tokens, and the caller
+reduces them.
 """
 
-# B sequences, L tokens, l tokens of them that are here, D width, N query heads, K key/value heads,
-# G = N/K, H head width, Q tokens that are looked at as queries, V vocabulary
+# B sequences, L tokens, l of them on this rank, D width, N query heads, K key/value heads,
+# G = N/K, H head width, Q tokens observed as queries, V vocabulary
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from allometry.models.attention import Attend
 from allometry.models.documents import Documents
 from allometry.models.precision import inputs_by_role
 from allometry.models.products import Stacked
-from allometry.models.transformer import Block, Geometry, Transformer
+from allometry.models.rotary import Geometry
+from allometry.models.transformer import Block, Transformer
 from allometry.scaling.roles import Role
 
 SUMS = (
@@ -39,33 +40,34 @@ SUMS = (
     "attention_logits",
     "pairs",
 )
-"""Columns of ``Observer.sums``: over a layer's counted tokens (and heads), see ``Observer``."""
+"""Columns of ``Observer.sums``, over a layer's counted tokens (and heads), see ``Observer``."""
 
 MAXIMA = ("attention_logit", "activation")
 OUTPUT = ("log_z", "squared_log_z", "tokens")
 OUTLIER_SIGMAS = 5.0
 ROUNDING = ("squares", "errors", "elements", "underflows", "saturated")
-"""Columns of ``Observer.rounding``, see there; its rows are ``FP8_ROLES``."""
+"""Columns of ``Observer.rounding``, one row for each of ``FP8_ROLES``, see ``Observer``."""
 
 FP8_ROLES = (Role.HIDDEN, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
 class Observer:
-    """Adds up what forward passes show, layer by layer, in fp64 on the device.
+    """Accumulates statistics of forward passes for each layer, in fp64 on the device.
 
-    Of each layer: Σy² and the outliers of what attention and feed-forward add to the residual
-    stream (after the residual scale; an outlier is further than 5 standard deviations of its token
-    from its token's mean, arXiv 2603.28743), Σ|x| of the block's output, the elements of each of
-    these; Σ(log Σ exp s)², Σs and the largest s of attention logits s, as the softmax sees them;
-    the largest |x| of the block's output. ``output``: Σ log Z and Σ log² Z of the logits.
-    ``rounding``: of what products read or keep in FP8, by the role of their weights: Σx², Σ of
-    squared errors, numbers, numbers that became 0, numbers that were clipped or not finite.
+    ``sums`` and ``maxima``, by layer: Σy² and outliers of the outputs y of attention and
+    feed-forward (after the residual scale; an outlier is more than 5 standard deviations of its
+    token away from its token's mean, arXiv 2603.28743), Σ|x| and the largest |x| of the block's
+    output x, the number of elements of each of these; Σ(log Σ exp s)², Σs and the largest s of the
+    attention logits s in the softmax. ``output``: Σ log Z and Σ log² Z of the logits.
+    ``rounding``: of the inputs that products read or save in FP8, by the role of the weights: Σx²,
+    Σ of squared errors, numbers, numbers rounded to 0, numbers clipped or not finite.
 
-    Attention and output are looked at from at most ``queries`` tokens of each sequence, evenly
-    spaced back from its last one, and all the keys that these see. Tokens that do not count
-    (``Documents.counted_BL``) are left out, but for rows sorted by expert. ``own``: cuts [B, L] as
-    the residual stream is cut; ``copies``: ranks that see the same tokens before a weight that is
-    cut by its rows.
+    Attention and output statistics use at most ``queries`` tokens of each sequence as queries,
+    evenly spaced and including the last, and all keys visible to them. Tokens that are False in
+    ``Documents.counted_BL`` are excluded, except in ``rounding`` of rows sorted by expert.
+    ``own``: shards [B, L] like the residual stream. ``copies``: number of ranks with the same
+    tokens in front of a weight that is sharded by rows. For example:
+    ``with observer.watching([model]): model(tokens, targets)``.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Observer:
 
     @contextmanager
     def watching(self, parts: Iterable[Transformer]) -> Iterator[None]:
-        """Watch all forward passes of these models, or parts of one, while the context lasts."""
+        """Observe all forward passes of these models or pipeline stages inside the context."""
         with ExitStack() as stack:
             for part in parts:
                 for layer, block in part.blocks.items():
@@ -182,7 +184,7 @@ class Observer:
         counted_BQ = self._counted_whole(B, L, q_BLNH.device)[:, place_Q]
         visible_BQL = visible_BQL & counted_BQ[:, :, None]
         q_BQKGH = _wide(q_BLNH[:, place_Q]).unflatten(2, (K, N // K))
-        for head in range(K):  # one after the other: all at once would be large
+        for head in range(K):  # one head at a time, to bound the memory of the logits
             keys_BLH = _wide(k_BLKH[:, :, head])
             logits_BQGL = scale * torch.einsum("bqgh,blh->bqgl", q_BQKGH[:, :, head], keys_BLH)
             seen_BQ1L = visible_BQL[:, :, None]
@@ -248,7 +250,7 @@ class Observer:
         self.rounding[FP8_ROLES.index(stacked.role)] += columns / (self._copies if cut else 1)
 
     def _places(self, length: int, device: torch.device) -> Tensor:
-        """Return the places of the tokens that are looked at, the last one among them."""
+        """Return the positions of the observed queries, the last token included."""
         apart = -(-length // self._queries)
         return torch.arange((length - 1) % apart, length, apart, device=device)
 
@@ -259,7 +261,7 @@ class Observer:
         return counted_BL
 
     def _counted(self, x_BlD: Tensor) -> Tensor:
-        """Return which tokens of the residual stream count, [B, l, 1]."""
+        """Return True for the counted tokens of the local residual stream, [B, l, 1]."""
         counted_BL = None if self._documents is None else self._documents.counted_BL
         if counted_BL is None:
             return torch.ones(*x_BlD.shape[:2], 1, dtype=torch.bool, device=x_BlD.device)
@@ -279,7 +281,7 @@ def _wide(x: Tensor) -> Tensor:
 
 @contextmanager
 def _uncompiled(block: Block) -> Iterator[None]:
-    """Let a compiled block run as plain code for a while."""
+    """Run a compiled block uncompiled inside the context."""
     compiled = block._compiled_call_impl
     block._compiled_call_impl = None
     try:

@@ -1,4 +1,4 @@
-"""Modules whose parameters are what the inventory says, and how they compute with them."""
+"""Base class of modules with parameters, and access to this rank's shard of a parameter."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from allometry.scaling.roles import ParamSpec
 
 
 def local_weight(parameter: Tensor) -> Tensor:
-    """Return this rank's part of a parameter, the whole where it is not distributed.
+    """Return this rank's shard of a parameter, or the parameter itself if it is no DTensor.
 
-    A part that other ranks hold as well is used there on other tokens or other heads: its gradient
-    is this rank's summand, which ``parallel/reduce.py`` adds to theirs at the end of a step.
+    If a shard is replicated on other ranks, each rank uses it for other tokens or other heads. Its
+    gradient is then this rank's partial sum, which ``parallel/reduce.py`` reduces at the end of a
+    step.
     """
     if not isinstance(parameter, DTensor):
         return parameter
@@ -24,18 +25,18 @@ def local_weight(parameter: Tensor) -> Tensor:
 
 
 class OwnsParameters(nn.Module):
-    """Base of every module that owns parameters; ``specs`` says what each of them is for.
+    """Base class of every module with parameters; ``specs`` gives the spec of each parameter.
 
-    Specs are kept by name, not on the tensor, since sharding replaces the tensors.
+    ``specs`` is keyed by parameter name and not stored on the tensor, as sharding replaces tensors.
     """
 
     specs: Mapping[str, ParamSpec] = MappingProxyType({})
 
     def own(self, name: str, spec: ParamSpec) -> None:
-        """Make the parameter ``self.<name>`` of this spec, in fp32.
+        """Create the parameter ``self.<name>`` of this spec, in fp32, filled with NaN.
 
-        It is NaN until it is initialised or loaded: a model that nobody initialised must not look
-        alive.
+        The NaNs stay until the parameter is initialised or loaded, so that an uninitialised model
+        produces NaN losses. For example, ``self.own("weight", specs["wq.weight"])``.
         """
         assert name not in self.specs, name
         values = torch.full(spec.shape, float("nan"), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Putting the ``precision`` section into effect on a model."""
+"""Apply the ``precision`` config section to a model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from allometry.scaling.roles import EXPERTS, MATRICES, Role
 def use_precision(
     model: Transformer, precision: PrecisionConfig, linears: str | None = None
 ) -> None:
-    """Let a model that nothing has wrapped yet keep and multiply as ``precision`` says.
+    """Set how a model saves activations and multiplies; call before wrapping or compiling it.
 
-    ``linears``: the recipe that was settled on; None: the one that ``precision`` names, compute
-    where it says auto.
+    ``linears``: the recipe of the FP8 products, e.g. "fp8_rowwise". None means
+    ``precision.linears``, with "compute" in place of "auto".
     """
     if linears is None:
         linears = "compute" if precision.linears == "auto" else precision.linears
@@ -29,7 +29,7 @@ def use_precision(
             module.saves = saves
 
     def gradient(role: Role) -> torch.dtype:
-        # Experts' products have a scale for each row.
+        # Products of experts have one scale for each row.
         recipe = "fp8_rowwise" if role in EXPERTS else linears
         return fp8.gradient_type(recipe, precision.gradients)
 
@@ -45,7 +45,7 @@ def use_precision(
 
 
 def inputs_by_role(model: Transformer) -> dict[Role, list[Stacked]]:
-    """Return what multiplies in the blocks of a model, by the role of its weights."""
+    """Return the ``Stacked`` products in a model's blocks, by the role of their weights."""
     found: dict[Role, list[Stacked]] = {}
     for module in model.blocks.modules():
         for stacked in vars(module).values():

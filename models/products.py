@@ -1,15 +1,15 @@
-"""Products of activations with weights: those of one input in one, each weight cast once a step.
+"""Products of activations with weights: one product per input, each weight cast once per step.
 
-``Stacked`` names parameters that multiply the same input: gate and up, or queries, keys and values.
-Parameters stay apart, in names, roles, checkpoints and optimizers; what a product reads is one
-matrix, a copy in the compute type with their rows one below the other. ``cast_once`` fills these
-copies at the start of a step, in memory that stays, and all micro-batches compute with them. Where
-nothing is cast (fp32), nothing is copied either and each weight has a product of its own. What
-FSDP2 gathers is cast already; it is put together where it is used and not kept for backward.
+``Stacked`` groups parameters that multiply the same input: gate and up, or queries, keys and
+values. The parameters stay separate in names, roles, checkpoints and optimizers; the product reads
+one matrix, their rows concatenated in the compute type. ``cast_once`` fills these copies at the
+start of a step, in a persistent buffer, and all micro-batches use them. Without a cast (fp32) no
+copy is made and each weight has its own product. FSDP2 gathers weights that are cast already; these
+are concatenated in each use and not saved for backward.
 
-The gradient of a weight is made in the parameter's type by the product itself where torch can
-(CUDA: cuBLAS accumulates in fp32 anyway and writes that), so micro-batches add up what was never
-rounded to bf16; autograd keeps the first as it is and adds the others in place, in one pass.
+Where torch can (CUDA), the product writes a weight's gradient in the parameter's type: cuBLAS
+accumulates in fp32 anyway. Micro-batches then sum gradients that were never rounded to bf16;
+autograd keeps the first gradient and adds the others in place, in one pass.
 """
 
 # T tokens, D input width, R output width of all weights together
@@ -31,21 +31,24 @@ from allometry.models.quantiser import quantise, save
 from allometry.scaling.roles import Role
 
 COMPUTE = (False, "", fp8.E4M3, False)
-"""``Stacked.how`` where nothing is FP8."""
+"""``Stacked.how`` without FP8."""
 
 _WIDE_OUTPUT = "dtype" in torch.ops.aten.mm.overloads()
 
 
 class Stacked:
-    """Weights [..., out, in] of one input; ``places`` are their owners and names there.
+    """Weights [..., out, in] that multiply one input; ``places`` are (owner, parameter name).
 
-    ``saves``: keep the input for backward in FP8. ``recipe``: how FP8 products are scaled, as in
-    ``precision.linears``, "" for products in the compute type; ``gradients``: the type of incoming
-    gradients in them; ``fused``: whether Triton's kernels round rows. ``ready``: an input and what
-    the kernel that made it has made of it in FP8. ``watch`` sees each input while somebody looks.
-    ``copy``: the weights in the compute type, one below the other, while ``cast_once`` lasts.
-    ``plain``: leave derivatives to autograd, as schedules need that split a backward in two (a
-    function of ours would compute both halves twice). It is the plain twin of the rest.
+    For example, ``Stacked((gate, "weight"), (up, "weight"))`` computes gate and up in one product.
+
+    ``saves``: keep the input for backward in FP8. ``recipe``: scaling of FP8 products, as in
+    ``precision.linears``; "" for products in the compute type. ``gradients``: the FP8 type of
+    incoming gradients. ``fused``: round rows with Triton kernels. ``ready``: an input and its FP8
+    copy, written by the kernel that computed the input. ``watch``: called with each input while an
+    ``Observer`` is active. ``copy``: the weights in the compute type, concatenated by rows, inside
+    ``cast_once``. ``plain``: leave derivatives to autograd, for schedules that split a backward
+    into input and weight gradients (a custom autograd function would compute both twice);
+    ``plain`` is also the reference for the custom function.
     """
 
     def __init__(self, *places: tuple[OwnsParameters, str]) -> None:
@@ -59,62 +62,62 @@ class Stacked:
 
     @property
     def role(self) -> Role:
-        """What the weights are for: of one input, the same for all."""
+        """Role of the weights; weights of one input have one role."""
         owner, name = self.places[0]
         return owner.specs[name].role
 
     @property
     def how(self) -> tuple[bool, str, torch.dtype, bool]:
-        """``saves``, ``recipe``, ``gradients`` and ``fused``."""
+        """Return ``saves``, ``recipe``, ``gradients`` and ``fused``."""
         return self.saves, self.recipe, self.gradients, self.fused
 
     @property
     def row_block(self) -> fp8.Block | None:
-        """The block of the input's scales, where it lies in a row; None: it does not, or no FP8."""
+        """Block of the input's scales if it is a part of one row; None otherwise or without FP8."""
         block = fp8.ACTIVATION_BLOCKS[self.recipe] if self.recipe else fp8.SAVED
         return block if (self.recipe or self.saves) and block[0] == 1 else None
 
     def offer(self, x: Tensor, kept: fp8.Quantised) -> None:
-        """Say what ``fp8.save`` has made of ``x``, which will be multiplied next.
+        """Store the FP8 copy that ``fp8.save`` made of ``x``, the next input of ``multiply``.
 
-        Compiled, equal results are one anyway.
+        Does nothing in compiled code, where the compiler merges equal computations.
         """
         wanted = self.saves and not self.recipe and self.ready is None
         if wanted and not torch.compiler.is_compiling():
             self.ready = x, kept
 
     def taken(self, x: Tensor) -> fp8.Quantised | None:
-        """Return what is ``ready`` of this very input, and forget it."""
+        """Return and clear the FP8 copy in ``ready``; None if it was made of another tensor."""
         if self.ready is None:
             return None
         (made_of, small), self.ready = self.ready, None
         return small if made_of is x else None
 
     def weights(self) -> tuple[Tensor, ...]:
-        """Return this rank's part of each weight."""
+        """Return this rank's shard of each weight."""
         return tuple(local_weight(getattr(owner, name)) for owner, name in self.places)
 
     def joins(self, dtype: torch.dtype) -> bool:
-        """Return whether one product takes all of them: they are cast, or gathered in half."""
-        if self.saves or self.recipe:  # one input, kept and rounded once
+        """Return True if one product reads all weights: FP8, cast, or several in a half type."""
+        if self.saves or self.recipe:  # the shared input is saved and rounded once
             return True
         cast = self.copy is not None or getattr(*self.places[0]).dtype != dtype
         return cast or (len(self.places) > 1 and dtype.itemsize <= 2)
 
     def rows(self) -> list[int]:
-        """Return the rows of each, here."""
+        """Return the number of local rows of each weight."""
         return [weight.shape[-2] for weight in self.weights()]
 
     def joined(self, dtype: torch.dtype) -> Tensor:
-        """Return the copy, or make one of the weights, differentiable."""
+        """Return the copy, or the weights cast and concatenated, differentiable."""
         return join(self.parts(), dtype)
 
     def parts(self) -> tuple[Tensor, ...]:
-        """Return the copy alone, or the weights."""
+        """Return the copy as a tuple of one, or the weights."""
         return self.weights() if self.copy is None else (self.copy,)
 
     def room(self, dtype: torch.dtype) -> list[Tensor]:
-        """Return the parts of ``copy``, to be filled; their memory is asked for once."""
+        """Return one view of ``copy`` for each weight, to be filled; the buffer is reused."""
         weights = self.weights()
         first = weights[0]
         rows = [weight.shape[-2] for weight in weights]
@@ -128,24 +131,24 @@ class Stacked:
 
 
 def join(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """Return weights in ``dtype``, their rows one below the other."""
+    """Return the weights cast to ``dtype`` and concatenated by rows."""
     cast = [weight.to(dtype) for weight in weights]
     return cast[0] if len(cast) == 1 else torch.cat(cast, dim=-2)
 
 
 Joined = Tensor | tuple[Tensor, ...]
-"""What several weights made of one input: side by side in one tensor [..., R], or each its own."""
+"""Outputs of several weights for one input: one tensor [..., R], or one tensor for each weight."""
 
 
 def multiply(x: Tensor, stacked: Stacked) -> Joined:
-    """Return x [..., D] times the weights [out, D] transposed, in x's type."""
+    """Return x [..., D] times the transposed weights [out, D], in x's type."""
     if stacked.watch is not None:
         stacked.watch(x)
     ready, weights = stacked.taken(x), stacked.weights()
     if not stacked.joins(x.dtype):
         made = tuple(F.linear(x, weight) for weight in weights)
         return made[0] if len(made) == 1 else made
-    # Without gradients, too, as torch's compiler then counts the arguments of a function of ours.
+    # Also without gradients, where torch.compile checks the argument count of autograd functions.
     if not torch.is_grad_enabled() or (stacked.plain and not (stacked.saves or stacked.recipe)):
         return _forward(x, stacked.parts(), stacked.recipe, stacked.fused, ready)[0]
     y: Tensor = _Multiply.apply(x, ready, stacked.copy, *stacked.how, *weights)
@@ -153,9 +156,9 @@ def multiply(x: Tensor, stacked: Stacked) -> Joined:
 
 
 def saved_linear(x: Tensor, weight: Tensor, kept: fp8.Quantised | None = None) -> Tensor:
-    """Return ``F.linear(x, weight)`` in x's type, which keeps x for backward in FP8.
+    """Return ``F.linear(x, weight)`` in x's type, keeping x for backward in FP8.
 
-    ``kept``: what ``fp8.save`` has made of x.
+    ``kept``: the FP8 copy of x from ``fp8.save``, if there is one already.
     """
     if not torch.is_grad_enabled():
         return F.linear(x, weight.to(x.dtype))
@@ -164,7 +167,7 @@ def saved_linear(x: Tensor, weight: Tensor, kept: fp8.Quantised | None = None) -
 
 
 def separate(made: Joined, widths: Sequence[int]) -> tuple[Tensor, ...]:
-    """Return what each weight made; views where they are side by side."""
+    """Return the output of each weight, of the given ``widths``; views of one tensor."""
     return made.split(list(widths), dim=-1) if isinstance(made, Tensor) else made
 
 
@@ -175,7 +178,7 @@ def _forward(
     fused: bool,
     small: fp8.Quantised | None,
 ) -> tuple[Tensor, fp8.Quantised | None]:
-    """Return the product, and x in FP8 where the product read that."""
+    """Return the product, and the FP8 copy of x if the product used one."""
     if not recipe:
         return F.linear(x, join(weights, x.dtype)), None
     if small is None:
@@ -189,7 +192,7 @@ def _forward(
 
 
 class _Multiply(torch.autograd.Function):
-    """One product forward, one for x and one for all weights backward."""
+    """One product in forward; in backward one for x and one for all weights."""
 
     @staticmethod
     def forward(
@@ -209,16 +212,16 @@ class _Multiply(torch.autograd.Function):
         parts = weights if whole_RD is None else (whole_RD,)
         y, small = _forward(x, parts, recipe, fused, ready)
         kept: tuple[Tensor, ...] = ()
-        if any(ctx.needs_input_grad[7:]):  # of frozen weights there is no gradient that reads x
+        if any(ctx.needs_input_grad[7:]):  # only gradients of trained weights read x
             kept = (x,) if not saves else small or ready or save(x, fused=fused)
         ctx.kept = len(kept)
-        # What is no step's copy is made again: FSDP2 frees weights, and gathers them for backward.
+        # Without a step's copy, join again in backward: FSDP2 frees weights and gathers them again.
         ctx.save_for_backward(*kept, *(weights if whole_RD is None else (whole_RD,)))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: checkpointing computes them again and hands them over
+        saved = ctx.saved_tensors  # read once: checkpointing recomputes and unpacks them only once
         kept, weights = saved[: ctx.kept], saved[ctx.kept :]
         grad_TR, grad_x = grad.reshape(-1, grad.shape[-1]), None
         if ctx.needs_input_grad[0]:
@@ -235,7 +238,7 @@ class _Multiply(torch.autograd.Function):
 
 
 def chosen(grad_TR: Tensor, rows: Sequence[int], trained: Sequence[bool]) -> Tensor:
-    """Return the columns of those of several weights, of so many ``rows``, that are trained."""
+    """Return the columns of trained weights in ``grad_TR``; ``rows``: columns of each weight."""
     if all(trained):
         return grad_TR
     parts = zip(grad_TR.split(list(rows), dim=1), trained, strict=True)
@@ -243,7 +246,7 @@ def chosen(grad_TR: Tensor, rows: Sequence[int], trained: Sequence[bool]) -> Ten
 
 
 def placed(made: Iterable[Tensor], trained: Sequence[bool]) -> list[Tensor | None]:
-    """Return the gradients ``made`` of trained weights, and None for each that is frozen."""
+    """Return the gradients ``made`` of the trained weights, with None for each frozen weight."""
     each = iter(made)
     return [next(each) if wanted else None for wanted in trained]
 
@@ -273,7 +276,7 @@ def _of_input(
 def _of_weight(
     grad_TR: Tensor, x_TD: Tensor, recipe: str, gradients: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
-    # Scales of rows and blocks would here be of tokens that lie together by chance of the layout.
+    # Here the scale of a row or block would span several tokens, and the layout decides which.
     if recipe != "fp8_tensorwise":
         return product(grad_TR.t(), x_TD, dtype)
     whole = fp8.ACTIVATION_BLOCKS[recipe]
@@ -282,7 +285,7 @@ def _of_weight(
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a @ b in ``dtype``, rounded to it alone where torch can."""
+    """Return a @ b in ``dtype``, without first rounding to the inputs' type where torch can."""
     if a.dtype == dtype:
         return a @ b
     if a.is_cuda and _WIDE_OUTPUT and dtype == torch.float32:
@@ -294,7 +297,7 @@ def _wide(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
-# What compiled code calls: not all versions of its compiler know this product of torch's.
+# For compiled code: some versions of torch.compile do not support ``mm`` with ``out_dtype``.
 @torch.library.custom_op("allometry::_wide_mm", mutates_args=())
 def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
     return _wide(a, b)
@@ -306,7 +309,7 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product_(sum_: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Add a @ b to ``sum_`` in place, rounded to its type alone where torch can."""
+    """Add a @ b to ``sum_`` in place, without first rounding the product where torch can."""
     if a.dtype == sum_.dtype:
         return sum_.addmm_(a, b)
     if a.is_cuda and _WIDE_OUTPUT and sum_.dtype == torch.float32:
@@ -317,11 +320,12 @@ def add_product_(sum_: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 @contextmanager
 def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Cast weights to ``dtype`` now and compute with these while the context lasts.
+    """Cast weights to ``dtype`` on entry; products inside the context use these copies.
 
-    Otherwise each micro-batch casts them again, and those in flight in a pipeline keep as many
-    copies. Parameters must not change meanwhile, nor be sharded (what FSDP gathers is cast
-    already). Gradients are the parameters', of whatever was computed inside.
+    Outside the context each micro-batch casts the weights again, and a pipeline keeps one copy for
+    each micro-batch in flight. Inside, parameters must not change and must not be sharded by FSDP,
+    whose all-gather casts already. Gradients go to the parameters. For example,
+    ``with cast_once(model, torch.bfloat16):`` around the micro-batches of a step.
     """
     chosen = [
         stacked
@@ -347,7 +351,7 @@ def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def stacks(model: nn.Module) -> list[Stacked]:
-    """Return what multiplies in ``model``; a weight that is in a larger stack in that one alone."""
+    """Return the ``Stacked`` products of ``model``, without single weights of a larger stack."""
     found = [
         value
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""Rounding to FP8 by the kernels that a run chose: torch's operators, or Triton's in one pass."""
+"""Rounding to FP8 with the selected kernels: torch operators, or Triton kernels in one pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from allometry.models import fp8
 
 
 def kernels(fused: bool) -> Any | None:
-    """Return ``fp8_triton``; None: torch's operators are wanted, or its compiler fuses them."""
+    """Return ``fp8_triton``, or None to use torch operators: not ``fused``, or under compile."""
     if not fused or torch.compiler.is_compiling():
         return None
     from allometry.models import fp8_triton
@@ -29,7 +29,7 @@ def quantise(
     *,
     fused: bool,
 ) -> fp8.Quantised:
-    """Return ``fp8.quantise``, of rows in one pass if ``fused``: the same bits."""
+    """Return ``fp8.quantise``; if ``fused``, Triton kernels round rows in one pass, bit-equal."""
     own = kernels(fused)
     if own is not None and own.takes(x, block):
         made: fp8.Quantised = own.quantise(x, block, dtype, scale_dtype)
@@ -38,6 +38,6 @@ def quantise(
 
 
 def save(x: Tensor, *, fused: bool) -> fp8.Quantised:
-    """Return ``fp8.save``, in one pass if ``fused``."""
+    """Return ``fp8.save``; if ``fused``, computed in one pass."""
     rows = x.reshape(-1, x.shape[-1])
     return quantise(rows, fp8.SAVED, scale_dtype=torch.bfloat16, fused=fused)

@@ -1,4 +1,4 @@
-"""Which experts a token visits and how much each counts, and what keeps their load even."""
+"""Router of a mixture of experts: expert selection, gate weights, load balancing, statistics."""
 
 # T tokens, D width, E experts, k experts that a token visits, G groups, e = E/G experts of a group
 
@@ -18,15 +18,15 @@ from allometry.models.products import saved_linear
 from allometry.models.quantiser import save
 from allometry.scaling.roles import ParamSpec
 
-_LEAST_WEIGHT = 1e-30  # under the root of gate "sqrt", whose slope at zero is infinite
+_LEAST_WEIGHT = 1e-30  # added under the root of gate "sqrt", whose slope at zero is infinite
 
 
 class RouterStatistics(NamedTuple):
-    """What a router saw, as sums over tokens, without gradient.
+    """Router statistics, summed over tokens, without gradient.
 
-    ``counts_E``: visits to each expert (they add up to k x tokens). ``probabilities_E``: the
-    normalised scores of all experts. ``entropy``: that of each token's normalised scores, in nats.
-    ``squared_log_z``: logsumexp(logits)**2. ``tokens``: their number.
+    ``counts_E``: visits to each expert (their sum is k x tokens). ``probabilities_E``: normalised
+    scores of all experts. ``entropy``: entropy of each token's normalised scores, in nats.
+    ``squared_log_z``: logsumexp(logits)**2. ``tokens``: number of tokens.
     """
 
     counts_E: Tensor
@@ -37,9 +37,9 @@ class RouterStatistics(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """``experts_Tk`` best first, their weights ``gates_Tk`` (fp32 or wider), and the statistics.
+    """Experts of each token ``experts_Tk``, best first, their weights ``gates_Tk``, statistics.
 
-    ``kept``: the input in FP8 as it waits for backward, where it does.
+    ``gates_Tk`` is fp32 or wider. ``kept``: the router's input in FP8 if saved so for backward.
     """
 
     gates_Tk: Tensor
@@ -49,24 +49,23 @@ class Routing(NamedTuple):
 
 
 class Router(OwnsParameters):
-    """Token choice (arXiv 1701.06538): each token visits the k experts that score best.
+    """Token-choice router (arXiv 1701.06538): each token visits the k experts with the best scores.
 
-    Scores are the softmax or the sigmoid of the logits, computed in fp32 (fp64 where x is).
-    Experts are selected by score, plus ``bias`` where the balance is of that kind
-    (arXiv 2408.15664); the weights never see the bias. Among equal scores the expert of the
-    lower number wins.
+    Scores are the softmax or the sigmoid of the logits, computed in fp32 (fp64 if x is fp64).
+    Experts are selected by score, plus ``bias`` with a bias balance (arXiv 2408.15664); the gate
+    weights never include the bias. Of equal scores the expert with the lower number is selected.
 
-    Balance does not depend on how a step's batch is cut into micro-batches or ranks: the
-    auxiliary loss is coefficient x E x sum_e f_e P_e with P_e the mean of the normalised scores
-    over all ``tokens`` of the step and f_e = ``load``, the fractions of visits in the step before
-    (uniform at first) or, where ``balance.loads`` says so, in this step, which whoever runs it sets
-    before its first micro-batch that has a gradient (``set_loads`` of ``models/moe.py``).
-    Its gradient, and that of the z-loss (coefficient x mean of logsumexp(logits)**2), joins the
-    gradient of the logits, once for each backward pass and whatever the scale of the loss.
+    The balance loss does not depend on the split of a batch into micro-batches or ranks. It is
+    coefficient x E x sum_e f_e P_e: P_e is the mean of the normalised scores over all ``tokens`` of
+    the step, f_e = ``load`` the fractions of visits in the previous step (uniform at first) or, if
+    ``balance.loads`` selects the current step, in this step; the trainer then calls ``set_loads``
+    (``models/moe.py``) before the first micro-batch with gradients. The gradients of the balance
+    loss and of the z-loss (coefficient x mean of logsumexp(logits)**2) are added to the gradient of
+    the logits, once for each backward pass and independent of the scale of the loss.
 
-    ``saves``: keep the input for backward in FP8; logits are of the input itself.
-    ``begin_step`` and ``end_step`` of ``models/moe.py`` keep the buffers. ``tokens`` is NaN until
-    it is set, so that a loss without a step's size shows as NaN gradients.
+    ``saves``: keep the input for backward in FP8; the logits use the exact input. ``begin_step``
+    and ``end_step`` of ``models/moe.py`` update the buffers. ``tokens`` is NaN until ``begin_step``
+    sets it, so that a missing call gives NaN gradients.
     """
 
     weight: nn.Parameter
@@ -77,7 +76,7 @@ class Router(OwnsParameters):
     def __init__(self, spec: ParamSpec, config: RouterConfig, experts_per_token: int) -> None:
         super().__init__()
         self.config, self.saves, self.fused = config, False, False
-        self.join_balance: Callable[..., Tensor] = join_balance  # stacked runs replace it
+        self.join_balance: Callable[..., Tensor] = join_balance  # ``StackedModel`` replaces this
         self.num_experts, self.experts_per_token = spec.fan_out, experts_per_token
         self.own("weight", spec)
         self.register_buffer("load", torch.empty(self.num_experts, dtype=torch.float32))
@@ -87,7 +86,7 @@ class Router(OwnsParameters):
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
-        """Set the buffers to what they are before the first step."""
+        """Set the buffers to their values before the first step."""
         self.load.fill_(1.0 / self.num_experts)
         self.bias.zero_()
         self.tokens.fill_(float("nan"))
@@ -95,8 +94,8 @@ class Router(OwnsParameters):
     def forward(self, x_TD: Tensor, counted_T: Tensor | None = None) -> Routing:
         """Return the routing of ``x_TD``.
 
-        Tokens that are not ``counted_T`` (bool; None: all are) are routed as any other, but are
-        neither in the statistics nor in the gradient of a balance; ``tokens`` leaves them out too.
+        Tokens that are False in ``counted_T`` (bool; None: all True) are routed as well, but are
+        excluded from the statistics and the balance gradients; ``tokens`` must exclude them too.
         """
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         weight = local_weight(self.weight)
@@ -135,8 +134,8 @@ def scores(logits_TE: Tensor, config: RouterConfig) -> Tensor:
 def select(scores_TE: Tensor, bias_E: Tensor | None, config: RouterConfig, k: int) -> Tensor:
     """Return the ``k`` best experts of each token [T, k], best first.
 
-    With ``groups_per_token`` only experts of the best groups count, a group being as good as its
-    two best experts together (DeepSeek-V3, arXiv 2412.19437).
+    With ``groups_per_token`` only experts of the best groups are eligible; the score of a group is
+    the sum of its two best experts (DeepSeek-V3, arXiv 2412.19437).
     """
     if bias_E is not None:
         scores_TE = scores_TE + bias_E
@@ -152,10 +151,10 @@ def select(scores_TE: Tensor, bias_E: Tensor | None, config: RouterConfig, k: in
 
 
 def _best(scores_TE: Tensor, k: int) -> Tensor:
-    """Return the places of the ``k`` largest [T, k], among equals the first: a stable sort's."""
-    # Not topk: which of two equals it takes depends on the device. Not a sort of all E either:
-    # argmax takes the first of equals everywhere, and compiled, all of it is one pass over a row.
-    # ``vmap`` has no rule for scatter_: it takes the form of compiled code.
+    """Return the indices of the ``k`` largest [T, k]; of equals the first, as in a stable sort."""
+    # Not topk: its choice among equals depends on the device. Not a sort of all E either: argmax
+    # takes the first of equals on every device, and compiled, the loop is one pass over a row.
+    # ``vmap`` has no rule for scatter_ and uses the branch of compiled code.
     compiled = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     numbers_E = torch.arange(scores_TE.shape[1], device=scores_TE.device)
     left_TE, chosen = scores_TE if compiled else scores_TE.clone(), []
@@ -171,17 +170,17 @@ def _best(scores_TE: Tensor, k: int) -> Tensor:
 
 
 def _chosen(x_TE: Tensor, experts_Tk: Tensor) -> Tensor:
-    """Return [T, k]: of each row the columns that were chosen."""
+    """Return [T, k]: the chosen columns of each row."""
     if not torch.compiler.is_compiling():
         return x_TE.gather(1, experts_Tk)
-    # As sums they are part of the pass that makes x, and their gradient is no scatter.
+    # As sums they fuse with the pass that computes x, and the gradient is not a scatter.
     numbers_E = torch.arange(x_TE.shape[1], device=x_TE.device)
     places = experts_Tk.split(1, dim=1)
     return torch.stack([x_TE.where(numbers_E == place, 0.0).sum(1) for place in places], dim=1)
 
 
 def gates(logits_TE: Tensor, scores_TE: Tensor, experts_Tk: Tensor, config: RouterConfig) -> Tensor:
-    """Return the weights [T, k] of the chosen experts, without ``scale``."""
+    """Return the gate weights [T, k] of the chosen experts, without ``scale``."""
     if config.gate in ("softmax", "sigmoid") and not config.normalize:
         return _chosen(scores_TE, experts_Tk)
     shares_Tk = shares(_chosen(logits_TE, experts_Tk), config.gate == "sigmoid")
@@ -189,8 +188,8 @@ def gates(logits_TE: Tensor, scores_TE: Tensor, experts_Tk: Tensor, config: Rout
 
 
 def shares(logits_TE: Tensor, sigmoid: bool) -> Tensor:
-    """Return scores over their sum."""
-    # As a softmax of their logarithms there is no division by a sum of zeros.
+    """Return the scores divided by their sum over experts."""
+    # A softmax of log-scores avoids a division by a sum of zeros.
     return (F.logsigmoid(logits_TE) if sigmoid else logits_TE).softmax(1)
 
 
@@ -198,7 +197,7 @@ def shares(logits_TE: Tensor, sigmoid: bool) -> Tensor:
 def observe(
     logits_TE: Tensor, experts_Tk: Tensor, config: RouterConfig, counted_T: Tensor | None = None
 ) -> RouterStatistics:
-    """Return the statistics of these tokens, or of those that are counted."""
+    """Return the statistics of these tokens, or only of the tokens True in ``counted_T``."""
     shares_TE = shares(logits_TE, config.gate == "sigmoid")
     numbers_E = torch.arange(logits_TE.shape[1], device=logits_TE.device)
     chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool)
@@ -219,7 +218,7 @@ def observe(
 
 
 class _BalanceGradient(torch.autograd.Function):
-    """The identity on logits; its backward adds the gradient of the auxiliary and the z-loss."""
+    """Identity on logits; backward adds the gradients of the balance loss and the z-loss."""
 
     @staticmethod
     def forward(
@@ -247,8 +246,8 @@ class _BalanceGradient(torch.autograd.Function):
             push_E = ctx.coefficient * load_E.shape[0] * load_E.to(logits_TE.dtype)
             mean_T1 = (shares_TE * push_E).sum(1, keepdim=True)
             pull_TE = each * shares_TE * (push_E - mean_T1)
-            # p = s / sum(s), so dp_j/dl_i = p_j (1[i=j] - p_i) s'_i/s_i; the last factor is 1 for
-            # the exponential and 1 - s_i for the sigmoid.
+            # p = s / sum(s), so dp_j/dl_i = p_j (1[i=j] - p_i) s'_i/s_i; s'_i/s_i is 1 for the
+            # exponential and 1 - s_i for the sigmoid.
             grad_TE = grad_TE + (pull_TE * (-logits_TE).sigmoid() if ctx.sigmoid else pull_TE)
         if ctx.z_loss:
             log_z_T1 = logits_TE.logsumexp(1, keepdim=True)
@@ -257,4 +256,4 @@ class _BalanceGradient(torch.autograd.Function):
 
 
 join_balance: Callable[..., Tensor] = _BalanceGradient.apply
-"""Logits whose gradient has that of the auxiliary loss and the z-loss in it."""
+"""Return the logits with the gradients of the balance loss and the z-loss added in backward."""

@@ -1,9 +1,9 @@
-"""Models of one shape and different parameters as one model with a leading run axis.
+"""Several models of one shape with different parameters, computed as one model with a run axis.
 
-``torch.func.vmap`` turns each product with a weight into a batched one. What has no weights, or no
-rule for batches, takes runs in its own way: attention as more sequences, experts as more experts,
-each visited by its own run's tokens alone, the loss run by run on a CPU, where a run's logits stay
-in the cache.
+``torch.func.vmap`` batches each product with a weight. Operators without weights, or without a
+batching rule, handle the run axis explicitly: attention adds sequences, experts become R x E
+experts that receive only the tokens of their run, and on a CPU the loss loops over runs, so that
+the logits of one run stay in the cache.
 """
 
 # R runs, B sequences, L tokens, T = B*L, D width, V vocabulary, N heads, H head width, E experts,
@@ -25,6 +25,7 @@ from allometry.models.documents import Documents
 from allometry.models.fp8 import Quantised
 from allometry.models.grouped import grouped_linear
 from allometry.models.head import Losses
+from allometry.models.latent import LatentAttention
 from allometry.models.layers import gated
 from allometry.models.loss import linear_cross_entropy, reference_cross_entropy
 from allometry.models.moe import Experts, loads_of, routers, wanted_of
@@ -34,17 +35,18 @@ from allometry.models.visits import gather_rows, sort_by_expert, spread_rows
 
 
 class StackedModel:
-    """``runs`` copies of a ``model`` without dropout, each with parameters of its own.
+    """``runs`` copies of ``model`` (without dropout), each with its own parameters.
 
-    ``parameters`` by name, leaves [M, rows, columns] on ``device`` in the model's type: M = R for
-    matrices (vectors are matrices of one row), R x E for experts, run after run. ``buffers`` are
-    those of its routers, [R, E]. ``model`` is the template, of which parts are replaced.
+    ``parameters`` by name are leaves [M, rows, columns] on ``device`` in the model's type: M = R
+    for matrices (vectors are matrices of one row), R x E for experts, ordered by run. ``buffers``
+    are the routers' buffers, [R, E]. ``model`` is the template; some of its functions are replaced.
+    For example, ``StackedModel(model, runs=8, device=torch.device("cuda"))``.
     """
 
     def __init__(self, model: Transformer, runs: int, device: torch.device) -> None:
         self.model, self.runs = model, runs
         for module in model.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, Attention | LatentAttention):
                 module.core = _attend
             elif isinstance(module, Experts):
                 module.forward = partial(_experts, module)  # type: ignore[method-assign]
@@ -62,7 +64,7 @@ class StackedModel:
             for name, p in model.named_parameters()
         }
         self.buffers: dict[str, Tensor] = {}
-        self._shared: dict[str, Tensor] = {}  # the same in all runs
+        self._shared: dict[str, Tensor] = {}  # buffers with one value for all runs
         for name, buffer in model.named_buffers():
             if name.endswith(".tokens"):
                 self._shared[name] = buffer.to(device)
@@ -70,19 +72,19 @@ class StackedModel:
                 self.buffers[name] = buffer.to(device).expand(runs, -1).clone()
 
     def begin_step(self, tokens: int) -> None:
-        """Tell routers how many tokens a step of one run has."""
+        """Set the routers' ``tokens`` to the number of tokens in a step of one run."""
         for buffer in self._shared.values():
             buffer.fill_(tokens)
 
     @torch.no_grad()
     def set_loads(self, counts: Mapping[int, Tensor]) -> None:
-        """Do what ``moe.set_loads`` does, with the visits [R, E] of each run."""
+        """Set the routers' loads as ``moe.set_loads``, from the visits [R, E] of each run."""
         for layer in routers(self.model):
             self.buffers[self._buffer(layer, "load")].copy_(loads_of(counts[layer]))
 
     @torch.no_grad()
     def end_step(self, counts: Mapping[int, Tensor]) -> None:
-        """Do what ``moe.end_step`` does, with the visits [R, E] of each run."""
+        """Update loads and biases as ``moe.end_step``, from the visits [R, E] of each run."""
         self.set_loads(counts)
         for layer, router in routers(self.model).items():
             balance = router.config.balance
@@ -96,18 +98,18 @@ class StackedModel:
 
     @torch.no_grad()
     def fill(self, run: int, values: nn.Module) -> None:
-        """Copy the parameters of a module of the same shape to one run."""
+        """Copy the parameters of a module of the same shape to run number ``run``."""
         for name, parameter in values.named_parameters():
             self.values(run)[name].copy_(parameter)
 
     def values(self, run: int) -> dict[str, Tensor]:
-        """Return views of one run's parameters, in their own shapes."""
+        """Return views of one run's parameters, in the shapes of the template."""
         return {name: stack.detach()[run] for name, stack in self._views().items()}
 
     def losses(self, tokens_RBL: Tensor, targets_RBL: Tensor) -> tuple[Losses, dict[int, Tensor]]:
-        """Return ``total`` [R] and ``nll_BL`` [R, B, L], to be differentiated once, together.
+        """Return losses and visits: ``total`` [R], ``nll_BL`` [R, B, L], and [R, E] by layer.
 
-        And the visits [R, E] to each layer's experts, of a step that has gradients.
+        Call backward once, on all runs together. Visits are collected only with gradients enabled.
         """
         made: tuple[Losses, dict[int, Tensor]] = vmap(self._one)(
             self._views() | self.buffers, tokens_RBL, targets_RBL
@@ -116,7 +118,7 @@ class StackedModel:
 
     @torch.no_grad()
     def visits(self, tokens_RBL: Tensor) -> dict[int, Tensor]:
-        """Return the visits [R, E] to each layer's experts, by the blocks alone."""
+        """Return the visits [R, E] to each layer's experts, running only the blocks."""
         blocks = partial(self._one, targets_BL=None, blocks_only=True)
         seen: dict[int, Tensor] = vmap(blocks)(self._views() | self.buffers, tokens_RBL)[1]
         return seen
@@ -154,7 +156,7 @@ def _attend(
 
 
 class _Rule(torch.autograd.Function):
-    """A function that only ``vmap`` calls, by its rule."""
+    """Autograd function that is only called through its ``vmap`` rule."""
 
     @staticmethod
     def forward(*_: Any) -> Any:
@@ -162,13 +164,13 @@ class _Rule(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep nothing: autograd differentiates what the rule calls."""
+        """Save nothing: autograd differentiates the operators inside the rule."""
 
 
 class _Attend(_Rule):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
-        """Attend in all runs' sequences."""
+        """Attend with the sequences of all runs as one batch."""
         *qkv, scale, window = inputs
         q, k, v = (x.flatten(0, 1) for x in _leading(qkv, in_dims))
         o_BLNH = attend(q, k, v, None, scale, window=window)
@@ -183,7 +185,7 @@ def _experts(
     beside: Callable[[], Tensor] | None = None,
     kept: Quantised | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what ``Experts.forward`` returns."""
+    """Return the output of ``Experts.forward``."""
     assert kept is None
     weights = experts.gate, experts.up, experts.down
     y_TD: Tensor = _Experts.apply(x_TD, gates_Tk, experts_Tk, *weights, experts.activation)
@@ -193,7 +195,7 @@ def _experts(
 class _Experts(_Rule):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
-        """Take all runs' experts for those of one layer, R x E of them."""
+        """Compute the experts of all runs as one layer of R x E experts."""
         *tensors, activation = inputs
         x_RTD, gates_RTk, experts_RTk, *weights = _leading(tensors, in_dims)
         num_experts = weights[0].shape[1]
@@ -212,7 +214,7 @@ class _Experts(_Rule):
 class _Balance(_Rule):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
-        """Join the gradient of the balance run by run; a step's tokens are the same for all."""
+        """Add the balance gradient run by run; all runs have the same number of tokens per step."""
         logits, load, tokens, *how = inputs
         logits_RTE, load_RE = _leading([logits, load], in_dims)
         made = [
@@ -225,7 +227,7 @@ class _Balance(_Rule):
 class _CrossEntropy(_Rule):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[tuple[Tensor, Tensor], Any]:
-        """Take one run after the other."""
+        """Compute the loss of one run at a time."""
         *tensors, logit_scale, z_loss = inputs
         made = [
             linear_cross_entropy(*run, logit_scale=logit_scale, z_loss=z_loss)
@@ -236,7 +238,7 @@ class _CrossEntropy(_Rule):
 
 
 def _leading(tensors: list[Tensor], in_dims: Any) -> list[Tensor]:
-    """Return tensors with the runs first; each has them."""
+    """Return the tensors with the run axis first; every tensor must have one."""
     return [x.movedim(dim, 0) for x, dim in zip(tensors, in_dims, strict=False)]
 
 
@@ -249,7 +251,7 @@ def run_by_run(
     z_loss: float,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``linear_cross_entropy`` of each run in turn, whose logits stay in a CPU's cache."""
+    """Return ``linear_cross_entropy`` run by run, so that a run's logits stay in a CPU's cache."""
     made: tuple[Tensor, Tensor] = _CrossEntropy.apply(
         x_TD, weight_VD, targets_T, logit_scale, z_loss
     )
@@ -265,7 +267,7 @@ def full_logits(
     z_loss: float,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the same of all runs at once, whose logits are there together: few large kernels."""
+    """Return the loss of all runs at once from full logits: few large kernels, more memory."""
     return reference_cross_entropy(
         x_TD, weight_VD, targets_T, logit_scale=logit_scale, z_loss=z_loss
     )

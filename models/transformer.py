@@ -1,9 +1,9 @@
-"""A decoder-only transformer in plain torch; it knows no ranks.
+"""Decoder-only transformer in plain torch, without knowledge of ranks.
 
-RMSNorm before each branch, rotary positions, grouped-query attention, SwiGLU (the Llama form,
-arXiv 2302.13971), or what ``configs.decoder`` has instead; ``moe.py`` puts experts in place of the
-feed-forward. Every linear layer's local output decides the number of heads, so that a
-tensor-parallel layout can cut them without this file knowing.
+RMSNorm before each branch, rotary positions, grouped-query attention and SwiGLU (as in Llama,
+arXiv 2302.13971), or the alternatives of ``configs.decoder``; ``moe.py`` replaces the feed-forward
+by experts. The number of heads follows from the local output width of each linear layer, so tensor
+parallelism can shard heads without changes in this file.
 """
 
 # B batch, L length, D width, N query heads, K key/value heads, H head width, h = H/2,
@@ -25,32 +25,20 @@ from allometry.configs.model import ModelConfig
 from allometry.models.attention import Attend, attend
 from allometry.models.documents import Documents
 from allometry.models.head import Losses, OutputHead
+from allometry.models.latent import LatentAttention
 from allometry.models.layers import GATES, Embedding, Linear, RMSNorm, gated
 from allometry.models.multi_token import Depths, ahead_of
 from allometry.models.products import Stacked, multiply, separate
-from allometry.models.rotary import Turn, rotate, turn_of
+from allometry.models.rotary import Geometry, rotate, turn_of
 from allometry.models.router import RouterStatistics
 from allometry.scaling.inventory import Specs, inventory, within
 from allometry.scaling.parameterizations.base import ForwardScales
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Geometry:
-    """Where tokens are; the same for all blocks. ``windowed``: how those with a window turn.
-
-    Not a tuple on purpose: FSDP2 casts every float tensor that it finds among a module's inputs,
-    and the rotary tables must stay wide.
-    """
-
-    turn: Turn
-    windowed: Turn
-    documents: Documents | None
-
-
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions and optional norm of queries and keys.
+    """Grouped-query attention with rotary positions and optional norms of queries and keys.
 
-    ``core`` is what context parallelism replaces.
+    Context parallelism replaces ``core``.
     """
 
     def __init__(self, specs: Specs, model: ModelConfig, scale: float, layer: int) -> None:
@@ -77,7 +65,7 @@ class Attention(nn.Module):
         if self.norm_over == "head":
             q_BLNH, k_BLKH = self.normed(q_BLNH, k_BLKH)
         if self.q_norm is None or self.qkv.saves:
-            v_BLKH = v_BLKH.contiguous()  # a view would keep queries and keys for backward
+            v_BLKH = v_BLKH.contiguous()  # a view would keep queries and keys until backward
         turn = geometry.turn if self.window is None else geometry.windowed
         q_BLNH, k_BLKH = rotate(q_BLNH, *turn), rotate(k_BLKH, *turn)
         o_BLNH = self.core(
@@ -93,14 +81,14 @@ class Attention(nn.Module):
         )
 
     def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries and keys through their norms, if they have some."""
+        """Return queries and keys after their norms, or unchanged without norms."""
         if self.q_norm is None or self.k_norm is None:
             return q, k
         return self.q_norm(q), self.k_norm(k)
 
 
 class FeedForward(nn.Module):
-    """down(activation(gate(x)) * up(x)): SwiGLU, or GeGLU (arXiv 2002.05202)."""
+    """Gated feed-forward down(activation(gate(x)) * up(x)): SwiGLU or GeGLU (arXiv 2002.05202)."""
 
     def __init__(self, specs: Specs, activation: Activation = "silu") -> None:
         super().__init__()
@@ -112,7 +100,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return [B, L, D]."""
-        if not self.gate_up.joins(x_BLD.dtype):  # each is used while it is in the cache
+        if not self.gate_up.joins(x_BLD.dtype):  # each output is used while still in the cache
             return self.down(GATES[self.activation].forward(self.gate(x_BLD)) * self.up(x_BLD))
         gate_up = multiply(x_BLD, self.gate_up)
         saves, feeds = self.gate_up.saves, self.down.stacked
@@ -120,9 +108,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward (``ffn``), each added to the residual stream.
+    """Transformer block: attention and feed-forward (``ffn``), each added to the residual stream.
 
-    A norm is before each branch, after it, or both; where there is none, nothing happens.
+    Norms are before each branch, after each branch, or both; ``nn.Identity`` replaces the others.
     """
 
     def __init__(
@@ -141,19 +129,20 @@ class Block(nn.Module):
             return nn.Identity() if spec is None else RMSNorm(spec, model.norm_eps)
 
         self.attention_norm = norm("attention_norm")
-        self.attention = Attention(within(specs, "attention"), model, scales.attention, layer)
+        attention = Attention if model.latent_attention is None else LatentAttention
+        self.attention = attention(within(specs, "attention"), model, scales.attention, layer)
         self.attention_post_norm = norm("attention_post_norm")
         self.ffn_norm = norm("ffn_norm")
         self.ffn = ffn
         self.ffn_post_norm = norm("ffn_post_norm")
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> tuple[Tensor, RouterStatistics | None]:
-        """Return [B, L, D] in x's type, and what its router saw: here there is none."""
+        """Return [B, L, D] in x's type, and None for the router statistics of a dense block."""
         x_BLD = self.attended(x_BLD, geometry)
         return x_BLD + self._scaled(self.ffn_post_norm(self.ffn(self.ffn_norm(x_BLD)))), None
 
     def attended(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:
-        """Return x and what attention adds to it."""
+        """Return x plus the attention branch."""
         y_BLD = self.attention(self.attention_norm(x_BLD), geometry)
         return x_BLD + self._scaled(self.attention_post_norm(y_BLD))
 
@@ -164,19 +153,19 @@ class Block(nn.Module):
 
 
 CallBlock = Callable[[nn.Module, Tensor, Geometry], tuple[Tensor, RouterStatistics | None]]
-"""(block, x_BLD, geometry) -> what the block returns."""
+"""(block, x_BLD, geometry) -> output of the block."""
 
 
 def call_block(
     block: nn.Module, x_BLD: Tensor, geometry: Geometry
 ) -> tuple[Tensor, RouterStatistics | None]:
-    """Run a block as it is."""
+    """Call a block directly."""
     return block(x_BLD, geometry)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of a model: its layers, and whether the embedding and the head belong to it."""
+    """Part of a model: a range of layers, with the embedding if ``first``, the head if ``last``."""
 
     layers: range
     first: bool = True
@@ -184,13 +173,14 @@ class Part:
 
 
 class Transformer(nn.Module):
-    """A model, or a part of one: embedding, equal blocks, final norm, head (tied or not).
+    """Model or part of a model: embedding, blocks, final norm, head (tied or not).
 
     ``compute_dtype`` is the type of activations and products; parameters are fp32 (fp64 after
-    ``.double()``) and each module casts its own where it uses it. A part's parameters have the
-    names that they have in the whole model. Where a tied head is parted from the embedding, it
-    has a weight of its own, which whoever parts them must keep equal. ``call_block`` is what
-    offload of activations replaces.
+    ``.double()``), and each module casts its parameters in its forward. Parameters of a part have
+    the same names as in the full model. If a part has a tied head but no embedding, the head has
+    its own weight, and the code that splits the model must keep both weights equal. Activation
+    offload replaces ``call_block``. For example, ``Transformer(model, scales, torch.bfloat16,
+    Part(range(2, 4), first=False))`` is the last stage of a model of 4 layers.
     """
 
     embedding: Embedding | None
@@ -226,8 +216,8 @@ class Transformer(nn.Module):
             self.blocks[str(layer)] = self._make_block(of_block, model, scales, layer)
         self.final_norm = RMSNorm(specs["final_norm.weight"], model.norm_eps) if part.last else None
         head = specs.get("head.weight")
-        # A tied head is the embedding's weight passed on, not a second name for it: a parameter
-        # has one owner, so that moving off the meta device or sharding cannot untie the two.
+        # A tied head reads the embedding's weight through its owner instead of registering it
+        # twice: with one owner, leaving the meta device or sharding cannot untie the weights.
         owner = self.embedding if self.tied else None
         self.head = OutputHead(head, model, scales.output, owner) if part.last else None
         self.mtp = Depths(specs, model, compute_dtype, mirrored=not part.first) if depths else None
@@ -252,12 +242,12 @@ class Transformer(nn.Module):
         """Return logits [B, L, V] (fp32 or wider) without targets, else ``Losses``.
 
         Without ``documents`` each sequence is one document with positions from 0. A part without
-        the embedding takes what the part before it returned as ``x_BLD``; one without the head
-        returns [B, L, D], and so does any part with ``blocks_only``, whose routers' statistics are
-        added up also without gradients.
+        the embedding takes the output of the previous part as ``x_BLD``. A part without the head
+        returns [B, L, D], and so does any part with ``blocks_only``, which also collects router
+        statistics without gradients.
 
         ``ahead_MBL`` [M + 1, B, L]: the tokens ahead for the M depths of multi-token prediction,
-        which a part with the head runs where it has targets; None: ``multi_token.ahead_of``.
+        which a part with the head computes if it has targets; None: ``multi_token.ahead_of``.
         """
         depths, count = self.mtp, len(tokens_BL)
         if targets_BL is None or not (torch.is_grad_enabled() or blocks_only):
@@ -309,16 +299,16 @@ class Transformer(nn.Module):
         return x_BLD
 
     def take_statistics(self) -> dict[int, RouterStatistics]:
-        """Return what the routers saw since the last call, by layer, and forget it.
+        """Return the router statistics by layer since the last call, and reset them.
 
-        Sums in fp64 over all tokens of forward passes in training mode and with gradients, or with
+        Sums in fp64 over all tokens of forward passes in training mode with gradients, or with
         ``blocks_only``.
         """
         taken, self._statistics = self._statistics, {}
         return taken
 
     def add_statistics(self, layer: int, statistics: RouterStatistics) -> None:
-        """Add to what ``take_statistics`` returns next; the tensors are not copied."""
+        """Add to the next result of ``take_statistics``; the tensors are not copied."""
         seen = RouterStatistics(*(value.double() for value in statistics))
         before = self._statistics.get(layer)
         if before is not None:
@@ -338,8 +328,8 @@ class Transformer(nn.Module):
 
 
 def _expect_any_number_of(documents: Documents) -> None:
-    """Spare compiled blocks a second compilation when the number of documents changes."""
-    # Importing torch's compiler takes seconds; it is there already if anything was compiled.
+    """Mark document tensors as dynamic: blocks compile once for any number of documents."""
+    # Importing torch._dynamo takes seconds; it is imported already if any module was compiled.
     if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
         mark: Callable[[Tensor, int], None] = sys.modules["torch._dynamo"].maybe_mark_dynamic
         for each in (documents.cu_lengths, documents.cu_host, documents.ring):

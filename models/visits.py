@@ -1,6 +1,7 @@
-"""Moving tokens to the experts that they visit, as rows sorted by expert, and back.
+"""Permute tokens into rows sorted by expert, and combine the experts' rows per token again.
 
-Nothing here adds with atomics: the same input gives the same bits.
+A visit is one (token, expert) assignment. No kernel here uses atomic additions, so equal inputs
+give bitwise equal outputs.
 """
 
 # T tokens, k experts that a token visits, S = T*k rows, E experts, D width
@@ -14,10 +15,11 @@ from torch import Tensor
 
 
 class Sorting(NamedTuple):
-    """Where the visits of tokens to experts go when they are sorted by expert.
+    """Permutation that sorts the visits of tokens to experts by expert.
 
-    ``token_S``: the token of each sorted row. ``row_Tk``: the sorted row of each visit.
-    ``counts_E``: rows of each expert.
+    ``token_S``: token of each sorted row. ``row_Tk``: sorted row of each visit. ``counts_E``:
+    number of rows of each expert. For example, ``experts_Tk`` [[1, 0], [1, 2]] gives ``token_S``
+    [0, 0, 1, 1], ``row_Tk`` [[1, 0], [2, 3]] and ``counts_E`` [1, 2, 1].
     """
 
     token_S: Tensor
@@ -26,26 +28,26 @@ class Sorting(NamedTuple):
 
 
 def sort_by_expert(experts_Tk: Tensor, num_experts: int) -> Sorting:
-    """Sort visits by expert; those to one expert stay in the order of tokens.
+    """Sort visits by expert; the visits of one expert stay in token order.
 
-    The experts of a token are different ones. Nothing waits for the device.
+    The k experts of a token must be distinct. The CPU does not wait for the device.
     """
-    if experts_Tk.device.type == "cpu":  # whose sort of small numbers is faster than counting
+    if experts_Tk.device.type == "cpu":  # on a CPU, sorting small integers is faster than a scan
         return sorted_by_sort(experts_Tk, num_experts)
     return sorted_by_counting(experts_Tk, num_experts)
 
 
 def sorted_by_counting(experts_Tk: Tensor, num_experts: int) -> Sorting:
-    """Return ``sort_by_expert`` from one running sum over a table [E, T] of who visits whom.
+    """Return ``sort_by_expert`` computed by one prefix sum over an assignment table [E, T].
 
-    Read row by row, the visits in the table come in their sorted order already: a visit's place is
-    the number of visits up to it. One scan of E*T numbers, where a sort reads and writes all S rows
-    several times.
+    The table has a 1 where a token visits an expert. Read row by row, its visits are in sorted
+    order, so the sorted row of a visit is the number of visits before that visit. One scan reads
+    E*T numbers once; a sort reads and writes all S rows several times.
     """
     T, k = experts_Tk.shape
     visited_ET = torch.zeros(num_experts, T, dtype=torch.int32, device=experts_Tk.device)
     visited_ET = visited_ET.scatter(0, experts_Tk.t(), 1)
-    # Flat, as a GPU's scan of one row is faster than its scans of many.
+    # Flattened, because a GPU scans one long row faster than many short rows.
     upto_ET = visited_ET.flatten().cumsum(0, dtype=torch.int32)
     tokens_T = torch.arange(T, device=experts_Tk.device)
     row_Tk = upto_ET[experts_Tk * T + tokens_T[:, None]].long() - 1
@@ -55,7 +57,7 @@ def sorted_by_counting(experts_Tk: Tensor, num_experts: int) -> Sorting:
 
 
 def sorted_by_sort(experts_Tk: Tensor, num_experts: int) -> Sorting:
-    """Return ``sort_by_expert`` by a stable sort of all visits: its plain twin."""
+    """Return ``sort_by_expert`` by a stable sort of all visits: the reference implementation."""
     chosen_S = experts_Tk.flatten()
     sorted_S, order_S = chosen_S.sort(stable=True)
     visits_S = torch.arange(chosen_S.shape[0], device=chosen_S.device)
@@ -71,13 +73,13 @@ def sorted_by_sort(experts_Tk: Tensor, num_experts: int) -> Sorting:
 
 
 def spread_rows(x_TD: Tensor, sorting: Sorting) -> Tensor:
-    """Return [S, D]: the token of each sorted row."""
+    """Return [S, D]: the input of each sorted row, copied from its token."""
     x_SD: Tensor = _Spread.apply(x_TD, sorting.token_S, sorting.row_Tk)
     return x_SD
 
 
 def gather_rows(y_SD: Tensor, gates_Tk: Tensor, sorting: Sorting) -> Tensor:
-    """Return [T, D] in y's type: the sum of each token's rows times its gates, added in fp32."""
+    """Return [T, D] in y's type: the gate-weighted sum of each token's rows, summed in fp32."""
     y_TD: Tensor = _Gather.apply(y_SD, gates_Tk, sorting.token_S, sorting.row_Tk)
     return y_TD
 
@@ -87,7 +89,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Spread(torch.autograd.Function):
-    """Indexing whose gradient reads rows; autograd's own would scatter them with atomics."""
+    """Indexing with a gather as its backward; autograd's own backward is an atomic scatter."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, token_S: Tensor, row_Tk: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None, None]:
         (row_Tk,) = ctx.saved_tensors
-        # A visit at a time: all at once would hold k times the tokens in fp32.
+        # One visit at a time: all k together would need k times the tokens in fp32.
         grad_TD = grad_SD[row_Tk[:, 0]].to(_wide(grad_SD.dtype))
         for visit in range(1, row_Tk.shape[1]):
             grad_TD = grad_TD + grad_SD[row_Tk[:, visit]]
@@ -105,13 +107,13 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """The weighted sum over visits, keeping the sorted rows only once and not widened."""
+    """Weighted sum over visits; keeps the sorted rows once, in their own type, for backward."""
 
     @staticmethod
     def forward(
         ctx: Any, y_SD: Tensor, gates_Tk: Tensor, token_S: Tensor, row_Tk: Tensor
     ) -> Tensor:
-        # In the compute type always: where a layout cuts experts, rows are summands of each rank.
+        # Saved in the compute type, never in FP8: with a sharded F the rows are partial sums.
         ctx.save_for_backward(y_SD, gates_Tk, token_S, row_Tk)
         y_TD = y_SD[row_Tk[:, 0]].to(_wide(y_SD.dtype)) * gates_Tk[:, :1]
         for visit in range(1, row_Tk.shape[1]):

@@ -1,10 +1,10 @@
-"""Softmax and its gradient where each rank holds some columns of the logits.
+"""Softmax cross-entropy with the vocabulary sharded over ranks.
 
-Nothing as large as the vocabulary is ever exchanged: a chunk's maxima, then the sums of its
-exponentials with the targets' logits (arXiv 1909.08053, section 3).
+The loss exchanges no logits: for each chunk, ranks all-reduce the maxima, then the sums of
+exponentials together with the targets' logits (arXiv 1909.08053, section 3).
 """
 
-# c tokens of a chunk, B sequences, L length, V vocabulary, v columns of it that are here
+# c tokens of a chunk, B sequences, L length, V vocabulary, v local columns
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from allometry.models.loss import IGNORE, ChunkSoftmax, row_kernels
 
 
 class Vocabulary(Protocol):
-    """Which columns are here, and how all parts of a vocabulary are combined.
+    """Local shard of the vocabulary, and the reductions over all shards.
 
-    ``first``: the number of the first column that is here; ``columns``: of the largest part, the
-    same number wherever a part is, so that all cut tokens into the same chunks.
+    ``first``: number of the first local column. ``columns``: columns of the largest shard, equal on
+    all ranks, so that all ranks cut tokens into the same chunks.
     """
 
     first: int
     columns: int
 
     def max_(self, values: Tensor) -> None:
-        """Replace ``values`` by their maximum over all parts."""
+        """Replace ``values`` by their maximum over all shards (all-reduce)."""
 
     def sum_(self, values: Tensor) -> None:
-        """Replace ``values`` by their sum over all parts."""
+        """Replace ``values`` by their sum over all shards (all-reduce)."""
 
     def gather(self, logits_BLv: Tensor) -> Tensor:
-        """Return the logits of all parts [B, L, V], differentiable."""
+        """Return the logits of all shards [B, L, V], differentiable (all-gather)."""
 
 
 class SharedSoftmax(ChunkSoftmax):
-    """``WholeSoftmax`` on a part of the columns.
+    """``WholeSoftmax`` for a shard of the columns.
 
-    Exponentials are computed twice rather than kept in a wide type: a pass reads the logits for
-    maxima and sums of the part (which the exchanged maxima then scale), another reads and writes.
-    ``compile`` compiles both, where torch computes them.
+    Exponentials are computed twice instead of being stored in a wide type: one pass reads the
+    logits for the shard's maxima and sums (rescaled after the all-reduce of the maxima), a second
+    pass reads the logits and writes the gradient. ``compile`` compiles both torch passes.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -50,7 +50,7 @@ class SharedSoftmax(ChunkSoftmax):
         self._scan, self._write_ = _scan, _write_
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the passes over the logits with these options of ``torch.compile``."""
+        """Compile the passes over the logits; the arguments are passed to ``torch.compile``."""
         self._scan = torch.compile(_scan, *args, **kwargs)
         self._write_ = torch.compile(_write_, *args, **kwargs)
 
@@ -83,7 +83,7 @@ class SharedSoftmax(ChunkSoftmax):
     def _statistics(
         self, logits_cv: Tensor, own_c: Tensor, logit_scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return maxima, sums of exponentials above them and targets' logits, over all parts."""
+        """Return maxima, sums of exp(logit - maximum) and targets' logits, over all shards."""
         assert logit_scale > 0.0, logit_scale
         kernels = row_kernels(logits_cv)
         scan = self._scan if kernels is None else kernels.scan
@@ -101,7 +101,7 @@ def _wide(logits: Tensor) -> torch.dtype:
 
 
 def _scan(logits_cv: Tensor, own_c: Tensor, logit_scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return maxima, sums of exponentials above them, targets' logits (0 where elsewhere), [c]."""
+    """Return maxima, sums of exp(logit - maximum), targets' logits (0 on other ranks), each [c]."""
     scaled_cv = logits_cv.to(_wide(logits_cv)) * logit_scale
     here_c = (own_c >= 0) & (own_c < logits_cv.shape[1])
     index_c1 = own_c.where(here_c, 0)[:, None]
@@ -114,13 +114,13 @@ def _scan(logits_cv: Tensor, own_c: Tensor, logit_scale: float) -> tuple[Tensor,
 def _write_(
     logits_cv: Tensor, own_c: Tensor, largest_c: Tensor, weight_c: Tensor, logit_scale: float
 ) -> None:
-    """Write weight * exponential - scale * onehot over the logits; no column is IGNORE."""
+    """Write weight * exponential - scale * onehot over the logits; IGNORE matches no column."""
     wide = _wide(logits_cv)
     scaled_cv = logits_cv.to(wide) * logit_scale
     here_c = (own_c >= 0) & (own_c < logits_cv.shape[1])
     gradient_cv = scaled_cv.sub_(largest_c[:, None]).exp_().mul_(weight_c[:, None])
     if torch.compiler.is_compiling():
-        # As a comparison it fuses with the pass that writes; a scatter is its own.
+        # A comparison fuses with the pass that writes; a scatter would be a separate kernel.
         column_v = torch.arange(logits_cv.shape[1], device=logits_cv.device)
         onehot_cv = column_v == own_c[:, None]
         gradient_cv = torch.where(onehot_cv, gradient_cv - logit_scale, gradient_cv)

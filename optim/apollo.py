@@ -82,8 +82,9 @@ def scaled_gradient(
     = ‖R̃‖/‖R‖ of each channel (over the r projected values), or of the matrix (``apollo_mini``). If
     the norm of the result exceeds ``norm_growth`` times the norm of the previous step, the result
     is scaled down to this limit. The limit does not apply in the first step, nor after a zero norm:
-    a matrix without a gradient (behind a head of zeros, an expert without tokens) would never move
-    again, as happens in the package. The previous norm is the last one that was not zero.
+    with a limit of zero, a matrix without a gradient (behind a head of zeros, an expert without
+    tokens) would never move again, which happens in the package. The previous norm is the last one
+    that was not zero.
 
     ``settings``: ``rule``, ``betas``, ``eps``, ``scale``, ``norm_growth`` of the group.
     """
@@ -128,7 +129,10 @@ def projection(
 
 
 def rank_of(group: Mapping[str, Any], smaller: int) -> int:
-    """Return the rank r for matrices with this smaller dimension."""
+    """Return the rank r for matrices with this smaller dimension.
+
+    For example, ``rank: null`` of the rule ``apollo`` gives 256 for 1024.
+    """
     return 1 if group["rule"] == "apollo_mini" else projection_rank(group["rank"], smaller)
 
 

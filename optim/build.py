@@ -124,8 +124,8 @@ def init_states(optimizer: Optimizer) -> None:
 def begin_anew(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
     """Recompute states that depend on initial values (radii) from the current parameter values.
 
-    For parameters whose other states are those before a first step. Every rank of a pipeline stage
-    calls this function.
+    The other states of the parameters must be initial states. Every rank of a pipeline stage calls
+    this function.
 
     Raises:
         UserError: a matrix of zeros on a sphere.
@@ -141,7 +141,7 @@ def set_lr(optimizer: Optimizer, fraction: float) -> None:
     """Set the learning rate of every group to ``fraction`` of its peak.
 
     A step at 0 updates the states of every optimizer (moments, momenta, step counts), but no
-    parameter.
+    parameter. For example, ``set_lr(optimizer, schedule.fraction(step))``.
     """
     assert fraction >= 0.0, fraction
     for group in optimizer.param_groups:
@@ -162,7 +162,7 @@ def take_step(
     ``is_bad`` receives the norm after ``along`` is summed and returns (0-dim, 1 or 0, the same on
     all ranks) whether the update is skipped: parameters and states then keep their bits. torch's
     AdamW reads this flag on the device; all other optimizers count steps on the host, which waits
-    for it.
+    for it. For example, ``take_step(optimizer, schedule.fraction(step), 1.0, mesh)``.
     """
     set_lr(optimizer, fraction)
     if isinstance(optimizer, DeepSpeedOptimizer):
@@ -181,9 +181,7 @@ def take_step(
 
 
 def settle(optimizer: Optimizer) -> None:
-    """Make the values loaded from a checkpoint visible to the model; every rank calls this
-    function.
-    """
+    """Make values loaded from a checkpoint visible to the model; every rank calls this."""
     if isinstance(optimizer, DeepSpeedOptimizer):
         optimizer.settle()
 

@@ -117,7 +117,10 @@ def clip_by_global_norm(
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """Return the clipping factor of gradients with global norm ``norm``; 1 if it is not finite."""
+    """Return the clipping factor of gradients with global norm ``norm``; 1 if it is not finite.
+
+    For example, norm 4 and ``max_norm=1`` give about 0.25.
+    """
     # A factor that is not finite would spread to all gradients and hide its origin.
     return (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
 

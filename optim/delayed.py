@@ -100,8 +100,7 @@ class DelayedOptimizer(Optimizer):
     @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Copy the updates up to the previous step to the parameters, and start the update of this
-        step.
+        """Copy earlier updates to the parameters, and start the update of this step.
 
         Returns the result of ``closure``.
         """

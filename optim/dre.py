@@ -70,9 +70,7 @@ class Table(NamedTuple):
 
     @classmethod
     def on(cls, device: torch.device) -> Table:
-        """Return the table on ``device``; computed on a CPU, so that all devices have the same
-        bits.
-        """
+        """Return the table on ``device``; computed on a CPU, so the same bits on all devices."""
         codes = torch.arange(LARGEST + 1, dtype=torch.uint8, device="cpu")
         share = codes.view(torch.float8_e4m3fn).double() / 448.0
         exponents = torch.arange(256, dtype=torch.float64, device="cpu").clamp(min=1.0) / STEPS
@@ -85,9 +83,7 @@ class Table(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Part [..., C] of a tensor: ``q`` E4M3 of its shape; ``scale`` fp32, ``exponent`` uint8 [...,
-    G].
-    """
+    """Part [..., C] of a tensor: ``q`` E4M3, ``scale`` fp32 and ``exponent`` uint8 [..., G]."""
 
     q: Tensor
     scale: Tensor
@@ -185,11 +181,11 @@ def encode(x: Tensor, to: Encoded, table: Table, dither: Dither | None = None) -
 def encode_rows(
     x_RC: Tensor, to: Encoded, table: Table, rows: slice, dither: Dither | None = None
 ) -> Tensor:
-    """Encode some rows into ``to``: round to nearest or, with ``dither``, stochastically without
-    bias.
+    """Encode some rows into ``to``, rounded to nearest or, with ``dither``, stochastically.
 
-    Returns sums over each group, fp32 [R, G, 4]: squared errors and squared values, both over M²;
-    number of values that became zero; number of values with the largest code.
+    Stochastic rounding is unbiased. Returns sums over each group, fp32 [R, G, 4]: squared errors
+    and squared values, both over M²; number of values that became zero; number of values with the
+    largest code.
     """
     columns = x_RC.shape[1]
     x_RGW = _grouped(x_RC)

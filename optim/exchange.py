@@ -151,9 +151,7 @@ class ShardedMatrixOps(MatrixOps):
         return _AllToAll(work, sent.flat, dict(zip(order, received.views, strict=True)))
 
     def _padded(self, placed: Placed, partial: Tensor) -> Tensor:
-        """Return partial sums as [M], zero for other ranks' matrices and on all replicas but the
-        first.
-        """
+        """Return partial sums as [M], zero for other ranks' matrices and on further replicas."""
         rank, (size, _, _) = self._stage.rank, placed.size
         box = placed.boxes[rank]
         if box.numel == 0 or placed.holders[box][0] != rank:

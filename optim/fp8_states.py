@@ -47,6 +47,8 @@ KEYS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 class Groups:
     """Division of a parameter's rows into groups: ``columns`` are divided into ``cuts`` equal
     parts, and each part into groups of 128, the last of which may be shorter.
+
+    For example, ``Groups(300, 1)`` has 3 groups, and column 130 is in group 1.
     """
 
     columns: int
@@ -233,8 +235,7 @@ class Fp8States:
     def adamw(
         self, name: str, parameter: Tensor, gradient: Tensor, state: Tensors, group: dict[str, Any]
     ) -> None:
-        """Run AdamW's step on this rank's part in place; ``state["step"]`` already counts this
-        step.
+        """Run AdamW's step on this rank's part in place; ``step`` already counts this step.
 
         Processes some rows at a time, or uses one kernel, so no moment is stored in fp32 as a full
         tensor.

@@ -50,25 +50,20 @@ class MatrixOps(ABC):
 
     @abstractmethod
     def sums(self, parameters: Sequence[Tensor], partials: Sequence[Tensor]) -> list[Tensor]:
-        """Return sums over unsharded logical matrices, fp64 [M] for each parameter, equal on all
-        ranks.
+        """Return sums over unsharded logical matrices, fp64 [M] by parameter, on all ranks.
 
         ``partials``: the sums over this rank's parts, [m] for each parameter (``partial_sums``).
         One collective is used for all; a parameter may occur several times with different partial
-        sums.
+        sums. For example, ``ops.sums(parameters, [partial_sums(part) for part in parts])``.
         """
 
     def squared_norms(self, parameters: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return Σx² of each logical matrix, fp64 [M] for each parameter, from this rank's
-        ``parts``.
-        """
+        """Return Σx² of each logical matrix, fp64 [M] by parameter, from this rank's ``parts``."""
         return self.sums(parameters, squared_norms_of_parts(parts))
 
     @abstractmethod
     def factors(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-        """Return the ``values`` [M] of this rank's part, shaped to multiply the part: [] or
-        [m,1,1].
-        """
+        """Return the ``values`` [M] of this rank's part, shaped as its factors: [] or [m,1,1]."""
 
     @abstractmethod
     def owned(self, parameters: Sequence[Tensor], cost: Cost) -> list[Matrix]:

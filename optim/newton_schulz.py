@@ -165,6 +165,9 @@ def _symmetric(
 
 
 def newton_schulz_cost(rows: int, columns: int) -> float:
-    """Return multiply-adds of one iteration for a matrix [rows, columns]."""
+    """Return multiply-adds of one iteration for a matrix [rows, columns].
+
+    For example, a matrix [2, 3] needs 32.
+    """
     least, most = sorted((rows, columns))
     return float(least * least * (2 * most + least))

@@ -16,9 +16,7 @@ from allometry.optim.states import Group, Item, State, items_of
 from allometry.scaling.update_rules import UPDATE_RULES, UpdateRule
 
 UpdateFunction = Callable[[Sequence[Item], State, MatrixOps], None]
-"""Update of all parameters of a rule; ``state`` contains the optimizer's tensors and is changed in
-place.
-"""
+"""Update of all parameters of a rule; the optimizer's ``state`` is changed in place."""
 
 
 def rule_module(rule: UpdateRule) -> ModuleType:

@@ -53,9 +53,9 @@ class Schedule:
     consecutive stretches: see ``Decay`` and ``Refined`` for the rates of a stretch.
 
     * ``wsd_s`` (arXiv 2410.05192): one WSD stretch for each decay end e, the last one ending at T.
-      Each decay takes max(1, round(decay_fraction·e)) steps, so up to e the rates of the first
-      stretch are those of a run of ``kind: wsd`` with length e. Later stretches warm up from
-      ``final_fraction`` to the peak in ``rewarmup_steps``.
+      Each decay takes max(1, round(decay_fraction·e)) steps, so up to e the first stretch has the
+      rates of a run of ``kind: wsd`` with length e. Later stretches warm up from ``final_fraction``
+      to the peak in ``rewarmup_steps``.
     * ``continued``: ``before`` as in a run that ends at ``before_steps``, then ``after``, whose
       warm-up starts at the last rate of ``before``.
 
@@ -105,9 +105,7 @@ class Schedule:
         return tuple(self._ends[1:])
 
     def fraction(self, step: int) -> float:
-        """Return the learning rate of ``step`` (after + 1 ... total_steps) divided by the peak
-        rate.
-        """
+        """Return the rate of ``step`` (after + 1 ... total_steps) divided by the peak rate."""
         assert self._ends[0] < step <= self.total_steps, (step, self._ends)
         number = bisect_left(self._ends, step) - 1
         return self._stretches[number].fraction(step - self._ends[number])
@@ -130,7 +128,8 @@ class Decay(Stretch):
       exactly r. With r = 0 the last update changes states but no weights (docs/schedules.md).
 
     Forms of f: linear 1−(1−r)x; cosine r+(1−r)(1+cos πx)/2; exponential r^x; 1-sqrt r+(1−r)(1−√x)
-    (arXiv 2405.18392).
+    (arXiv 2405.18392). For example, linear with W = 10 and T = 100 has rate 0.5 at steps 5 and, for
+    r = 0, 55.
     """
 
     def __init__(
@@ -324,6 +323,8 @@ def _linear(x: float, final: float) -> float:
 
 def resolve_schedule(config: RunConfig, batch_plan: BatchPlan) -> Schedule:
     """Return the schedule of a run, with tokens converted to steps by its batch plan.
+
+    For example, ``resolve_schedule(config, batch_plan).fraction(1)``.
 
     Raises:
         UserError: see ``Schedule``.

@@ -70,8 +70,7 @@ def stacked_optimizer(
 
 @torch.no_grad()
 def clip_runs(gradients: Sequence[Tensor], max_norm: float | None, alive_R: Tensor) -> None:
-    """Clip gradients [M, ...] of each run by global norm (None: no clipping); zero those of dead
-    runs.
+    """Clip gradients [M, ...] of each run by global norm (None: no clipping), 0 for dead runs.
 
     ``alive_R``: bool. For one run the result equals ``clip_by_global_norm``.
     """

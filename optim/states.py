@@ -43,9 +43,7 @@ class Item(NamedTuple):
         return isinstance(self.group["lr"], Tensor)
 
     def setting(self, key: str) -> float | Tensor:
-        """Return a number of the group; values by run are expanded to fp64 [M, 1, 1], to match
-        ``part``.
-        """
+        """Return a number of the group; values by run become fp64 [M, 1, 1], to match ``part``."""
         value: float | Tensor = self.group[key]
         if not isinstance(value, Tensor):
             return value

@@ -55,7 +55,7 @@ class TieredOptimizer(RuleOptimizer):
     ``working``: parameters whose fp32 values are offloaded with the states, with their compute
     copies; ``sizes`` includes these values. ``leaving``: parameters whose gradients are stored on
     the host if their states are offloaded, see ``HostGradients``. ``still``: states are not moved,
-    but the collectives are those of the buckets (a dry run). Elementwise-updated parameters larger
+    but the collectives of the buckets are called (a dry run). Elementwise-updated parameters larger
     than a bucket are moved some rows at a time.
 
     Raises:
@@ -236,9 +236,7 @@ class TieredOptimizer(RuleOptimizer):
         return flat
 
     def _seen(self, bucket: _Bucket, piece: Piece, flat: Tensor | None) -> Item:
-        """Return the item that the rule updates, with the states shared by all pieces of a
-        parameter.
-        """
+        """Return the item that the rule updates, with the states shared by all its pieces."""
         parameter, values = piece.item.parameter, None
         if piece.rows is None:
             if parameter in self.gradients:
@@ -256,9 +254,7 @@ class TieredOptimizer(RuleOptimizer):
         return piece.seen(None if whole is None else piece.of(local(whole)), values)
 
     def _send(self, bucket: _Bucket, flat: Tensor | None) -> None:
-        """Remove the states of a bucket from ``state``; in the first step, allocate a home for
-        them.
-        """
+        """Remove a bucket's states from ``state``; in the first step, allocate their home."""
         if bucket.home is None or flat is None:
             self._settle(bucket)
         else:

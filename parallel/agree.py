@@ -1,8 +1,8 @@
 """Run slow or fallible work so that all ranks finish it together and see the same result.
 
-Disk operations have no time limit. While a disk operation runs, all ranks exchange a small
-all-reduce every few seconds, so no collective has to wait for a disk. A slow disk is therefore not
-mistaken for a dead rank, and a dead rank is detected within ``parallel.timeout_s``.
+Disk operations have no time limit. While a disk operation runs, all ranks call a small all-reduce
+every few seconds, so no collective has to wait for a disk. A slow disk is therefore not mistaken
+for a dead rank, and a dead rank is detected within ``parallel.timeout_s``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def with_heartbeat(mesh: Mesh, work: Callable[[], T], what: str) -> T:
 
     Every rank calls this function, and no rank returns before ``work`` has ended on all ranks.
     ``work`` runs in a thread of its own and must not use ``mesh.host_group``. For example,
-    ``with_heartbeat(mesh, checkpoint.write, "the checkpoint")``.
+    ``with_heartbeat(mesh, lambda: path.read_bytes(), "reading a file")``.
     """
     if mesh.world_size == 1:
         return work()
@@ -80,9 +80,7 @@ def with_heartbeat(mesh: Mesh, work: Callable[[], T], what: str) -> T:
 
 
 def on_all_ranks(mesh: Mesh, work: Callable[[], T], what: str) -> T:
-    """Run ``work`` on every rank; if ``work`` fails on any rank, raise the first UserError on all
-    ranks.
-    """
+    """Run ``work`` on every rank; if any rank fails, raise the first UserError on all ranks."""
     result: list[T] = []
     failure: str | None = None
     try:
@@ -101,7 +99,10 @@ def on_main_rank(mesh: Mesh, work: Callable[[], T], what: str) -> T | None:
 
 
 def from_main_rank(mesh: Mesh, work: Callable[[], T], what: str) -> T:
-    """Run ``work`` on the main rank and broadcast its result (must not be None) to all ranks."""
+    """Run ``work`` on the main rank and broadcast its result (must not be None) to all ranks.
+
+    For example, ``from_main_rank(mesh, path.read_text, "reading a file")``.
+    """
     result = mesh.broadcast_object(on_main_rank(mesh, work, what))
     assert result is not None
     return result

@@ -90,9 +90,7 @@ class Parallel:
         }
 
     def materialize(self, device: torch.device) -> None:
-        """Allocate uninitialized storage on ``device`` for meta tensors; move other tensors to
-        ``device``.
-        """
+        """Allocate meta tensors on ``device``, uninitialized; move other tensors there."""
         for part in self.parts.values():
             materialize(
                 part, device, offload=self.offloaded, buffers_only=self.sync.makes_parameters
@@ -149,8 +147,7 @@ def parallelize(
 
 
 def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> ActivationStore | None:
-    """Apply to one part, in place, all steps that act inside blocks: from tensor parallelism to
-    compile.
+    """Apply to one part, in place, the steps inside blocks: tensor parallelism to compilation.
 
     Returns the store that offloads activations to the host; None if offloading is off.
     """
@@ -221,8 +218,7 @@ def compile_parts(
 def materialize(
     model: nn.Module, device: torch.device, *, offload: bool = False, buffers_only: bool = False
 ) -> None:
-    """Allocate uninitialized storage on ``device`` for a meta model; move any other model to
-    ``device``.
+    """Allocate storage of a meta model on ``device``, uninitialized; move other models there.
 
     ``offload``: parameters are allocated on the CPU, buffers on ``device``. ``buffers_only``: only
     buffers are allocated; parameters are allocated later.

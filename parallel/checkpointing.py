@@ -47,7 +47,8 @@ def apply_checkpointing(
     runs the same operators in the same order, so gradients are bit-identical. ``dropout``: restore
     the RNG state so that the recomputed dropout masks are the same. ``to_the_end``: recompute
     blocks to their end rather than to the last tensor that the backward pass needs, because tensors
-    in flight must be received (``in_two.py``).
+    in flight must be received (``in_two.py``). For example,
+    ``apply_checkpointing(model, "selective", dropout=False)``.
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
     options["early_stop"] = not to_the_end

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from allometry.models.attention import Attend, attend, backend_of
+from allometry.models.attention import Attend, attend, backend_of, filled
 from allometry.models.documents import Documents
 from allometry.models.transformer import Transformer
 from allometry.parallel.hdp.ring import ring_attention
@@ -17,8 +17,7 @@ from allometry.parallel.mesh import Mesh
 
 
 class ContextAttention:
-    """Replacement of ``Attention.core``: ring attention if documents have a ring, else local
-    attention.
+    """Replacement of ``Attention.core``: ring attention for sharded documents, else local.
 
     ``here`` computes local attention.
     """
@@ -38,13 +37,18 @@ class ContextAttention:
     ) -> Tensor:
         """Return causal attention [B, L, N, H] within each document.
 
-        Documents with a ring must not be longer than ``window``
+        Values that are narrower than keys are padded with zeros for the ring. Documents with a
+        ring must not be longer than ``window``
         (``scaling.context.check_context``).
         """
         if documents is not None and documents.ring is not None:
+            width = v_BLKH.shape[-1]
+            if width < q_BLNH.shape[-1]:
+                v_BLKH = filled(v_BLKH, q_BLNH.shape[-1])
             q, k, v = (x.flatten(0, 1) for x in (q_BLNH, k_BLKH, v_BLKH))
             o_TNH, _ = ring_attention(q, k, v, documents.ring, self._group_name, scale)
-            return o_TNH.view(q_BLNH.shape)
+            o_BLNH = o_TNH.view(q_BLNH.shape)
+            return o_BLNH if width == q_BLNH.shape[-1] else o_BLNH[..., :width]
         if self._here is not attend:
             return self._here(q_BLNH, k_BLKH, v_BLKH, documents, scale, window=window)
         # Choose the back end of eager mode: the fastest compiled back end is compiled for one L,

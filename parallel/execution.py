@@ -50,9 +50,7 @@ def cast_weights(parts: Iterable[Transformer], sync: GradientSync) -> Iterator[N
 
 
 Observe = Callable[[int, Tensor], None]
-"""Callback with the index of a micro-batch and its ``nll_BL``, called on ranks that compute the
-loss.
-"""
+"""Callback with a micro-batch's index and ``nll_BL``, on ranks that compute the loss."""
 
 
 class Execution(Protocol):

@@ -58,9 +58,7 @@ class AllToAll:
 
     @torch.compiler.disable
     def __call__(self, x_SD: Tensor, counts_E: Tensor) -> Finish:
-        """Send rows [S, D], sorted by expert; return a function that computes and returns rows [S,
-        D].
-        """
+        """Send rows [S, D], sorted by expert; return a function that computes and returns rows."""
         sent_Re = counts_E.view(self.ranks, -1).contiguous()
         # A functional collective does not write in place, so selective checkpointing can save its
         # result.
@@ -77,9 +75,7 @@ class AllToAll:
         return partial(self._finish, exchange, exchange.send(x_SD), got_tRe, sizes)
 
     def sizes(self, sent_Re: Tensor, got_tRe: Tensor, rows: int) -> Sizes:
-        """Return split sizes of an exchange of ``rows`` rows; this is the only host
-        synchronization.
-        """
+        """Return the split sizes of ``rows`` rows; this is the only host synchronization."""
         got_tR = got_tRe.sum(2)
         own = 0 if self.cut is None else self.cut.rank
         numbers = torch.cat([sent_Re.sum(1), got_tR[own], got_tR.sum(1)]).tolist()
@@ -102,8 +98,7 @@ class AllToAll:
 
 
 def by_expert(counts_Re: Tensor, rows: int) -> tuple[Sorting, Sorting]:
-    """Return the permutation of ``rows`` from (sender, expert) order to (expert, sender) order, and
-    back.
+    """Return the permutation of ``rows`` from (sender, expert) to (expert, sender), and back.
 
     ``counts_Re``: rows of each sender for each expert. Both permutations are computed from counts,
     so the host does not wait for the device. For example, ``counts_Re = [[1, 1], [2, 0]]`` sorts
@@ -134,17 +129,13 @@ def _gather(x_ZD: Tensor, got: list[int], axis: Axis) -> Tensor:
 
 
 def _scatter_sum(y: Tensor, got: list[int], axis: Axis) -> Tensor:
-    """Reduce-scatter rows: return the sum over ranks of this rank's rows; the backward pass
-    gathers.
-    """
+    """Reduce-scatter rows: this rank's rows summed over ranks; the backward pass gathers."""
     own = [got[axis.rank]] * axis.size
     return _exchange(own, got, axis)(y).view(axis.size, -1, y.shape[1]).sum(0)
 
 
 def _exchange(out: list[int], into: list[int], axis: Axis) -> InTwo:
-    """Return an all-to-all of rows: ``into`` rows are sent to each rank, ``out`` received from
-    each.
-    """
+    """Return an all-to-all of rows: ``into`` sent to each rank, ``out`` received from each."""
 
     def start(out: list[int], into: list[int], x: Tensor) -> Tensor:
         begun: Tensor = torch.ops._c10d_functional.all_to_all_single(

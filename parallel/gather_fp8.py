@@ -41,9 +41,7 @@ class Fp8Gather:
         ]
         self._scales: Tensor | None = None
         self.stale = True
-        """True if parameters have changed since the scales were computed. The value must be the
-        same on all ranks.
-        """
+        """True if parameters have changed since the last scales; must be equal on all ranks."""
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -55,8 +53,9 @@ class Fp8Gather:
         largest = torch.stack(
             [torch.stack([shard.abs().amax() for shard in each]).amax() for each in shards]
         )
-        # Products round to the compute type first, which keeps the order of magnitudes. A maximum
-        # over ranks may lose a NaN but keeps an infinity, and either makes the full weight NaN.
+        # Products round to the compute type first; rounding is monotonic, so the largest magnitude
+        # stays the largest. A maximum over ranks may lose a NaN but keeps an infinity, and either
+        # makes the full weight NaN.
         largest = largest.to(self._dtype).nan_to_num(nan=float("inf"), posinf=float("inf"))
         largest = largest.to(torch.promote_types(self._dtype, torch.float32))
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._axis.group)

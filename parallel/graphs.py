@@ -98,9 +98,7 @@ class Capture(Protocol):
 
 
 class CudaCapture(Capture):
-    """``torch.cuda.graph`` with one memory pool for all graphs, which therefore run one after the
-    other.
-    """
+    """``torch.cuda.graph``; all graphs share a memory pool, so they run one after the other."""
 
     def __init__(self) -> None:
         self._pool: tuple[int, int] | None = None

@@ -77,7 +77,10 @@ class Groups:
 
 
 def grid_of(degrees: Degrees) -> dict[str, int]:
-    """Return the sizes of the dimensions of the rank grid, outermost first."""
+    """Return the sizes of the dimensions of the rank grid, outermost first.
+
+    For example, hdp = 4 with ep = 2, and tp = 2, give expert_shard = 2, ep = 2 and tp = 2.
+    """
     return {
         "pp": degrees.pp,
         "replicas": degrees.replicas,
@@ -88,8 +91,7 @@ def grid_of(degrees: Degrees) -> dict[str, int]:
 
 
 def parts_of(grid: Mapping[str, int], dims: Collection[str]) -> np.ndarray:
-    """Return the groups of ranks that differ only in ``dims``: [groups, ranks], ascending in a
-    group.
+    """Return the groups of ranks that differ only in ``dims``: [groups, ranks], ascending.
 
     For example, the dim "tp" of the grid {"hdp": 2, "tp": 2} gives [[0, 1], [2, 3]].
     """
@@ -104,9 +106,7 @@ def parts_of(grid: Mapping[str, int], dims: Collection[str]) -> np.ndarray:
 def open_groups(
     grid: Mapping[str, int], device: torch.device, timeout: timedelta, checkpoint_timeout: timedelta
 ) -> Groups:
-    """Create this rank's groups; all ranks call this function after the default group is
-    initialized.
-    """
+    """Create this rank's groups; all ranks call this function, after the default group's start."""
     # A simulated world has no other ranks for gloo to connect to.
     host_backend = "fake" if dist.get_backend() == "fake" else "gloo"
     with _connected_when_needed():
@@ -143,9 +143,7 @@ def open_groups(
 def _make(
     parts: np.ndarray, name: str, device: torch.device, timeout: timedelta
 ) -> dist.ProcessGroup:
-    """Create the group of this rank's row of ``parts``; every rank creates the group of its own
-    row.
-    """
+    """Create the group of this rank's row of ``parts``; every rank creates its own group."""
     everyone = dist.group.WORLD
     assert everyone is not None
     if everyone.bound_device_id is not None:
@@ -210,10 +208,10 @@ def allow_sockets(world_size: int) -> None:
 def device_meshes(
     grid: Mapping[str, int], groups: Groups, device_type: str
 ) -> tuple[DeviceMesh, DeviceMesh]:
-    """Return the mesh (pp, replicas, shard, tp), and a mesh with shard split in expert_shard and
-    ep.
+    """Return the mesh (pp, replicas, shard, tp), and the mesh with shard split in two.
 
-    Without expert parallelism both meshes are the same object.
+    The second mesh has the dimensions expert_shard and ep in place of shard. Without expert
+    parallelism both meshes are the same object.
     """
     names = ("pp", "replicas", "shard", "tp")
     sizes = [grid["pp"], grid["replicas"], grid["expert_shard"] * grid["ep"], grid["tp"]]

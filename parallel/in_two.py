@@ -18,12 +18,13 @@ Start = Callable[[Tensor], Tensor]
 class InTwo:
     """Communication that ``send`` starts and ``arrive`` awaits.
 
-    ``there`` starts the communication and ``back`` that of the gradient, in the opposite direction.
-    Both halves are autograd functions: autograd runs the backward of later calls first, so the
-    backward of operators between the two forward calls overlaps with the communication. No existing
-    tensor is modified, so selective checkpointing can save the result. An object is used once. A
-    tensor that is sent must also be received if a block is recomputed. A tensor in flight has no
-    autograd history, because a thread of the backend may be the last to release it. For example::
+    ``there`` starts the communication and ``back`` the gradient's communication, in the opposite
+    direction. Both halves are autograd functions: autograd runs the backward of later calls first,
+    so the backward of operators between the two forward calls overlaps with the communication. No
+    existing tensor is modified, so selective checkpointing can save the result. An object is used
+    once. A tensor that is sent must also be received if a block is recomputed. A tensor in flight
+    has no autograd history, because a thread of the backend may be the last to release the tensor.
+    For example::
 
         exchange = InTwo(start, start_backward)
         edge = exchange.send(x)
@@ -90,7 +91,7 @@ def under_way(moving: Tensor, axis: Axis) -> Tensor:
 
     With gloo the collective is awaited here, so it does not overlap with computation: several
     collectives in flight damaged the heap, once in some hundred to thousand steps (torch 2.13; the
-    cause is unknown, a race like that of github.com/pytorch/pytorch/issues/75529 is suspected).
+    cause is unknown, possibly a race as in github.com/pytorch/pytorch/issues/75529).
     """
     if moving.device.type == "cpu" and dist.get_backend(axis.group) != "fake":
         waited: Tensor = torch.ops._c10d_functional.wait_tensor(moving)

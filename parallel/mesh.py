@@ -81,7 +81,8 @@ class Mesh:
     ``checkpoint_group`` (gloo) is reserved for the checkpoint writer: its thread communicates
     concurrently, and two threads in one group would interleave their collectives. Close the mesh,
     or use it as a context manager, when the run ends; a process group that the caller started stays
-    open. ``restart``: the reason for which the launcher restarted this process.
+    open. ``restart``: number of restarts by the launcher and the last reason; None on the first
+    start.
     """
 
     device: torch.device
@@ -151,7 +152,10 @@ class Mesh:
         return held[0]
 
     def gather_objects(self, value: T) -> list[T]:
-        """Return the values of all ranks, in rank order, on every rank."""
+        """Return the values of all ranks, in rank order, on every rank.
+
+        For example, ``mesh.gather_objects(mesh.rank)`` is [0, 1, ...].
+        """
         gathered: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(gathered, value, group=self.host_group)
@@ -166,9 +170,7 @@ class Mesh:
         return int(bounds[0]) == -int(bounds[1])
 
     def barrier(self, reason: str) -> None:
-        """Wait for all ranks; on timeout raise RuntimeError that lists the absent ranks and
-        ``reason``.
-        """
+        """Wait for all ranks; after the timeout raise RuntimeError that names absent ranks."""
         if self.world_size == 1:
             return
         # Over the store: a group cannot name the ranks that are absent, and to receive from all
@@ -214,9 +216,7 @@ class Mesh:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, sharing its memory; other tensors are returned
-    unchanged.
-    """
+    """Return this rank's shard of a DTensor, sharing its memory, or any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,9 +1,9 @@
 """Overlap of communication and computation of one simulated rank, counted in FLOPs.
 
 One rank of a simulated mesh (``simulate.py``) runs the code of a step on tensors without storage.
-The log records, in the order in which the host issues them, starts of messages, waits for messages,
-and products with their FLOPs. A device with separate communication streams can hide a message
-behind exactly the FLOPs between its start and its wait.
+The log records starts of messages, waits for messages, and products with their FLOPs, in the order
+of the host's calls. A device with separate communication streams can hide a message behind exactly
+the FLOPs between its start and its wait.
 
 FSDP2 waits with stream events, which a CPU lacks. The log applies the order that FSDP2 has on CUDA:
 an all-gather is awaited when its copy-out starts; a reduction is awaited when the next reduction
@@ -47,7 +47,7 @@ class OverlapLog(CollectiveLog):
     """Log of messages and of the FLOPs issued between start and end of each message.
 
     ``flops``: of all products so far. ``messages``: in order of their start; messages that are
-    never awaited end with the log.
+    never awaited end with the log. For example, ``[message.behind for message in log.messages]``.
     """
 
     def __init__(self, mesh: Mesh) -> None:

@@ -187,7 +187,7 @@ class PipelineExecution(Execution):
         observe: Observe | None,
         before: Callable[[int], None] | None = None,
     ) -> None:
-        """Run forward passes; without ``observe`` only those of the blocks."""
+        """Run forward passes; without ``observe`` run only the blocks."""
         sent: list[tuple[dist.Work, Tensor]] = []
         held: dict[int, Tensor] = {}  # by micro-batch: input of this rank's next stage
         # A round of micro-batches runs through one stage, then through the rank's next stage; a

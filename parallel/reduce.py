@@ -42,9 +42,7 @@ class GradientSync(Protocol):
         return False
 
     def hold(self, owner: nn.Module, name: str) -> AbstractContextManager[Tensor]:
-        """Return a context that provides parameter ``name`` of ``owner``, or this rank's shard, for
-        writing.
-        """
+        """Return a context with parameter ``name`` of ``owner``, or this rank's shard, to write."""
         return held(owner, name)
 
     @property

@@ -170,8 +170,7 @@ def start(launch: Launch, device: torch.device, timeout: timedelta) -> Restart |
 def meet(
     store: dist.Store, rank: int, world_size: int, restart: Restart, timeout: timedelta
 ) -> tuple[dist.Store, Restart]:
-    """Return a new prefix of ``store``, the same on all ranks, and the restart that rank 0 has
-    collected.
+    """Return a new prefix of ``store``, equal on all ranks, and the restart known to rank 0.
 
     Every rank calls this function with the restart known to its node: rank 0 returns the largest
     count and the first reason. ``store`` may contain keys of earlier ranks, which have all ended.

@@ -181,7 +181,7 @@ def without_storage() -> FakeTensorMode:
 class EvenExchange(AllToAll):
     """All-to-all of expert parallelism with equal numbers of tokens for all experts.
 
-    Real numbers of tokens depend on data, which a simulation lacks. Sizes are those of the mean.
+    Real numbers of tokens depend on data, which a simulation lacks. Sizes are mean sizes.
     """
 
     @override
@@ -191,9 +191,7 @@ class EvenExchange(AllToAll):
 
 
 def even_experts(part: Transformer) -> None:
-    """Replace the all-to-all of the experts of ``part`` by ``EvenExchange``, which needs no
-    data.
-    """
+    """Replace the all-to-all of the experts of ``part`` by ``EvenExchange``."""
     for module in part.modules():
         if isinstance(module, Experts) and isinstance(module.exchange, AllToAll):
             module.exchange = EvenExchange(module.exchange.axis, module.exchange.cut)

@@ -16,6 +16,7 @@ boundaries.
 | their biases                  | Shard(0)              |
 | gains over all heads          | Shard(0)              |
 | wo, down                      | Shard(1)              |
+| wq, wkv of latents, wo        | Shard(0), Shard(1)    |
 | experts' gate, up [E, F, D]   | Shard(1)              |
 | experts' down [E, D, F]       | Shard(2)              |
 | the same, ``expert_tp: 1``    | Shard(0)              |
@@ -50,13 +51,19 @@ from torch.distributed.tensor import (
 from typing_extensions import override
 
 from allometry.models.head import OutputHead
+from allometry.models.latent import LatentAttention
 from allometry.models.layers import Embedding, RMSNorm
 from allometry.models.moe import Experts, MoEFeedForward
 from allometry.models.parameters import local_weight
 from allometry.models.transformer import Attention, FeedForward, Transformer
 from allometry.models.vocabulary import SharedSoftmax, Vocabulary
 from allometry.parallel.mesh import Axis, Mesh
-from allometry.parallel.tensor_chunks import chunk_attention, chunk_feed_forward
+from allometry.parallel.tensor_chunks import (
+    chunk_attention,
+    chunk_feed_forward,
+    joined,
+    separated,
+)
 
 
 def apply_tensor(
@@ -74,16 +81,15 @@ def apply_tensor(
     documents; the residual stream, which pipeline stages exchange, is [B, L/tp, D]. tp must divide
     heads, hidden widths and L; the vocabulary may have any size that gives each rank at least one
     row. Losses cover all tokens and are the same on all ranks of a tensor-parallel group: count
-    them once. Logits are unsharded on all ranks.
+    them once. Logits are unsharded on all ranks. For example, tp = 2 gives each rank half of the
+    heads and of the feed-forward width.
     """
     if mesh.tp.size > 1:
         tp = mesh.device_mesh["tp"]
         for module in list(model.modules()):
             match module:
-                case Attention():
-                    _cut_weights(module, tp, {"wq": 0, "wk": 0, "wv": 0, "wo": 1})
-                    if module.norm_over == "width":
-                        _norm_over_ranks(module, tp)
+                case Attention() | LatentAttention():
+                    _cut_heads(module, tp)
                     if chunked:
                         chunk_attention(module, mesh.tp)
                     else:
@@ -181,7 +187,10 @@ def gather(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
 
 
 def gather_tokens(x_BlD: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return [B, L, D]; a single sequence is gathered without a copy, several need one."""
+    """Return [B, L, D]; a single sequence is gathered without a copy, several need one.
+
+    For example, tp = 4 gathers 4 parts [B, 256, D] into [B, 1024, D].
+    """
     if len(x_BlD) == 1:
         return gather(x_BlD[0], mesh, dim=0)[None]
     return gather(x_BlD, mesh, dim=1)
@@ -209,6 +218,16 @@ def _cut_weights(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> N
         if linear.bias is not None:
             assert dim == 0, f"a bias of {name} would be added on every rank"
             _distribute(linear, "bias", mesh, [Shard(0)])
+
+
+def _cut_heads(module: Attention | LatentAttention, mesh: DeviceMesh) -> None:
+    """Shard the products to and from heads; the products to latents stay replicated."""
+    if isinstance(module, LatentAttention):
+        _cut_weights(module, mesh, {"wq": 0, "wkv": 0, "wo": 1})
+        return
+    _cut_weights(module, mesh, {"wq": 0, "wk": 0, "wv": 0, "wo": 1})
+    if module.norm_over == "width":
+        _norm_over_ranks(module, mesh)
 
 
 def _norm_over_ranks(module: Attention, mesh: DeviceMesh) -> None:
@@ -240,18 +259,19 @@ def _norm_over_ranks(module: Attention, mesh: DeviceMesh) -> None:
     module.normed = normed  # type: ignore[assignment,method-assign]
 
 
-def _exchange_around_products(module: Attention, mesh: DeviceMesh) -> None:
-    """Make attention [B, l, D] -> [B, l, D] all-gather tokens as rows and reduce-scatter sums as
-    rows.
+def _exchange_around_products(module: Attention | LatentAttention, mesh: DeviceMesh) -> None:
+    """Make attention [B, l, D] -> [B, l, D] gather tokens as rows and scatter sums as rows.
 
     Rows are in rank order, as in ``_exchange_rows``. Only the inputs and outputs of attention
-    itself, 1/tp of the full width, are copied to sequence order and back.
+    itself, 1/tp of the full width, are copied to sequence order and back. Latent attention
+    computes its latents from local tokens and gathers the latents, in one message.
     """
     project, output = module.project, module.wo.forward
 
-    def gather_and_project(x_BlD: Tensor) -> tuple[Tensor, ...]:
+    def gather_and_project(*parts: Tensor) -> tuple[Tensor, ...]:
+        x_BlD, widths = joined(parts)
         rows_TD = gather(x_BlD.flatten(0, 1), mesh, dim=0)
-        made = project(rows_TD[None])
+        made = project(*separated(rows_TD[None], widths))
         return tuple(in_sequences(y[0], len(x_BlD), mesh.size()) for y in made)
 
     def multiply_and_scatter(o_BLD: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from allometry.models.latent import LatentAttention
 from allometry.models.transformer import Attention, FeedForward
 from allometry.parallel.in_two import InTwo, under_way
 from allometry.parallel.mesh import Axis
@@ -44,12 +45,13 @@ def chunk_feed_forward(module: FeedForward, axis: Axis) -> None:
     module.forward = forward  # type: ignore[method-assign]
 
 
-def chunk_attention(module: Attention, axis: Axis) -> None:
+def chunk_attention(module: Attention | LatentAttention, axis: Axis) -> None:
     """Make the products before and after attention process their tokens in chunks."""
     project, output = module.project, module.wo.forward
 
-    def gather_and_project(x_BlD: Tensor) -> tuple[Tensor, ...]:
-        chunks = [project(x_RD[None]) for x_RD in _gathered(x_BlD, axis)]
+    def gather_and_project(*parts: Tensor) -> tuple[Tensor, ...]:
+        x_BlD, widths = joined(parts)
+        chunks = [project(*separated(x_RD[None], widths)) for x_RD in _gathered(x_BlD, axis)]
         return tuple(
             _sequences([y[0] for y in made], len(x_BlD), axis.size)
             for made in zip(*chunks, strict=True)
@@ -67,6 +69,20 @@ def chunk_attention(module: Attention, axis: Axis) -> None:
 
     module.project = gather_and_project  # type: ignore[method-assign]
     module.wo.forward = multiply_and_scatter  # type: ignore[method-assign]
+
+
+def joined(parts: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Return what travels in one message, [B, l, ...] side by side, and the width of each part."""
+    widths = [part.shape[-1] for part in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1), widths
+
+
+def separated(x: Tensor, widths: list[int]) -> Sequence[Tensor]:
+    """Return the parts of ``joined``; a single part is ``x``, whose gradient is not copied.
+
+    The backward pass of ``Tensor.split`` concatenates, also when there is only one part.
+    """
+    return (x,) if len(widths) == 1 else x.split(widths, dim=-1)
 
 
 def _count(tokens: int) -> int:

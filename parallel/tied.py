@@ -1,5 +1,4 @@
-"""Copies of the embedding in the last stage of a pipeline: a tied head, and the table in which
-multi-token prediction looks tokens up.
+"""Copies of the embedding in a pipeline's last stage: a tied head, and multi-token prediction's.
 
 The embedding owns the weight. Before a step computes, the embedding's value is sent to the copies,
 the mirrors; after the gradients of the step are reduced, the mirrors' gradients are sent back and
@@ -78,11 +77,9 @@ class Mirrors:
 
     @torch.no_grad()
     def return_gradient(self) -> None:
-        """Add the mirrors' reduced gradients to the owner's and drop them, unless it is frozen."""
+        """Add the mirrors' gradients, reduced, to the owner's and drop them; skip frozen weights."""
         ends = [module for module in (self._owner, *self._mirrors.values()) if module is not None]
-        trained = [_weight(module).requires_grad for module in ends]
-        if not all(trained):
-            assert not any(trained), "an embedding and its copies are frozen together"
+        if not all(_weight(module).requires_grad for module in ends):
             return
         total: Tensor | None = None
         for mirror in map(_weight, self._mirrors.values()):

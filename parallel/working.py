@@ -55,9 +55,7 @@ class WorkingCopy:
         return self._flat[: math.prod(shape)].view(shape)
 
     def leave(self) -> None:
-        """Release the memory of the parameter, which becomes an expanded scalar NaN of the same
-        shape.
-        """
+        """Release the memory of the parameter, which becomes an expanded scalar NaN."""
         self.show(torch.full((), math.nan, dtype=self.parameter.dtype, device=self._flat.device))
 
     def show(self, part: Tensor) -> None:

@@ -61,6 +61,8 @@ class FullyShardedSync(GradientSync):
 
     Parameters become DTensors, sharded in the dimension given by ``scaling.shards.zero_dim``: the
     first, or another one if there are too few experts. Between steps parameters are always sharded.
+    For example, ``regather: step`` makes stage 3 keep a block's parameters until the end of the
+    step.
     """
 
     def __init__(
@@ -152,9 +154,7 @@ class FullyShardedSync(GradientSync):
             self._fp8.stale = True  # the optimizer step follows
 
     def _end_without_backward(self, part: Transformer) -> None:
-        """Free the parameters that a part has gathered in this step, as the end of a backward
-        would.
-        """
+        """Free the parameters that a part has gathered in this step, as a backward would."""
         self.close(part)
         state: Any = part._get_fsdp_state()  # type: ignore[operator]
         state._root_post_backward_final_callback()

@@ -1,1 +1,1 @@
-"""What changes with size: roles, counting, parameterization, the plan of a run."""
+"""Scaling with model size: parameter roles, counts, parameterization, and the plan of a run."""

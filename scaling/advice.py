@@ -1,7 +1,7 @@
-"""What no expert would run, though it can be: combinations of keys, and what would serve better.
+"""Advice on valid but inefficient combinations of config keys, with better settings.
 
-Each rule is a function of a run's config and plan; it returns a sentence, or None. Whether memory
-is ample or short is judged by the plan's estimate against ``DEVICE_BYTES``.
+Each rule is a function of a run's config and plan that returns a sentence or None. The plan's
+memory estimate is compared with ``DEVICE_BYTES`` to judge whether memory is ample or short.
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ from allometry.scaling.offload import STAYING
 from allometry.scaling.plan import RunPlan, memory_of, traffic_of
 
 DEVICE_BYTES = 80 * 10**9
-"""Memory that a run is held against: what an A100 or H100 has, less some GB for what no estimate
-has in it (see ``MemoryEstimate``)."""
+"""Assumed device memory: an A100 or H100 of 80 GB, less some GB for memory that the estimate does
+not include (see ``MemoryEstimate``).
+"""
 NODE_RANKS = 8
-"""Ranks of a node where the launcher says nothing."""
+"""Default number of ranks per node if the launcher does not define it."""
 
 Rule = Callable[[RunConfig, RunPlan, int], str | None]
 
 
 def advice(config: RunConfig, plan: RunPlan, node_ranks: int = NODE_RANKS) -> dict[str, str]:
-    """Return what to change, by the name of the rule; ``node_ranks``: ranks of one machine."""
+    """Return advice by name of the rule; ``node_ranks``: ranks of one machine.
+
+    For example, full checkpointing of a small model returns ``{"recomputes_though_memory_is_ample":
+    "..."}``.
+    """
     found = ((rule.__name__, rule(config, plan, node_ranks)) for rule in RULES)
     return {name: text for name, text in found if text is not None}
 
 
 def stage_higher_than_needed(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """Stages 2 and 3 send more with every micro-batch; the lowest one that fits is the fastest."""
+    """Advise a lower ZeRO stage: stages 2 and 3 communicate in every micro-batch."""
     zero, count = config.parallel.zero, plan.micro_batches(plan.total_steps)
     if plan.hdp == 1 or plan.layout.pp > 1 or count == 1 or zero.stage < 2:
         return None
@@ -48,7 +53,7 @@ def stage_higher_than_needed(config: RunConfig, plan: RunPlan, _: int) -> str | 
 
 
 def regathers_in_a_pipeline(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """Every micro-batch gathers all parameters, twice."""
+    """Advise ``regather: step``: every micro-batch gathers all parameters twice."""
     zero, pp = config.parallel.zero, plan.layout.pp
     if pp == 1 or plan.hdp == 1 or not zero.frees(pp):
         return None
@@ -64,7 +69,7 @@ def regathers_in_a_pipeline(config: RunConfig, plan: RunPlan, _: int) -> str | N
 
 
 def does_not_fit(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """The first step would end for want of memory."""
+    """Advise settings that fit: the first step would run out of memory."""
     if plan.memory.total <= DEVICE_BYTES:
         return None
     zero = config.parallel.zero
@@ -94,7 +99,7 @@ def does_not_fit(config: RunConfig, plan: RunPlan, _: int) -> str | None:
 
 
 def recomputes_though_memory_is_ample(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """Full checkpointing computes each forward twice, about a third more arithmetic."""
+    """Advise milder checkpointing: 'full' computes each forward twice, a third more FLOPs."""
     kind, share = config.training.activation_checkpointing, config.training.activation_offload
     if kind != "full":
         return None
@@ -113,7 +118,7 @@ def recomputes_though_memory_is_ample(config: RunConfig, plan: RunPlan, _: int) 
 
 
 def offloads_though_memory_is_ample(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """Parameters and gradients cross to the host and back, and the host takes the step."""
+    """Advise no offload: parameters and gradients move, and the host runs the optimizer step."""
     zero = config.parallel.zero
     if zero.offload == "none":
         return None
@@ -129,7 +134,7 @@ def offloads_though_memory_is_ample(config: RunConfig, plan: RunPlan, _: int) ->
 def activations_leave_though_memory_is_ample(
     config: RunConfig, plan: RunPlan, _: int
 ) -> str | None:
-    """What travels takes memory's bandwidth and pinned memory of the host, for nothing."""
+    """Advise no offload: transfers use memory bandwidth and pinned host memory."""
     if plan.activation_traffic is None:
         return None
     need = _needs(config, plan, training={"activation_offload": 0.0})
@@ -140,9 +145,10 @@ def activations_leave_though_memory_is_ample(
 
 
 def copies_of_activations_do_not_hide(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """A layer's memory is given back when the next one has run: a slower copy holds the device up.
+    """Advise smaller transfers: a copy slower than a layer's forward stalls the device.
 
-    Lasting longer than a layer's forward, that of each offloaded layer costs the difference.
+    A layer's memory is released after the next layer has run. Each offloaded layer costs the
+    difference between copy and forward.
     """
     traffic = plan.activation_traffic
     if traffic is None or traffic.hides:
@@ -166,7 +172,7 @@ def copies_of_activations_do_not_hide(config: RunConfig, plan: RunPlan, _: int) 
 
 
 def tp_across_nodes(config: RunConfig, plan: RunPlan, node_ranks: int) -> str | None:
-    """Each block waits for eight messages of all its tokens; they belong on links within a node."""
+    """Advise tp within a node: each block waits for eight messages of all its tokens."""
     tp = plan.layout.degrees.tp
     if tp == 1 or node_ranks % tp == 0 or plan.world_size <= node_ranks:
         return None
@@ -178,7 +184,7 @@ def tp_across_nodes(config: RunConfig, plan: RunPlan, node_ranks: int) -> str | 
 
 
 def pipeline_mostly_waits(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """Ranks idle while it fills and drains (arXiv 2104.04473, section 2.2)."""
+    """Advise a fuller pipeline: ranks idle at its ends (arXiv 2104.04473, section 2.2)."""
     layout, count = plan.layout, plan.micro_batches(plan.total_steps)
     if layout.pp == 1 or _splits(config):
         return None
@@ -193,7 +199,7 @@ def pipeline_mostly_waits(config: RunConfig, plan: RunPlan, _: int) -> str | Non
 
 
 def experts_cut_too_thin(config: RunConfig, plan: RunPlan, _: int) -> str | None:
-    """Products of a few columns leave most of a tile idle, and tokens are gathered for them."""
+    """Advise ``expert_tp: 1``: products of few columns use part of a tile and gather tokens."""
     model, degrees = config.model, plan.layout.degrees
     if not isinstance(model, MoEModel) or degrees.tp == 1 or degrees.whole_experts:
         return None
@@ -218,11 +224,11 @@ RULES: tuple[Rule, ...] = (
     pipeline_mostly_waits,
     experts_cut_too_thin,
 )
-"""All rules, in the order in which they are told."""
+"""All rules, in the order of their output."""
 
 
 def _needs(config: RunConfig, plan: RunPlan, **sections: dict[str, Any]) -> int:
-    """Return the bytes that the run would need with these keys of its sections."""
+    """Return the memory in bytes that the run would need with changed keys of ``sections``."""
     changed = {
         name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items()
     }

@@ -1,8 +1,8 @@
-"""The back ends of attention: when each is used, what it keeps, which operators it runs.
+"""Attention back ends: conditions of use, saved tensors and operators.
 
-One table, in order of preference, without torch: the choice in ``models/attention.py`` (which says
-how each runs), the measurement at the start of a run, selective checkpointing, ``allometry doctor``
-and the memory estimate read it.
+The module is one table, in order of preference, without torch. The selection in
+``models/attention.py`` (which implements the back ends), the measurement at the start of a run,
+selective checkpointing, ``allometry doctor`` and the memory estimate read this table.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 
 class AttentionCall(NamedTuple):
-    """What attention is asked for.
+    """Properties of an attention call.
 
-    ``device``: cpu, cuda or meta; ``dtype``: bf16, fp16, fp32 or fp64; ``packed``: documents share
-    a sequence; ``length``: tokens of a sequence; ``compiled``: whether torch.compile traces it;
-    ``deterministic``: the same call must give the same bits; ``window``: keys that a query meets at
-    most, None: no such bound.
+    ``device``: cpu, cuda or meta; ``dtype``: bf16, fp16, fp32 or fp64; ``packed``: several
+    documents share a sequence; ``length``: tokens of a sequence; ``compiled``: True if
+    torch.compile traces the call; ``deterministic``: the same call must return the same bits;
+    ``window``: maximum number of keys per query, None: unlimited.
     """
 
     device: str
@@ -33,7 +33,7 @@ class AttentionCall(NamedTuple):
 
     @property
     def windowed(self) -> bool:
-        """Whether a query meets fewer keys than there are before it."""
+        """True if the window is shorter than the sequence."""
         return self.window is not None and self.window < self.length
 
 
@@ -42,16 +42,18 @@ def _always(call: AttentionCall) -> bool:
 
 
 class AttentionBackend(NamedTuple):
-    """One way to compute causal attention within documents.
+    """An implementation of causal attention within documents.
 
-    ``takes``: whether it can do a call on one of its ``devices`` (None: any), ``needs`` the same in
-    words; ``windows``: whether it has sliding windows; ``meant``: whether it may be chosen without
-    being named. ``operators``: those of its forward as torch's dispatcher names them; some of them
-    run in each call, and selective checkpointing keeps their results. ``package``: what must be
-    installed beside torch, by import name, and ``install`` how. ``deterministic``: whether its
-    backward can give the same bits twice.
-    ``kept_bytes(heads, length, compute_bytes)``: bytes for each token that a backward needs beside
-    queries, keys, values and output; the log-sum-exp in fp32 unless said.
+    ``takes``: True if it supports a call on one of its ``devices`` (None: any); ``needs`` describes
+    this condition; ``windows``: supports sliding windows; ``narrow_values``: supports values that
+    are narrower than keys; ``meant``: True if it may be selected automatically. ``operators``:
+    dispatcher names of its forward; each call runs some of these, and selective checkpointing saves
+    their results. ``package``: import name of a package required in addition to torch; ``install``:
+    command to install the package. ``deterministic``: the backward can be deterministic.
+    ``kept_bytes(heads, length, compute_bytes)``: bytes per token saved for backward in addition to
+    queries, keys, values, output and a mask; by default the log-sum-exp in fp32. ``dense_mask``:
+    saves a mask [L, L] in the compute type, of each sequence if documents are packed, else one for
+    all sequences.
     """
 
     name: str
@@ -65,16 +67,26 @@ class AttentionBackend(NamedTuple):
     install: str = ""
     deterministic: bool = True
     windows: bool = False
+    narrow_values: bool = False
+    dense_mask: bool = False
+
+    def kept(self, call: AttentionCall, heads: int, compute_bytes: int, sequences: int) -> int:
+        """Return the bytes per token saved for the backward of a call with ``sequences``."""
+        mask = compute_bytes * call.length if self.dense_mask else 0
+        masks = mask if call.packed else mask // sequences
+        return self.kept_bytes(heads, call.length, compute_bytes) + masks
 
     def able(self, call: AttentionCall) -> bool:
-        """Whether it can do the call, where its package is installed."""
+        """Return True if the back end supports the call, provided that its package is installed."""
         here = self.devices is None or call.device in self.devices
         bits = self.deterministic or not call.deterministic
         return here and self.takes(call) and bits and (self.windows or not call.windowed)
 
 
 LONGEST_BLOCKED = 1024
-"""Kept weights grow with L squared: longer sequences pay more memory than they save time."""
+"""Maximum length for ``blocked``. The saved attention weights grow with L squared: for longer
+sequences they cost more memory than the time saved is worth.
+"""
 
 _SDPA = (
     "aten::_scaled_dot_product_flash_attention",
@@ -82,7 +94,7 @@ _SDPA = (
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_fused_attention_overrideable",
-    "aten::bmm",  # where no fused kernel takes the type
+    "aten::bmm",  # types without a fused kernel
 )
 _FLASH_ATTN = "on a GPU machine with nvcc: pip install 'allometry[cuda]' --no-build-isolation"
 _HOPPER = "on an H100 or H200 with nvcc: python setup.py install in flash-attention's folder hopper"
@@ -106,8 +118,9 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         kept_bytes=lambda heads, length, compute_bytes: compute_bytes * heads * length,
         devices=("cpu",),
         windows=True,
+        narrow_values=True,
     ),
-    AttentionBackend(  # torch's flash kernel; for wide types on CUDA another of SDPA's
+    AttentionBackend(  # torch's flash kernel; another SDPA kernel for wide types on CUDA
         "flash",
         lambda call: not call.packed,
         "sequences that are not packed with documents",
@@ -140,7 +153,7 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         operators=("torch_attn::_varlen_attn",),
         devices=("cuda",),
     ),
-    AttentionBackend(  # cuDNN's kernel; documents by batches of like length
+    AttentionBackend(  # cuDNN's kernel; documents in batches of similar length
         "cudnn",
         functools.partial(_half, 128),
         _HALF.format(128),
@@ -148,7 +161,7 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         devices=("cuda",),
         deterministic=False,
     ),
-    AttentionBackend(  # torch's flex_attention, generated for masks of documents
+    AttentionBackend(  # torch's flex_attention, generated for document masks
         "flex",
         lambda call: (call.packed or call.windowed) and _half(256, call),
         "packed documents or sliding windows, " + _HALF.format(256),
@@ -156,28 +169,29 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         devices=("cuda",),
         windows=True,
     ),
-    AttentionBackend(  # torch's flash kernel for CPUs on documents of like length
+    AttentionBackend(  # torch's flash kernel for CPUs on documents of similar length
         "packed",
         lambda call: call.packed,
         "packed documents",
         operators=("allometry::packed_attention",),
         devices=("cpu",),
     ),
-    AttentionBackend(  # scaled_dot_product_attention with a dense mask, which it keeps
+    AttentionBackend(  # scaled_dot_product_attention with a dense mask, which is saved
         "masked",
         lambda call: call.packed or call.windowed,
         "packed documents or sliding windows",
         operators=_SDPA,
         windows=True,
-        kept_bytes=lambda heads, length, compute_bytes: 4 * heads + compute_bytes * length,
+        dense_mask=True,
     ),
-    AttentionBackend(  # softmax written out: what tests compare the others with
+    AttentionBackend(  # explicit softmax: the reference of the tests
         "reference",
         _always,
         "nothing",
         operators=("aten::bmm",),
         meant=lambda call: False,
         windows=True,
+        narrow_values=True,
         kept_bytes=lambda heads, length, compute_bytes: max(4, compute_bytes) * heads * length,
     ),
 )
@@ -185,14 +199,17 @@ BACKENDS: tuple[AttentionBackend, ...] = (
 Installed = Callable[[str | None], bool]
 
 
-@functools.cache  # the file system is not to be asked in every layer
+@functools.cache  # avoids file system access in every layer
 def installed(package: str | None) -> bool:
-    """Return whether a package can be imported; None, torch alone, always can."""
+    """Return True if a package can be imported; None (torch alone) is always installed."""
     return package is None or importlib.util.find_spec(package) is not None
 
 
 def choose_backend(call: AttentionCall, is_installed: Installed = installed) -> AttentionBackend:
-    """Return the first back end of ``BACKENDS`` that can do the call and is meant to."""
+    """Return the first back end of ``BACKENDS`` that supports the call and may be selected.
+
+    For example, packed bf16 documents on CUDA without flash-attn select ``varlen``.
+    """
     for backend in BACKENDS:
         if backend.able(call) and backend.meant(call) and is_installed(backend.package):
             return backend
@@ -200,21 +217,24 @@ def choose_backend(call: AttentionCall, is_installed: Installed = installed) -> 
 
 
 def named(name: str) -> AttentionBackend:
-    """Return the back end of this name."""
+    """Return the back end called ``name``."""
     return next(backend for backend in BACKENDS if backend.name == name)
 
 
 def worth_measuring(call: AttentionCall, is_installed: Installed = installed) -> tuple[str, ...]:
     """Return the back ends that may be the fastest for a call on a GPU, in order of preference.
 
-    A dense mask is never one: it is there for calls that nothing else takes.
+    The dense mask is excluded unless no other back end supports the call.
     """
     able = [b for b in BACKENDS if b.able(call) and b.meant(call) and is_installed(b.package)]
     return tuple(b.name for b in able if b.name != "masked") or ("masked",)
 
 
 def refusal(name: str, call: AttentionCall, is_installed: Installed = installed) -> str | None:
-    """Return why the back end of this name cannot do a call and what to do; None if it can."""
+    """Return the reason why a back end does not support a call, with a remedy; None if it does.
+
+    For example, ``refusal("flash2", call)`` of a call on a CPU names the devices of ``flash2``.
+    """
     backend = named(name)
     able = [b.name for b in BACKENDS if b.able(call) and is_installed(b.package)]
     others = f"use {', '.join(able)}"

@@ -1,4 +1,4 @@
-"""How many sequences each step holds: the batch, its ramp, and the length of a run in steps."""
+"""Number of sequences in each step: batch size, batch ramp, and the length of a run in steps."""
 
 # Steps are counted from 1: step s is the s-th update of the optimizer.
 
@@ -18,9 +18,9 @@ MOST_STEPS, MOST_TOKENS = 10**9, 10**18
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stretch of steps with one batch size, until the next stage's first step.
+    """Consecutive steps with one batch size, up to the first step of the next stage.
 
-    ``first_sequence`` and ``first_token`` count what all steps before it hold.
+    ``first_sequence`` and ``first_token`` are the totals of all earlier steps.
     """
 
     first_step: int
@@ -31,12 +31,13 @@ class Stage:
 
 
 class BatchPlan:
-    """Which sequences each step takes: a pure function of the step.
+    """Sequences of each step, as a pure function of the step.
 
     With a ramp from b to B sequences in increments of Δ over T tokens, the K = (B−b)/Δ increases
-    are spread evenly: a step that begins after c tokens holds b + Δ·min(K, ⌊c·K/T⌋) sequences.
-    The batch only changes between steps. ``after`` puts it behind the steps of another one, whose
-    sequences may have another length.
+    are spread evenly: a step that begins after c tokens has b + Δ·min(K, ⌊c·K/T⌋) sequences. The
+    batch size changes only between steps. ``after`` appends the plan to the steps of another plan,
+    whose sequences may have another length. For example, 8 sequences of 512 tokens without a ramp
+    have ``tokens_after(2) == 8192``.
     """
 
     def __init__(self, batch: BatchConfig, sequence_length: int) -> None:
@@ -46,7 +47,7 @@ class BatchPlan:
         self.stages: tuple[Stage, ...] = tuple(_stages(batch, sequence_length))
 
     def after(self, before: BatchPlan, steps: int) -> BatchPlan:
-        """Return the same after the first ``steps`` steps of another plan."""
+        """Return this plan appended to the first ``steps`` steps of the plan ``before``."""
         sequences, tokens = before.sequences_before(steps + 1), before.tokens_after(steps)
         made = copy.copy(self)
         made.stages = (
@@ -64,28 +65,28 @@ class BatchPlan:
         return made
 
     def sequences(self, step: int) -> int:
-        """Return how many sequences this step (1, 2, ...) holds."""
+        """Return the number of sequences of ``step`` (1, 2, ...)."""
         assert step >= 1, step
         return self._stage_at(step).sequences
 
     def sequences_before(self, step: int) -> int:
-        """Return how many sequences all steps before this one hold: its position in the stream."""
+        """Return the number of sequences before ``step``: its position in the stream."""
         assert step >= 1, step
         stage = self._stage_at(step)
         return stage.first_sequence + (step - stage.first_step) * stage.sequences
 
     def tokens_before(self, step: int) -> int:
-        """Return how many tokens all steps before this one hold."""
+        """Return the number of tokens before ``step``."""
         stage = self._stage_at(step)
         done = (step - stage.first_step) * stage.sequences
         return stage.first_token + done * stage.sequence_length
 
     def tokens_after(self, step: int) -> int:
-        """Return how many tokens the first ``step`` steps hold (0 steps: none)."""
+        """Return the number of tokens in the first ``steps`` steps; 0 for 0 steps."""
         return self.tokens_before(step + 1)
 
     def steps_for_tokens(self, tokens: int) -> int:
-        """Return the fewest steps that hold at least this many tokens: the last one is whole."""
+        """Return the smallest number of steps with at least ``tokens`` tokens, rounded up."""
         assert tokens >= 0, tokens
         begun = bisect_left(self.stages, tokens, key=lambda stage: stage.first_token)
         stage = self.stages[max(begun - 1, 0)]
@@ -93,7 +94,7 @@ class BatchPlan:
         return stage.first_step - 1 + -(-(tokens - stage.first_token) // step_tokens)
 
     def rest(self, step: int) -> BatchPlan:
-        """Return the plan of the steps after this one (0: of all), counted from 1 again."""
+        """Return the plan of the steps after ``step`` (0: all steps), counted from 1."""
         position, tokens = self.sequences_before(step + 1), self.tokens_after(step)
         begun = replace(self._stage_at(step + 1), first_step=1, first_sequence=0, first_token=0)
         later = [
@@ -115,10 +116,12 @@ class BatchPlan:
 
 
 def total_steps(training: TrainingConfig, plan: BatchPlan) -> int:
-    """Return the length of the run in steps; a budget in tokens is rounded up to whole steps.
+    """Return the length of the run in steps; a token budget is rounded up to complete steps.
+
+    For example, 10,000 tokens in steps of 4,096 tokens are 3 steps.
 
     Raises:
-        UserError: they are more than ``MOST_STEPS``, or hold more than ``MOST_TOKENS``.
+        UserError: the run has more than ``MOST_STEPS`` steps or ``MOST_TOKENS`` tokens.
     """
     key, steps = "total_steps", training.total_steps
     if steps is None:
@@ -139,9 +142,9 @@ def total_steps(training: TrainingConfig, plan: BatchPlan) -> int:
 
 
 def warmup_steps(schedule: ScheduleConfig, plan: BatchPlan) -> int:
-    """Return the length of the warm-up in steps; tokens are rounded up to whole steps.
+    """Return the length of the warm-up in steps; tokens are rounded up to complete steps.
 
-    ``plan``: of the steps from the first of the schedule.
+    ``plan``: the plan that begins at the first step of the schedule.
     """
     if schedule.warmup_steps is not None:
         return schedule.warmup_steps
@@ -149,9 +152,9 @@ def warmup_steps(schedule: ScheduleConfig, plan: BatchPlan) -> int:
 
 
 def check_batch(batch: BatchConfig, hdp: int) -> None:
-    """Raise UserError unless hdp ranks can share each batch in whole micro-batches.
+    """Raise UserError unless hdp ranks can divide each batch into complete micro-batches.
 
-    It names the key, its value and the nearest values that work.
+    The message names the key, its value and the nearest valid values.
     """
     unit = hdp * batch.micro_batch_sequences
     share = f"hdp={hdp} x batch.micro_batch_sequences={batch.micro_batch_sequences}"
@@ -170,7 +173,7 @@ def check_batch(batch: BatchConfig, hdp: int) -> None:
 
 
 def _smaller_micro_batch(batch: BatchConfig, hdp: int) -> str:
-    """The change that leaves the batch as it is, where there is one."""
+    """Return a change of the micro-batch size that keeps the batch size; empty if none exists."""
     if batch.sequences % hdp:
         return ""
     each = batch.sequences // hdp
@@ -192,10 +195,10 @@ def _stages(batch: BatchConfig, sequence_length: int) -> Iterator[Stage]:
     increases = (batch.sequences - ramp.start_sequences) // ramp.increment_sequences
     for stage in range(increases):
         # The stage ends with the first step that begins at or after this many sequences:
-        # ceil((stage + 1) · T / (K · L)), in whole numbers.
+        # ceil((stage + 1) · T / (K · L)), in integers.
         limit = -(-(stage + 1) * ramp.over_tokens // (increases * sequence_length))
         if limit <= position:
-            continue  # a single step jumped over this stage
+            continue  # a single step has passed this stage
         sequences = ramp.start_sequences + stage * ramp.increment_sequences
         yield Stage(step, position, sequences, position * sequence_length, sequence_length)
         steps = -(-(limit - position) // sequences)

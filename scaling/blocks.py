@@ -1,4 +1,4 @@
-"""The blocks of a rank as its step in memory sees them: each kind of block is looked at once."""
+"""The blocks of a rank for the memory estimate; blocks of the same kind are computed once."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from allometry.scaling.shards import PREFETCHED, RankParts, has_experts
 
 
 class Kind(NamedTuple):
-    """What blocks of a model differ in."""
+    """Properties in which the blocks of a model differ."""
 
     experts: bool
-    in_compute: bool  # products stay in the compute type (``precision.compute_layers``)
-    frozen: frozenset[str]  # parameters without gradients, by their names in the block
+    in_compute: bool  # products in the compute type (``precision.compute_layers``)
+    frozen: frozenset[str]  # parameters without gradients, by name in the block
     windowed: bool
 
 
 @dataclass(frozen=True)
 class RankBlocks:
-    """The blocks of a rank, in the order of the model; ``away``: whose activations wait elsewhere.
+    """The blocks of a rank in model order; ``away``: layers with offloaded activations.
 
-    ``tokens`` of a micro-batch keep what ``checkpointing`` says until a block's backward;
-    ``dormant`` blocks have none, and keep nothing.
+    ``tokens`` of a micro-batch save activations according to ``checkpointing`` until the backward
+    of the block; ``dormant`` blocks have no backward and save no activations.
     """
 
     part: RankParts
@@ -38,19 +38,19 @@ class RankBlocks:
 
     @cached_property
     def layers(self) -> list[int]:
-        """The layers that lie here."""
+        """Layers of this rank."""
         return sorted(self.part.layers)
 
     def block(self, layer: int) -> Block:
-        """Return the block of a layer, or of the first that is like it."""
+        """Return the block of a layer, or of the first layer of the same kind."""
         return self._of_kind[self._kind(layer)]
 
     def saved(self, layer: int, how: Checkpointing | None = None) -> Counter[str]:
-        """Return what a micro-batch keeps of a layer, by operation; ``how`` None: as asked."""
+        """Return bytes saved by a micro-batch in a layer, by operation; ``how`` None: as set."""
         return self._kept[self._kind(layer), how or self.checkpointing]
 
     def staying(self) -> Counter[str]:
-        """Return what a micro-batch keeps here of all layers."""
+        """Return bytes saved on the device by one micro-batch in all layers, by operation."""
         total: Counter[str] = Counter()
         without = self.away | self.dormant
         here = Counter(self._kind(layer) for layer in self.layers if layer not in without)
@@ -60,18 +60,18 @@ class RankBlocks:
         return total
 
     def down(self, layer: int) -> int:
-        """Return the elements of a block's largest matrix out of its hidden width.
+        """Return the number of elements of a block's largest matrix from its hidden width.
 
-        Those of all experts together.
+        For experts the number is the total of all experts.
         """
         return self._down.get(self._kind(layer).experts, 0)
 
     @cached_property
     def telling(self) -> frozenset[int]:
-        """Places in ``layers`` of which the fullest moment of backward is one.
+        """Indices in ``layers`` that may have the peak of the backward pass.
 
-        Along equal blocks what is kept falls, and gradients grow, by as much with each, so that
-        the sum is largest at an end; ZeRO holds what it gathered ahead for a few blocks more.
+        Along equal blocks saved activations decrease and gradients increase linearly, so their sum
+        has its maximum at an end; ZeRO's prefetched parameters extend the range by a few blocks.
         """
         kinds = [
             (*self._kind(layer), layer in self.away, layer in self.dormant) for layer in self.layers

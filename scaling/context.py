@@ -1,6 +1,6 @@
-"""What hybrid data/context parallelism can take, judged without looking at a document.
+"""Checks of hybrid data/context parallelism that do not depend on documents.
 
-Pure; ``layout.py`` asks for every run.
+The functions are pure; ``layout.py`` calls them for every run.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from allometry.scaling.degrees import Degrees, check_divides
 
 
 def mode_of(config: RunConfig, degrees: Degrees) -> Literal["free", "aligned", "lockstep"]:
-    """Return how far hdp ranks must run in step (``scaling.hdp.plan.Mode``).
+    """Return how far hdp ranks must run in lockstep (``scaling.hdp.plan.Mode``).
 
-    Collectives inside a micro-batch (ZeRO 2 and 3, expert parallelism) need as many of them on each
-    rank. In a pipeline forward and backward passes of different micro-batches alternate, so a ring
-    needs the same number everywhere, or two ranks wait for each other.
+    Collectives inside a micro-batch (ZeRO 2 and 3, expert parallelism) need the same number of
+    micro-batches on each rank. A pipeline alternates forward and backward passes of different
+    micro-batches, so a ring needs the same micro-batch index on all its members; otherwise two
+    ranks would deadlock. For example, ZeRO 1 without pp and ep returns "free".
     """
     alone = degrees.pp == 1 and degrees.ep == 1
     if alone and config.parallel.zero.stage <= 1:
@@ -31,13 +32,13 @@ def mode_of(config: RunConfig, degrees: Degrees) -> Literal["free", "aligned", "
 def check_context(config: RunConfig, degrees: Degrees) -> None:
     """Check ``parallel.context`` against the data, the model and the mesh.
 
-    Raises UserError, naming the keys, for what cannot be done or would have no effect.
+    Raises UserError, naming the keys, for settings that are unsupported or have no effect.
     """
     context = config.parallel.context
     if not isinstance(config.data, DocumentData):
         usual = ContextConfig()
         for name in ContextConfig.model_fields:
-            told = name == "costs" and config.training.activation_offload > 0.0  # by the dry run
+            told = name == "costs" and config.training.activation_offload > 0.0  # for dry runs
             if told or getattr(context, name) == getattr(usual, name):
                 continue
             raise UserError(
@@ -80,7 +81,7 @@ def _check_policy(config: RunConfig, degrees: Degrees) -> None:
 
 
 def _check_windows(config: RunConfig, degrees: Degrees) -> None:
-    """Refuse windows within documents whose tokens may lie on several ranks."""
+    """Reject windows for documents that may be sharded over several ranks."""
     assert isinstance(config.data, DocumentData)
     window, context = config.model.window, config.parallel.context
     ranks = context.degree if context.policy == "static" else degrees.hdp

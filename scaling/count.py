@@ -1,6 +1,6 @@
-"""Counting parameters and floating-point operations."""
+"""Count parameters and floating-point operations."""
 
-# L tokens in a sequence, N query heads, H head width, V vocabulary, D width
+# L tokens in a sequence, N query heads, H width of a query, V width of a value
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from allometry.scaling.roles import EXPERTS, MATRICES, ParamSpec, Role
 
 @dataclass(frozen=True, slots=True)
 class ParameterCount:
-    """How many parameters a model has.
+    """Numbers of parameters of a model.
 
-    ``total`` counts a tied embedding once. ``by_role`` holds the roles that occur.
-    ``non_embedding`` is the total without embedding and head (roles input and output): norms are
-    in it. Laws that mean matrices only want ``by_role["hidden"]``. ``active``: the part of the
-    total that a token uses, of E routed experts the k it visits.
+    ``total`` counts a tied embedding once. ``by_role`` contains the roles that occur.
+    ``non_embedding`` is the total without embedding and head (roles input and output) and includes
+    norms; laws of matrix parameters only use ``by_role["hidden"]``. ``active``: parameters used by
+    one token, with k of E routed experts.
     """
 
     total: int
@@ -31,10 +31,10 @@ class ParameterCount:
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Floating-point operations for one token, a multiply-add being two.
+    """Floating-point operations per token; a multiply-add counts as two.
 
-    ``forward`` + ``backward`` = ``total``; ``attention`` is the share of ``total`` spent on
-    scores and weighted values.
+    ``forward`` + ``backward`` = ``total``; ``attention`` is the part of ``total`` for scores and
+    weighted values.
     """
 
     forward: int
@@ -44,7 +44,11 @@ class Flops:
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
-    """Count a model's parameters by role."""
+    """Count the parameters of a model by role.
+
+    For example, ``count_parameters(config.model).active`` of a mixture with 8 experts and 2 per
+    token counts a quarter of the expert parameters.
+    """
     by_role: dict[str, int] = {}
     active = 0
     for spec in inventory(model):
@@ -58,7 +62,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 
 
 def active_numel(model: ModelConfig, spec: ParamSpec) -> int:
-    """Return how many elements of this parameter one token uses."""
+    """Return the number of elements of the parameter that one token uses."""
     if spec.role not in EXPERTS:
         return spec.numel
     assert isinstance(model, MoEModel), spec.name
@@ -68,21 +72,28 @@ def active_numel(model: ModelConfig, spec: ParamSpec) -> int:
 def attention_flops(model: ModelConfig, sequence_length: int, window: int | None = None) -> int:
     """Return forward FLOPs per token of scores and weighted values of one layer, rounded down.
 
-    4·N·H for each key that a query meets: (L+1)/2 in the mean under the causal mask, and under a
-    window W < L, where the first W meet as many and the others W, W - W(W-1)/2L.
+    2·N·H for the score and 2·N·V for the weighted value, of width V, for each key of a query: on
+    average (L+1)/2 keys with the causal mask. With a window W < L the first W queries have the same
+    number of keys and all others have W, on average W - W(W-1)/2L. For example, N·H = N·V = 8
+    features and L = 3 without a window give 64.
     """
-    features, length = model.num_heads * model.head_width, sequence_length
+    features, length = _score_features(model), sequence_length
     if window is None or window >= length:
-        return 2 * features * (length + 1)
-    return 2 * features * window * (2 * length - window + 1) // length
+        return features * (length + 1)
+    return features * window * (2 * length - window + 1) // length
+
+
+def _score_features(model: ModelConfig) -> int:
+    """Return the multiply-adds of a query and one of its keys: N (H + V)."""
+    return model.num_heads * (model.head_width + model.value_width)
 
 
 @lru_cache(maxsize=64)
 def layer_flops(model: ModelConfig, sequence_length: int) -> tuple[int, ...]:
     """Return forward FLOPs per token of the embedding (0), of each layer, and of the head.
 
-    With the head come the depths of multi-token prediction, which lie beside it. The sum is
-    ``flops_per_token(...).forward``.
+    The head's FLOPs include the depths of multi-token prediction, which run on the head's stage.
+    The sum is ``flops_per_token(...).forward``.
     """
     layers = [
         attention_flops(model, sequence_length, model.window_of(layer))
@@ -100,16 +111,16 @@ def layer_flops(model: ModelConfig, sequence_length: int) -> tuple[int, ...]:
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
-    """Return the model FLOPs of training on one token of sequences of this length.
+    """Return the model FLOPs of training per token, for sequences of ``sequence_length`` tokens.
 
-    Forward = 2 x (weights of every matrix product, the head included even when tied, and of the
-    routed experts those that a token visits) + ``attention_flops`` of each layer: with 2·N·H for a
-    score and 2·N·H for the weighted values of each key that a query meets, under the causal mask
-    (position p meets p) or within a window. Backward = 2 x forward, one product for each operand.
-    Lookups, norms, RoPE, softmax, and whatever a kernel or activation checkpointing recomputes are
-    not counted: this is the numerator of MFU (PaLM, arXiv 2204.02311, appendix B, with the causal
-    half counted once). The figure is that of one whole document of ``sequence_length`` tokens; of
-    several documents in a sequence see ``DocumentFlops``.
+    Forward = 2 x (weights of every matrix product, including a tied head, and only the routed
+    experts that a token visits) + ``attention_flops`` of each layer: 2·N·H for the scores and 2·N·V
+    for the weighted values of each key that a query attends to, with the causal mask (position p
+    attends to p) or a window. Backward = 2 x forward, one product for each operand. Lookups, norms,
+    RoPE, softmax, and recomputation by kernels or activation checkpointing are not counted: the
+    result is the numerator of MFU (PaLM, arXiv 2204.02311, appendix B, with the causal half counted
+    once). The result is for one document per sequence; for packed documents see ``DocumentFlops``.
+    For example, ``flops_per_token(model, 4096).total * tokens`` for a run of such sequences.
     """
     assert sequence_length > 0, sequence_length
     products = sum(active_numel(model, spec) for spec in inventory(model) if spec.role in MATRICES)
@@ -124,11 +135,11 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
 
 @dataclass(frozen=True, slots=True)
 class DocumentFlops:
-    """Model FLOPs of training on documents, each of which attends to itself alone.
+    """Model FLOPs of training on documents with attention within each document.
 
-    ``per_token`` of a token without attention, ``per_pair`` of a query and a key it meets: a
+    ``per_token``: of a token without attention. ``per_pair``: of a query and one of its keys; a
     document of L tokens has L (L + 1) / 2 pairs. ``per_windowed_pair``: the same in layers with a
-    ``window``, in which a document longer than it has fewer.
+    ``window``, where longer documents have fewer pairs.
     """
 
     per_token: int
@@ -138,9 +149,9 @@ class DocumentFlops:
 
     @classmethod
     def of(cls, model: ModelConfig) -> DocumentFlops:
-        """The coefficients of this model."""
+        """Return the coefficients of ``model``."""
         one = flops_per_token(model, 1)
-        each = 3 * 4 * model.num_heads * model.head_width
+        each = 3 * 2 * _score_features(model)
         windowed = sum(map(model.windowed, range(model.num_blocks)))
         return cls(
             one.total - one.attention,
@@ -150,27 +161,30 @@ class DocumentFlops:
         )
 
     def __call__(self, tokens: int, squared_lengths: int) -> int:
-        """Return the FLOPs of documents with so many tokens, their squared lengths summing to this.
+        """Return the FLOPs of documents with this sum of lengths and sum of squared lengths.
 
-        Of one document of every length it is ``flops_per_token(model, length).total * length``.
-        In layers with a window that holds of documents of one length; of several it is the bound
-        from above that squares give (the mean of min(L, W) over tokens is concave in L).
+        For one document of any length the result is ``flops_per_token(model, length).total *
+        length``. For layers with a window the result is exact for documents of equal length;
+        otherwise it is an upper bound (the mean of min(L, W) over tokens is concave in L).
         """
         full = self.per_token * tokens + self.per_pair * (squared_lengths + tokens) // 2
         return full + round(self._in_windows(squared_lengths / max(tokens, 1)) * tokens)
 
     def expected(self, squared_lengths_per_token: float) -> float:
-        """Return the FLOPs of a token, from the expected squared lengths of documents by token."""
+        """Return the FLOPs of a token, from the expected squared document length per token."""
         full = self.per_token + self.per_pair * (squared_lengths_per_token + 1) / 2
         return full + self._in_windows(squared_lengths_per_token)
 
     def _in_windows(self, length: float) -> float:
-        """FLOPs of a token of a document of this length in layers with a window."""
+        """Return FLOPs per token of a document of ``length`` tokens in layers with a window."""
         window = min(float(self.window), length)
         keys = window - window * (window - 1) / (2 * length) if window else 0.0
         return self.per_windowed_pair * keys
 
 
 def document_flops(model: ModelConfig, lengths: Sequence[int]) -> int:
-    """Return the model FLOPs of training on whole documents of these lengths."""
+    """Return the model FLOPs of training on documents of these lengths.
+
+    For example, ``document_flops(model, [512, 512]) < document_flops(model, [1024])``.
+    """
     return DocumentFlops.of(model)(sum(lengths), sum(length**2 for length in lengths))

@@ -1,8 +1,9 @@
-"""What the deepspeed engine can take, and what it is told. Pure, so that a dry run asks the same.
+"""Supported settings and configuration of the DeepSpeed engine; pure, also used by dry runs.
 
-DeepSpeed gets its configuration from here alone. What says *what* is computed (types, clipping, how
-gradients are averaged, groups, accumulation) follows from our own keys; a user may add what changes
-speed and memory (``TUNABLE``), as DeepSpeed ignores many keys that it does not know.
+Only this module creates DeepSpeed's configuration. Settings that define the *computation* (types,
+clipping, gradient averaging, groups, accumulation) are derived from our own keys. Users may add
+settings of speed and memory (``TUNABLE``); other keys are rejected, since DeepSpeed silently
+ignores many unknown keys.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from allometry.scaling.degrees import Degrees
 from allometry.scaling.inventory import inventory
 
 STATE_BYTES = 8
-"""Bytes of AdamW's states for a parameter."""
+"""Bytes of AdamW's states per parameter."""
 
 NVME_LEAST_BYTES = 2**20
-"""DeepSpeed keeps a tensor in memory that has fewer bytes on a rank, though NVMe was asked for."""
+"""Size of a tensor on a rank in bytes below which DeepSpeed keeps it in memory in spite of NVMe."""
 
-_ANY = "any"  # every key below it
+_ANY = "any"  # all keys below this key
 TUNABLE: Mapping[str, Any] = {
     "aio": _ANY,
     "comms_logger": _ANY,
@@ -60,7 +61,7 @@ TUNABLE: Mapping[str, Any] = {
         },
     },
 }
-"""What ``zero.deepspeed_extra`` may hold."""
+"""Allowed keys of ``zero.deepspeed_extra``."""
 
 _SET_BY = {
     "train_batch_size": "batch.sequences",
@@ -77,7 +78,7 @@ _SET_BY = {
     "zero_optimization.offload_param.device": "parallel.zero.offload",
     "zero_optimization.offload_param.nvme_path": "parallel.zero.optimizer_states.nvme",
 }
-"""DeepSpeed's keys that have one of ours."""
+"""DeepSpeed's keys with an equivalent key of ours."""
 
 _UNTRIED = "activations on the host have not been tried with it"
 _STATES = {
@@ -90,7 +91,7 @@ _STATES = {
 
 
 def check_deepspeed(config: RunConfig, degrees: Degrees) -> None:
-    """Raise UserError for what the deepspeed engine cannot do; nothing with another engine."""
+    """Raise UserError for settings unsupported by the DeepSpeed engine; skip other engines."""
     if config.parallel.zero.engine != "deepspeed":
         return
     for key, value, why in _refusals(config, degrees):
@@ -104,7 +105,7 @@ def check_deepspeed(config: RunConfig, degrees: Degrees) -> None:
 
 
 def check_other_engine(zero: Zero, what: str) -> None:
-    """Raise UserError for the deepspeed engine where ``what`` knows the other one alone."""
+    """Raise UserError for the DeepSpeed engine if ``what`` supports only the other engine."""
     if zero.engine == "deepspeed":
         raise UserError(
             f"parallel.zero.engine=deepspeed: {what} knows the other engine alone; add "
@@ -113,7 +114,7 @@ def check_other_engine(zero: Zero, what: str) -> None:
 
 
 def _refusals(config: RunConfig, degrees: Degrees) -> Iterator[tuple[str, Any, str]]:
-    """Yield what only the other engine can: key, value, why."""
+    """Yield settings supported only by the other engine: key, value, reason."""
     zero, training, optimizer = config.parallel.zero, config.training, config.optimizer
     for axis in ("tp", "pp", "ep"):
         if getattr(degrees, axis) > 1:
@@ -148,12 +149,12 @@ def _refusals(config: RunConfig, degrees: Degrees) -> Iterator[tuple[str, Any, s
             shown = "true" if value is True else value
             yield f"parallel.zero.optimizer_states.{key}", shown, why
     if states is not None and states.nvme is not None and zero.stage < 3:
-        # It takes this without a word and keeps the states in memory.
+        # DeepSpeed silently accepts this setting and keeps the states in memory.
         yield "parallel.zero.optimizer_states.nvme", states.nvme, "it uses NVMe at stage 3 alone"
 
 
 def _mistakes(config: RunConfig, hdp: int) -> Iterator[tuple[str, Any, str, str]]:
-    """Yield what would not do what it says: key, value, why, what to do."""
+    """Yield settings that would not have the documented effect: key, value, reason, remedy."""
     zero = config.parallel.zero
     if zero.offload == "nvme" and zero.stage < 3:
         yield (
@@ -204,13 +205,13 @@ def _check_extra(given: Mapping[str, Any], allowed: Mapping[str, Any], above: st
 
 
 def settings(config: RunConfig, hdp: int, *, cuda: bool = False, swap: str = "") -> dict[str, Any]:
-    """Return DeepSpeed's configuration of a run on so many ranks.
+    """Return DeepSpeed's configuration of a run on ``hdp`` ranks.
 
-    ``cuda``: host memory is locked for a GPU. ``swap``: the folder for files on NVMe.
+    ``cuda``: page-lock host memory for a GPU. ``swap``: folder of the NVMe files.
     """
     zero = config.parallel.zero
     told: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # micro-batches are ours; it only counts samples
+        "train_micro_batch_size_per_gpu": 1,  # only counts samples: we accumulate
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.training.clip_grad_norm or 0.0,
         "zero_allow_untested_optimizer": True,
@@ -248,7 +249,7 @@ def _zero(config: RunConfig, zero: Zero, hdp: int, cuda: bool, swap: str) -> dic
     if zero.stage == 3 and zero.offload != "none":
         told["offload_param"] = {"device": zero.offload, "pin_memory": cuda}
     if zero.offload == "nvme":
-        sizes: dict[str, list[int]] = {}  # of each block, "blocks.0"
+        sizes: dict[str, list[int]] = {}  # by block, such as "blocks.0"
         for spec in inventory(config.model):
             unit = ".".join(spec.name.split(".")[:2])
             sizes.setdefault(unit, []).append(-(-math.prod(spec.shape) // hdp))
@@ -259,18 +260,18 @@ def _zero(config: RunConfig, zero: Zero, hdp: int, cuda: bool, swap: str) -> dic
             "buffer_count": 2 * max(map(len, sizes.values())),
             "buffer_size": -(-max(map(max, sizes.values())) // 2**18) * 2**18,
         }
-        told["stage3_prefetch_bucket_size"] = 0  # else a buffer is handed out twice
+        told["stage3_prefetch_bucket_size"] = 0  # otherwise a buffer is handed out twice
     return told
 
 
 def nvme_bytes(config: RunConfig, hdp: int) -> int:
-    """Return about what a rank puts on NVMe: masters and states, gradients, and parameters."""
+    """Return approximate NVMe bytes of a rank: masters, states, gradients, and parameters."""
     elements = sum(math.prod(spec.shape) for spec in inventory(config.model)) // hdp
     return elements * (4 + STATE_BYTES + 4 + (4 if config.parallel.zero.offload == "nvme" else 0))
 
 
 def _merged(told: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``told`` with what ``extra`` says on top, section by section."""
+    """Return ``told`` overridden by ``extra``, section by section."""
     merged = dict(told)
     for key, value in extra.items():
         known = told.get(key)

@@ -1,8 +1,9 @@
-"""What a rank of the deepspeed engine holds, from what a step holds without ZeRO.
+"""Memory estimate of a rank with the DeepSpeed engine, derived from the estimate without ZeRO.
 
-DeepSpeed's own buffers are of fixed sizes: gradients are copied to one of ``reduce_bucket_size``,
-which stays, and at stage 3 gathered parameters stay too while they are fewer than
-``stage3_max_live_parameters``. Held against what two steps held on a CPU, without offload.
+DeepSpeed's buffers have fixed sizes: gradients are copied to a permanent buffer of
+``reduce_bucket_size``, and at stage 3 gathered parameters stay in memory up to
+``stage3_max_live_parameters``. The estimate was compared with the measured memory of two steps on a
+CPU, without offload.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _MOST_LIVE = 10**9
 
 
 def with_deepspeed(plain: MemoryEstimate, config: RunConfig, hdp: int) -> MemoryEstimate:
-    """Return the estimate of a rank of this engine; ``plain``: that of one without ZeRO.
+    """Return the estimate for this engine; ``plain``: the estimate of a rank without ZeRO.
 
-    Bytes on the device: what ``zero.offload`` or ``zero.optimizer_states`` keeps on the host or in
-    files is not there.
+    The result counts bytes on the device; data that ``zero.offload`` or ``zero.optimizer_states``
+    keeps on the host or in files is not included.
     """
     zero = config.parallel.zero
     told = settings(config, hdp)["zero_optimization"]
@@ -44,13 +45,13 @@ def with_deepspeed(plain: MemoryEstimate, config: RunConfig, hdp: int) -> Memory
         gradients = kinds.get(GRADIENTS, 0)
         if zero.stage > 1:
             gradients = min(gradients, reduced)
-        if name == "optimizer step":  # this rank's part once more, flat
+        if name == "optimizer step":  # a flat copy of this rank's part
             gradients += reduced
-        elif name == "backward's end" and zero.stage == 3:  # what is in the bucket, and its sum
+        elif name == "backward's end" and zero.stage == 3:  # bucket contents and their sum
             gradients += min(bucket, whole) * (hdp + 1) // hdp
         now = {PARAMETERS: parameters, STATES: states, GRADIENTS: gradients, MASTERS: masters}
         found = dict(kinds) | now | {BUCKET: bucket, GATHERED: gathered}
-        if zero.stage == 3:  # casts do not stay there, as was measured
+        if zero.stage == 3:  # measured: casts do not stay in memory
             found[COPIES] = 0
         return {name: size for name, size in found.items() if size}
 

@@ -1,4 +1,4 @@
-"""The lengths of the mesh's axes, and whether they fit the number of ranks."""
+"""Sizes of the mesh axes, and their consistency with the number of ranks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from allometry.configs.execution import ParallelConfig
 
 @dataclass(frozen=True, slots=True)
 class Degrees:
-    """Lengths of the mesh's axes. ``hdp`` = ``replicas`` x ``shard``; ``ep`` divides ``shard``.
+    """Sizes of the mesh axes. ``hdp`` = ``replicas`` x ``shard``; ``ep`` divides ``shard``.
 
-    ``whole_experts``: tp spreads experts rather than cutting them.
+    ``whole_experts``: tp shards experts by number rather than by width.
     """
 
     pp: int
@@ -25,7 +25,7 @@ class Degrees:
 
     @property
     def expert_ranks(self) -> int:
-        """Ranks over which whole experts are spread."""
+        """Number of ranks over which experts are sharded by number."""
         return self.ep * self.tp if self.whole_experts else self.ep
 
     @property
@@ -35,15 +35,16 @@ class Degrees:
 
     @property
     def shard(self) -> int:
-        """Ranks that share one copy of what ZeRO shards."""
+        """Number of ranks that share one replica of ZeRO's shards."""
         return self.hdp // self.replicas
 
 
 def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
-    """Return the axes of the mesh on this many ranks.
+    """Return the sizes of the mesh axes on ``world_size`` ranks.
 
-    Raises UserError for ``auto``, which must have been settled, and for degrees that do not
-    multiply to ``world_size`` or divide one another.
+    Raises UserError for an unresolved ``auto``, and for degrees whose product is not ``world_size``
+    or that do not divide each other. For example, 8 ranks with ``pp: 2`` and ``tp: 2`` give hdp =
+    2.
     """
     if parallel.auto is not None:
         raise UserError(
@@ -77,7 +78,7 @@ def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
 
 
 def check_divides(key: str, value: int, name: str, whole: int, common: int | None = None) -> None:
-    """Raise UserError unless ``value`` divides ``whole``; ``common``: whose divisors would fit."""
+    """Raise UserError unless ``value`` divides ``whole``; suggest divisors of ``common``."""
     if whole % value:
         raise UserError(
             f"{key}={value} must divide {name}={whole}; use {either(divisors(common or whole))}"
@@ -85,11 +86,14 @@ def check_divides(key: str, value: int, name: str, whole: int, common: int | Non
 
 
 def divisors(number: int) -> list[int]:
-    """Return all divisors in rising order."""
+    """Return all divisors in ascending order.
+
+    For example, 12 has 1, 2, 3, 4, 6 and 12.
+    """
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def either(values: Sequence[int]) -> str:
-    """Return "1, 2 or 4"."""
+    """Return text such as "1, 2 or 4" for the values 1, 2, 4."""
     texts = [str(value) for value in values]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"

@@ -1,4 +1,4 @@
-"""Published laws of learning rate and batch size, each with its source and its range."""
+"""Published laws of learning rate and batch size, each with its source and fitted range."""
 
 # N parameters, D tokens of the run, C FLOPs of training, B tokens of a step, T tokens (HyperP's D),
 # η learning rate; an octave is a factor of two
@@ -22,12 +22,12 @@ HYPERP_TOKENS = 10.4e9
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The run that hyperparameters are wanted for.
+    """Run for which hyperparameters are suggested.
 
-    ``parameters`` N counts the matrices between embedding and head, all experts; ``active`` those
-    that a token uses. ``flops`` C is training (forward and backward) without embedding and head,
-    attention over the full square, as the laws in C count it. ``loss``, in nats per token, is what
-    the run is expected to reach; only a law in terms of loss needs it.
+    ``parameters`` N counts the matrices between embedding and head, including all experts;
+    ``active`` counts those used by one token. ``flops`` C is training (forward and backward)
+    without embedding and head, with full (non-causal) attention, the definition of the laws in C.
+    ``loss`` is the expected loss in nats per token, used only by laws in terms of loss.
     """
 
     kind: Literal["dense", "moe"]
@@ -48,16 +48,18 @@ class Target:
         parameters: int | None = None,
         loss: float | None = None,
     ) -> Target:
-        """The run of this model; with ``parameters``, of its like with so many.
+        """Return the target of ``model``, or of a similar model with ``parameters`` parameters.
 
-        The like keeps the share of active parameters and the ratio of width to depth, so that its
-        layers grow as the cube root; its C is 6 x active x tokens, without attention's scores.
+        The similar model keeps the share of active parameters and the ratio of width to depth, so
+        its number of layers grows as the cube root of N; its C is 6 x active x tokens, without
+        attention scores.
         """
         specs = [spec for spec in inventory(model) if spec.role in MATRICES]
         total = sum(spec.numel for spec in specs)
         active = sum(active_numel(model, spec) for spec in specs)
         flops = flops_per_token(model, sequence_length)
-        # The head's three products go; the half of the scores that the causal mask spares comes.
+        # Subtract the three products of the head; add the half of the scores hidden by the causal
+        # mask.
         per_token = flops.total - 6 * model.vocab_size * model.width + flops.attention
         layers = model.num_layers
         if parameters is not None:
@@ -78,14 +80,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """What the runs behind a law covered in one quantity of the target."""
+    """Fitted range of a law in one quantity of the target."""
 
     quantity: Literal["parameters", "active", "tokens", "flops", "num_layers"]
     low: float
     high: float
 
     def objection(self, target: Target) -> str | None:
-        """Say how far the target lies outside; None inside."""
+        """Return a description of how far the target is outside the range; None if it is inside."""
         value = float(getattr(target, self.quantity))
         said = f"{_NAMES[self.quantity]} {value:.3g} is"
         if value > self.high * _EDGE:
@@ -95,7 +97,7 @@ class Range:
         return None
 
 
-_EDGE = 1.005  # ranges are given to three digits
+_EDGE = 1.005  # ranges have three digits
 _NAMES = {
     "parameters": "N",
     "active": "active N",
@@ -107,7 +109,7 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """What a law says: a peak learning rate, a batch in tokens, or one of them; and remarks."""
+    """Suggestion of a law: peak learning rate, batch in tokens, or only one of them; and notes."""
 
     lr: float | None = None
     batch_tokens: float | None = None
@@ -116,9 +118,9 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """A law, the optimizer and parameterization it speaks of, and its range by kind of model.
+    """A law with its optimizer, its parameterization and its fitted range by kind of model.
 
-    Rates of laws are comparable only where ``setting`` is the same.
+    Learning rates of two laws are comparable only if ``setting`` is the same.
     """
 
     name: str
@@ -131,9 +133,9 @@ class Law:
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """What one law says of one target; ``outside``: how the target leaves its range, in words.
+    """Suggestion of one law for one target; ``outside``: distances from its range as text.
 
-    ``refused`` says why the law has nothing to say; rate and batch are None then.
+    ``refused``: the reason if the law does not apply; learning rate and batch are then None.
     """
 
     law: str
@@ -148,25 +150,29 @@ class Suggestion:
     refused: str | None = None
 
     def describe(self) -> dict[str, Any]:
-        """JSON."""
+        """Return the suggestion as JSON."""
         return asdict(self)
 
 
 def step_law(parameters: float, tokens: float) -> tuple[float, float]:
     """Return (learning rate, batch in tokens) of Step Law, arXiv 2503.04715, eq. 1.
 
-    η = 1.79 N^−0.713 D^0.307 and B = 0.58 D^0.571.
+    η = 1.79 N^−0.713 D^0.307 and B = 0.58 D^0.571. For example, N = 1e9 and D = 1e11 give η =
+    1.63e-3 and B = 1.11e6.
     """
     return 1.79 * parameters**-0.713 * tokens**0.307, 0.58 * tokens**0.571
 
 
 def deepseek_law(flops: float) -> tuple[float, float]:
-    """Return (learning rate, batch in tokens), DeepSeek LLM, arXiv 2401.02954, eq. 1."""
+    """Return (learning rate, batch in tokens) of DeepSeek LLM, arXiv 2401.02954, eq. 1.
+
+    For example, C = 1e20 gives 9.86e-4 and 1.02e6.
+    """
     return 0.3118 * flops**-0.1250, 0.2920 * flops**0.3271
 
 
 def ling_law(flops: float) -> tuple[float, float]:
-    """Return (learning rate, batch in tokens) of mixtures, arXiv 2507.17702, eq. 3."""
+    """Return (learning rate, batch in tokens) for mixtures of experts, arXiv 2507.17702, eq. 3."""
     return 1.1576 * flops**-0.1529, 0.0694 * flops**0.3644
 
 
@@ -176,7 +182,7 @@ def minicpm_batch(loss: float) -> float:
 
 
 def hyperp_base_lr(tokens: float) -> float:
-    """Return HyperP's best rate at 8 layers and 2²¹ tokens a step, arXiv 2603.28743, eq. 8."""
+    """Return HyperP's best rate at 8 layers and 2²¹ tokens per step, arXiv 2603.28743, eq. 8."""
     return float(24.27 * tokens**-0.320)
 
 
@@ -184,8 +190,8 @@ def _step(target: Target) -> Values:
     lr, batch = step_law(target.parameters, target.tokens)
     notes: tuple[str, ...] = ("the last rate of its runs was 1e-5 whatever the peak",)
     if target.kind == "moe":
-        # Checked on the authors' 16 cells of mixtures: with N of all experts the rate is within
-        # 1.3 octaves of the best one (median 0.3), with the active N up to 3.3 above it.
+        # Verified on the authors' 16 mixtures: with N of all experts the rate is within 1.3 octaves
+        # of the best one (median 0.3), with the active N up to 3.3 octaves above.
         notes += ("N counts all experts: with active N the rate is up to 3 octaves too high",)
     return Values(lr, batch, notes)
 
@@ -215,7 +221,7 @@ LAWS: tuple[Law, ...] = (
         source="Step Law, arXiv 2503.04715",
         setting=_ADAMW,
         schedule="cosine to 1e-5 after 2,000 steps of warm-up",
-        # The smallest dense N is the paper's; the rest is what its published runs span.
+        # The smallest dense N is from the paper; the other bounds are from its published runs.
         fitted={
             "dense": (Range("parameters", 59e6, 1.07e9), Range("tokens", 4e9, 1e11)),
             "moe": (Range("parameters", 2.15e9, 2.16e9), Range("tokens", 2e9, 2e10)),
@@ -261,7 +267,10 @@ LAWS: tuple[Law, ...] = (
 
 
 def suggest(target: Target, laws: Sequence[Law] = LAWS) -> tuple[Suggestion, ...]:
-    """Return what every law says of the target, in the order of the laws."""
+    """Return the suggestions of all laws for the target, in the order of the laws.
+
+    For example, ``suggest(Target.of(model, 10**10, 4096))``.
+    """
     suggestions = []
     for law in laws:
         ranges = law.fitted.get(target.kind, ())
@@ -289,10 +298,10 @@ def suggest(target: Target, laws: Sequence[Law] = LAWS) -> tuple[Suggestion, ...
 
 
 def disagreements(suggestions: Sequence[Suggestion], octaves: float = 1.0) -> list[str]:
-    """Return a sentence for each pair of laws further apart than this.
+    """Return a sentence for each pair of laws that differ by more than ``octaves``.
 
-    Rates are held against each other where optimizer and parameterization are the same, batches
-    everywhere.
+    Learning rates are compared only for the same optimizer and parameterization, batch sizes
+    always.
     """
     sentences = []
     for one, other in itertools.combinations(suggestions, 2):

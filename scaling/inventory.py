@@ -1,4 +1,4 @@
-"""The parameters of a model, from its description alone: modules are made from it."""
+"""Parameters of a model, derived from its config; modules are built from this list."""
 
 # V vocabulary, D width, N query heads, K key/value heads, H head width, F feed-forward width,
 # E experts
@@ -8,17 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
+from allometry.configs.decoder import LatentAttention
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.scaling.roles import ParamSpec, Role, Start
 
 
 def matrix(name: str, role: Role, fan_out: int, fan_in: int) -> ParamSpec:
-    """Return the spec of a weight stored [fan_out, fan_in], used as ``x @ weight.T``."""
+    """Return the spec of a weight stored [fan_out, fan_in], used as ``x @ weight.T``.
+
+    For example, ``matrix("head.weight", Role.OUTPUT, V, D)``.
+    """
     return ParamSpec(name, role, (fan_out, fan_in), fan_in=fan_in, fan_out=fan_out)
 
 
 def embedding(name: str, rows: int, width: int) -> ParamSpec:
-    """Return the spec of a lookup table [rows, width], whose fan-in (rows) never grows."""
+    """Return the spec of a lookup table [rows, width], whose fan-in (rows) is constant."""
     return ParamSpec(name, Role.INPUT, (rows, width), fan_in=rows, fan_out=width)
 
 
@@ -28,12 +32,12 @@ def vector(name: str, size: int, start: Start = "ones", *, of_heads: bool = Fals
 
 
 def experts(name: str, role: Role, number: int, fan_out: int, fan_in: int) -> ParamSpec:
-    """Return the spec of the same weight of all experts, stored [E, fan_out, fan_in]."""
+    """Return the spec of one weight of all experts, stored [E, fan_out, fan_in]."""
     return ParamSpec(name, role, (number, fan_out, fan_in), fan_in=fan_in, fan_out=fan_out)
 
 
 Specs = Mapping[str, ParamSpec]
-"""Specs by the parameter's name within a module; ``ParamSpec.name`` is the one in the model."""
+"""Specs by parameter name within a module; ``ParamSpec.name`` is the global name."""
 
 
 def inventory(
@@ -43,13 +47,13 @@ def inventory(
     first: bool = True,
     last: bool = True,
 ) -> tuple[ParamSpec, ...]:
-    """Return every parameter a model of this description has, in ``named_parameters()`` order.
+    """Return all parameters of a model with this config, in ``named_parameters()`` order.
 
-    Works without torch, so that a plan for thousands of GPUs can be made on a laptop; modules are
-    made from it. A tied head is the embedding and is listed once.
-
-    Of a part of the model: its ``layers`` (None: all), the embedding with the ``first`` and the
-    head with the ``last``. A tied head away from its embedding has a weight of its own.
+    The function does not need torch, so a laptop can plan a run on thousands of GPUs. A tied head
+    is the embedding and is listed once. For a part of the model: its ``layers`` (None: all), with
+    the embedding if ``first`` and the head if ``last``. A tied head without its embedding has its
+    own weight. For example, ``inventory(model, range(2), last=False)`` lists a first pipeline
+    stage.
     """
     specs = [embedding("embedding.weight", model.vocab_size, model.width)] if first else []
     for layer in range(model.num_layers) if layers is None else layers:
@@ -95,13 +99,13 @@ def _ahead(specs: Iterable[ParamSpec]) -> Iterator[ParamSpec]:
 
 
 def within(specs: Specs, module: str) -> Specs:
-    """Return the specs of a module in a module, by their names in it."""
+    """Return the specs of a submodule, by name in the submodule."""
     start = f"{module}."
     return {n.removeprefix(start): spec for n, spec in specs.items() if n.startswith(start)}
 
 
 def block_specs(model: ModelConfig, layer: int, prefix: str) -> Iterator[ParamSpec]:
-    """Yield the parameters of a block: each branch between the norms that the model has."""
+    """Yield the parameters of a block: norms and branches in order."""
     for branch in ("attention", "ffn"):
         if model.norms_before:
             yield vector(f"{prefix}.{branch}_norm.weight", model.width)
@@ -117,7 +121,10 @@ def block_specs(model: ModelConfig, layer: int, prefix: str) -> Iterator[ParamSp
 
 
 def attention_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
-    """Yield the parameters of grouped-query attention."""
+    """Yield the parameters of attention: grouped-query, or latent."""
+    if model.latent_attention is not None:
+        yield from latent_attention_specs(model, model.latent_attention, prefix)
+        return
     width, head_width = model.width, model.head_width
     queries, keys = model.num_heads * head_width, model.kv_heads * head_width
     for name, fan_out in (("wq", queries), ("wk", keys), ("wv", keys)):
@@ -130,6 +137,23 @@ def attention_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
             size = features if whole else head_width
             yield vector(f"{prefix}.{name}.weight", size, of_heads=whole)
     yield matrix(f"{prefix}.wo.weight", Role.HIDDEN, width, queries)
+
+
+def latent_attention_specs(
+    model: ModelConfig, latent: LatentAttention, prefix: str
+) -> Iterator[ParamSpec]:
+    """Yield the parameters of multi-head latent attention; ranks grow with the width, as heads."""
+    heads, width, rank = model.num_heads, model.width, latent.q_lora_rank
+    if rank is not None:
+        yield matrix(f"{prefix}.latent_q.weight", Role.HIDDEN, rank, width)
+        yield vector(f"{prefix}.q_norm.weight", rank)
+    yield matrix(f"{prefix}.wq.weight", Role.HIDDEN, heads * model.head_width, rank or width)
+    shared = latent.kv_lora_rank + latent.qk_rope_head_dim
+    yield matrix(f"{prefix}.latent_kv.weight", Role.HIDDEN, shared, width)
+    yield vector(f"{prefix}.kv_norm.weight", latent.kv_lora_rank)
+    own = latent.qk_nope_head_dim + latent.v_head_dim
+    yield matrix(f"{prefix}.wkv.weight", Role.HIDDEN, heads * own, latent.kv_lora_rank)
+    yield matrix(f"{prefix}.wo.weight", Role.HIDDEN, width, heads * latent.v_head_dim)
 
 
 def ffn_specs(width: int, ffn_width: int, prefix: str) -> Iterator[ParamSpec]:

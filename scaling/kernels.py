@@ -1,4 +1,4 @@
-"""What NVIDIA's apex and Triton can do for a run, without importing them."""
+"""Availability of kernels of NVIDIA's apex and Triton, checked without importing them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ BUILD = "build it from NVIDIA's sources with its CUDA extensions"
 
 
 def apex_folder() -> Path | None:
-    """Return where NVIDIA's apex is installed; None where it is not."""
+    """Return the folder of NVIDIA's apex; None if apex is not installed."""
     spec = importlib.util.find_spec("apex")
     folder = Path(spec.origin).parent if spec is not None and spec.origin else None
     return folder if folder is not None and (folder / "optimizers").is_dir() else None
 
 
 def apex_refusal(device: str, *, compiled: bool) -> str | None:
-    """Return why apex's kernel cannot be used and what to do; None if it can.
+    """Return the reason why apex's kernel cannot be used, with a remedy; None if it can.
 
-    ``compiled``: it would be part of compiled code, which its calls would break up.
+    ``compiled``: the kernel would be called in compiled code, where its calls are graph breaks.
     """
     if apex_folder() is None:
         other = importlib.util.find_spec("apex") is not None
@@ -32,9 +32,9 @@ def apex_refusal(device: str, *, compiled: bool) -> str | None:
 
 
 def quantise_refusal(device: str, *, compiled: bool, rounds: bool) -> str | None:
-    """Return why Triton's kernels cannot round to FP8 and what to do; None if they can.
+    """Return the reason why Triton's kernels cannot round to FP8, with a remedy; None if they can.
 
-    ``rounds``: whether the run rounds activations to FP8 at all.
+    ``rounds``: True if the run rounds activations to FP8.
     """
     if not rounds:
         return (

@@ -1,6 +1,6 @@
-"""How a run lies on its ranks: pipeline stages, and whether a model can take the degrees.
+"""Layout of a run: pipeline stages, and checks of the parallel degrees against the model.
 
-Pure and without torch, so that trainer, dry run and planner ask the same function.
+The module is pure and without torch; trainer, dry run and planner call the same function.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from allometry.scaling.precision import check_precision
 from allometry.scaling.update_rules import check_delayed
 
 V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
-"""Schedules whose stages run down the ranks and back up: the first and the last share a rank."""
+"""Schedules with V-shaped stages: the first and the last stage are on the same rank."""
 ONE_STAGE_SCHEDULES = ("gpipe", "1f1b")
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v")
-"""Schedules that compute gradients of activations first and those of weights when there is time."""
+"""Schedules that delay weight gradients after activation gradients."""
 INTERLEAVED_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Degrees that a model can take, and its pipeline stages.
+    """Parallel degrees valid for a model, and its pipeline stages.
 
-    ``stages[s]`` are the layers of stage s, in the order of the model; the first stage also has
-    the embedding, the last one the final norm and the head. Without a pipeline there is one.
+    ``stages[s]`` are the layers of stage s in model order; the first stage also has the embedding,
+    the last one the final norm and the head. Without a pipeline there is one stage.
     """
 
     degrees: Degrees
@@ -48,11 +48,12 @@ class Layout:
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int, costs: Sequence[float] | None = None) -> Layout:
-        """Return the layout of this run on this many ranks.
+        """Return the layout of this run on ``world_size`` ranks.
 
-        ``costs``: time of the embedding, of each layer and of the head, where the split is to be
-        by measurement; FLOPs stand in for them until they are known. Raises UserError where the
-        ranks do not fit the degrees, the model or the batch: key, value and what would be valid.
+        ``costs``: measured times of embedding, each layer and head, for a split by measurement;
+        None: use FLOPs. Raises UserError if the ranks do not match the degrees, the model or the
+        batch; the message names the key, its value and valid values. For example,
+        ``Layout.of(config, 8).stages_of(0)``.
         """
         degrees = resolve_degrees(config.parallel, world_size)
         _check_tensor(config, degrees)
@@ -92,11 +93,11 @@ class Layout:
 
     @property
     def pp(self) -> int:
-        """Pipeline ranks."""
+        """Number of pipeline ranks."""
         return self.degrees.pp
 
     def describe(self) -> dict[str, Any]:
-        """Return the layout as JSON; ``stages`` lists [first layer, past the last]."""
+        """Return the layout as JSON; ``stages`` lists [first layer, last layer + 1]."""
         described: dict[str, Any] = asdict(self.degrees)
         if self.pp > 1:
             described["schedule"] = self.schedule
@@ -104,23 +105,24 @@ class Layout:
         return described
 
     def rank_of(self, stage: int) -> int:
-        """Return the pipeline rank that runs this stage."""
+        """Return the pipeline rank of ``stage``."""
         assert 0 <= stage < len(self.stages), stage
         if self.schedule in V_SCHEDULES:
             return min(stage, len(self.stages) - 1 - stage)
         return stage % self.pp
 
     def stages_of(self, pp_rank: int) -> tuple[int, ...]:
-        """Return the stages that this pipeline rank runs, in the order of the model."""
+        """Return the stages of pipeline rank ``pp_rank`` in model order."""
         return tuple(s for s in range(len(self.stages)) if self.rank_of(s) == pp_rank)
 
 
 def split_layers(costs: Sequence[float], stages: int) -> tuple[range, ...]:
-    """Cut layers into ``stages`` contiguous parts, none empty, whose dearest is as cheap as can be.
+    """Split layers into ``stages`` contiguous non-empty parts that minimize the largest cost.
 
-    ``costs`` are those of the embedding, of each layer and of the head; the ends belong to the
-    first and the last part. Among equals the evener one wins (by squares), then the one whose
-    earlier parts are longer. O(stages x layers^2).
+    ``costs`` are the costs of embedding, each layer and head; embedding and head belong to the
+    first and the last part. Ties are resolved by balance (sum of squares), then by longer early
+    parts. The time is O(stages x layers^2). For example, costs (1, 2, 2, 2, 2, 1) in 2 stages give
+    layers 0-1 and 2-3.
     """
     first, *layers, last = costs
     assert 1 <= stages <= len(layers), (stages, len(layers))
@@ -130,7 +132,7 @@ def split_layers(costs: Sequence[float], stages: int) -> tuple[range, ...]:
         ends = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
         return before[stop] - before[start] + ends
 
-    # tables[s][n]: (dearest part, squares, where stage s starts) for the first n layers.
+    # tables[s][n]: (largest cost, squares, start of stage s) for the first n layers.
     tables: list[dict[int, tuple[float, float, int]]] = []
     for stage in range(stages):
         below = tables[-1] if stage else {0: (0.0, 0.0, 0)}
@@ -197,7 +199,7 @@ def _check_expert(model: ModelConfig, degrees: Degrees) -> None:
 
 
 def _check_halves(config: RunConfig) -> None:
-    """Refuse what can be differentiated once only where the schedule splits backward."""
+    """Reject options that do not support a backward in two halves, for schedules that split it."""
     schedule, training = config.parallel.pipeline.schedule, config.training
     if schedule not in SPLIT_BACKWARD:
         return
@@ -244,7 +246,7 @@ def _stage_count(pipeline: Pipeline, pp: int, num_layers: int) -> int:
 
 
 def _check_micro_batches(config: RunConfig, degrees: Degrees) -> None:
-    """Check every batch of the run, ramp included, against what the schedule can run."""
+    """Check that the schedule supports every batch size of the run, including the ramp."""
     schedule, pp = config.parallel.pipeline.schedule, degrees.pp
     fits, rule = _rule(schedule, pp)
     unit = degrees.hdp * config.batch.micro_batch_sequences
@@ -268,13 +270,16 @@ def _check_micro_batches(config: RunConfig, degrees: Degrees) -> None:
 
 
 def least_micro_batches(schedule: str, pp: int) -> int:
-    """Return the fewest micro-batches, in rounds of ``pp``, that torch's schedule takes."""
+    """Return the smallest supported number of micro-batches of a schedule, in rounds of ``pp``.
+
+    For example, 1f1b on 4 ranks needs 4.
+    """
     fits, _ = _rule(schedule, pp)
     return next(number for number in (1, pp, 2 * pp) if fits(number))
 
 
 def _rule(schedule: str, pp: int) -> tuple[Callable[[int], bool], str]:
-    """Return which numbers of micro-batches torch's schedule takes, and the same in words."""
+    """Return the schedule's condition on the number of micro-batches, and its description."""
     if schedule == "1f1b":
         return lambda n: n >= pp, f"at least {pp} micro-batches"
     if schedule == "dualpipe_v":
@@ -287,7 +292,7 @@ def _rule(schedule: str, pp: int) -> tuple[Callable[[int], bool], str]:
     return lambda n: n >= 1, "a micro-batch"
 
 
-_split = functools.lru_cache(maxsize=256)(split_layers)  # a search asks for the same again
+_split = functools.lru_cache(maxsize=256)(split_layers)  # a search repeats calls
 
 
 def _stages(

@@ -1,4 +1,4 @@
-"""Which loads the auxiliary balance loss holds against experts, and why."""
+"""Expert loads used by the auxiliary balance loss, and the reason for the choice."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from allometry.configs.run import RunConfig
 Loads = Literal["step_before", "this_batch"]
 
 FEW_SEQUENCES = 64
-"""Sequences of a step below which its loads say too little about those of the next."""
+"""Sequences per step below which the loads of a step predict the next step poorly."""
 
 
 @dataclass(frozen=True, slots=True)
 class BalanceLoads:
-    """The loads, and the reason for the record."""
+    """Chosen loads, with the reason for the record."""
 
     loads: Loads
     reason: str
 
     @classmethod
     def of(cls, config: RunConfig) -> BalanceLoads | None:
-        """Return what ``model.router.balance.loads`` means for this run; None: no such loss."""
+        """Resolve ``model.router.balance.loads`` for this run; None if the run has no such loss."""
         if not isinstance(config.model, MoEModel):
             return None
         balance = config.model.router.balance

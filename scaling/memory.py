@@ -1,4 +1,4 @@
-"""How much memory a rank needs at the peak of a step, kind by kind."""
+"""Peak memory of a rank during a step, by kind of data."""
 
 # T tokens of a micro-batch, D width, N query heads, K key/value heads, H head width,
 # F feed-forward width, V vocabulary, P parameters, E experts, k of them that a token visits
@@ -28,36 +28,35 @@ from allometry.scaling.shards import PREFETCHED, RankParts, has_experts, zero_di
 from allometry.scaling.update_rules import rule_of, state_bytes
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
-"""Bytes of one number of each ``training.compute_dtype``."""
+"""Bytes per element of each ``training.compute_dtype``."""
 
 EXACT = ("parameters", "gradients", "optimizer_states")
-"""What of a ``MemoryEstimate`` is exact: the bytes of the sharded model."""
+"""Fields of ``MemoryEstimate`` that are exact: bytes of the sharded model."""
 
 _FP32 = 4
 
 FUSED_ATTENTION = AttentionCall("cuda", "bf16", packed=False, length=1, compiled=False)
-"""What a fused kernel does, which keeps the log-sum-exp of each query whatever the length."""
+"""A fused kernel, which saves the log-sum-exp of each query for any length."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes on one rank, between steps and at the moments of a step that may be the fullest.
+    """Bytes on one rank, between steps and at the moments of a step that may be the peak.
 
-    Exact, those of the sharded model: ``parameters`` in fp32, this rank's share, with the copy
-    that a tied head away from its embedding is; their ``gradients`` after the last backward;
-    ``optimizer_states`` (near for APOLLO, whose states lie with the owners of matrices, and where
-    ``zero.optimizer_states`` lets only a part of them be there). Where
-    they are offloaded they are not on the device and 0 here.
+    Exact values of the sharded model: ``parameters`` in fp32, this rank's shards, including the
+    copy of a tied head on another stage; their ``gradients`` after the last backward;
+    ``optimizer_states`` (approximate for APOLLO, whose states are stored by matrix owners, and with
+    a partial ``zero.optimizer_states``). Offloaded values are not on the device and count as 0.
 
-    Estimates: ``saved``, what the micro-batches in flight (one without a pipeline) keep for
-    backward, by operation (``scaling/saved.py``). ``compute_copies``: weights cast to the compute
-    type, and whole ones gathered from shards. ``reduction``: gradients beyond a rank's own until
-    they are reduced: one bucket at ZeRO stage 0; else those of one unit and its buffer, and whole
-    ones in fp32 where micro-batches add up before they are reduced. ``moments``: everything that is
-    alive at each moment, by kind (``scaling/moments.py``).
+    Estimates: ``saved``: activations saved for backward by the micro-batches in flight (one without
+    a pipeline), by operation (``scaling/saved.py``). ``compute_copies``: weights cast to the
+    compute type and unsharded weights. ``reduction``: gradients in addition to the rank's own
+    before their reduction: one bucket at ZeRO stage 0; else the gradients and buffer of one unit,
+    and unsharded fp32 gradients if micro-batches are accumulated before the reduction. ``moments``:
+    bytes of all live tensors at each moment, by kind (``scaling/moments.py``).
 
-    Not in it: the allocator's fragmentation, buffers of the communication back end, the CUDA
-    context, compiled code, what a kernel allocates for itself.
+    Not included: allocator fragmentation, buffers of the communication back end, the CUDA context,
+    compiled code, workspaces allocated by kernels.
     """
 
     parameters: int
@@ -70,18 +69,18 @@ class MemoryEstimate:
 
     @classmethod
     def of(cls, step: Step) -> MemoryEstimate:
-        """Return the bytes of a step."""
+        """Return the estimate of a step."""
         held, moments = (step.held, step.gradients, step.states), step.moments()
         return cls(*held, step.reduction, step.copies, step.saved(), moments)
 
     @property
     def activations(self) -> int:
-        """Bytes that the micro-batches in flight keep for backward."""
+        """Bytes saved for backward by the micro-batches in flight."""
         return sum(self.saved.values())
 
     @property
     def peak(self) -> Moment:
-        """The fullest moment."""
+        """Moment with the most live bytes."""
         return max(self.moments, key=lambda moment: moment.total)
 
     @property
@@ -114,17 +113,17 @@ def estimate_memory(
     precision: PrecisionConfig = COMPUTE,
     activation_offload: float = 0.0,
 ) -> MemoryEstimate:
-    """Return a rank's bytes at the peak of a step: the fullest of each axis, or of ``pp_rank``.
+    """Return a rank's peak memory during a step: for the largest rank of each axis, or ``pp_rank``.
 
-    ZeRO shards over hdp, or a copy's ranks, as ``parallel/zero.py`` and ``shards.py`` say.
-    ``layout`` None: one stage, nothing cut. ``compute_bytes``: of one activation;
-    ``logits_chunk_tokens``: tokens that the loss treats at once (None: ``models/loss.py``);
-    ``optimizer`` None: AdamW. ``attention``: its device is that of the step (on a CPU norms keep
-    more, and buckets of gradients stay), ``attention_backend`` None: the first that suits.
+    ZeRO shards as in ``parallel/zero.py`` and ``shards.py``. ``layout`` None: one unsharded stage.
+    ``compute_bytes``: per activation element. ``logits_chunk_tokens``: tokens per chunk of the loss
+    (None: ``models/loss.py``). ``optimizer`` None: AdamW. ``attention``: defines the device (on a
+    CPU norms and gradient buckets keep more); ``attention_backend`` None: the first supported.
     """
     stages, pp = (layout.stages, layout.pp) if layout else ((range(model.num_layers),), 1)
-    add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are whole till the end
-    kernels = _kernels(model, compute_bytes, attention, attention_backend, precision)
+    add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are unsharded to the end
+    sequences = max(1, micro_batch_tokens // attention.length)
+    kernels = _kernels(model, compute_bytes, attention, attention_backend, precision, sequences)
     frozen = frozen_names(model, optimizer)
 
     def step_of(rank: int) -> Step:
@@ -164,12 +163,14 @@ def _kernels(
     attention: AttentionCall,
     attention_backend: str | None,
     precision: PrecisionConfig,
+    sequences: int,
 ) -> Kernels:
-    # On CUDA all layers have one back end, on a CPU each call its own (``trainer/kernels.py``).
+    # On CUDA all layers share one back end, on a CPU each call has its own
+    # (``trainer/kernels.py``).
     of_all = attention if attention.device == "cuda" else attention._replace(window=None)
     scores, windowed = (
-        (named(attention_backend) if attention_backend else choose_backend(call)).kept_bytes(
-            model.num_heads, call.length, compute_bytes
+        (named(attention_backend) if attention_backend else choose_backend(call)).kept(
+            call, model.num_heads, compute_bytes, sequences
         )
         for call in (of_all, attention)
     )
@@ -177,7 +178,7 @@ def _kernels(
 
 
 def _dormant(model: ModelConfig, stage: range, frozen: frozenset[str]) -> frozenset[int]:
-    """Return the layers of the first stage that nothing differentiates: all before is frozen."""
+    """Return the layers of the first stage without a backward: earlier parameters are frozen."""
     ends = inventory(model, (), last=False)
     found: set[int] = set()
     for layer in stage if frozen.issuperset(spec.name for spec in ends) else ():
@@ -190,9 +191,9 @@ def _dormant(model: ModelConfig, stage: range, frozen: frozenset[str]) -> frozen
 def _different(
     model: ModelConfig, layout: Layout | None, precision: PrecisionConfig, frozen: frozenset[str]
 ) -> list[int]:
-    """Return pipeline ranks without those that are like an earlier one.
+    """Return pipeline ranks, without ranks that are equal to an earlier one.
 
-    No rank has more micro-batches in flight than one before it.
+    No rank has more micro-batches in flight than an earlier rank, so the earlier one is kept.
     """
     if layout is None:
         return [0]
@@ -215,12 +216,13 @@ def _different(
 def _kept(
     part: RankParts, optimizer: OptimizerConfig | None, zero: Zero, compute_bytes: int
 ) -> tuple[int, int, int]:
-    """Return the bytes of this rank's parameters, gradients and optimizer states on the device.
+    """Return bytes of this rank's parameters, gradients and optimizer states on the device.
 
-    States that travel are there in three buckets, each as large as ``bucket_mib`` or the largest
-    parameter that is not cut; with ``master_weights`` parameters that are gathered in the compute
-    type travel with them, but for what stays by its share, and leave copies in that type. Of
-    gradients that leave a bucket is there; those that tp sums stay and are too few to count.
+    Offloaded states are on the device in three buckets, each of ``bucket_mib`` or of the largest
+    parameter that is not split. With ``master_weights`` parameters that are gathered in the compute
+    type are offloaded with them, except for the resident share, and leave copies in the compute
+    type. Of offloaded gradients one bucket is on the device; gradients summed over tp stay there
+    and are too small to count.
     """
     if zero.offload != "none":
         return 0, 0, 0
@@ -260,7 +262,7 @@ def _kept(
 def _reduction(
     part: RankParts, zero: Zero, hdp: int, held: int, compute_bytes: int, add_up: bool
 ) -> int:
-    """Return the bytes of gradients, beyond the ``held`` ones, until they are reduced."""
+    """Return bytes of gradients before their reduction, in addition to ``held``."""
     whole = _FP32 * sum(part.trained.values())
     if zero.stage == 0:
         return min(zero.bucket_mib * 2**20, whole) if hdp > 1 else 0
@@ -269,18 +271,19 @@ def _reduction(
 
 
 def _compute_copies(part: RankParts, kernels: Kernels, zero: Zero, pp: int) -> int:
-    """Return the bytes of weights that exist beside the fp32 parameters.
+    """Return bytes of weights in addition to the fp32 parameters.
 
-    Unsharded, a cast weight stays until its backward pass; fp32 compute needs no copy. Sharded,
-    what is gathered stays for the step (``gathered_bytes``); where a block is freed after use, it
-    and those that are gathered ahead of it exist beside norm and head, or the embedding and these.
-    Experts that ZeRO shards in another dimension than the first are put together in a copy.
+    Without ZeRO a cast weight is kept until its backward pass; fp32 compute needs no copy. With
+    ZeRO gathered parameters are kept during the step (``gathered_bytes``). If blocks are freed
+    after use, a block and the prefetched blocks coexist with norm and head, or the embedding with
+    these. Experts that ZeRO shards in a dimension other than the first are concatenated into a
+    copy.
     """
     compute_bytes = kernels.compute
     if zero.stage == 0:
         sizes = {spec.name: size for spec, size in part.sizes.items() if _is_cast(spec)}
         if not part.model.tied_embeddings:
-            sizes.pop("embedding.weight", 0)  # a lookup casts only the rows it reads
+            sizes.pop("embedding.weight", 0)  # a lookup casts only the rows that it reads
         sizes.pop("mtp.embedding.weight", 0)
         return 0 if compute_bytes == _FP32 else compute_bytes * sum(sizes.values())
     gathered, joined = gathered_bytes(part, kernels), _joined_bytes(part, compute_bytes)
@@ -298,10 +301,10 @@ def _compute_copies(part: RankParts, kernels: Kernels, zero: Zero, pp: int) -> i
 
 
 def gathered_bytes(part: RankParts, kernels: Kernels) -> dict[int | None, int]:
-    """Return the bytes of each block's gathered parameters, by layer; None: of the ends.
+    """Return bytes of each block's gathered parameters by layer; None: parameters outside blocks.
 
     Exact: blocks and head are gathered in the compute type, the embedding (with its copies) and
-    routers in fp32, or wider where parameters are; in FP8 what ``precision.gather`` says.
+    routers in fp32, or wider if parameters are; with FP8 those selected by ``precision.gather``.
     """
     total: dict[int | None, int] = {}
     for spec, size in part.sizes.items():
@@ -314,7 +317,7 @@ def gathered_bytes(part: RankParts, kernels: Kernels) -> dict[int | None, int]:
 
 
 def _joined_bytes(part: RankParts, compute_bytes: int) -> int:
-    """Return the bytes of the block's experts that are put together after they are gathered."""
+    """Return bytes of a block's experts that are concatenated after the all-gather."""
     joined: Counter[int | None] = Counter()
     for spec, _ in part.counted:
         if zero_dim(part.part(spec), part.ranks_of(spec)):
@@ -323,16 +326,17 @@ def _joined_bytes(part: RankParts, compute_bytes: int) -> int:
 
 
 def _is_cast(spec: ParamSpec) -> bool:
-    """Whether a product, which wants its weight in the compute type, uses the parameter."""
+    """Return True if a product, which needs the compute type, uses the parameter."""
     return spec.role is not Role.VECTOR
 
 
 def most_in_flight(layout: Layout, rank: int, micro_batches: int) -> int:
-    """Return how many micro-batches' activations a pipeline rank keeps at once, at most.
+    """Return the maximum number of micro-batches in flight on a pipeline rank.
 
-    1F1B: as many as there are stages from here on (arXiv 2104.04473); GPipe and breadth-first:
-    all. The others are taken to keep as much as the first rank of 1F1B (arXiv 2401.10241 for the
-    zero-bubble V), interleaving (p-1)/(p v) more (arXiv 2205.05198).
+    1F1B: the number of stages from this rank on (arXiv 2104.04473); GPipe and breadth-first: all
+    micro-batches. Other schedules are assumed equal to the first rank of 1F1B (arXiv 2401.10241 for
+    the zero-bubble V), interleaved ones (p-1)/(p v) more (arXiv 2205.05198). For example, rank 0 of
+    1F1B with pp = 4 has at most 4.
     """
     if layout.pp == 1:
         return 1

@@ -1,4 +1,4 @@
-"""One moment of a step: bytes that are alive, by kind; and those while rules update."""
+"""Live bytes at one moment of a step, by kind, and the workspace of update rules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from allometry.scaling.update_rules import rule_of
 
 _FP32 = 4
 _ROUNDED_ROWS = 80 << 16
-"""Bytes while 2**16 elements of a state are rounded (``optim/dre.py``), measured."""
+"""Measured bytes for rounding 2**16 elements of a state (``optim/dre.py``)."""
 
 PARAMETERS, GRADIENTS, STATES = "parameters", "gradients", "optimizer states"
 COPIES, LOSS, WORKSPACE = "weight copies", "loss", "workspace"
@@ -23,38 +23,39 @@ COPIES, LOSS, WORKSPACE = "weight copies", "loss", "workspace"
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Bytes alive at one moment of a step, by kind; ``saved: NAME`` is kept for backward."""
+    """Live bytes at one moment of a step, by kind; ``saved: NAME`` is saved for backward."""
 
     name: str
     kinds: Mapping[str, int]
 
     @property
     def total(self) -> int:
-        """The sum of all kinds."""
+        """Sum of all kinds."""
         return sum(self.kinds.values())
 
 
 def with_saved(kinds: Counter[str], saved: Mapping[str, int]) -> dict[str, int]:
-    """What is alive beside what is kept for backward."""
+    """Return live bytes together with the bytes saved for backward."""
     return positive(kinds | Counter({f"saved: {name}": size for name, size in saved.items()}))
 
 
 def later(saved: Mapping[str, int]) -> Counter[str]:
-    """What a block keeps when gate and up have been rounded."""
+    """Return the bytes that a block saves after gate and up have been rounded."""
     return Counter({name: saved.get(name, 0) for name in (GATE_UP, SWIGLU)})
 
 
 def positive(kinds: Mapping[str, int]) -> dict[str, int]:
-    """Those kinds of which there are bytes."""
+    """Return the kinds with more than 0 bytes."""
     return {name: size for name, size in kinds.items() if size > 0}
 
 
 def rule_workspace(
     part: RankParts, trained: Iterable[ParamSpec], optimizer: OptimizerConfig | None, on_cpu: bool
 ) -> int:
-    """What update rules of whole matrices hold beside the states: directions and results.
+    """Return workspace bytes of matrix update rules: directions and results.
 
-    And of one parameter what is fp32: momentum that was in FP8, what it looks ahead to, turns.
+    Included are fp32 tensors of one parameter: momentum decoded from FP8, the Nesterov direction,
+    and rotations.
     """
     kind = optimizer.kind if optimizer is not None else "adamw"
     in_fp8 = isinstance(getattr(optimizer, "states", None), Fp8StatesConfig)

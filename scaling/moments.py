@@ -1,7 +1,7 @@
-"""What is alive at each moment of a step: the loss, the backward of each block, the update.
+"""Live memory at each moment of a step: loss, backward of each block, update.
 
-Nothing here is known of tensors: bytes follow from the description of the model and from what the
-code of the step keeps, as ``studies/memory`` measures it.
+The estimate uses no tensors: bytes are derived from the model's config and from the tensors that
+the code of a step keeps, as measured by ``studies/memory``.
 """
 
 # T tokens of a micro-batch, D width, F hidden width, V vocabulary
@@ -47,13 +47,12 @@ _LOGITS_ON_CPU, _LOGITS_AT_MOST = 8 << 20, 8192
 
 @dataclass(frozen=True)
 class Step:
-    """A step of one rank, as ``memory.estimate_memory`` describes it.
+    """A step of one rank, as described by ``memory.estimate_memory``.
 
-    ``held``, ``gradients``, ``states``: bytes of parameters, gradients and optimizer states that
-    stay on the device; ``reduction`` and ``copies`` as in ``MemoryEstimate``;
-    ``gathered``: bytes of what ZeRO gathers for each block, and for the ends; ``away``: layers
-    whose activations wait on the host. ``dormant``: layers that nothing differentiates, which keep
-    nothing.
+    ``held``, ``gradients``, ``states``: bytes of parameters, gradients and optimizer states
+    resident on the device; ``reduction`` and ``copies`` as in ``MemoryEstimate``; ``gathered``:
+    bytes that ZeRO gathers for each block, and outside blocks; ``away``: layers with offloaded
+    activations. ``dormant``: layers without a backward, which save no activations.
     """
 
     part: RankParts
@@ -79,17 +78,17 @@ class Step:
     dormant: frozenset[int] = frozenset()
 
     def saved(self) -> Counter[str]:
-        """Return what all micro-batches in flight keep for backward, by operation."""
+        """Return bytes saved for backward by all micro-batches in flight, by operation."""
         total = self._ends()
         total += self._blocks.staying()
         return Counter({name: self.in_flight * size for name, size in total.items()})
 
     def moments(self) -> tuple[Moment, ...]:
-        """Return the moments of the step that may be the fullest."""
+        """Return the moments of the step that may be the peak."""
         found = [*self._forward(), *self._backward(), self._end(), self._update()]
         return (self._head(), *found) if self.part.last else tuple(found)
 
-    # --- the model, as this rank has it
+    # --- the model on this rank
 
     @cached_property
     def _blocks(self) -> RankBlocks:
@@ -101,7 +100,7 @@ class Step:
         return math.ceil(self.part.model.vocab_size / self.part.tp)
 
     def _ends(self) -> Counter[str]:
-        """What the final norm keeps, and in a pipeline what comes and goes."""
+        """Return bytes saved by the final norm and, in a pipeline, of received and sent tensors."""
         model, part = self.part.model, self.part
         c, local = self.kernels.compute, self.tokens // part.tp
         kept: Counter[str] = Counter()
@@ -117,7 +116,7 @@ class Step:
             kept[RESIDUAL] += c * local * model.width * ((not part.first) + (not part.last))
         return kept
 
-    # --- what stays while micro-batches run
+    # --- resident while micro-batches run
 
     def _base(self, copies: int, gradients: int) -> Counter[str]:
         if self.zero.stage == 0:
@@ -128,17 +127,17 @@ class Step:
 
     @cached_property
     def _flat(self) -> int:
-        """Buckets of stage 0 that a CPU holds from step to step."""
+        """Bytes of stage 0 buckets that a CPU keeps between steps."""
         if not self.on_cpu or self.zero.stage or self.hdp == 1:
             return 0
-        alone = self.part.ep == self.hdp  # experts that no other rank holds are not summed
+        alone = self.part.ep == self.hdp  # unreplicated experts are not summed
         return _FP32 * sum(
             size for spec, size in self.part.trained.items() if not (alone and spec.role in EXPERTS)
         )
 
     @cached_property
     def _added_up(self) -> int:
-        """Gradients of micro-batches that have run while this one runs, at most."""
+        """Maximum gradient bytes accumulated by earlier micro-batches during a micro-batch."""
         if self.micro_batches <= self.in_flight:
             return 0
         whole = _FP32 * sum(self.part.trained.values())
@@ -156,7 +155,7 @@ class Step:
         chunk = self._chunk_tokens()
         head = vocabulary * model.width
         logits = chunk * vocabulary
-        # The softmax widens the logits; of a part of the vocabulary it scales a copy of that.
+        # The softmax widens the logits; with a sharded vocabulary it scales a copy of them.
         softmax = logits * (c if c == wide else c + wide)
         if part.tp > 1:
             softmax = logits * (c + 2 * wide if c < wide else c + wide)
@@ -176,14 +175,14 @@ class Step:
         kinds[LOSS] = summed + max(softmax, product) + inputs
         kinds[WORKSPACE] = normed
         if self.zero.stage >= 2 and self.micro_batches > 1 and not self.pipelined:
-            # The buffer of the last reduction.
+            # The buffer of the previous reduction.
             kinds[WORKSPACE] += _FP32 * head if self._head_is_trained else 0
         if self.zero.stage == 3 and not self.pipelined:
-            kinds[WORKSPACE] += c * head  # that of the last gather
+            kinds[WORKSPACE] += c * head  # the buffer of the previous all-gather
         return Moment("head", with_saved(kinds, self.saved()))
 
     def _chunk_tokens(self) -> int:
-        """Tokens whose logits exist at once: ``models.loss.default_chunk_tokens``."""
+        """Return tokens per chunk of logits, as ``models.loss.default_chunk_tokens``."""
         chunk = self.chunk
         if chunk is None:
             row = self._vocabulary * self.kernels.compute
@@ -194,7 +193,10 @@ class Step:
         return min(-(-self.tokens // (count * 64)) * 64, chunk, self.tokens)
 
     def _forward(self) -> list[Moment]:
-        """While gate and up of the last block are rounded; without FP8 the head is fuller."""
+        """Return the moment of rounding gate and up of the last block.
+
+        Without FP8 the list is empty, since the head needs more memory.
+        """
         block = self._blocks.block(self._blocks.layers[-1])
         if not self._rounding(block):
             return []
@@ -204,10 +206,10 @@ class Step:
         return [Moment("forward", with_saved(kinds, kept))]
 
     def _rounding(self, block: Block) -> int:
-        """Bytes while gate and up are made or kept in FP8 by operators that are not compiled.
+        """Return bytes while uncompiled operators compute or save gate and up in FP8.
 
-        Widened, divided and clamped they are three copies in fp32 at once; as many has a product
-        that is emulated (itself, its scales, both), and a weight that is rounded.
+        Widening, division and clamping use three fp32 copies at once. An emulated product (itself,
+        its scales, both) uses as many, and so does rounding of a weight.
         """
         kernels, model, part = self.kernels, self.part.model, self.part
         c, wide, experts = kernels.compute, kernels.wide, block.mixture is not None
@@ -223,7 +225,7 @@ class Step:
         return max(activations, weights) + 2 * c * block.widest * local + stream
 
     def _backward(self) -> list[Moment]:
-        """The moments while each block is differentiated, the last one first, and after it."""
+        """Return the moments of the backward of each block, the last first, and after it."""
         c, model = self.kernels.compute, self.part.model
         one = self.saved()
         others = Counter(
@@ -244,7 +246,7 @@ class Step:
                 continue
             block = self._blocks.block(layer)
             kept = self._blocks.saved(layer)
-            # What was away comes back a block before it is needed.
+            # Offloaded activations return one block before their use.
             back = [i for i in self._blocks.layers[max(place - 1, 0) : place + 1] if i in self.away]
             for i in set(back) - here:
                 here.add(i)
@@ -268,7 +270,7 @@ class Step:
         left: Counter[str],
         others: Counter[str],
     ) -> list[Moment]:
-        """The moments while one block is differentiated."""
+        """Return the moments of the backward of one block."""
         stream = self.kernels.compute * self.tokens // self.part.tp * self.part.model.width
         kept = self._blocks.saved(layer)
         again: Counter[str] = Counter()
@@ -285,22 +287,22 @@ class Step:
 
     @property
     def _head_is_trained(self) -> bool:
-        """Whether what the head multiplies with, its own weight or the embedding's, is."""
+        """True if the weight used by the head (its own, or the embedding's) is trained."""
         role = Role.INPUT if self.part.model.tied_embeddings else Role.OUTPUT
         return any(spec.role is role for spec in self.part.trained)
 
     @property
     def _ends_gradients(self) -> int:
-        """Bytes of the head's gradient, which is there before any block's."""
+        """Bytes of the head's gradient, which exists before the gradients of blocks."""
         if not (self.part.last and self._head_is_trained):
             return 0
         head = self._vocabulary * self.part.model.width
         return head * (_FP32 if self.zero.stage == 0 else self.kernels.compute)
 
     def _gathered(self, layer: int | None, *, after: bool = False) -> int:
-        """Bytes of gathered weights at stages 1 to 3 while, or after, a block is differentiated.
+        """Return bytes of gathered weights, at stages 1 to 3, in or after a block's backward.
 
-        None: while the head is, where forward has left the last block gathered.
+        ``layer`` None: during the backward of the head, when the last block is still gathered.
         """
         if self.pipelined or not self.zero.frees(1):
             gone = (
@@ -318,26 +320,26 @@ class Step:
         return head + sum(self.gathered[i] for i in (here[-1:] if layer is None else here))
 
     def _reduced(self, size: int, copies: int, gradients: int, saved: Mapping[str, int]) -> Moment:
-        """While FSDP2 reduces a unit of ``size`` elements: its buffer beside the one before."""
+        """Return the moment of FSDP2's reduction of ``size`` elements, with the previous buffer."""
         before = max(self.part.units.values(), default=0)
         kinds = self._base(copies, max(self._added_up, gradients))
         kinds[WORKSPACE] = _FP32 * (size + before)
-        kinds[LOSS] = self._ends_gradients  # of the unit that is reduced last
+        kinds[LOSS] = self._ends_gradients  # of the last reduced unit
         return Moment("backward", with_saved(kinds, saved))
 
     def _norm_backward(self, width: int) -> int:
-        """Bytes of a token while a norm is differentiated, beyond what was kept for it."""
+        """Return bytes per token for the backward of a norm, in addition to its saved tensors."""
         c, wide = self.kernels.compute, self.kernels.wide
         if self.kernels.fused_norm:
             return 2 * c * width
         return (4 if c < wide else 3) * wide * width
 
     def _block_backward(self, block: Block) -> int:
-        """Bytes beyond what is kept, at the fullest moment of a block's backward."""
+        """Return peak bytes of a block's backward, in addition to saved tensors."""
         part, tokens = self.part, self.tokens
         c, wide = self.kernels.compute, self.kernels.wide
         hidden = block.hidden * tokens // part.tp
-        # One product made gate and up of half types, so one tensor takes their gradients.
+        # In half types one product computes gate and up, so one tensor receives their gradients.
         found = [c * hidden * (3 if c < wide else 2)]
         down = self._blocks.down(block.layer)
         fresh = c if c < wide else _FP32
@@ -355,7 +357,7 @@ class Step:
         return max(found)
 
     def _end(self) -> Moment:
-        """After the last block's backward: the embedding's gradient, and what is being reduced."""
+        """Return the moment after the last block's backward, with pending reductions."""
         part, c = self.part, self.kernels.compute
         trained = part.first and any(spec.role is Role.INPUT for spec in self.part.trained)
         embedding = self._vocabulary * part.model.width if trained else 0

@@ -1,6 +1,6 @@
-"""Activations that wait on the host: which layers', what travels, and whether computing hides it.
+"""Offloading of activations: layers, transferred bytes, and overlap with computation.
 
-Pure and without torch; ``parallel/offload`` does it.
+The module is pure and without torch; ``parallel/offload`` implements the transfers.
 """
 
 from __future__ import annotations
@@ -18,28 +18,32 @@ from allometry.scaling.count import attention_flops, layer_flops
 
 SELECTIVE = "parallel.context.offload=selective"
 STAYING = 2
-"""Layers of a stage whose activations never go: one runs while another's are on their way."""
+"""Layers of a stage that are never offloaded: one computes while another's data are in transfer."""
 
 
 def offloaded_layers(share: float, layers: int) -> int:
-    """Return how many of a stage's ``layers`` are offloaded: ``share`` of all but two.
+    """Return the number of offloaded layers of a stage: ``share`` of all but two, rounded up.
 
-    Rounded up, so that no more stays on the device than was planned.
+    Rounding up ensures that the device stores no more than planned. For example, a share of 0.5 of
+    10 layers offloads 4.
     """
     return math.ceil(share * max(layers - STAYING, 0) - 1e-9)
 
 
 def offloaded(share: float, stages: Sequence[range]) -> frozenset[int]:
-    """Return the layers that are offloaded, the first ones of each stage."""
+    """Return the offloaded layers, which are the first ones of each stage.
+
+    For example, a share of 0.5 of one stage of 10 layers gives layers 0 to 3.
+    """
     return frozenset(
         layer for stage in stages for layer in stage[: offloaded_layers(share, len(stage))]
     )
 
 
 def check_offload(config: RunConfig, layers: int) -> None:
-    """Check offload of activations against a smallest stage of ``layers``.
+    """Check activation offload for a smallest stage of ``layers`` layers.
 
-    Raises UserError where none of them could go, or where two keys decide on the same activations.
+    Raises UserError if no layer can be offloaded, or if two keys control the same activations.
     """
     share, selective = config.training.activation_offload, config.parallel.context.offload
     if share > 0.0 and selective != "none":
@@ -54,7 +58,7 @@ def check_offload(config: RunConfig, layers: int) -> None:
 
 
 def check_layers(setting: str, layers: int) -> None:
-    """Raise UserError for a pipeline stage with no more than the two layers that never offload."""
+    """Raise UserError if a pipeline stage has only the two layers that are never offloaded."""
     if layers <= STAYING:
         raise UserError(
             f"{setting} leaves two layers of a stage where they are, and here the smallest "
@@ -65,14 +69,13 @@ def check_layers(setting: str, layers: int) -> None:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What travels between a rank and the host, estimated, on the first pipeline rank.
+    """Estimated transfers between a rank and the host, on the first pipeline rank.
 
-    ``layers`` are its offloaded ones; ``layer_bytes``: of one of them in one micro-batch, their
-    mean; ``step_bytes``: in a step, to the host and as much back; ``host_bytes``: most that waits
-    there at once, of all micro-batches in flight. ``copy_s`` is the time of one
-    layer's copy, ``forward_s`` that of its forward, both at the rates that planning assumes
-    (``parallel.context.costs``). Backward takes longer and has as much to bring, so a copy that
-    hides behind the forward hides in both.
+    ``layers``: number of offloaded layers; ``layer_bytes``: mean bytes of such a layer in one
+    micro-batch; ``step_bytes``: bytes per step in each direction; ``host_bytes``: maximum bytes on
+    the host, of all micro-batches in flight. ``copy_s`` is the time of one layer's copy and
+    ``forward_s`` of its forward, both at the assumed rates (``parallel.context.costs``). Backward
+    takes longer with the same transfer, so a copy that is hidden by the forward is always hidden.
     """
 
     layers: int
@@ -96,7 +99,7 @@ class Traffic:
         in_flight: int,
         costs: ContextCosts,
     ) -> Traffic:
-        """Return it for ``travelling`` bytes of all ``layers`` in a micro-batch of ``tokens``."""
+        """Return the estimate for ``travelling`` bytes of all ``layers`` per micro-batch."""
         number = len(layers)
         flops = layer_flops(model, sequence_length)[1:-1]
         slow = 1 / costs.attention_efficiency - 1
@@ -116,9 +119,9 @@ class Traffic:
 
     @property
     def hides(self) -> bool:
-        """Whether a layer's copy takes no longer than a layer's forward."""
+        """True if a layer's copy takes no longer than its forward."""
         return self.copy_s <= self.forward_s
 
     def describe(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return the estimate as JSON."""
         return {**asdict(self), "hides": self.hides}

@@ -1,4 +1,4 @@
-"""Which entry of ``optimizer.overrides`` decides a parameter, and whether each decides any."""
+"""Match entries of ``optimizer.overrides`` with parameters, and reject entries without effect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from allometry.scaling.roles import ParamSpec, Role, layer_of
 
 
 def matches(entry: ParameterOverride, spec: ParamSpec) -> bool:
-    """Return whether an entry names this parameter: by all of its criteria."""
+    """Return True if the parameter satisfies all criteria of the entry."""
     if entry.roles is not None and spec.role not in entry.roles:
         return False
     layer = layer_of(spec.name)
@@ -25,13 +25,13 @@ def matches(entry: ParameterOverride, spec: ParamSpec) -> bool:
 
 
 def deciding(optimizer: OptimizerConfig | None, spec: ParamSpec) -> ParameterOverride | None:
-    """Return the entry that decides what a parameter gets, the last that names it; None: none."""
+    """Return the entry that applies to a parameter, the last matching one; None without a match."""
     entries = optimizer.overrides if optimizer is not None else ()
     return next((entry for entry in reversed(entries) if matches(entry, spec)), None)
 
 
 def is_frozen(optimizer: OptimizerConfig | None, spec: ParamSpec) -> bool:
-    """Return whether a parameter is not trained."""
+    """Return True if a parameter is not trained."""
     entry = deciding(optimizer, spec)
     return entry is not None and bool(entry.freeze)
 
@@ -46,7 +46,7 @@ def frozen_names(model: ModelConfig, optimizer: OptimizerConfig | None) -> froze
 def describe_overrides(
     model: ModelConfig, optimizer: OptimizerConfig | None
 ) -> list[dict[str, Any]]:
-    """Return as JSON what each entry decides: how many parameters, of how many numbers in all."""
+    """Return as JSON the number of parameters and elements to which each entry applies."""
     entries = optimizer.overrides if optimizer is not None else ()
     found = [{"parameters": 0, "numbers": 0, **e.model_dump(exclude_none=True)} for e in entries]
     for spec in inventory(model) if entries else ():
@@ -59,11 +59,11 @@ def describe_overrides(
 
 
 def check_overrides(model: ModelConfig, optimizer: OptimizerConfig | None) -> None:
-    """Refuse entries that decide nothing, and to freeze all parameters.
+    """Reject entries without effect, and freezing of all parameters.
 
     Raises:
-        UserError: a role, layer or pattern names no parameter of the model, an entry names none or
-            none that later entries leave to it, or nothing is left to train.
+        UserError: a role, layer or pattern matches no parameter of the model, an entry matches none
+            or only parameters of later entries, or all parameters are frozen.
     """
     if optimizer is None or not optimizer.overrides:
         return
@@ -72,7 +72,7 @@ def check_overrides(model: ModelConfig, optimizer: OptimizerConfig | None) -> No
         _check_criteria(f"optimizer.overrides.{number}", entry, specs, model)
     decided = [deciding(optimizer, spec) for spec in specs]
     for number, entry in enumerate(optimizer.overrides):
-        # By identity: two equal entries are two entries.
+        # By identity: equal entries are distinct.
         if not any(one is entry for one in decided):
             raise UserError(
                 f"optimizer.overrides.{number} decides nothing: the last entry that names a "

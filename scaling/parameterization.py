@@ -1,4 +1,4 @@
-"""From a parameter's role to its initialisation, update rule, learning rate, decay and epsilon."""
+"""Initialization, update rule, learning rate, decay and epsilon of a parameter, from its role."""
 
 from __future__ import annotations
 
@@ -33,23 +33,24 @@ _TABLES: Mapping[str, type[Multipliers]] = {
     "hyperp": HyperPMultipliers,
     "mssp": MSSPMultipliers,
 }
-"""By ``parameterization.kind``."""
+"""Implementations by ``parameterization.kind``."""
 
 group_key: Callable[[Resolved], tuple[Any, ...]] = attrgetter(
     "rule", "lr", "weight_decay", "eps", "sphere", "forgetting", "frozen"
 )
-"""What ``Resolved`` of one role must share for their parameters to share an optimizer's group."""
+"""Fields of ``Resolved`` that parameters of one role must share to be in one parameter group."""
 
 
 class Parameterization:
-    """The multipliers of one parameterization for one model, optimizer and run.
+    """Multipliers of a parameterization for one model, optimizer and run.
 
-    Pure, and the same on every rank. The tables are in ``scaling/parameterizations``.
-    ``optimizer`` None: the one that the parameterization is made for, MuonH for ``hyperp`` and
-    AdamW for the others. ``scale`` None: a run as long as that of the base, with its batch. At the
-    base dimensions every multiplier of learning rates, decay and epsilon is exactly 1, but for
-    those of ``optimizer.overrides``. Raises UserError where the sections contradict one another,
-    APOLLO's rank does not fit a matrix, or an override decides nothing (``check_overrides``).
+    The result is pure and the same on every rank. The tables are in ``scaling/parameterizations``.
+    ``optimizer`` None: the default of the parameterization, MuonH for ``hyperp`` and AdamW for the
+    others. ``scale`` None: a run with the base's length and batch. At the base dimensions every
+    multiplier of learning rates, decay and epsilon is exactly 1, except for
+    ``optimizer.overrides``. For example, ``Parameterization.of_run(config).resolve(spec).lr``.
+    Raises UserError if sections contradict each other, APOLLO's rank does not fit a matrix, or an
+    override has no effect (``check_overrides``).
     """
 
     def __init__(
@@ -74,12 +75,12 @@ class Parameterization:
 
     @classmethod
     def of_run(cls, config: RunConfig, stage: int = -1) -> Parameterization:
-        """Return those of a run, with its optimizer, its full batch and its length.
+        """Return the parameterization of a run, with its optimizer, full batch and length.
 
-        Of a run with stages: those of a stage (the last one), with the length of the whole run.
+        For a run with stages: of ``stage`` (default: the last one), with the length of all stages.
         """
         places = places_of(config)
-        # As asked for: rounded up to whole steps, a run of the base's length would be longer.
+        # As configured: rounded up to complete steps, a run of the base's length would be longer.
         tokens = sum(place.asked_tokens for place in places)
         one, plan = places[stage].config, places[stage].local
         scale = RunScale(plan.full_sequences * plan.sequence_length, tokens)
@@ -92,21 +93,21 @@ class Parameterization:
 
     @property
     def optimizer_kind(self) -> str:
-        """The optimizer that they are for."""
+        """Kind of the optimizer."""
         return self._multipliers.optimizer_kind
 
     @property
     def decay_is_independent(self) -> bool:
-        """Whether ``optimizer.weight_decay`` is what a step at the peak rate takes of a weight."""
+        """True if ``optimizer.weight_decay`` is the decay of a weight per step at the peak rate."""
         return self._multipliers.decay_rule == "independent"
 
     @property
     def forward(self) -> ForwardScales:
-        """The multipliers of the forward pass."""
+        """Multipliers of the forward pass."""
         return self._multipliers.forward
 
     def resolve(self, spec: ParamSpec) -> Resolved:
-        """Return what this parameter gets, by its role and by ``optimizer.overrides``."""
+        """Return the values of a parameter, from its role and ``optimizer.overrides``."""
         resolved = self._multipliers.resolve(spec)
         if self.optimizer is None or not self.optimizer.overrides:
             return resolved
@@ -117,12 +118,12 @@ class Parameterization:
             return replace(resolved, frozen=True)
         rate = 1.0 if entry.lr_multiplier is None else entry.lr_multiplier
         decay = 1.0 if entry.weight_decay_multiplier is None else entry.weight_decay_multiplier
-        if self.decay_is_independent:  # a step takes the same of a weight at any rate
+        if self.decay_is_independent:  # the decay per step does not depend on the rate
             decay /= rate
         return replace(resolved, lr=resolved.lr * rate, weight_decay=resolved.weight_decay * decay)
 
     def _check_decays(self) -> None:
-        """Refuse an override that multiplies decays of which each is zero."""
+        """Reject an override that multiplies only zero decays."""
         optimizer = self.optimizer
         for number, entry in enumerate(optimizer.overrides if optimizer is not None else ()):
             assert optimizer is not None
@@ -139,19 +140,19 @@ class Parameterization:
                 )
 
     def _owner(self, spec: ParamSpec) -> ParamSpec:
-        """Return the parameter that ``spec`` is a copy of.
+        """Return the original of a copy, otherwise ``spec``.
 
-        That is the embedding, for a tied head or a table of multi-token prediction away from it.
+        A tied head and the table of multi-token prediction are copies of the embedding.
         """
         copied = self.model.tied_embeddings and spec.role is Role.OUTPUT
         copied = copied or (spec.ahead and spec.role is Role.INPUT)
         return inventory(self.model)[0] if copied else spec
 
     def describe(self) -> dict[str, Any]:
-        """Return them as JSON for a run's record.
+        """Return the multipliers as JSON for a run's record.
 
-        ``roles`` has one parameter of each role, and more ("vector-2") where some of a role get
-        other multipliers.
+        ``roles`` has one parameter of each role, and further ones ("vector-2") if parameters of a
+        role have different multipliers.
         """
         seen: set[tuple[Any, ...]] = set()
         examples: dict[str, dict[str, Any]] = {}

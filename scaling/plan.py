@@ -1,4 +1,4 @@
-"""The plan of a run, from its description alone: what ``--dry-run`` prints."""
+"""Plan of a run, computed from its config alone; printed by ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from allometry.scaling.stages import StagePlace, places_of
 
 @dataclass(frozen=True)
 class Totals:
-    """A whole run: steps, tokens (the budget rounded up to whole steps) and model FLOPs.
+    """Totals of a run: steps, tokens (the budget rounded up to complete steps) and model FLOPs.
 
-    ``warmup_steps``: of its first warm-up.
+    ``warmup_steps``: steps of the first warm-up.
     """
 
     steps: int
@@ -41,16 +41,15 @@ class Totals:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run on ``world_size`` ranks will do, or a stage of it. Steps are counted from 1.
+    """Plan of a run, or of one of its stages, on ``world_size`` ranks. Steps are counted from 1.
 
-    ``total_steps`` is the last step, and ``steps_before`` the steps of the stages before; ``run``
-    is of all stages together, and ``stage`` None for a run without.
+    ``total_steps`` is the last step, and ``steps_before`` the number of steps of earlier stages;
+    ``run`` contains the totals of all stages, and ``stage`` is None for a run without stages.
 
-    ``flops_per_token`` is that of sequences that are one whole document, and ``flops_assumption``
-    says what that means for this run's data, which are not read here; ``memory`` is the peak of
-    the fullest rank (see ``MemoryEstimate``), ``bytes_saved`` what activations kept in FP8 take off
-    that of one that keeps them in the compute type. ``activation_traffic``: what
-    ``training.activation_offload`` moves; None: nothing.
+    ``flops_per_token`` assumes one document per sequence, and ``flops_assumption`` explains the
+    assumption for this run's data, which the plan does not read. ``memory`` is the peak of the
+    largest rank (see ``MemoryEstimate``), and ``bytes_saved`` its reduction by FP8 activations.
+    ``activation_traffic``: transfers of ``training.activation_offload``; None without offload.
     """
 
     world_size: int
@@ -74,15 +73,16 @@ class RunPlan:
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> RunPlan:
-        """Plan this run on this many ranks, without torch; of a run with stages, the last one.
+        """Return the plan of a run on ``world_size`` ranks, without torch; the last stage's plan.
 
-        Raises UserError where the ranks cannot share the batch or do not fit the mesh.
+        Raises UserError if the ranks cannot share the batch or do not match the mesh. For example,
+        ``RunPlan.of(config, 8).memory.total``.
         """
         return cls.of_stages(config, world_size)[-1]
 
     @classmethod
     def of_stages(cls, config: RunConfig, world_size: int) -> tuple[RunPlan, ...]:
-        """Plan each stage of a run; one plan for a run without. Raises as ``of`` does."""
+        """Return the plan of each stage; a run without stages has one. Raises as ``of`` does."""
         assert world_size >= 1, world_size
         plans: list[RunPlan] = []
         for place in places_of(config):
@@ -132,23 +132,23 @@ class RunPlan:
 
     @property
     def hdp(self) -> int:
-        """Ranks that share each batch."""
+        """Number of ranks that share each batch."""
         return self.layout.degrees.hdp
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of the whole run: the budget rounded up to whole steps."""
+        """Tokens of the run: the budget rounded up to complete steps."""
         return self.run.tokens
 
     @property
     def total_flops(self) -> int:
-        """Model FLOPs of the whole run."""
+        """Model FLOPs of the run."""
         return self.run.flops
 
     def micro_batches(self, step: int) -> int:
-        """Return how many micro-batches each rank runs in this step.
+        """Return the number of micro-batches of each rank in ``step``.
 
-        Of whole documents: the fewest that can hold the batch, as plans are made step by step.
+        For document data: a lower bound, since plans are made for each step.
         """
         tokens = self.batch.sequences(step) * self.batch.sequence_length
         return -(-tokens // (self.hdp * self.micro_batch_tokens))
@@ -189,7 +189,7 @@ class RunPlan:
 
 
 def tokens_of_micro_batch(config: RunConfig) -> int:
-    """Return the tokens of a micro-batch; of whole documents, as many as a rank may hold."""
+    """Return the tokens of a micro-batch; for document data, the capacity of a rank."""
     if config.data.kind == "documents":
         return config.parallel.context.capacity_tokens
     return config.batch.micro_batch_sequences * config.data.sequence_length
@@ -202,7 +202,7 @@ def memory_of(
     device: str = "cuda",
     pp_rank: int | None = None,
 ) -> MemoryEstimate:
-    """Return what a rank (None: the fullest) of this layout needs on a device, "cuda" or "cpu"."""
+    """Return the memory of a rank (None: the largest) on a device, "cuda" or "cpu"."""
     tokens, length = tokens_of_micro_batch(config), config.data.sequence_length
     zero, hdp = config.parallel.zero, layout.degrees.hdp
     deepspeed = zero.engine == "deepspeed"
@@ -234,7 +234,7 @@ def memory_of(
 
 
 def traffic_of(config: RunConfig, layout: Layout, batch: BatchPlan) -> Traffic | None:
-    """Return what the first pipeline rank moves to the host and back; None: nothing."""
+    """Return the host transfers of the first pipeline rank; None without offload."""
     share = config.training.activation_offload
     moved = offloaded(share, [layout.stages[stage] for stage in layout.stages_of(0)])
     if not moved:
@@ -265,7 +265,7 @@ def _micro_batches(config: RunConfig, layout: Layout, batch: BatchPlan) -> int:
 
 
 def _flops_assumption(config: RunConfig) -> str:
-    """Which documents the FLOPs of the plan are those of; a run counts the ones that it reads."""
+    """Return the plan's assumption about documents for FLOPs; a run counts its actual documents."""
     length = config.data.sequence_length
     if config.data.kind == "documents":
         return f"every document as long as a window, {length} tokens; the run counts each as it is"

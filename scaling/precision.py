@@ -1,4 +1,4 @@
-"""What FP8 asks of a layout: groups of numbers that share a scale must lie together on any."""
+"""FP8 constraints on a layout: elements that share a scale must be on the same rank."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from allometry.scaling.inventory import inventory
 from allometry.scaling.roles import Role
 
 SAVED_GROUP = 16
-"""Numbers of a row under one scale in what is kept for backward (COAT, arXiv 2410.19313)."""
+"""Elements of a row with one scale in activations saved for backward (COAT, arXiv 2410.19313)."""
 
 SAVED_BYTES = 1 + 2 / SAVED_GROUP
-"""Bytes of a number that is kept in FP8, with its share of a bf16 scale."""
+"""Bytes per element saved in FP8, including its share of a bf16 scale."""
 
 _BLOCK = 128
 
 
 def cut_widths(model: ModelConfig) -> dict[str, int]:
-    """Return the widths that tensor parallelism cuts and products sum over, by key."""
-    cut = {"model.num_heads x model.head_dim": model.num_heads * model.head_width}
+    """Return the widths that tensor parallelism shards and products sum over, by key."""
+    latent = model.latent_attention is not None
+    values = "model.latent_attention.v_head_dim" if latent else "model.head_dim"
+    cut = {f"model.num_heads x {values}": model.num_heads * model.value_width}
     if model.ffn_width is not None:
         cut["model.ffn_width"] = model.ffn_width
     if isinstance(model, MoEModel):
@@ -33,7 +35,7 @@ def cut_widths(model: ModelConfig) -> dict[str, int]:
 
 
 def _check_gather(config: RunConfig, degrees: Degrees) -> None:
-    """Refuse a layout whose parameters cannot be gathered in FP8."""
+    """Reject a layout whose parameters cannot be gathered in FP8."""
     if config.precision.gather != "fp8":
         return
     model, zero = config.model, config.parallel.zero
@@ -55,7 +57,7 @@ def _check_gather(config: RunConfig, degrees: Degrees) -> None:
 
 
 def _check_some_product(config: RunConfig) -> None:
-    """Refuse a recipe that no product of the model would use."""
+    """Reject a recipe that no product of the model uses."""
     precision, model = config.precision, config.model
     if precision.linears in ("compute", "auto"):
         return
@@ -73,7 +75,7 @@ def _check_some_product(config: RunConfig) -> None:
 
 
 def check_precision(config: RunConfig, degrees: Degrees) -> None:
-    """Refuse a layout on which other numbers would share a scale than on one rank."""
+    """Reject a layout in which scales cover other elements than on one rank."""
     tp = degrees.tp
     _check_gather(config, degrees)
     precision, model = config.precision, config.model

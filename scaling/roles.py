@@ -1,4 +1,4 @@
-"""What each parameter is for: the facts that decide how it scales."""
+"""Roles of parameters, which determine their scaling."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Start = Literal["ones", "zeros"]
 
 
 class Role(StrEnum):
-    """How a parameter's dimensions grow with the model (arXiv 2203.03466, Table 8).
+    """Growth of a parameter's dimensions with the model (arXiv 2203.03466, Table 8).
 
-    ``input``: only fan-out grows with width (embeddings). ``hidden``: both do. ``output``: only
-    fan-in does (the head). ``vector``: one growing dimension and no product (norm gains, biases).
+    ``input``: only fan-out grows with width (embeddings). ``hidden``: both grow. ``output``: only
+    fan-in grows (the head). ``vector``: one growing dimension and no product (norm gains, biases).
     ``router``, ``expert_up`` and ``expert_down`` belong to mixtures of experts.
     """
 
@@ -29,18 +29,19 @@ class Role(StrEnum):
 
 EXPERTS = (Role.EXPERT_UP, Role.EXPERT_DOWN)
 MATRICES = frozenset({Role.HIDDEN, Role.ROUTER, *EXPERTS})
-"""The roles between embedding and head whose weights are multiplied with activations."""
+"""Roles between embedding and head whose weights are multiplied with activations."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """One parameter as the module that makes it declares it.
+    """Specification of a parameter, as declared by its module.
 
-    ``name`` is its full dotted name in the model, ``shape`` its whole (unsharded) shape. Weights
-    are stored [fan_out, fan_in]; an embedding [V, D] has fan_in V (finite) and fan_out D; a vector
-    [n] has fan_in 1 and fan_out n. ``start``: what it starts as in every parameterization; None:
-    that decides. ``of_heads``: a vector with elements for each head, which are where the head is.
-    ``ahead``: of multi-token prediction, which published counts and laws leave out.
+    ``name`` is the dotted global name, ``shape`` the unsharded shape. Weights are stored [fan_out,
+    fan_in]; an embedding [V, D] has fan_in V (constant) and fan_out D; a vector [n] has fan_in 1
+    and fan_out n. ``start``: initial value in every parameterization; None: the parameterization
+    decides. ``of_heads``: a vector with elements for each head, sharded with the heads. ``ahead``:
+    a parameter of multi-token prediction, which published counts and laws leave out. For example,
+    ``ParamSpec("head.weight", Role.OUTPUT, (V, D), fan_in=D, fan_out=V)``.
     """
 
     name: str
@@ -59,15 +60,19 @@ class ParamSpec:
 
     @property
     def in_block(self) -> bool:
-        """Whether the parameter is one of a block, whose number is the model's depth."""
+        """True if the parameter belongs to a block; the number of blocks is the model's depth."""
         return self.name.startswith("blocks.")
 
     @property
     def numel(self) -> int:
-        """Elements of the whole parameter."""
+        """Number of elements of the unsharded parameter."""
         return math.prod(self.shape)
 
 
 def layer_of(name: str) -> int | None:
-    """Return the layer whose parameter this is; None: of embedding, final norm or head."""
+    """Return the layer of a parameter; None for embedding, final norm and head.
+
+    >>> layer_of("blocks.3.ffn.up.weight")
+    3
+    """
     return int(name.split(".")[1]) if name.startswith("blocks.") else None

@@ -1,4 +1,4 @@
-"""The same model at another size: how a family of models grows."""
+"""Models of a family at other sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from allometry.configs.model import (
 
 
 class Axis(StrEnum):
-    """What differs between the models (or, for ``horizon`` and ``batch``, the runs) of a family."""
+    """Varied quantity of the models (or, for ``horizon`` and ``batch``, the runs) of a family."""
 
     WIDTH = "width"
     DEPTH = "depth"
@@ -34,18 +34,20 @@ class Axis(StrEnum):
 
     @property
     def of_runs(self) -> bool:
-        """Whether the model stays and its run changes."""
+        """True if the run changes instead of the model."""
         return self in (Axis.HORIZON, Axis.BATCH)
 
 
 def at_width(model: ModelConfig, width: int) -> ModelConfig:
-    """Return the same model at another width, everything in proportion, head width unchanged.
+    """Return the same model at another width, all widths in proportion, head width constant.
 
-    The number of experts and of those that a token visits stays; their width grows. Raises
-    UserError where the heads or a feed-forward cannot be scaled to whole numbers.
+    The numbers of experts and of visited experts are constant; expert widths grow. Raises UserError
+    if heads or a feed-forward cannot be scaled to integers. For example, doubling the width doubles
+    ``num_heads`` and ``ffn_width``.
     """
-    changes: dict[str, Any] = {"head_dim": model.head_width}
-    experts: dict[str, Any] = {}
+    latent = model.latent_attention
+    changes: dict[str, Any] = {} if latent is not None else {"head_dim": model.head_width}
+    inner: dict[str, dict[str, Any]] = {"": changes, "experts": {}, "latent_attention": {}}
     for key, size in _widths(model).items():
         scaled, rest = divmod(size * width, model.width)
         if rest or not scaled:
@@ -53,22 +55,24 @@ def at_width(model: ModelConfig, width: int) -> ModelConfig:
                 f"model.{key}={size} cannot be scaled from width={model.width} to width={width}; "
                 f"choose multiples of {width_unit(model)}"
             )
-        section = experts if key.startswith("experts.") else changes
-        section[key.removeprefix("experts.")] = scaled
+        section, _, name = key.rpartition(".")
+        inner[section][name] = scaled
     if isinstance(model, MoEModel):
-        changes["experts"] = model.experts.model_copy(update=experts)
+        changes["experts"] = model.experts.model_copy(update=inner["experts"])
+    if latent is not None:
+        changes["latent_attention"] = latent.model_copy(update=inner["latent_attention"])
     return model.model_copy(update=changes)
 
 
 def at_depth(model: ModelConfig, layers: int) -> ModelConfig:
-    """Return the same model with another number of layers; UserError if there is no such model."""
+    """Return the same model with another number of layers; raise UserError if it is invalid."""
     return _checked(model, {"num_layers": layers}, f"{layers} layers")
 
 
 def at_width_and_depth(model: ModelConfig, width: int) -> ModelConfig:
-    """Return the model at another width with layers in the same proportion.
+    """Return the model at another width with a proportional number of layers.
 
-    Raises UserError where there is no such model.
+    Raises UserError if the model is invalid.
     """
     layers, rest = divmod(model.num_layers * width, model.width)
     if rest or not layers:
@@ -80,20 +84,20 @@ def at_width_and_depth(model: ModelConfig, width: int) -> ModelConfig:
 
 
 def at_experts(model: ModelConfig, number: int) -> ModelConfig:
-    """Return the same mixture with another number of routed experts; a token visits as many.
+    """Return the same mixture with another number of routed experts; visits per token are constant.
 
-    Raises UserError for a model that has no experts, or cannot have so many.
+    Raises UserError for a model without experts, or an invalid number.
     """
     experts = _mixture(model).experts.model_dump() | {"num_experts": number}
     return _checked(model, {"experts": experts}, f"{number} experts")
 
 
 def at_regime(model: ModelConfig, number: int, *, widen_experts: bool) -> ModelConfig:
-    """Return the mixture with this number of routed experts, and all that grows along with it.
+    """Return the mixture with ``number`` routed experts, and other dimensions scaled with it.
 
-    Width and experts that a token visits grow in the same proportion: what MSSP (arXiv 2605.14200)
-    calls regime II, in which experts keep their width, and III, in which they grow too. Raises
-    UserError for a model that has no experts, and where something would not be whole.
+    Width and experts per token grow in the same proportion. In regime II of MSSP (arXiv 2605.14200)
+    expert widths are constant, and in regime III they grow too. Raises UserError for a model
+    without experts, and for fractional dimensions.
     """
     experts = _mixture(model).experts
     width, rest = divmod(model.width * number, experts.num_experts)
@@ -112,7 +116,10 @@ def at_regime(model: ModelConfig, number: int, *, widen_experts: bool) -> ModelC
 
 
 def resize(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
-    """Return the model at this size of an axis; a horizon and a batch change no model."""
+    """Return the model at ``size`` of an axis; horizon and batch do not change the model.
+
+    For example, ``resize(model, Axis.WIDTH, 1024)``.
+    """
     match axis:
         case Axis.WIDTH:
             return at_width(model, size)
@@ -129,18 +136,18 @@ def resize(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
 
 
 def width_unit(model: ModelConfig) -> int:
-    """Return the smallest width at which the model exists; its multiples do, too."""
-    # size·w/width is whole where w is a multiple of the numerator of width/size.
+    """Return the smallest valid width of the model; its multiples are valid as well."""
+    # size·w/width is an integer if w is a multiple of the numerator of width/size.
     return math.lcm(*(Fraction(model.width, size).numerator for size in _widths(model).values()))
 
 
 def width_and_depth_unit(model: ModelConfig) -> int:
-    """Return the smallest width at which the model exists with layers in proportion."""
+    """Return the smallest width at which the model with a proportional depth is valid."""
     return math.lcm(width_unit(model), Fraction(model.width, model.num_layers).numerator)
 
 
 def regime_unit(model: ModelConfig) -> int:
-    """Return the smallest number of experts to which ``at_regime`` scales; its multiples do, too.
+    """Return the smallest number of experts to which ``at_regime`` scales; multiples are valid too.
 
     Raises UserError for a model without experts.
     """
@@ -153,14 +160,14 @@ def regime_unit(model: ModelConfig) -> int:
 
 
 def growth_axis(parameterization: ParameterizationConfig) -> Axis:
-    """Return what models of a family grow by: width, or in MSSP's regimes II and III experts."""
+    """Return the growth axis of a family: width, or experts in MSSP's regimes II and III."""
     if not isinstance(parameterization, MSSP) or parameterization.regime == "I":
         return Axis.WIDTH
     return Axis.REGIME_II if parameterization.regime == "II" else Axis.REGIME_III
 
 
 def tuning_width(model: ModelConfig, least: int = 256) -> int:
-    """Return a width to tune at: the smallest possible from ``least`` on, at most the model's."""
+    """Return a width for tuning: the smallest valid one from ``least`` on, at most the model's."""
     unit = width_unit(model)
     return min(model.width, unit * max(1, -(-least // unit)))
 
@@ -174,8 +181,13 @@ def _mixture(model: ModelConfig) -> MoEModel:
 
 
 def _widths(model: ModelConfig) -> dict[str, int]:
-    """Return what grows in proportion to the width, by key of the model section."""
+    """Return the dimensions proportional to the width, by key of the model section."""
     sizes = {"width": model.width, "num_heads": model.num_heads, "num_kv_heads": model.kv_heads}
+    latent = model.latent_attention
+    if latent is not None:
+        sizes["latent_attention.kv_lora_rank"] = latent.kv_lora_rank
+        if latent.q_lora_rank is not None:
+            sizes["latent_attention.q_lora_rank"] = latent.q_lora_rank
     if model.ffn_width is not None:
         sizes["ffn_width"] = model.ffn_width
     if isinstance(model, MoEModel):

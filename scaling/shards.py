@@ -1,7 +1,7 @@
-"""Which part of a parameter a rank holds: how tensor, expert and ZeRO sharding cut its shape.
+"""Parameter shards of a rank: shapes after tensor, expert and ZeRO sharding.
 
-``parallel/tensor.py`` and ``parallel/zero.py`` do the cutting; that both agree is tested on every
-preset. Parts are those of the first rank of each axis: where a cut is uneven, the largest.
+``parallel/tensor.py`` and ``parallel/zero.py`` do the sharding; a test compares both on every
+preset. Shapes refer to the first rank of each axis, which has the largest of uneven shards.
 """
 
 # E experts, F hidden width, D width
@@ -22,11 +22,14 @@ from allometry.scaling.layout import Layout
 from allometry.scaling.roles import EXPERTS, ParamSpec, Role, layer_of
 
 PREFETCHED = 2
-"""Blocks whose parameters ZeRO gathers ahead of the one that computes."""
+"""Number of blocks whose parameters ZeRO prefetches."""
 
 
 def tensor_dim(spec: ParamSpec) -> int | None:
-    """Return the dimension that tensor parallelism cuts; None: every tp rank holds it whole."""
+    """Return the dimension that tensor parallelism shards; None for replicated parameters.
+
+    For example, 0 for ``wq.weight`` and 1 for ``wo.weight``.
+    """
     if spec.role in EXPERTS:
         return 1 if spec.role is Role.EXPERT_UP else 2
     if spec.role is Role.VECTOR:
@@ -37,11 +40,12 @@ def tensor_dim(spec: ParamSpec) -> int | None:
 
 
 def zero_dim(shape: tuple[int, ...], ranks: int) -> int:
-    """Return the dimension of a part of this shape that ZeRO shards over ``ranks``.
+    """Return the dimension that ZeRO shards over ``ranks``, for a part of this shape.
 
-    It is 0, except for experts [E, F, D] whose number the ranks do not divide: the ranks beyond E
-    would hold nothing and the others whole experts. Then it is the first dimension that they
-    divide, as FSDP2 pads dimension 0 alone; where there is none, it is 0 all the same.
+    The dimension is 0, except for experts [E, F, D] whose number is not divisible by the number of
+    ranks: the ranks beyond E would be empty while others have complete experts. Then it is the
+    first divisible dimension, since FSDP2 pads only dimension 0, or 0 if there is none. For
+    example, ``zero_dim((4, 6, 8), 8)`` is 2.
     """
     even = [dim for dim, size in enumerate(shape) if size % ranks == 0]
     return even[0] if len(shape) == 3 and even else 0
@@ -50,7 +54,7 @@ def zero_dim(shape: tuple[int, ...], ranks: int) -> int:
 def part_before_zero(
     spec: ParamSpec, tp: int, ep: int, whole_experts: bool = False
 ) -> tuple[int, ...]:
-    """Return the shape of a rank's part where expert and tensor parallelism alone cut."""
+    """Return the shape of a rank's part after expert and tensor parallelism, before ZeRO."""
     shape = list(spec.shape)
     whole = whole_experts and spec.role in EXPERTS
     if spec.role in EXPERTS:
@@ -62,22 +66,25 @@ def part_before_zero(
 
 
 def shard(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """Return the shape of the first rank's shard of such a part."""
+    """Return the shape of the first rank's ZeRO shard of a part.
+
+    For example, (6, 4) over 4 ranks gives (2, 4).
+    """
     dim = zero_dim(shape, ranks)
     return (*shape[:dim], -(-shape[dim] // ranks), *shape[dim + 1 :])
 
 
 def has_experts(model: ModelConfig, layer: int) -> bool:
-    """Return whether this layer of a model has experts."""
+    """Return True if ``layer`` of a model has experts."""
     return isinstance(model, MoEModel) and model.has_experts(layer)
 
 
 @dataclass(frozen=True)
 class RankParts:
-    """What one rank holds of a model: some layers, the ends or not, cut over tp, ep and ZeRO.
+    """Parameters of one rank: its layers, possibly the ends, sharded over tp, ep and ZeRO.
 
-    ``shards``: ranks over which ZeRO shards one copy, 1 at stage 0. ``frozen``: names of the
-    model's parameters that have no gradients (``overrides.frozen_names``).
+    ``shards``: number of ZeRO ranks of one replica, 1 at stage 0. ``frozen``: names of the model's
+    parameters without gradients (``overrides.frozen_names``).
     """
 
     model: ModelConfig
@@ -99,7 +106,7 @@ class RankParts:
         shards: int,
         frozen: frozenset[str] = frozenset(),
     ) -> RankParts:
-        """Return what a pipeline rank holds; ``layout`` None: the whole model, not cut."""
+        """Return the parts of a pipeline rank; ``layout`` None: the full, unsharded model."""
         if layout is None:
             layers = frozenset(range(model.num_blocks))
             return cls(model, layers, True, True, shards=shards, frozen=frozen)
@@ -120,11 +127,11 @@ class RankParts:
         )
 
     def specs(self) -> tuple[ParamSpec, ...]:
-        """Return the parameters that lie here, the copy of a tied embedding included."""
+        """Return the specs of this rank's parameters, including the copy of a tied embedding."""
         return self._specs_of(self.layers)
 
     def _specs_of(self, layers: Iterable[int]) -> tuple[ParamSpec, ...]:
-        # A tied head away from its embedding is a copy of it.
+        # A tied head on another stage than its embedding is a copy of it.
         first = self.first or (self.last and self.model.tied_embeddings)
         count, given = self.model.num_layers, frozenset(layers)
         main = sorted(layer for layer in given if layer < count)
@@ -140,7 +147,7 @@ class RankParts:
 
     @cached_property
     def counted(self) -> tuple[tuple[ParamSpec, int], ...]:
-        """One parameter of those that are alike in layers of a kind, and how many they are."""
+        """Distinct parameters with their multiplicity over layers of the same kind."""
         alike: dict[Any, list[int]] = {}
         for layer in sorted(self.layers):
             kind = has_experts(self.model, layer), self.frozen_in(layer)
@@ -155,15 +162,15 @@ class RankParts:
 
     @cached_property
     def trained(self) -> dict[ParamSpec, int]:
-        """The same of those parameters that have gradients."""
+        """Elements of this rank's part of each trained parameter, before ZeRO."""
         if not self.frozen:
             return self.sizes
         return {spec: size for spec, size in self.sizes.items() if spec.name not in self.frozen}
 
     def frozen_in(self, layer: int) -> frozenset[str]:
-        """Return which parameters of a block have no gradients, by their names in it.
+        """Return the parameters of a block without gradients, by name in the block.
 
-        Those are without ".weight", as ``saved.Block`` has them.
+        Names are without ".weight", as in ``saved.Block``.
         """
         return self._frozen_in.get(layer, frozenset())
 
@@ -177,7 +184,7 @@ class RankParts:
         return {layer: frozenset(names) for layer, names in inside.items()}
 
     def trains(self, spec: ParamSpec) -> bool:
-        """Return whether the optimizer of this rank has the parameter: copies have none."""
+        """Return True if this rank's optimizer updates the parameter; copies are not updated."""
         if spec.ahead and spec.role is Role.INPUT:
             return False
         return spec.name != "embedding.weight" or self.first
@@ -187,20 +194,20 @@ class RankParts:
         return part_before_zero(spec, self.tp, self.ep, self.whole_experts)
 
     def ranks_of(self, spec: ParamSpec) -> int:
-        """Return over how many ranks ZeRO shards this parameter."""
+        """Return the number of ranks over which ZeRO shards this parameter."""
         return max(self.shards // self.ep, 1) if spec.role in EXPERTS else self.shards
 
     def shard(self, spec: ParamSpec) -> tuple[int, ...]:
-        """Return the shape of what this rank holds of a parameter between steps."""
+        """Return the shape of this rank's shard of a parameter between steps."""
         return shard(self.part(spec), self.ranks_of(spec))
 
     def held(self, spec: ParamSpec) -> int:
-        """Return the elements that this rank holds between steps."""
+        """Return the number of elements of this rank's shard between steps."""
         return math.prod(self.shard(spec))
 
     @cached_property
     def by_layer(self) -> Counter[int | None]:
-        """Elements of the trained parameters of each block, before ZeRO; None: of the ends."""
+        """Elements of trained parameters by layer, before ZeRO; None: outside blocks."""
         sizes: Counter[int | None] = Counter()
         for spec, size in self.trained.items():
             sizes[layer_of(spec.name)] += size
@@ -208,7 +215,7 @@ class RankParts:
 
     @cached_property
     def units(self) -> dict[str, int]:
-        """Elements of what FSDP2 reduces at once, of trained parameters, whole, by its name."""
+        """Elements of trained parameters by FSDP2 reduction unit, unsharded, by name."""
         sizes: dict[str, int] = {}
         for spec, size in self.trained.items():
             layer = layer_of(spec.name)
@@ -221,5 +228,5 @@ class RankParts:
 
 @lru_cache(maxsize=512)
 def _known_parts(*what: Any) -> RankParts:
-    """Make parts once: many layouts of a search, and many micro-batches, have the same."""
+    """Cache parts, which are the same for many layouts of a search and many micro-batches."""
     return RankParts(*what)

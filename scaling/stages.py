@@ -1,6 +1,6 @@
-"""Where the stages of a run lie: their steps, and which sequences they take."""
+"""Positions of a run's stages: their steps and sequences."""
 
-# Steps are counted from 1 over the whole run.
+# Steps are counted from 1 over the complete run.
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from allometry.scaling.batch import BatchPlan, total_steps
 
 @dataclass(frozen=True)
 class StagePlace:
-    """A stage of a run: the run as it is in the stage, and its place among the others.
+    """A stage of a run: the config in effect, and its position among the stages.
 
-    ``number`` counts from 1; ``name`` is None for a run without stages, which is one. ``local`` is
-    the stage's batch counted from its own first step, ``batch`` that of the run up to its end.
+    ``number`` counts from 1; a run without stages has one, whose ``name`` is None. ``local`` is the
+    stage's batch plan counted from its own first step, ``batch`` the run's batch plan up to the end
+    of the stage.
     """
 
     number: int
@@ -25,26 +26,26 @@ class StagePlace:
     steps: int
     local: BatchPlan
     batch: BatchPlan
-    states_anew: bool = False  # what the optimizer remembers does not go on
+    states_anew: bool = False  # optimizer states are reset at its start
 
     @property
     def last_step(self) -> int:
-        """The last step of the stage."""
+        """Last step of the stage."""
         return self.steps_before + self.steps
 
     @property
     def first_sequence(self) -> int:
-        """Sequences of all stages before it."""
+        """Number of sequences in all earlier stages."""
         return self.batch.sequences_before(self.steps_before + 1)
 
     @property
     def asked_tokens(self) -> int:
-        """Its length as asked for, which whole steps may exceed."""
+        """Configured length in tokens, which complete steps may exceed."""
         return self.config.training.total_tokens or self.local.tokens_after(self.steps)
 
 
 def places_of(config: RunConfig) -> tuple[StagePlace, ...]:
-    """Return the stages of a run, in order; one for a run without."""
+    """Return the stages of a run, in order; a run without stages has one."""
     places: list[StagePlace] = []
     for stage, one in zip(config.stages or (None,), config.of_stages(), strict=True):
         local = BatchPlan(one.batch, one.data.sequence_length)
@@ -58,7 +59,7 @@ def places_of(config: RunConfig) -> tuple[StagePlace, ...]:
 
 
 def place_of(config: RunConfig, step: int) -> StagePlace:
-    """Return the stage that a checkpoint at ``step`` was trained in last."""
+    """Return the stage that trained the last step before a checkpoint at ``step``."""
     return place_at(places_of(config), max(step - 1, 0))
 
 

@@ -1,7 +1,7 @@
-"""What each update rule is: the one table that groups, states, rates and records read.
+"""Properties of all update rules; the single table for groups, states, rates and records.
 
-A new optimizer touches three source files: ``configs/optimization.py`` (its section), this one (its
-row) and ``optim/NAME.py`` (its function, which ``optim/optimizer.py`` finds by its name).
+A new optimizer touches three source files: ``configs/optimization.py`` (its section), this file
+(its row) and ``optim/NAME.py`` (its function, found by ``optim/optimizer.py`` by name).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from allometry.scaling.overrides import is_frozen
 from allometry.scaling.roles import MATRICES, ParamSpec, Role
 
 StateSize = Callable[[int, OptimizerConfig | None], Fraction]
-"""(smaller side of a matrix, optimizer) -> fp32 numbers kept for each element of a parameter."""
+"""(smaller dimension of a matrix, optimizer) -> fp32 numbers stored per element of a parameter."""
 
 
 class Rates(StrEnum):
-    """Whose learning rates a rule follows as a model grows: the column of a parameterization.
+    """Scaling type of a rule's learning rate with model size: a column of a parameterization.
 
-    ``Adam``: every element moves by about the rate, whatever the size of the gradient. ``SGD``: an
-    update is in proportion to the gradient. ``Muon``: it is an orthogonal matrix times a factor of
-    its shape. ``spheres``: it is an angle, which needs no factor.
+    ``Adam``: every element changes by about the rate, for any gradient size. ``SGD``: an update is
+    proportional to the gradient. ``Muon``: an update is an orthogonal matrix times a factor of its
+    shape. ``spheres``: an update is an angle, which needs no factor.
     """
 
     ADAM = "Adam"
@@ -41,17 +41,16 @@ class Rates(StrEnum):
 class UpdateRule:
     """One row of the table.
 
-    ``updates``: the roles that it updates in each kind of optimizer; AdamW updates the others.
-    ``settings``: the keys of the optimizer section that a parameter group carries, besides rate,
-    decay and epsilon; ``betas``: whether it carries (beta1, beta2). ``state_size``: what is kept
-    beside a parameter for each of its elements, ``numbers_per_parameter`` (counts of steps) and
-    ``numbers_per_matrix`` (radii of spheres, signal-to-noise ratios): what is kept once for each.
-    ``second_moment``: whether updates are divided by the root of averaged squared gradients plus
-    epsilon, whose average a larger batch may shorten. ``scales_with_root_of_size``: the rule itself
-    multiplies the rate by about the root of a matrix's elements. ``elementwise``: whether an
-    element's update depends on its own numbers alone, so that parts of a parameter may be updated
-    one after the other. ``module``: the file of
-    ``optim/``, None: ``name``.
+    ``updates``: roles updated by the rule in each kind of optimizer; AdamW updates the others.
+    ``settings``: keys of the optimizer section stored in a parameter group, in addition to rate,
+    decay and epsilon; ``betas``: the group stores (beta1, beta2). ``state_size``: numbers stored
+    for each element; ``numbers_per_parameter`` (step counts) and ``numbers_per_matrix`` (radii of
+    spheres, signal-to-noise ratios): numbers stored once for each. ``second_moment``: updates are
+    divided by the root of averaged squared gradients plus epsilon, and a larger batch may shorten
+    the average. ``scales_with_root_of_size``: the rule multiplies the rate by about the root of a
+    matrix's number of elements. ``elementwise``: an element's update depends only on its own
+    numbers, so parts of a parameter may be updated separately. ``module``: file in ``optim/``;
+    None: ``name``.
     """
 
     name: str
@@ -69,17 +68,17 @@ class UpdateRule:
 
     @property
     def on_sphere(self) -> bool:
-        """Whether each matrix keeps its initial Frobenius norm."""
+        """True if each matrix keeps its initial Frobenius norm."""
         return self.rates is Rates.SPHERES
 
 
 def projection_rank(rank: int | None, smaller: int) -> int:
-    """Return APOLLO's rank (arXiv 2412.05270) for a matrix of this side; None: a quarter of it."""
+    """Return APOLLO's rank (arXiv 2412.05270) for this smaller dimension; None: a quarter of it."""
     return rank or max(1, smaller // 4)
 
 
 def check_ranks(rank: int | None, smaller_sides: Iterable[tuple[str, int]]) -> None:
-    """Raise UserError for an ``optimizer.rank`` above a smaller side of these (name, side)."""
+    """Raise UserError if ``optimizer.rank`` exceeds a smaller dimension of (name, dimension)."""
     for name, smaller in smaller_sides:
         if rank is not None and rank > smaller:
             raise UserError(
@@ -176,25 +175,29 @@ UPDATE_RULES: Mapping[str, UpdateRule] = {rule.name: rule for rule in _ROWS}
 """All rules by name, in the order in which an optimizer calls them."""
 
 OPTIMIZER_KINDS = tuple(dict.fromkeys(kind for rule in _ROWS for kind in rule.updates))
-"""Every ``optimizer.kind``."""
+"""All values of ``optimizer.kind``."""
 
 
 def rule_of(kind: str, role: Role) -> UpdateRule:
-    """Return the rule by which this kind of optimizer updates parameters of this role."""
+    """Return the rule by which this kind of optimizer updates parameters of ``role``.
+
+    For example, ``rule_of("muon", Role.INPUT).name`` is "adamw", since Muon updates only matrices.
+    """
     assert kind in OPTIMIZER_KINDS, kind
     rules = (rule for rule in UPDATE_RULES.values() if role in rule.updates.get(kind, ()))
     return next(rules, UPDATE_RULES["adamw"])
 
 
 def rules_of(kind: str) -> tuple[UpdateRule, ...]:
-    """Return all rules that this kind of optimizer uses."""
+    """Return all rules used by this kind of optimizer."""
     return tuple({rule_of(kind, role).name: rule_of(kind, role) for role in Role}.values())
 
 
 def state_bytes(spec: ParamSpec, part: Sequence[int], optimizer: OptimizerConfig | None) -> int:
-    """Return the bytes that an optimizer keeps for a part, of this shape, of a parameter.
+    """Return bytes of optimizer states for a part of a parameter, given the part's shape.
 
-    ``optimizer`` None: AdamW. Of what ``optimizer.overrides`` freezes it keeps nothing.
+    ``optimizer`` None: AdamW. Frozen parameters have no states. For example, AdamW stores 80,004
+    bytes for 100 x 100 elements.
     """
     if is_frozen(optimizer, spec):
         return 0
@@ -210,14 +213,17 @@ def state_bytes(spec: ParamSpec, part: Sequence[int], optimizer: OptimizerConfig
 
 
 def fp8_bytes(part: Sequence[int]) -> int:
-    """Return the bytes of one FP8 state of a matrix or a stack of them: a byte of each element,
-    and of each group in a row a scale of four bytes and an exponent of one (``optim/dre.py``)."""
+    """Return bytes of one FP8 state of a matrix or a stack of them.
+
+    One byte per element, and for each group of a row a four-byte scale and a one-byte exponent
+    (``optim/dre.py``). For example, (2, 300) takes 630 bytes.
+    """
     *leading, columns = part
     return math.prod(leading) * (columns + (_FP32 + 1) * math.ceil(columns / FP8_GROUP))
 
 
 def check_delayed(config: RunConfig) -> None:
-    """Raise UserError where ``optimizer_states.update`` delays what its host cannot update."""
+    """Raise UserError if ``optimizer_states.update`` delays an update that a host cannot run."""
     states, optimizer = config.parallel.zero.optimizer_states, config.optimizer
     if states is None or states.update == "exact":
         return
@@ -235,7 +241,7 @@ def check_delayed(config: RunConfig) -> None:
 
 
 def check_exact(zero: Zero, what: str) -> None:
-    """Raise UserError for late updates where ``what`` compares with a loop that has none."""
+    """Raise UserError for delayed updates if ``what`` compares with exact updates."""
     if zero.optimizer_states is not None and zero.optimizer_states.update != "exact":
         raise UserError(
             f"parallel.zero.optimizer_states.update={zero.optimizer_states.update}: {what} is of "
@@ -244,6 +250,6 @@ def check_exact(zero: Zero, what: str) -> None:
 
 
 def fixes_frobenius_norm(optimizer: OptimizerConfig) -> bool:
-    """Whether steps of some matrices have a Frobenius norm that does not depend on their rank."""
+    """Return True if steps of some matrices have a Frobenius norm independent of their rank."""
     spectral = getattr(optimizer, "step_norm", "frobenius") == "spectral"
     return not spectral and any(rule.on_sphere for rule in rules_of(optimizer.kind))

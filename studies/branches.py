@@ -27,6 +27,8 @@ def describe_branch(
     It is the trunk's configuration with the file ``config`` and then ``changes`` on top. A length
     in steps replaces a length in tokens, and vice versa.
 
+    For example, ``describe_branch(trunk_of(run), 1000, run.parent / "decay", None, [])``.
+
     Raises:
         UserError: the configuration is not valid, or its first ``step`` steps differ from the
             trunk's.

@@ -1,7 +1,7 @@
-"""The last checkpoints of a run, merged into one: what a decay of the learning rate would leave.
+"""Merge of the last checkpoints of a run, which approximates a decay of the learning rate.
 
-WSM (arXiv 2507.17634): at a constant rate, checkpoint j is the first one plus the updates of the
-intervals up to j, so that a sum of checkpoints weighs updates as a decay of the rate does.
+WSM (arXiv 2507.17634): at a constant learning rate, checkpoint j is the first checkpoint plus the
+updates of the intervals up to j, so a weighted sum of checkpoints weighs the updates like a decay.
 """
 
 # N checkpoints, k = N - 1 intervals between them, M logical matrices of a parameter
@@ -45,18 +45,19 @@ _PRIMITIVES: Mapping[str, Callable[[float], float]] = {
 """Integrals of the decays 1 - x, (1 + cos(pi x)) / 2 and 1 - sqrt(x) from 0 to x."""
 DECAYS = (*_PRIMITIVES, "mean")
 _OF_THE_LAST = ".router.load"
-"""What a merge takes from the last checkpoint: loads of its last step, as no mean of steps is."""
+"""Tensors copied from the last checkpoint: router loads of one step, which cannot be averaged."""
 
 _NOTHING = "--last={} merges nothing; give 2 checkpoints or more"
 
 
 def coefficients(steps: Sequence[int], decay: str) -> list[float]:
-    """Return c_j of each checkpoint, the sum of c_j theta_j being the merge; they add up to 1.
+    """Return the coefficient c_j of each checkpoint; the merge is the sum of c_j theta_j.
 
-    ``steps``: of the checkpoints, ascending. c_0 = 1 - w_1, c_j = w_j - w_(j+1), c_k = w_k, where
-    the update of interval i counts w_i: the mean of the decay over it, as it falls from 1 at the
-    first checkpoint to 0 at the last (arXiv 2507.17634, with steps in place of whole intervals).
-    ``mean``: 1/N each.
+    ``steps``: steps of the checkpoints, ascending. c_0 = 1 - w_1, c_j = w_j - w_(j+1), c_k = w_k,
+    which sum to 1. The weight w_i of the update in interval i is the mean of the decay over the
+    interval, where the decay falls from 1 at the first checkpoint to 0 at the last (arXiv
+    2507.17634, with steps instead of equal intervals). ``mean``: 1/N each. For example,
+    ``coefficients([0, 1, 2], "linear")`` is [0.25, 0.5, 0.25].
     """
     assert len(steps) > 1, steps
     if decay == "mean":
@@ -69,7 +70,7 @@ def coefficients(steps: Sequence[int], decay: str) -> list[float]:
 
 @dataclass(frozen=True)
 class Window:
-    """Checkpoints of a run, oldest first, and the run as it is in their stage."""
+    """Checkpoints of a run, oldest first, and the run's configuration in their stage."""
 
     folder: RunFolder
     config: RunConfig
@@ -77,15 +78,15 @@ class Window:
 
     @property
     def steps(self) -> list[int]:
-        """The steps of the checkpoints."""
+        """Steps of the checkpoints."""
         return [step_of(path) for path in self.paths]
 
     def last(self, number: int) -> Window:
-        """Return the window of the last so many of these checkpoints."""
+        """Return the window of the last ``number`` of these checkpoints."""
         return replace(self, paths=self.paths[-number:])
 
     def rates(self) -> tuple[float, float]:
-        """Return the smallest and the largest rate of its steps, over the peak's."""
+        """Return the smallest and largest learning rate of the window, as fractions of the peak."""
         run = load(self.folder.config)
         place = place_of(run, self.steps[-1])
         schedule = schedules_of(run)[place.number - 1]
@@ -94,7 +95,7 @@ class Window:
         return min(rates), max(rates)
 
     def notes(self) -> list[str]:
-        """What a user should know of a merge of these."""
+        """Return notes for the user about a merge of this window."""
         low, high = self.rates()
         if math.isclose(low, high, rel_tol=1e-9):
             return []
@@ -105,11 +106,13 @@ class Window:
 
 
 def open_window(run: str | Path, last: int, step: int | None = None) -> Window:
-    """Return the ``last`` checkpoints of a run, up to that of ``step`` (None: up to the newest).
+    """Return the ``last`` checkpoints of a run, up to ``step`` (None: up to the newest).
+
+    For example, ``open_window("runs/mine", 5).steps`` are the steps of the last five checkpoints.
 
     Raises:
-        UserError: there are fewer, one of them is damaged (by the sizes of its files), or they are
-            of stages with different models.
+        UserError: there are fewer checkpoints, one of them is damaged (by the sizes of its files),
+            or their stages have different models.
     """
     if last < 1:
         raise UserError(_NOTHING.format(last))
@@ -152,14 +155,14 @@ def _check_one_model(paths: Sequence[Path], configs: Sequence[RunConfig]) -> Non
 
 
 class Merge:
-    """The merged tensors of a window, one at a time; parameters, and buffers of routers.
+    """Merged tensors of a window, read one at a time: parameters, and buffers of routers.
 
-    Sums are in fp64, and only one tensor of each checkpoint is in memory at once, whatever layout
-    wrote it. What is read is checked against its checksums.
+    Sums are in fp64, and at most one tensor of each checkpoint is in memory, for any layout of the
+    checkpoints. Each tensor is checked against its checksum on reading.
 
     Raises:
-        UserError: a checkpoint lacks a parameter of the model, or has one of another shape; when a
-            tensor is read: it has changed since it was written.
+        UserError: a checkpoint lacks a parameter of the model or has it in another shape; on
+            reading: a tensor has changed since it was written.
     """
 
     def __init__(self, window: Window, decay: str) -> None:
@@ -189,7 +192,7 @@ class Merge:
                     )
 
     def read(self, name: str) -> Tensor:
-        """Return one merged tensor, whole and on the CPU, in the type that it is stored in."""
+        """Return one merged tensor, unsharded and on the CPU, in its stored dtype."""
         last = self._weights[-1].read(name)
         if name.endswith(_OF_THE_LAST):
             return last
@@ -202,13 +205,16 @@ class Merge:
 
 
 def _norms(values: Tensor) -> Tensor:
-    """The Frobenius norm of each logical matrix, in fp64: [1, 1], or [M, 1, 1] of experts."""
+    """Return the Frobenius norm of each logical matrix in fp64: [1, 1], experts [M, 1, 1]."""
     return values.double().flatten(-2).norm(dim=-1)[..., None, None]
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did; ``rescaled``: parameters whose matrices got the norms of the last ones."""
+    """Result of a merge.
+
+    ``rescaled``: number of parameters whose matrices keep the norms of the last checkpoint.
+    """
 
     source: str
     target: str
@@ -223,11 +229,14 @@ class MergeReport:
 def merge_run(
     run: str | Path, out: str | Path, last: int, decay: str = "linear", step: int | None = None
 ) -> MergeReport:
-    """Write a run folder ``out`` whose step 0 are merged weights, without optimizer states.
+    """Write a run folder ``out`` whose step 0 has the merged weights, without optimizer state.
 
-    As ``allometry convert`` makes one: it can be evaluated, exported, trained, and begun with
-    (``run.initial.folder``). ``decay``: one of ``DECAYS``. Raises UserError: see ``open_window``
-    and ``Merge``; ``out`` exists. Nothing is left of a merge that fails.
+    The folder is like one from ``allometry convert``: it can be evaluated, exported, trained, and
+    used as ``run.initial.folder``. ``decay``: one of ``DECAYS``. A failed merge leaves no files.
+    For example, ``merge_run("runs/mine", "runs/merged", last=5)``.
+
+    Raises:
+        UserError: see ``open_window`` and ``Merge``; ``out`` exists.
     """
     window = open_window(run, last, step)
     merge = Merge(window, decay)
@@ -261,7 +270,7 @@ def merge_run(
 
 
 def _origin(merge: Merge) -> dict[str, Any]:
-    """What the merged checkpoint says of where its weights come from (JSON)."""
+    """Return the origin of the merged weights for the checkpoint's facts (JSON)."""
     window = merge.window
     last = window.paths[-1]
     facts = read_facts(last)

@@ -1,4 +1,4 @@
-"""What merging the last checkpoints of a run gives, beside what a decay would: held-out losses."""
+"""Held-out losses of merges of the last checkpoints of a run, and of branches with a decay."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from allometry.trainer.state.checkpoint import step_of
 
 @dataclass(frozen=True)
 class Loss:
-    """Held-out loss in nats per token: of each source, and by their shares of the mixture.
+    """Held-out loss in nats per token: of each source, and averaged by shares of the mixture.
 
-    ``number`` checkpoints are merged, of steps ``first`` to ``last``; 1: the last one as it is.
+    ``number`` checkpoints of steps ``first`` to ``last`` are merged; 1: the last checkpoint itself.
     """
 
     number: int
@@ -44,7 +44,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class BranchLoss:
-    """A run that branched from the merged one's, decayed: ``first`` is where it left its trunk."""
+    """Loss of a decayed branch of the merged run; the branch leaves its trunk at step ``first``."""
 
     run: str
     first: int
@@ -54,9 +54,10 @@ class BranchLoss:
 
 
 class HeldOutLoss:
-    """Losses of given weights on the held-out tokens of a run, on this process alone.
+    """Losses of given weights on the held-out tokens of a run, on one process.
 
-    The tokens are those of ``evaluation.sequences_per_source``, computed in the run's own type.
+    The tokens are those of ``evaluation.sequences_per_source``; the computation is in the run's
+    dtype.
     """
 
     def __init__(self, config: RunConfig, whole: RunConfig, number: int, mesh: Mesh) -> None:
@@ -77,7 +78,7 @@ class HeldOutLoss:
         self._shares = {name: shares[name] for name in held_out.names if shares[name]}
 
     def __call__(self, read: Callable[[str], Tensor], there: Sequence[str]) -> dict[str, float]:
-        """Return the loss of each source with the weights that ``read`` returns by name."""
+        """Return the loss of each source with weights from ``read(name)``."""
         with torch.no_grad():
             for name, parameter in self._parallel.named_parameters():
                 parameter.copy_(read(name))
@@ -87,16 +88,17 @@ class HeldOutLoss:
         return self._evaluate()
 
     def mixture(self, losses: dict[str, float]) -> float:
-        """Return the mean of sources' losses by their shares, of those that are trained on."""
+        """Return the mean of the losses, weighted by the shares of the sources in training."""
         shares = self._shares or dict.fromkeys(losses, 1.0)
         return sum(share * losses[name] for name, share in shares.items()) / sum(shares.values())
 
 
 @contextmanager
 def held_out_loss(window: Window, device: torch.device | None = None) -> Iterator[HeldOutLoss]:
-    """Open the data and the model of a window's run, whatever its layout was.
+    """Open the data and the model of a window's run, for any layout of the run.
 
-    ``device`` None: the GPU, or the CPU without one. Raises UserError: it holds nothing out.
+    ``device`` None: the GPU, or the CPU without a GPU. For example,
+    ``with held_out_loss(window) as loss: ...``. Raises UserError if the run has no held-out tokens.
     """
     whole = load(window.folder.config)
     alone = ParallelConfig(context=window.config.parallel.context)
@@ -109,7 +111,7 @@ def held_out_loss(window: Window, device: torch.device | None = None) -> Iterato
 def merged_losses(
     loss: HeldOutLoss, window: Window, decay: str, numbers: Sequence[int]
 ) -> Iterator[Loss]:
-    """Yield the losses of the last checkpoint, and of merges of the last ``numbers`` each."""
+    """Yield the losses of the last checkpoint, and of merges of the last n, n in ``numbers``."""
     last = window.steps[-1]
     weights = CheckpointWeights(window.paths[-1])
     found = loss(weights.read, list(weights.shapes))
@@ -125,7 +127,7 @@ def branch_loss(loss: HeldOutLoss, window: Window, branch: str | Path) -> Branch
     """Return the loss of a branch's last checkpoint on the same tokens.
 
     Raises:
-        UserError: it is no branch of the window's run, or not one of the same model.
+        UserError: ``branch`` is not a branch of the window's run, or has another model.
     """
     there = open_window(branch, 1)
     parent = there.config.run.parent

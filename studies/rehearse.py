@@ -72,8 +72,8 @@ def rehearse(config: RunConfig, world_size: int) -> list[RankReport]:
 
     Compilation is left out, because it changes neither shapes nor messages. Documents are assumed
     to be full micro-batches on one rank each: rings, which every step plans, are not counted.
-    Raises UserError: the layout is not possible. For example, ``rehearse(config,
-    8)[0].bytes_held``.
+    Raises UserError: the layout is not possible. For example,
+    ``rehearse(config, 8)[0].bytes_held``.
     """
     check_other_engine(config.parallel.zero, "a rehearsal of ranks")
     plain = config.training.model_copy(update={"compile": False})

@@ -49,7 +49,8 @@ def plan_tree(tree: TreeConfig, source: Tree) -> TreePlan:
     """Return the runs that the tree describes; ``source`` has the locations of its keys.
 
     Each run keeps the checkpoints from which others branch. Raises UserError: a run's configuration
-    is not valid, or a run cannot branch at its step.
+    is not valid, or a run cannot branch at its step. For example,
+    ``plan_tree(*load_tree("tree.yaml")).runs``.
     """
     outside = None if tree.trunk.run is None else Path(tree.trunk.run)
     described = {TRUNK: _trunk(tree, source) if outside is None else trunk_of(outside)}

@@ -20,6 +20,7 @@ from allometry.trainer.state.changed import change_events
 from allometry.trainer.state.reading import data_events, read_again
 from allometry.trainer.state.resume import Start, start_events
 from allometry.trainer.state.stages import stage_facts
+from allometry.trainer.synthetic import synthetic_advice
 
 
 def said_at_start(
@@ -90,5 +91,6 @@ def _repeated(
             for one in found
         )
         yield "repetition", {**step, "sources": facts_of(found), "said": said}
-    for rule, text in repetition_advice(whole, found):
+    read = stream.ledger(last_sample(whole))
+    for rule, text in (*repetition_advice(whole, found), *synthetic_advice(whole, read)):
         yield "advice", {"rule": rule, "text": text}

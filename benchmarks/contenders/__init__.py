@@ -1,1 +1,1 @@
-"""Programs that train the same model, each as its users would."""
+"""Programs that train the same model, each as its users would run it."""

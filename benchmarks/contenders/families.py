@@ -1,4 +1,4 @@
-"""The families of byte models that rates are carried over, and what is asked of them."""
+"""Families of byte models for learning-rate transfer, and the expected outcomes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(width: int, layers: int) -> DenseModel:
 
 
 def mixture(width: int, number: int, visits: int, expert_width: int, gate: str) -> MoEModel:
-    """Two layers of experts, evened out by an auxiliary loss of .01."""
+    """Return a model of two MoE layers with an auxiliary balancing loss of coefficient .01."""
     return MoEModel(
         vocab_size=128,
         width=width,
@@ -82,7 +82,7 @@ def mssp(regime: str, base: MoEModel) -> ParameterizationConfig:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the drift (octaves) must be, and the power of the best rate that is expected."""
+    """Expected bounds of the drift (octaves), and expected exponent of the best rate."""
 
     least: float = 0.0
     most: float = math.inf
@@ -91,11 +91,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Reading:
-    """The trials of a variant under another rule, which multiplies all rates by a power.
+    """Reading of a variant's trials under another rule, which multiplies all rates by a power.
 
-    A rule that differs from the variant's by the factor (size / first size)^-``power`` on every
-    learning rate gives the same runs at rates shifted by ``power`` octaves per doubling: nothing is
-    trained again.
+    If the rule differs from the variant's by the factor (size / first size)^-``power`` on every
+    learning rate, the same runs are obtained at rates shifted by ``power`` octaves per doubling, so
+    that no run is trained again.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: a family of models under a parameterization, its sizes and first rates."""
+    """Row of the benchmark: a model family, its parameterization, sizes and initial rates."""
 
     name: str
     config: ParameterizationConfig

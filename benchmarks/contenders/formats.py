@@ -1,4 +1,4 @@
-"""8-bit formats of optimizer states on numbers drawn at random."""
+"""Errors of 8-bit formats of optimizer states on random numbers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from contenders import torchao_states
 
 CPU = torch.device("cpu")
 SPREADS = (0.0, 0.3, 0.5, 0.7, 1.0)
-"""Standard deviation of the log of the gradients' size from column to column."""
+"""Standard deviation, over columns, of the log of the gradients' size."""
 ROWS, COLUMNS = 128, 1024
 
 
 def plain(table: Table) -> Table:
-    """The same codes and groups of 128 without expansion: every exponent is 1."""
+    """Return the table with the same codes and groups of 128, without expansion: exponent 1."""
     ranges = torch.full_like(table.ranges, math.inf)
     ranges[: 255 - dre.STEPS] = -1.0
     return table._replace(ranges=ranges, kept_ranges=torch.full_like(table.kept_ranges, -1.0))
@@ -33,12 +33,12 @@ def rounded(x: Tensor, table: Table) -> Tensor:
 
 
 def error(x: Tensor, to: Tensor) -> float:
-    """Root of squared errors over squared values."""
+    """Return the relative error: norm of the difference over the norm of ``to``."""
     return float((x - to).double().norm() / to.double().norm())
 
 
 def moments(spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Adam's after 60 steps, beta 0.9 and 0.95."""
+    """Return Adam's moments after 60 steps, with beta 0.9 and 0.95."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.exp(spread * torch.randn(COLUMNS, generator=generator)) * 1e-3
     m, v = torch.zeros(ROWS, COLUMNS), torch.zeros(ROWS, COLUMNS)
@@ -50,8 +50,11 @@ def moments(spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def drawn(spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Moments without a history: v is log-normal, element by element, and m normal beside it with
-    the variance that Adam's has for gradients without a mean (beta 0.9)."""
+    """Return random moments without a history.
+
+    v is log-normal for each element; m is normal, with the variance that Adam's m has for gradients
+    of mean zero (beta 0.9).
+    """
     generator = torch.Generator().manual_seed(seed)
     v = torch.exp(spread * torch.randn(ROWS, COLUMNS, generator=generator)) * 1e-6
     m = torch.randn(ROWS, COLUMNS, generator=generator) * (v * (0.1 / 1.9)).sqrt()
@@ -62,11 +65,11 @@ CASES: dict[str, tuple[Callable[[float, int], tuple[Tensor, Tensor]], float]] = 
     "v log-normal, 1.0": (drawn, 1.0),
     **{f"columns, {spread}": (moments, spread) for spread in SPREADS},
 }
-"""What is drawn, with the log-spread of v's elements or of columns' gradients."""
+"""Drawing function and log-spread of v's elements, or of the columns' gradients, by case."""
 
 
 def formats() -> dict[str, Callable[[Tensor, bool], Tensor]]:
-    """Functions that round a tensor (whether with signs) and return its values, by name."""
+    """Return functions (tensor, signed) -> rounded tensor, by format name."""
     own = Table.on(CPU)
     flat = plain(own)
     return {
@@ -79,7 +82,7 @@ def formats() -> dict[str, Callable[[Tensor, bool], Tensor]]:
 def error_of_update(
     m: Tensor, v: Tensor, to: Callable[[Tensor, bool], Tensor], eps: float = 1e-8
 ) -> float:
-    """Mean squared error of m / (sqrt(v) + eps) where both are rounded, of elements with v > 0."""
+    """Return the mean squared error of m / (sqrt(v) + eps) with both rounded, where v > 0."""
     seen = v > 0.0
     exact = m[seen] / (v[seen].double().sqrt() + eps)
     kept_m, kept_v = to(m, True)[seen], to(v, False)[seen]
@@ -87,7 +90,7 @@ def error_of_update(
 
 
 def once(case: str, seed: int = 0) -> dict[str, Any]:
-    """One rounding of both moments: errors by "FORMAT m", "FORMAT v" and "FORMAT update"."""
+    """Round both moments once; return errors by "FORMAT m", "FORMAT v" and "FORMAT update"."""
     draw, spread = CASES[case]
     m, v = draw(spread, seed)
     found: dict[str, Any] = {"case": case}
@@ -102,9 +105,10 @@ def once(case: str, seed: int = 0) -> dict[str, Any]:
 
 
 def averaged(beta: float, steps: int) -> dict[str, Any]:
-    """An average of squares that is rounded after each step; gradients halve at half time.
+    """Round an average of squares after each step; gradients halve halfway through.
 
-    Root mean square of its relative error, by format; ``fresh``: with a new exponent at each step.
+    Returns the root mean square of its relative error by format. ``fresh``: a new exponent at each
+    step.
     """
     generator = torch.Generator().manual_seed(0)
     own, rows = Table.on(CPU), torch.arange(32)

@@ -1,7 +1,7 @@
-"""The hand-written loop on FSDP2: ``torchrun --nproc-per-node 2 -m contenders.fsdp2 --out FILE``.
+"""Hand-written loop on FSDP2: ``torchrun --nproc-per-node 2 -m contenders.fsdp2 --out FILE``.
 
-``fully_shard`` on each block and on the model, as torch's tutorial has it; the global batch is
-the same as with one process.
+``fully_shard`` is applied to each block and to the model, as in torch's tutorial; the global batch
+is the same as on one process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is compared with what, and the goal for each ratio."""
+"""Comparisons between contenders and the goal of each ratio."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contenders.race import Entry, Run
 
 PACKAGES = ("jemalloc", "tcmalloc")
 DISTURBED = 0.1
-"""Share of the cores that other processes may take during a run."""
+"""Largest share of the cores that other processes may use during an undisturbed run."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tokens/s of the best of ``ours`` over those of ``rival``, round by round."""
+    """Ratio of tokens/s of the best of ``ours`` to ``rival``, round by round."""
 
     setting: str
     ours: tuple[Entry, ...]
@@ -29,7 +29,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The ratios of a comparison, one for each quiet round; ``ours`` is the entry that did best."""
+    """Ratios of a comparison, one per undisturbed round; ``ours`` is the fastest entry."""
 
     setting: str
     ours: str
@@ -42,7 +42,7 @@ class Verdict:
 
 
 def bf16(allocators: Sequence[str], *, rivals_alike: bool = True) -> list[Comparison]:
-    """One process in bf16, as shipped and with equal allocators."""
+    """Return comparisons on one process in bf16, as shipped and with equal allocators."""
     shipped = {"glibc-tuned": (1.2, 1.6), "jemalloc": (1.3, 1.8), "tcmalloc": (1.3, 1.8)}
     equal = (1.03, 1.35)
     eager, compiled = Entry("plain"), Entry("plain", compile=True)
@@ -69,7 +69,7 @@ def bf16(allocators: Sequence[str], *, rivals_alike: bool = True) -> list[Compar
 
 
 def fp32(allocators: Sequence[str]) -> list[Comparison]:
-    """One process in fp32 against the compiled loop, as shipped and with equal allocators."""
+    """Return comparisons in fp32 with the compiled loop, as shipped and with equal allocators."""
     best = allocators[-1]
     us = (Entry("ours", "fp32", compile=True, allocator=best),)
     return [
@@ -84,7 +84,7 @@ def fp32(allocators: Sequence[str]) -> list[Comparison]:
 
 
 def two(allocators: Sequence[str], stages: Iterable[int] = (0, 1, 2, 3)) -> list[Comparison]:
-    """Two processes: our best ZeRO stage against FSDP2 without compilation."""
+    """Return the comparison on two processes: our best ZeRO stage against uncompiled FSDP2."""
     best = allocators[-1]
     us = tuple(
         Entry("ours", compile=True, allocator=best, processes=2, stage=stage) for stage in stages
@@ -94,15 +94,15 @@ def two(allocators: Sequence[str], stages: Iterable[int] = (0, 1, 2, 3)) -> list
 
 
 def judge(comparison: Comparison, runs: Sequence[Run]) -> Verdict:
-    """Ratios of the same round, and whether their median meets the goal.
+    """Return the ratios within rounds, and whether their median reaches the goal.
 
-    Rounds in which other processes disturbed either run count only if there is no other round.
+    Rounds in which other processes disturbed either run count only if all rounds were disturbed.
     """
 
     def rates(entry: Entry) -> list[float]:
         return [run.tokens_per_s for run in runs if run.entry == entry]
 
-    # The best of ours over all rounds: choosing anew in each round would favour noise.
+    # Choose the best of ours over all rounds: a choice in each round would favour noise.
     best = max(comparison.ours, key=lambda entry: statistics.median(rates(entry)))
     pairs = [
         (mine, other)

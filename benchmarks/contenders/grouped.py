@@ -1,11 +1,11 @@
-"""The grouped product beside a loop over its groups: ``python -m contenders.grouped --out FILE``.
+"""Compare the grouped product with loops over groups: ``python -m contenders.grouped --out FILE``.
 
-Forward and backward (gradients of rows and of weights) of ``grouped_linear``, of its plain twin
-``loop_linear`` and of the loop that a careful user would write, at equal work: the same rows,
-divided among more or fewer experts. They take turns, call by call.
+Measures forward and backward (gradients of rows and of weights) of ``grouped_linear``, of its
+reference ``loop_linear`` and of a careful user's loop, at equal work: the same rows, divided among
+more or fewer experts. The products alternate, call by call.
 """
 
-# S rows, E experts, D and F widths
+# S rows, E experts, D input width, F output width
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def unbound_loop(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
-    """A loop over ``unbind``, whose backward stacks the gradients of all groups once.
+    """Loop over ``unbind``, whose backward stacks the gradients of all groups once.
 
-    That of ``weight[e]`` is as large as all of ``weight``, for each group.
+    The gradient of ``weight[e]`` would have the size of all of ``weight``, for each group.
     """
     pairs = zip(x_SD.split(counts_E.tolist()), weight_EFD.unbind(), strict=True)
     return torch.cat([x @ weight_FD.T for x, weight_FD in pairs])
@@ -40,15 +40,15 @@ PRODUCTS: dict[str, Product] = {
     "unbound loop": unbound_loop,
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Largest difference of a result or gradient over its largest element: rounding, no more.
+# Largest difference of a result or gradient relative to its largest element, from rounding.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 BUDGET_S = 2.0
-"""After this long a case has no further turn; each product has had one at least."""
+"""Time after which a case takes no further measurement; each product is measured at least once."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """``rows`` [S, D] times [F, D] of their experts, of which there may be any number."""
+    """Shapes: ``rows`` [S, D] times expert weights [F, D], for any number of experts."""
 
     rows: int
     width: int
@@ -68,7 +68,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table. ``load``: how rows are shared out among experts."""
+    """Row of the table. ``load``: distribution of the rows over the experts."""
 
     experts: int
     load: str
@@ -76,7 +76,7 @@ class Case:
     threads: int
 
     def counts(self, rows: int) -> Tensor:
-        """Rows of each expert [E]: even, or as 1/rank, the first expert having the most."""
+        """Return the rows of each expert [E]: even, or proportional to 1/rank, largest first."""
         ranks_E = torch.arange(1, self.experts + 1, dtype=torch.float64)
         share_E = torch.ones_like(ranks_E) if self.load == "even" else 1.0 / ranks_E
         exact_E = share_E / share_E.sum() * rows
@@ -95,7 +95,7 @@ def cases(size: Size) -> Iterator[Case]:
 
 
 def measure(case: Case, size: Size, repeats: int, names: list[str]) -> dict[str, list[float]]:
-    """Seconds of each call, by product; ``names`` is the order in which the products take turns."""
+    """Return the seconds of each call by product; ``names`` is the order of the products."""
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
     dtype = DTYPES[case.dtype]
@@ -109,7 +109,7 @@ def measure(case: Case, size: Size, repeats: int, names: list[str]) -> dict[str,
         y_SF = PRODUCTS[name](x_SD, weight_EFD, counts_E)
         return (y_SF.detach(), *torch.autograd.grad(y_SF, (x_SD, weight_EFD), grad_SF))
 
-    results = {name: call(name) for name in names}  # also the warm-up
+    results = {name: call(name) for name in names}  # serves as the warm-up
     for name in names:
         for made, twin in zip(results[name], results["loop_linear"], strict=True):
             error = float((made - twin).abs().max() / twin.abs().max())

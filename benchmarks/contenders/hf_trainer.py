@@ -1,4 +1,4 @@
-"""transformers' Trainer on its Llama: ``python -m contenders.hf_trainer --out FILE``."""
+"""transformers' Trainer with its Llama: ``python -m contenders.hf_trainer --out FILE``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def main() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
     class StepTimes(TrainerCallback):
-        """From the end of a step to the end of the next: what a step costs, data included."""
+        """Time steps from end to end, so that a step includes loading its data."""
 
         def __init__(self) -> None:
             self.ends: list[float] = []

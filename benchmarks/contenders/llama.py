@@ -1,4 +1,4 @@
-"""A hand-written Llama in plain torch, as a good single-file training script has it."""
+"""Hand-written Llama in plain torch, in the style of a good single-file training script."""
 
 # B sequences, L tokens, D width, N heads, H head width, V vocabulary
 
@@ -12,7 +12,7 @@ from contenders.shape import Shape
 
 
 def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:
-    """cos and sin [L, H/2], made once."""
+    """Return cos and sin [L, H/2], computed once."""
     head_width = shape.width // shape.num_heads
     frequencies = shape.rope_theta ** (-torch.arange(0, head_width, 2).float() / head_width)
     angles = torch.outer(torch.arange(shape.sequence_length).float(), frequencies)
@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Token ids [B, L] to logits [B, L, V]."""
+    """Map token ids [B, L] to logits [B, L, V]."""
 
     cos: Tensor
     sin: Tensor

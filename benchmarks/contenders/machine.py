@@ -1,4 +1,4 @@
-"""The facts that a result of one process says of the machine and the code."""
+"""Facts about the machine and the code, stored with results of one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from allometry.trainer.record.writer import commit
 
 
 def facts() -> dict[str, Any]:
-    """JSON: date, command, commit, hardware, versions."""
+    """Return date, command, commit, hardware and versions as JSON values."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -33,8 +33,10 @@ def facts() -> dict[str, Any]:
 
 
 def source_bytes(sequences: int, length: int) -> NDArray[np.int64]:
-    """Sequences [P, L + 1] of ASCII bytes of Python's own library, the same on every machine with
-    this version of Python."""
+    """Return sequences [P, L + 1] of ASCII bytes of Python's standard library.
+
+    They are the same on every machine with this version of Python.
+    """
     library = Path(os.__file__).parent
     needed, kept = sequences * (length + 1), bytearray()
     for path in sorted(library.glob("*.py")):

@@ -1,4 +1,4 @@
-"""Coordinate checks of several parameterizations: how far activations move, by width and depth."""
+"""Coordinate checks of several parameterizations: size of activation changes by width and depth."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def deep(alpha: float) -> ParameterizationConfig:
     return parameterization(
         kind="completep",
         embedding_std=1.0,
-        base_width=BASE,  # whose rate 2⁻⁶ is, as in the other rows
+        base_width=BASE,  # whose rate is 2⁻⁶, as in the other rows
         base_layers=2,
         depth_alpha=alpha,
     )
@@ -40,7 +40,7 @@ def deep(alpha: float) -> ParameterizationConfig:
 def coordinates(
     quick: bool,
 ) -> list[tuple[str, ParameterizationConfig, str, Axis, tuple[int, ...]]]:
-    """(name, parameterization, optimizer, axis, sizes)."""
+    """Return (name, parameterization, optimizer, axis, sizes) of each check."""
     widths = (32, 64) if quick else (32, 64, 128, 256, 512)
     layers = (2, 4) if quick else (2, 4, 8, 16, 32)
     deep_mup = parameterization(kind="mup", embedding_std=1.0, base_width=BASE)
@@ -103,7 +103,7 @@ def run_coordinates(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _kept(path: Path, settings: dict[str, Any]) -> list[Movement] | None:
-    """The movements that an earlier run left for the same settings."""
+    """Return the movements that an earlier run stored for the same settings, or None."""
     if not path.exists():
         return None
     found = json.loads(path.read_text())

@@ -1,6 +1,6 @@
-"""A rank of MuonH's step: ``torchrun --nproc-per-node W -m contenders.orthogonal --out FILE``.
+"""Rank of MuonH's step: ``torchrun --nproc-per-node W -m contenders.orthogonal --out FILE``.
 
-Given gradients, parameters whole on every rank (ZeRO stage 0), so that owners share the work.
+Gradients are given, and parameters are replicated (ZeRO stage 0), so that owners share the work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from contenders.rules import SIZES, hyperp, model
 
 
 class Clock:
-    """Adds up what a function takes, and how often it is called."""
+    """Accumulate the seconds and the number of calls of a function."""
 
     def __init__(self, function: Any) -> None:
         self.function, self.seconds, self.calls = function, 0.0, 0

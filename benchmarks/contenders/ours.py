@@ -1,4 +1,4 @@
-"""Allometry as its users start it: a configuration, a token store, the command line."""
+"""Allometry as its users start it: a config, a token store, the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contenders.shape import SHAPE, Shape
 
 
 def write_store(folder: Path, shape: Shape = SHAPE) -> Path:
-    """A store of random tokens under ``folder``; its prefix."""
+    """Write a store of random tokens under ``folder``; return its prefix."""
     prefix = folder / "random"
     write_random_store(prefix, 2_000_000, shape.vocab_size)
     return prefix
@@ -27,12 +27,12 @@ def write_config(
     stage: int,
     shape: Shape = SHAPE,
 ) -> None:
-    """The preset of this benchmark with the contenders' data, batch and optimizer.
+    """Write this benchmark's preset with the data, batch and optimizer of the contenders.
 
-    Sequences are one stream of tokens each (no document masks), since the others know no
-    documents. The record is what every run gets by default.
+    A sequence is one stream of tokens (no document masks), because the other contenders do not
+    support documents. The record has its default settings.
     """
-    # JSON is YAML.
+    # JSON is a subset of YAML.
     config = {
         "base": "preset:dense_25m",
         "run": {"folder": str(run_folder)},
@@ -75,13 +75,13 @@ def write_config(
 
 
 def read_rows(run_folder: Path) -> tuple[list[float], list[float]]:
-    """Seconds and losses of each step of a finished run."""
+    """Return the seconds and losses of the steps of a finished run."""
     lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [row["time_s"] for row in rows], [row["loss"] for row in rows]
 
 
 def read_allocator(run_folder: Path) -> str:
-    """The allocator that the run says it had."""
+    """Return the allocator recorded in run.json."""
     facts = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
     return str(facts["allocator"])

@@ -1,4 +1,4 @@
-"""The hand-written loop: ``python -m contenders.plain --dtype bf16 [--compile] --out FILE``."""
+"""Hand-written loop: ``python -m contenders.plain --dtype bf16 [--compile] --out FILE``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def step(
     optimizer: torch.optim.Optimizer,
     tokens: Tensor,
 ) -> float:
-    """One step on ``tokens`` [B, L + 1]; the loss."""
+    """Take one step on ``tokens`` [B, L + 1]; return the loss."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     with precision(task):
         logits = forward(inputs)

@@ -1,4 +1,4 @@
-"""Starting contenders, each run a process of its own, and reading what they measured."""
+"""Start contenders, each run in a separate process, and read their measurements."""
 
 from __future__ import annotations
 
@@ -29,16 +29,15 @@ _MODULES = {
     "trainer": "contenders.hf_trainer",
     "fsdp2": "contenders.fsdp2",
 }
-# What would give one contender more than another, or more than the row says.
+# Variables that would favour one contender, or differ from the settings of the row.
 _CLEARED = ("LD_PRELOAD", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "ALLOMETRY_ALLOCATOR")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender in a setting: one row of the race.
+    """Contender with its settings: one row of the race.
 
-    ``overrides`` (``section.key=value``) change Allometry's configuration and say what else is
-    special; ``label`` then names the row.
+    ``overrides`` (``section.key=value``) change Allometry's config; ``label`` then names the row.
     """
 
     kind: Kind
@@ -63,7 +62,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of an entry. ``others_share``: of the cores' time, what other processes took."""
+    """Run of an entry. ``others_share``: share of the cores' time used by other processes."""
 
     entry: Entry
     round: int
@@ -79,7 +78,7 @@ class Run:
 
 @dataclass
 class Race:
-    """Everything the runs share. ``folder`` holds the token store and what runs leave behind."""
+    """Settings shared by all runs. ``folder`` contains the token store and the runs' files."""
 
     threads: int
     warmup: int
@@ -97,14 +96,14 @@ class Race:
         return SHAPES[self.shape_name]
 
     def run(self, entry: Entry, round: int) -> Run:
-        """Run ``entry`` in a process of its own; RuntimeError with its output if it fails."""
+        """Run ``entry`` in a separate process; RuntimeError with its output if it fails."""
         place = Path(tempfile.mkdtemp(dir=self.folder))
         environment = self.environment(entry.processes)
-        if entry.kind != "ours":  # Allometry settles the allocator itself, to the same variables
+        if entry.kind != "ours":  # Allometry sets the same allocator variables itself
             environment = with_allocator(environment, entry.allocator)
         wall, others = self.start(entry.name, self._command(entry, place), environment)
         seconds, losses = self._read(entry, place)
-        shutil.rmtree(place)  # a run leaves a checkpoint
+        shutil.rmtree(place)  # the run has written a checkpoint
         _check_losses(entry, losses, self.shape)
         timed = seconds[self.warmup :]
         assert len(timed) == self.steps, (entry.name, len(timed))
@@ -121,7 +120,7 @@ class Race:
     def start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str]
     ) -> tuple[float, float]:
-        """Run ``command`` to its end; its seconds and the share of the cores that others took."""
+        """Run ``command`` to its end; return its seconds and the load of other processes."""
         busy, begun = _busy_seconds(), time.perf_counter()
         finished = subprocess.run(
             command,
@@ -137,7 +136,7 @@ class Race:
         return wall, others
 
     def environment(self, processes: int) -> dict[str, str]:
-        """What each of that many processes finds: its threads, and no allocator yet."""
+        """Return the environment of each of ``processes``: thread counts, without an allocator."""
         clean = {
             key: value
             for key, value in os.environ.items()
@@ -189,7 +188,7 @@ class Race:
 
 
 def alternate(race: Race, entries: Sequence[Entry], rounds: int) -> list[Run]:
-    """Run all entries in every round, in turning order so that drift hits all alike."""
+    """Run all entries in every round, in alternating order so that drift affects all equally."""
     runs = []
     for round in range(1, rounds + 1):
         order = entries if round % 2 else entries[::-1]
@@ -209,14 +208,14 @@ def with_allocator(environment: Mapping[str, str], allocator: str) -> dict[str, 
 
 
 def _check_losses(entry: Entry, losses: list[float], shape: Shape) -> None:
-    """A fresh model on random tokens must be at about the logarithm of the vocabulary."""
+    """Check that the losses of a new model on random tokens are near the log of the vocabulary."""
     expected = math.log(shape.vocab_size)
     if not losses or any(not abs(loss - expected) < 1.0 for loss in losses):
         raise RuntimeError(f"{entry.name} does not train as it should: losses {losses}")
 
 
 def _busy_seconds() -> float:
-    """Processor seconds that this machine spent on anything but our finished children."""
+    """Return the CPU seconds of this machine, without those of our finished child processes."""
     ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     user, nice, system, _idle, _iowait, irq, softirq, steal = ticks
     spent = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""The byte model that update rules are compared on, and the rules."""
+"""Update rules to compare, and the byte model for the comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from allometry.configs.model import DenseModel, ParameterizationConfig
 from allometry.configs.optimization import OptimizerConfig
 
 SIZES = {"10m": (256, 10), "2m": (192, 4), "tiny": (32, 2)}
-"""Width and layers: 10.6M parameters, 2.4M, and a few."""
+"""Width and number of layers: 10.6M parameters, 2.4M, and a tiny model."""
 
 
 def model(size: str) -> DenseModel:
@@ -44,7 +44,7 @@ def standard() -> ParameterizationConfig:
 
 @dataclass(frozen=True)
 class Contender:
-    """An update rule, its parameterization, and the log2 rates that tuning begins with."""
+    """Update rule, its parameterization, and the log2 rates at which tuning begins."""
 
     name: str
     optimizer: OptimizerConfig

@@ -1,4 +1,4 @@
-"""The model, the batch and the optimizer that all contenders share, and how they report."""
+"""Model, batch and optimizer shared by all contenders, and the format of their results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Shape:
-    """25.2M parameters in the Llama form, untied; 4 sequences of 512 tokens in a step."""
+    """Untied Llama model with 25.2M parameters; 4 sequences of 512 tokens per step."""
 
     vocab_size: int = 8192
     width: int = 384
@@ -35,8 +35,8 @@ class Shape:
 SHAPE = Shape()
 SHAPES = {
     "25m": SHAPE,
-    # The same blocks with a small vocabulary, whose head does not outweigh a pipeline's stages, and
-    # shorter sequences, so that there are micro-batches enough.
+    # The same blocks with a small vocabulary, so that the head does not outweigh a pipeline stage,
+    # and shorter sequences, so that there are enough micro-batches.
     "layouts": Shape(vocab_size=2048, sequence_length=256, sequences=8),
     "tiny": Shape(
         vocab_size=512,
@@ -52,7 +52,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Task:
-    """What one run of a contender does; steps before ``warmup`` are not reported."""
+    """Settings of one run of a contender; steps before ``warmup`` are not reported."""
 
     shape: Shape
     dtype: str
@@ -67,7 +67,7 @@ class Task:
 
 
 def parse_task() -> Task:
-    """The task from the command line of a contender's process."""
+    """Parse the task from the command line of a contender's process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=SHAPES, default="25m")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -82,7 +82,7 @@ def parse_task() -> Task:
 
 
 def report(task: Task, step_seconds: list[float], losses: list[float]) -> None:
-    """Write what a contender measured: the seconds of each step, warm-up included."""
+    """Write the measurements of a contender: seconds of each step, warm-up included."""
     assert len(step_seconds) == task.total_steps, (len(step_seconds), task.total_steps)
     result = {"step_seconds": step_seconds, "losses": losses, "shape": asdict(task.shape)}
     task.out.write_text(json.dumps(result), encoding="utf-8")

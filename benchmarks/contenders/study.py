@@ -1,4 +1,4 @@
-"""Running the study of ``benchmarks/transfer.py``: text, sweeps that go on, rows with regrets."""
+"""Run the study of ``benchmarks/transfer.py``: text, resumable sweeps, rows with regrets."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from contenders.families import optimizer
 from contenders.study_families import Cut, Entry
 
 OVER = 8
-"""The factor of an axis over which the gate holds; beyond it regrets are reported."""
+"""Factor of an axis up to which the gate applies; beyond it, regrets are only reported."""
 SCHEDULE = WSDSchedule(decay_fraction=0.2)
 BUILTIN = ("python-code", "python-prose")
 SPARE = 1.25
-"""Text of a pool over what its longest run reads, so that orders of seeds differ in what is read,
-where there is as much."""
+"""Size of a text pool relative to the tokens of its longest run, if enough text is available, so
+that the order of each seed selects different text."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Token files of the built-in corpora in a folder, and how many tokens they hold."""
+    """Token files of the built-in corpora in a folder, and their number of tokens."""
 
     data: SequenceData
     tokens: int
 
     @classmethod
     def prepared(cls, folder: Path, cut: Cut) -> Text:
-        """Those of a cut, made where they are missing."""
+        """Return the text of a cut, and prepare missing files."""
         if read_manifest(folder) is None:
             inputs = tuple(f"builtin:{name}" for name in BUILTIN)
             prepare(
@@ -72,7 +72,7 @@ class Text:
         return cls(data, sum(counts.values()))
 
     def pools(self, entry: Entry) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return sequences to train on and held-out ones; no sequence is in both."""
+        """Return training and held-out sequences; no sequence is in both."""
         cut = entry.cut
         longest = max(entry.sizes) if entry.axis == Axis.HORIZON else entry.steps
         needed = longest * cut.sequences
@@ -84,7 +84,7 @@ class Text:
 
 
 def sweep_of(entry: Entry, text: Text) -> TransferSweep:
-    """Return what trains the runs of a row."""
+    """Return the sweep that trains the runs of a row."""
     pool_PL, held_out_HL = text.pools(entry)
     return TransferSweep(
         model=entry.model,
@@ -103,7 +103,7 @@ def sweep_of(entry: Entry, text: Text) -> TransferSweep:
 def run_entry(
     entry: Entry, sizes: Sequence[int], text: Text, given: argparse.Namespace
 ) -> Transfer:
-    """Train what is missing of a row, at these of its sizes; each run is kept as it ends."""
+    """Train the missing runs of a row at the given sizes; each run is stored when it ends."""
     sweep = sweep_of(entry, text)
     log = TrialLog(given.work / f"{entry.slug}.jsonl", sweep.settings())
     runner = Runner(
@@ -121,7 +121,7 @@ def run_entry(
 
 
 def row_of(entry: Entry, found: Transfer, compared: Transfer | None) -> dict[str, Any]:
-    """Return what is reported of a row: JSON."""
+    """Return the report of a row as JSON values."""
     sweeps = {size: found.sweep(size) for size in found.sizes}
     base = min(found.sizes)
     regrets = found.regrets()
@@ -152,7 +152,7 @@ def row_of(entry: Entry, found: Transfer, compared: Transfer | None) -> dict[str
 
 
 def gate(regrets: Mapping[int, Regret], base: int) -> Verdict:
-    """Whether each regret up to ``OVER`` times the base is within bounds, as far as seeds tell."""
+    """Return whether the regrets up to ``OVER`` times the base are within bounds."""
     verdicts = {regret.verdict() for size, regret in regrets.items() if size <= OVER * base}
     for verdict in ("missed", "undecided"):
         if verdict in verdicts:
@@ -161,7 +161,7 @@ def gate(regrets: Mapping[int, Regret], base: int) -> Verdict:
 
 
 def _fifth(found: Transfer, compared: Transfer | None, size: int) -> Verdict | None:
-    """Whether a size's regret is at most a fifth of the compared row's; None: there is none."""
+    """Test if a size's regret is at most a fifth of the compared row's; None without one."""
     if compared is None or size not in compared.sizes:
         return None
     base = min(found.sizes)
@@ -180,7 +180,7 @@ HEADER = (
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """Return a row as a line of a table; ? marks an optimum at an edge."""
+    """Format a row as a line of a table; ? marks an optimum at an edge."""
     sizes = row["found"]["sizes"]
     rates = " / ".join(f"{one['log2_lr']:.2f}{'?' if one['problem'] else ''}" for one in sizes)
     low, high = row["drift_interval_95"]

@@ -1,4 +1,4 @@
-"""The sweeps of ``benchmarks/transfer.py --size real`` and of its small cut."""
+"""Sweeps of ``benchmarks/transfer.py --size real`` and of its small cut."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from contenders.families import ADAM, SPECTRAL, SPHERES, parameterization
 PARTS = ("width", "depth", "width-and-depth", "horizon", "batch", "experts", "mssp")
 TOKENS_PER_PARAMETER = 20
 SPREAD = 16
-"""Steps of a run at the base are a multiple of this, as the batch grows by it."""
+"""Divisor of the steps of a run at the base, because the batch grows by this factor."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How large the study is. Sizes of an axis begin with the base, whose runs read
-    ``TOKENS_PER_PARAMETER`` an active parameter, in ``most_steps`` at most where that is given.
-    ``only``: the rows of the cut; None: all."""
+    """Size of the study.
+
+    Sizes of an axis begin with the base. A base run reads ``TOKENS_PER_PARAMETER`` tokens per
+    active parameter, in at most ``most_steps`` steps if given. ``only``: rows of the cut; None:
+    all.
+    """
 
     name: str
     vocabulary: int
@@ -97,9 +100,9 @@ CUTS = {"real": REAL, "small": SMALL}
 
 @dataclass(frozen=True)
 class Entry:
-    """One row: a family of models under a parameterization, over the sizes of an axis.
+    """Row of the study: a model family and parameterization, over the sizes of an axis.
 
-    ``compared``: the name of the row whose regret it is held against.
+    ``compared``: name of the row whose regret is the reference.
     """
 
     part: str
@@ -116,28 +119,28 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The part and whose rules."""
+        """Return the part and the name of the rules."""
         return f"{self.group or self.part}: {self.who}"
 
     @property
     def slug(self) -> str:
-        """Of a file."""
+        """Return the name as a file name."""
         return "".join(c if c.isalnum() else "-" for c in self.name)
 
     @property
     def warmup_steps(self) -> int:
-        """2 % of the steps of the base."""
+        """Return 2 % of the steps of the base."""
         return max(1, self.steps // 50)
 
     @property
     def log2_lrs(self) -> tuple[float, ...]:
-        """Five rates at half octaves to begin with at the base."""
+        """Return the five initial rates of the base, at half octaves."""
         middle = -6.0 if self.kind == ADAM else -5.0
         return tuple(middle + n / 2 for n in range(-2, 3))
 
 
 def entries(cut: Cut, parts: Iterable[str] | None = None) -> list[Entry]:
-    """Return the rows of a cut, the one that others are held against before them."""
+    """Return the rows of a cut; a row used as reference precedes the rows compared with it."""
     made = [*_dense(cut), *_runs(cut), *_experts(cut), *_mssp(cut)]
     chosen = set(parts or PARTS)
     return [
@@ -148,7 +151,7 @@ def entries(cut: Cut, parts: Iterable[str] | None = None) -> list[Entry]:
 
 
 def dense(cut: Cut, width: int, layers: int) -> DenseModel:
-    """Heads of the cut's width, qk-norm, SwiGLU of 2.5 times the width."""
+    """Return a dense model with the cut's head width, qk-norm and SwiGLU of 2.5 times the width."""
     return DenseModel(
         vocab_size=cut.vocabulary,
         width=width,
@@ -160,7 +163,7 @@ def dense(cut: Cut, width: int, layers: int) -> DenseModel:
 
 
 def mixture(cut: Cut, width: int, number: int, visits: int, wide: int, gate: str) -> MoEModel:
-    """Two layers of experts, evened out by an auxiliary loss of .01."""
+    """Return a model of two MoE layers with an auxiliary balancing loss of coefficient .01."""
     return MoEModel(
         vocab_size=cut.vocabulary,
         width=width,
@@ -175,14 +178,14 @@ def mixture(cut: Cut, width: int, number: int, visits: int, wide: int, gate: str
 
 
 def steps_of(cut: Cut, model: ModelConfig) -> int:
-    """Return the steps in which the base reads what it should."""
+    """Return the number of steps of a base run."""
     tokens = TOKENS_PER_PARAMETER * count_parameters(model).active
     steps = -(-tokens // (cut.sequences * cut.length * SPREAD)) * SPREAD
     return min(steps, cut.most_steps or steps)
 
 
 Rules = tuple[tuple[str, ParameterizationConfig, str], ...]
-"""Whose, what, with which optimizer."""
+"""Tuples (name, parameterization, kind of optimizer)."""
 
 
 def adam_rules(width: int, layers: int, batch: int) -> Rules:
@@ -200,7 +203,8 @@ def adam_rules(width: int, layers: int, batch: int) -> Rules:
 
 
 def sphere_rules(width: int, layers: int, batch: int, tokens: int) -> Rules:
-    """HyperP as published (σ of the embedding 1e-4, of the head .02) and with the base head."""
+    """Return HyperP as published (σ of the embedding 1e-4, of the head .02) and
+    with the base head."""
     shared: dict[str, Any] = {
         "kind": "hyperp",
         "base_width": width,
@@ -235,7 +239,7 @@ def _family(
     alike: tuple[str, ...] = ("sp",),
     group: str | None = None,
 ) -> Iterator[Entry]:
-    """A row for each rule; those of ``alike`` are the same runs here and one row."""
+    """Yield a row for each rule; rules in ``alike`` give the same runs and share one row."""
     first = ", ".join(alike)
     for who, config, kind in rules(cut, model):
         if who in alike[1:]:
@@ -263,7 +267,7 @@ def _dense(cut: Cut) -> Iterator[Entry]:
 
 
 def _runs(cut: Cut) -> Iterator[Entry]:
-    """At the base's width and depth sp, muP and CompleteP are the same."""
+    """Yield rows at the base's width and depth, where sp, muP and CompleteP are equal."""
     alike = ("sp", "mup", "completep")
     short = dense(cut, cut.horizon_width, cut.layers[0])
     lengths = tuple(steps_of(cut, short) * factor for factor in cut.growth)
@@ -274,7 +278,7 @@ def _runs(cut: Cut) -> Iterator[Entry]:
 
 
 def _experts(cut: Cut) -> Iterator[Entry]:
-    """More experts of the same width, a token's work constant: one visit, and four."""
+    """Yield rows with more experts of constant width and work per token: top-1 and top-4."""
     width, alike = cut.widths[0], ("sp", "mup", "completep")
     for visits, numbers in ((1, cut.experts), (4, cut.several)):
         wide = width * 5 // 2 // visits // 8 * 8 or 8
@@ -284,7 +288,7 @@ def _experts(cut: Cut) -> Iterator[Entry]:
 
 
 def _mssp(cut: Cut) -> Iterator[Entry]:
-    """Regime I over widths with 4 experts, II and III over experts; sp on the same families."""
+    """Yield regime I over widths with 4 experts, II and III over experts; sp as control."""
     first, half = cut.widths[0], cut.widths[0] // 2
     families = (
         ("I", mixture(cut, first, 4, 1, first, "sigmoid"), Axis.WIDTH, cut.widths),

@@ -1,4 +1,4 @@
-"""What the study will take: runs, tokens, FLOPs, and hours at the rate of this machine."""
+"""Estimate the cost of the study: runs, tokens, FLOPs, and hours at this machine's rate."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from contenders.families import optimizer
 from contenders.study_families import Entry
 
 PLACED, SHARED = 5, 4
-"""Rates of a size that one seed tries, and that all seeds have, in the mean: what is planned with.
-A sweep whose best rates move takes more."""
+"""Expected number of rates of a size tried with one seed, and with every seed, for the estimate. A
+sweep whose best rates move takes more runs."""
 WARM, TIMED = 1, 2
-"""Steps before a clock is started, and steps that it times."""
+"""Steps before the timed steps, and timed steps."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """The runs of one size of a row."""
+    """Runs of one size of a row."""
 
     entry: Entry
     size: int
@@ -37,23 +37,23 @@ class Job:
 
     @property
     def runs(self) -> int:
-        """How many are expected."""
+        """Return the expected number of runs."""
         return PLACED + SHARED * (self.entry.cut.seeds - 1)
 
     @property
     def tokens(self) -> int:
-        """That one run reads."""
+        """Return the tokens of one run."""
         return self.run.steps * self.run.sequences * self.entry.cut.length
 
     @property
     def flops(self) -> float:
-        """Of one run: 6 a parameter and token, attention's scores included."""
+        """Return the FLOPs of one run: 6 per parameter and token, plus attention scores."""
         model = resize(self.entry.model, self.entry.axis, self.size)
         return flops_per_token(model, self.entry.cut.length).total * float(self.tokens)
 
     @property
     def hours(self) -> float:
-        """Of one run on one thread."""
+        """Return the hours of one run on one thread."""
         return self.run.steps * self.seconds_a_step / 3600.0
 
 
@@ -75,10 +75,10 @@ def shape(entry: Entry, size: int) -> RunShape:
 
 
 def jobs(rows: Sequence[Entry], known: Path) -> list[Job]:
-    """Return the sizes of all rows, with seconds of a step as measured here, kept in a file.
+    """Return the sizes of all rows with the measured seconds of a step, stored in a file.
 
-    A shape (model, optimizer, batch) is timed once: 2 steps after a first one, on one thread, by
-    the seconds of this process, which other work on the machine does not count in.
+    Each shape (model, optimizer, batch) is timed once: 2 steps after a warm-up step, on one thread,
+    in CPU seconds of this process, which exclude other load on the machine.
     """
     seconds: dict[str, float] = json.loads(known.read_text()) if known.is_file() else {}
     made = []
@@ -94,9 +94,9 @@ def jobs(rows: Sequence[Entry], known: Path) -> list[Job]:
 
 
 def _key(entry: Entry, size: int) -> str:
-    """A shape's name: what decides how long a step takes."""
+    """Return a key of all settings that determine the time of a step."""
     model = resize(entry.model, entry.axis, size)
-    model = at_width(model, model.width)  # which writes out the width of heads
+    model = at_width(model, model.width)  # writes out the head width
     run = shape(entry, size)
     text = f"{model.model_dump_json()} {entry.kind} {run.sequences} {entry.cut.length}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -121,9 +121,9 @@ def _seconds(entry: Entry, size: int, run: RunShape) -> float:
 
 
 def within(all_jobs: Sequence[Job], most_hours: float | None) -> tuple[list[Job], list[Job]]:
-    """Return the jobs whose runs take no longer than this, and those that are left out.
+    """Return the jobs whose runs take at most ``most_hours``, and the excluded jobs.
 
-    A base is never left out: without it a row says nothing.
+    A base is never excluded: the regrets of a row are relative to it.
     """
     if most_hours is None:
         return list(all_jobs), []
@@ -132,7 +132,7 @@ def within(all_jobs: Sequence[Job], most_hours: float | None) -> tuple[list[Job]
 
 
 def lines(kept: Sequence[Job], left_out: Sequence[Job], processes: int) -> list[str]:
-    """Return the plan with its arithmetic."""
+    """Format the plan with its arithmetic."""
     said = [
         f"runs of a size: {PLACED} rates by one seed, {SHARED} of them by each further one "
         "(planned with; a sweep whose best rates move takes more)",
@@ -173,7 +173,7 @@ def _each(left_out: Sequence[Job]) -> list[tuple[str, int, float]]:
 
 
 def sizes_of(kept: Sequence[Job]) -> Mapping[str, tuple[int, ...]]:
-    """Return which sizes of each row are run."""
+    """Return the sizes to run, by row."""
     found: dict[str, tuple[int, ...]] = {}
     for job in kept:
         found[job.entry.name] = (*found.get(job.entry.name, ()), job.size)

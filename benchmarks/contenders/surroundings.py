@@ -1,4 +1,4 @@
-"""What a result must say of the machine and the code it was measured with."""
+"""Facts about the machine and the code of a measurement, stored with its result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from contenders.shape import Shape
 def surroundings(
     shape: Shape, given: argparse.Namespace, allocators: Sequence[str]
 ) -> dict[str, Any]:
-    """JSON; ``given`` are the options ``threads``, ``rounds``, ``warmup`` and ``steps``."""
+    """Return JSON values; ``given`` has the options ``threads``, ``rounds``,
+    ``warmup``, ``steps``."""
     import torch
 
     names = ("torch", "transformers", "accelerate", "numpy")
@@ -47,7 +48,7 @@ def surroundings(
 
 
 def _matrix_flags() -> list[str]:
-    """What the processor has for bf16 products."""
+    """Return the processor's flags for bf16 products."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
     return [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]

@@ -1,4 +1,4 @@
-"""Sweeps of learning rates for a list of variants: trials that are kept, rows, lines of a table."""
+"""Learning-rate sweeps for a list of variants: stored trials, rows, lines of a table."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run_variant(part: str, variant: Variant, given: argparse.Namespace) -> list[
 
 
 def under(reading: Reading, sweeps: Mapping[int, Sweep]) -> dict[int, Sweep]:
-    """Return the sweeps that the reading's rule would give."""
+    """Return the sweeps under the reading's rule."""
     first = min(sweeps)
     return {
         size: Sweep(
@@ -78,7 +78,7 @@ def _sizes(variant: Variant, quick: bool) -> tuple[int, ...]:
 
 
 def _sweep(variant: Variant, steps: int) -> TransferSweep:
-    # Orders of data differ between seeds; of the longest horizon, what is read does, too.
+    # The order of data differs between seeds; for the longest horizon the selection differs too.
     longest = 2 * max(variant.sizes) if variant.axis == Axis.HORIZON else 4 * STEPS
     pool = source_bytes(longest * SEQUENCES + HELD_OUT, LENGTH)
     return TransferSweep(
@@ -122,7 +122,7 @@ def _row(name: str, asked: Asked, sweeps: Mapping[int, Sweep]) -> dict[str, Any]
 
 
 def _raw(found: Transfer) -> dict[str, Any]:
-    """What the sweep itself says, and every loss."""
+    """Return the sweep's description and every loss."""
     losses = [
         [trial.size, trial.log2_lr, trial.seed, _finite(loss)]
         for trial, loss in sorted(found.losses.items())
@@ -131,7 +131,7 @@ def _raw(found: Transfer) -> dict[str, Any]:
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """Return a row as a line of a table; ? marks an optimum at an edge."""
+    """Format a row as a line of a table; ? marks an optimum at an edge."""
     optima = row["optima"]
     rates = " / ".join(f"{o['log2_lr']:.2f}{'?' if o['problem'] else ''}" for o in optima)
     losses = " / ".join(_number(o["loss"], 3) for o in optima)

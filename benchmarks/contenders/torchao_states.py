@@ -1,8 +1,8 @@
-"""torchao's optimizers with compressed states, where that package is installed.
+"""torchao's optimizers with compressed states, if torchao is installed.
 
 Its states are blocks of 256 elements of the flattened tensor: E4M3 with one scale (``AdamWFp8``),
-or the 256 values of a table (``AdamW8bit``, arXiv 2110.02861). Tensors of less than 4,096 elements
-or no multiple of 256 stay fp32.
+or codes of a table with 256 values (``AdamW8bit``, arXiv 2110.02861). Tensors with fewer than 4,096
+elements, or with a size that 256 does not divide, stay in fp32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK, LEAST = 256, 4096
 
 
 def missing() -> str | None:
-    """Why there is no torchao; None if there is."""
+    """Return the reason why torchao is unavailable, or None."""
     if importlib.util.find_spec("torchao") is None:
         return "torchao is not installed (pip install -e '.[benchmarks]'): left out"
     return None
@@ -33,7 +33,7 @@ def version() -> str | None:
 
 
 def formats() -> dict[str, Callable[[Tensor, bool], Tensor]]:
-    """Functions that round a tensor and return its values, by name; ``signed``: below zero too."""
+    """Return functions (tensor, signed) -> rounded tensor, by name."""
     if missing():
         return {}
     from torchao.optim.subclass_8bit import OptimState8bit
@@ -56,11 +56,11 @@ def _through(x: Tensor, zeros: Callable[[], Any]) -> Tensor:
 
 
 def optimizer(name: str, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return torchao's AdamW over the groups of ours: rates, decay, betas and epsilon of each."""
+    """Return torchao's AdamW over our parameter groups: rates, decay, betas and epsilon of each."""
     base: Any = getattr(importlib.import_module("torchao.optim"), OPTIMIZERS[name])
 
     class Rates(base):  # type: ignore[misc]
-        """With rates that are numbers between steps."""
+        """Optimizer whose rates are Python numbers between steps."""
 
         def step(self, closure: Any = None) -> Any:
             for group in self.param_groups:
@@ -72,7 +72,7 @@ def optimizer(name: str, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimi
 
 
 def held_bytes(tensor: Tensor) -> int:
-    """Bytes of a state, of what it consists of if it is torchao's."""
+    """Return the bytes of a state; for torchao's states, of their inner tensors."""
     parts = getattr(type(tensor), "tensor_attrs", None)
     if parts is None:
         return tensor.nbytes

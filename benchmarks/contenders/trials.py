@@ -1,4 +1,4 @@
-"""Trials of a benchmark that are kept as they end, and differences between them."""
+"""Benchmark trials stored as they end, and differences between them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Trial = TypeVar("Trial")
 
 
 class Log(Generic[Trial]):
-    """A file of trials by settings, one line each; both are dataclasses of plain values."""
+    """File of trials by settings, one line each; both are dataclasses of plain values."""
 
     def __init__(self, path: Path, settings: Any, kind: type[Trial]) -> None:
         self.path, self.settings = path, asdict(settings)
@@ -27,7 +27,7 @@ class Log(Generic[Trial]):
                 self.known[kind(**row["trial"])] = row["found"]
 
     def add(self, trial: Any, found: dict[str, Any]) -> None:
-        """Keep what a trial has found."""
+        """Store the result of a trial."""
         self.known[trial] = found
         row = {"settings": self.settings, "trial": asdict(trial), "found": found}
         with self.path.open("a", encoding="utf-8") as file:
@@ -35,7 +35,7 @@ class Log(Generic[Trial]):
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half of the 95 % interval of paired differences (Student's t)."""
+    """Return the mean and half of the 95 % interval of paired differences (Student's t)."""
     mean = statistics.fmean(differences)
     if len(differences) < 2:
         return mean, None

@@ -1,4 +1,4 @@
-"""What each part of ``benchmarks/transfer.py`` compares."""
+"""Variants compared by each part of ``benchmarks/transfer.py``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from contenders.families import (
 LOW, HIGH = (-7.0, -6.5, -6.0, -5.5, -5.0, -4.5), (-5.0, -4.5, -4.0, -3.5, -3.0, -2.5)
 WIDTHS = (32, 64, 128, 256)
 HELD, LOST = Asked(most=0.5), Asked(least=0.5)
-"""A rule holds where best rates stay within half an octave; a negative control must not."""
+"""A rule passes if the best rates drift by at most half an octave; a negative control must drift
+more."""
 
 STANDARD = parameterization(kind="sp", embedding_std=1.0)
 MAXIMAL = parameterization(kind="mup", embedding_std=1.0, base_width=BASE)
@@ -60,10 +61,10 @@ RATES = (
 
 
 def depth() -> tuple[Variant, ...]:
-    """2 to 8 layers of width 64.
+    """Return variants with 2 to 8 layers of width 64.
 
-    HyperP without its √(L0/L), the negative control, is read off the same trials: the factor is on
-    every rate, so that leaving it out (a base of as many layers as the model has) only shifts them.
+    HyperP without its √(L0/L), the negative control, reuses the same trials: the factor applies to
+    every rate, so that omitting it (a base with the model's number of layers) only shifts rates.
     """
     width, layers = 64, (2, 4, 8)
     without = Reading("hyperp, no √(L0/L)", -0.5, Asked(least=0.5, exponent=-0.5))
@@ -83,9 +84,10 @@ def depth() -> tuple[Variant, ...]:
 
 
 def horizon() -> tuple[Variant, ...]:
-    """40 to 320 steps at width 64; HyperP's T^-0.32 is left out of the trials, to be measured.
+    """Return variants with 40 to 320 steps at width 64, without HyperP's T^-0.32.
 
-    With the rule the same trials lie .32 octaves higher per doubling, as it is on every rate.
+    With the rule, the rates of the same trials shift by .32 octaves per doubling, because the
+    factor applies to every rate.
     """
     width, steps = 64, (40, 80, 160, 320)
     ruled = Reading("hyperp, T^-0.32", 0.32, HELD)
@@ -108,13 +110,13 @@ def horizon() -> tuple[Variant, ...]:
 
 
 def experts() -> tuple[Variant, ...]:
-    """Mixtures of more and more experts, by rule.
+    """Return mixtures with increasing numbers of experts, by rule.
 
-    HyperP: 1 to 32 experts of the same width, one visit (width 64, expert width 64, tokens and
-    work of a token constant; one expert is the dense model); ``sp`` with AdamW beside it. MSSP: I:
-    width x 4, number (4) and visits (1) constant; II: number 4 to 32 with width and visits in
-    proportion, experts of width 32; III: the same, and experts as wide as half the model. ``sp`` on
-    each of these families is the negative control.
+    HyperP: 1 to 32 experts of constant width, top-1 (width 64, expert width 64, constant tokens and
+    work per token; one expert is the dense model), compared with ``sp`` and AdamW. MSSP regime I:
+    width x 4, number (4) and top-k (1) constant. II: 4 to 32 experts of width 32, with width and
+    top-k in proportion. III: the same with experts half as wide as the model. ``sp`` on each of
+    these families is the negative control.
     """
     more, numbers = mixture(64, 1, 1, 64, "sqrt"), (1, 2, 8, 32)
     first = mixture(BASE, 4, 1, 64, "sigmoid")

@@ -1,8 +1,8 @@
-"""Python imports this at its start where ``faults.py`` puts its folder on PYTHONPATH.
+"""Fault injection inside a rank: Python imports this module if its folder is on PYTHONPATH.
 
-Before the training step that the variable FAULT names, [what, rank, step, file] in JSON, the rank
-does what it says: the file is made first. What ends the rank is done once; a step that is not a
-number is none whenever it is taken, and a slow rank is slow from that step on.
+``faults.py`` sets the variable FAULT to [action, rank, step, file] in JSON. Before that training
+step the rank creates the file and executes the action. An action that ends the rank happens once; a
+NaN step gives NaN each time it is taken, and a slow rank is slow from that step on.
 """
 
 import importlib.abc
@@ -13,11 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-SLOW_S = 0.9  # of each step
+SLOW_S = 0.9  # per step
 
 
 def spoil(step):
-    """Let the losses, and so the gradients, of this step's batch on this rank be NaN."""
+    """Replace the losses of this step's batch on this rank by NaN, which gives NaN gradients."""
     execution = step.parallel.execution
     plain = execution.train
 
@@ -29,23 +29,23 @@ def spoil(step):
 
 
 def slow(_):
-    """Compute for longer than the other ranks do."""
+    """Compute for SLOW_S longer than the other ranks."""
     until = time.time() + SLOW_S
     while time.time() < until:
         pass
 
 
 ACTIONS = {
-    "exit137": lambda _: os._exit(137),  # as a process ends that a container's memory limit killed
+    "exit137": lambda _: os._exit(137),  # exit code under a container memory limit
     "hang": lambda _: time.sleep(1e6),
     "nan": spoil,
     "slow": slow,
 }
-AGAIN = {"nan": False, "slow": True}  # what is not done once: at that step alone, or from it on
+AGAIN = {"nan": False, "slow": True}  # repeated actions: at that step only, or from that step on
 
 
 class Hook(importlib.abc.MetaPathFinder):
-    """Changes ``TrainStep`` when its module is imported, and no other import."""
+    """Wrap ``TrainStep`` when its module is imported, and no other module."""
 
     def find_spec(self, name, path, target=None):
         if name != "allometry.trainer.step":

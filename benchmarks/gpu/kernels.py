@@ -1,13 +1,13 @@
-"""Where a step of the 1.2B model goes: the kernels of two steps by kind, before and after a change.
+"""Profile a step of the 1.2B model: kernel time of two steps by kind, before and after a change.
 
     python benchmarks/gpu/kernels.py [--before COMMIT] [--model 1b|125m] [--out FILE]
     python benchmarks/gpu/kernels.py --check      # tiny shapes on a CPU, both trees: a rehearsal
 
-Each tree (this one, and with --before that commit in a git worktree of its own) is profiled in a
-process of its own: compiled, bf16, ZeRO 0, the trainer's own steps on random tokens, after three
-steps to warm up. Prints shares of the step by kind of kernel, what the GPU idled, tokens/s and the
-kernels that took longest, so that a wrong kind is seen. Says so and ends well without a GPU. A few
-minutes for each tree on an H100.
+Each tree (this one, and with --before that commit in a git worktree) is profiled in a separate
+process: compiled, bf16, ZeRO 0, the trainer's steps on random tokens, after three warm-up steps.
+Prints the share of the step by kind of kernel, the GPU's idle time, tokens/s and the slowest
+kernels by name, so that a wrong kind is visible. Without a GPU it prints a message and exits with
+code 0. Takes a few minutes per tree on an H100.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|gloo|c10d"),
     ("elementwise and norms", r"triton_|elementwise|reduce_kernel|rms_norm|fxgraph|aten::"),
 )
-"""Kinds of kernels: the first whose expression is found in a name, without regard to case."""
+"""Kinds of kernels: the first whose expression matches the name, ignoring case."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "1b": {"base": "preset:dense_1b", "length": 4096, "micro": 8, "sequences": 16, "model": {}},
@@ -73,7 +73,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def kind_of(name: str) -> str:
-    """The kind of a kernel or operator by its name; multi_tensor copies are casts."""
+    """Return the kind of a kernel or operator from its name; multi_tensor copies are casts."""
     if re.search("multi_tensor.*copy", name, re.IGNORECASE):
         return "casts"
     for kind, expression in KINDS:
@@ -83,7 +83,7 @@ def kind_of(name: str) -> str:
 
 
 def shares(kernels: Iterable[tuple[str, float]], wall: float) -> dict[str, float]:
-    """Seconds by name -> share of the wall clock by kind, largest first, ``idle`` the rest."""
+    """Convert seconds by name to wall-clock shares by kind, largest first, then ``idle``."""
     sums: dict[str, float] = {}
     for name, seconds in kernels:
         kind = kind_of(name)
@@ -93,7 +93,7 @@ def shares(kernels: Iterable[tuple[str, float]], wall: float) -> dict[str, float
 
 
 def profile(model: str) -> dict[str, Any]:
-    """Take steps of the tree that is imported; profile the last ones."""
+    """Take steps with the imported tree; profile the last steps."""
     import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
@@ -101,7 +101,7 @@ def profile(model: str) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
 
     def seconds(first: int) -> float:
-        """Of ``PROFILED`` steps from this number on."""
+        """Return the seconds of ``PROFILED`` steps that begin with step ``first``."""
         begun = time.perf_counter()
         for number in range(first, first + PROFILED):
             step(number)
@@ -122,7 +122,7 @@ def profile(model: str) -> dict[str, Any]:
         event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
         for event in seen.key_averages()
     }
-    # On a GPU annotations have the time of the kernels within them: those would count twice.
+    # On a GPU, annotations include the time of their kernels, which would be counted twice.
     notes = r"^(## Call|Torch-Compiled|Optimizer\.|ProfilerStep)" if on_gpu else r"^$"
     kernels = {n: s for n, s in kernels.items() if s > 0.0 and re.search(notes, n) is None}
     tokens = PROFILED * MODELS[model]["sequences"] * MODELS[model]["length"]
@@ -139,7 +139,7 @@ def profile(model: str) -> dict[str, Any]:
 
 @contextmanager
 def steps(shape: dict[str, Any], device: Any) -> Iterator[Callable[[int], None]]:
-    """Yield what takes the trainer's step of a number."""
+    """Yield a function that takes the trainer's step with a given number."""
     from allometry.configs.loader import load
     from allometry.data.stream import Stream
     from allometry.data.synthetic import write_random_store
@@ -174,7 +174,7 @@ def steps(shape: dict[str, Any], device: Any) -> Iterator[Callable[[int], None]]
 
 
 def description(shape: dict[str, Any], store: Path, run: Path) -> dict[str, Any]:
-    """The configuration of the steps."""
+    """Return the config of the steps."""
     return {
         "base": shape["base"],
         "run": {"folder": str(run)},
@@ -197,7 +197,7 @@ def description(shape: dict[str, Any], store: Path, run: Path) -> dict[str, Any]
 
 
 def of_tree(tree: Path, model: str) -> dict[str, Any]:
-    """Profile a tree's code in a process of its own."""
+    """Profile the code of a tree in a separate process."""
     with tempfile.TemporaryDirectory(prefix="allometry-kernels-") as folder:
         out = Path(folder) / "out.json"
         environment = {**os.environ, "PYTHONPATH": str(tree / ".typing")}

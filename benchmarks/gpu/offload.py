@@ -1,13 +1,13 @@
-"""Optimizer states, fp32 parameters and gradients off one GPU: speed and peak memory.
+"""Measure speed and peak memory with states, fp32 parameters and gradients off one GPU.
 
-    python benchmarks/gpu/offload.py [--seconds 470] [--only PART ...] [--out FILE] [--check]
+    python benchmarks/gpu/offload.py [--seconds 470] [--only PART]... [--out FILE] [--check]
 
-Parts are runs of ``python -m allometry.launch.train`` as in ``throughput.py``, whose options and
-way of measuring these are: all on the GPU; 25 and 100 per cent of states, fp32 parameters and
-gradients in the host's memory, and all of them on NVMe. The folder of the last is that in the
-variable ALLOMETRY_NVME, else ``nvme-scratch`` where the command is given: name a local disk. The
-goals are what Megatron's optimizer offload is reported to cost: 1.9 times a step at 25 per cent,
-4.2 times at 100.
+Parts are runs of ``python -m allometry.launch.train``, with the options and method of
+``throughput.py``: all tensors on the GPU; 25 and 100 per cent of states, fp32 parameters and
+gradients in host memory; and all of them on NVMe. The NVMe folder is the value of the variable
+ALLOMETRY_NVME, by default ``nvme-scratch`` in the current folder; choose a local disk. The goals
+are the reported costs of Megatron's optimizer offload: 1.9 times the step time at 25 per cent, 4.2
+times at 100.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What others train the same model with, as their users would: one process for one measurement.
+"""Train the same model with other frameworks as their users would, one process per measurement.
 
     python peers.py TASK.json
 
-torchtitan through its own Trainer, a hand-written loop over transformers' Llama with compiled
-layers, and transformers' Trainer; random tokens, bf16, AdamW, gradients clipped, one GPU.
-``benchmarks/gpu/throughput.py`` writes the task and reads the lines of JSON that this appends to
-``out``: one for each step, with its seconds and the peak of allocated memory, and one at the end.
-torchtitan 0.2.2 is the newest release that torch 2.11 imports; it also wants torchdata, tyro,
+Frameworks: torchtitan through its own Trainer, a hand-written loop over transformers' Llama with
+compiled layers, and transformers' Trainer; random tokens, bf16, AdamW, gradient clipping, one GPU.
+``benchmarks/gpu/throughput.py`` writes the task and reads the JSON lines that this script appends
+to ``out``: one for each step, with its seconds and the peak of allocated memory, and a final one.
+torchtitan 0.2.2 is the newest release that torch 2.11 imports; it also needs torchdata, tyro,
 docstring_parser, typeguard and triton. Its text loaders import ``datasets``, which is not used.
 """
 
@@ -32,7 +32,7 @@ BETAS, EPS, WEIGHT_DECAY, LR, CLIP = (0.9, 0.95), 1e-8, 0.1, 3e-4, 1.0
 
 @dataclass(frozen=True)
 class Task:
-    """``steps`` of ``sequences`` in micro-batches of ``micro_batch``, of a Llama of these sizes."""
+    """``steps`` of ``sequences`` in micro-batches of ``micro_batch``, of a given Llama."""
 
     contender: str
     vocab_size: int
@@ -49,7 +49,7 @@ class Task:
     out: str
 
     def batches(self, count: int) -> Iterator[Tensor]:
-        """Random tokens [count, length + 1], without end."""
+        """Yield random tokens [count, length + 1], without end."""
         generator = torch.Generator().manual_seed(1)
         shape = (count, self.length + 1)
         while True:
@@ -57,7 +57,7 @@ class Task:
 
 
 class Watch:
-    """Times steps from the end of one to the end of the next, the device synchronized."""
+    """Time steps from end to end, with the device synchronized."""
 
     def __init__(self, task: Task) -> None:
         self._task, self._steps = task, 0
@@ -69,7 +69,7 @@ class Watch:
         self._last = time.perf_counter()
 
     def step(self) -> bool:
-        """Note a step; whether more are wanted."""
+        """Record a step; return True if more steps are needed."""
         self._synchronize()
         now = time.perf_counter()
         self._steps += 1
@@ -89,7 +89,7 @@ class Watch:
 
 
 def llama(task: Task) -> Any:
-    """transformers' Llama, in fp32, with torch's scaled_dot_product_attention."""
+    """Return transformers' Llama in fp32, with torch's scaled_dot_product_attention."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -113,8 +113,8 @@ def llama(task: Task) -> Any:
 def run_hf_loop(task: Task, watch: Watch) -> None:
     torch.set_float32_matmul_precision("high")
     model = llama(task).train()
-    # By layer: traced as a whole, transformers 5 makes the causal mask a tensor, and attention
-    # then finds no flash kernel.
+    # Compile by layer: in a trace of the full model, transformers 5 makes the causal mask a tensor,
+    # which disables the flash kernel of attention.
     for layer in model.model.layers:
         layer.compile()
 
@@ -144,7 +144,7 @@ def run_hf_loop(task: Task, watch: Watch) -> None:
 
 
 def run_hf_trainer(task: Task, watch: Watch) -> None:
-    # accelerate compiles layer by layer then, as above.
+    # accelerate then compiles layer by layer, as above.
     os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "True"
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -251,7 +251,7 @@ def run_titan(task: Task, watch: Watch) -> None:
 
 def _configure_titan(config: Any, task: Task) -> None:
     config.model.name = config.model.flavor = "same"
-    config.metrics.log_freq = 1_000_000  # its log resets the peak of memory
+    config.metrics.log_freq = 1_000_000  # its log resets the peak memory
     config.optimizer.lr, config.training.max_norm = LR, CLIP
     config.training.local_batch_size = task.micro_batch
     config.training.global_batch_size = task.sequences
@@ -264,7 +264,7 @@ def _configure_titan(config: Any, task: Task) -> None:
 
 
 def _multiple_of(task: Task) -> int:
-    """What torchtitan must round 8/3 of the width up to for our feed-forward width."""
+    """Return torchtitan's ``multiple_of`` that rounds 8/3 of the width up to our ffn_width."""
     least = int(2 * 4 * task.width / 3)
     fitting = (m for m in (64, 128, 256, 512, 1024) if -(-least // m) * m == task.ffn_width)
     return next(fitting)
@@ -298,7 +298,7 @@ def _prepare_titan(task: Task) -> None:
 
 
 def _pretend_to_be_an_accelerator() -> None:
-    """Let torchtitan take the CPU for its device: for a rehearsal only."""
+    """Make torchtitan use the CPU as its device, for a rehearsal only."""
     module = types.SimpleNamespace(
         set_device=lambda device: None,
         current_device=lambda: 0,

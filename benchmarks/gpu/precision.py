@@ -1,11 +1,11 @@
-"""FP8 on one GPU beside bf16: speed, MFU of the bf16 peak, peak memory.
+"""Compare FP8 with bf16 on one GPU: speed, MFU relative to the bf16 peak, peak memory.
 
-    python benchmarks/gpu/precision.py [--seconds 470] [--only PART ...] [--out FILE] [--check]
+    python benchmarks/gpu/precision.py [--seconds 470] [--only PART]... [--out FILE] [--check]
 
-Parts are runs of ``python -m allometry.launch.train`` as in ``throughput.py``, whose options and
-way of measuring these are: bf16, saved activations in FP8, and each recipe of FP8 products with
-them, at the micro-batch of bf16; those marked "largest" at the largest micro-batch that fits. Loss
-at equal tokens beside it is what ``benchmarks/precision_products.py`` measures on a CPU.
+Parts are runs of ``python -m allometry.launch.train``, with the options and method of
+``throughput.py``: bf16, FP8 saved activations, and each recipe of FP8 products with them, at the
+micro-batch of bf16; parts marked "largest" use the largest micro-batch that fits.
+``benchmarks/precision_products.py`` measures the loss at equal tokens, on a CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIZES = {
     "7b-cut": (2, (16, 8, 4, 2)),
     "moe": (4, (16, 8, 4, 2)),
 }
-"""The micro-batch of all precisions, and those that are tried for the largest."""
+"""Micro-batch of all precisions, and the candidates for the largest micro-batch."""
 
 
 FIRST = [
@@ -38,7 +38,7 @@ FIRST = [
     for size in SIZES
 ]
 FIRST = [f"{size}, bf16" for size in SIZES] + FIRST
-"""What some eight minutes are for; what is left of them goes to the rest, in order."""
+"""Parts to run first, in about eight minutes; the remaining time goes to the others, in order."""
 
 
 def _parts() -> tuple[Part, ...]:

@@ -1,4 +1,4 @@
-"""The models that are trained on one GPU, and what a step of them is."""
+"""Models trained on one GPU, and the batch of their steps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ WARMUP_STEPS = 3
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its step: ``sequences`` of ``length`` tokens in micro-batches.
+    """Model and its step: ``sequences`` of ``length`` tokens in micro-batches.
 
-    ``model`` are keys over those of ``preset``. ``micro_batches`` are tried in turn, until one fits
-    the device's memory. ``timed_steps`` are those after the warm-up.
+    ``model``: keys that override those of ``preset``. ``micro_batches`` are tried in order until
+    one fits in device memory. ``timed_steps``: number of steps after the warm-up.
     """
 
     preset: str
@@ -29,7 +29,7 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Return the tokens of a step."""
         return self.length * self.sequences
 
 
@@ -43,7 +43,7 @@ SHAPES = {
     "7b-cut": Shape("dense_7b", 4096, 32, (4, 2, 1), 5, _7B_CUT),
     "moe": Shape("moe_1b_a200m", 4096, 32, (8, 4, 2), 8),
 }
-"""131k tokens a step: a GPU's share of ``dense_1b`` on one node of eight. ``7b-cut`` has 8 of the
+"""Steps of 131k tokens: one GPU's share of ``dense_1b`` on a node of eight. ``7b-cut`` has 8 of the
 32 layers of ``dense_7b`` and half its vocabulary."""
 
 REHEARSED = {
@@ -57,11 +57,11 @@ REHEARSED = {
     )
     for name, shape in SHAPES.items()
 }
-"""The same with tiny models, for a rehearsal on a CPU."""
+"""The same parts with tiny models, for a rehearsal on a CPU."""
 
 
 def dense_model(shape: Shape) -> DenseModel:
-    """The dense model of a shape: its preset with the keys of ``model`` over it."""
+    """Return the dense model of a shape: its preset with the keys of ``model`` applied."""
     changes = [f"model.{key}={value}" for key, value in shape.model.items()]
     model = load(f"preset:{shape.preset}", changes).model
     assert isinstance(model, DenseModel), shape.preset
@@ -69,5 +69,5 @@ def dense_model(shape: Shape) -> DenseModel:
 
 
 def model_flops_per_token(shape: Shape) -> float:
-    """Forward and backward FLOPs of a token, attention counted causally."""
+    """Return the forward and backward FLOPs of a token, with causal attention."""
     return flops_per_token(dense_model(shape), shape.length).total

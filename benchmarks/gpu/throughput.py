@@ -1,14 +1,15 @@
-"""Training speed on one GPU, beside torchtitan, a loop over transformers' Llama, and its Trainer.
+"""Compare training speed on one GPU with torchtitan and transformers' Llama and Trainer.
 
-    python benchmarks/gpu/throughput.py [--seconds 470] [--only PART ...] [--out FILE] [--check]
+    python benchmarks/gpu/throughput.py [--seconds 470] [--only PART]... [--out FILE] [--check]
 
-Parts run in order of importance, each in a process of its own as its user would start it, bf16 and
-compiled, 131k tokens a step; ours are runs of ``python -m allometry.launch.train``, record on. A
-part that does not fit in the time left is passed over; the same command goes on with it, as FILE
-keeps what was measured. Numbers are medians over the steps after the warm-up. A micro-batch that
-does not fit the device's memory is followed by the next smaller one. Ratios are printed of parts
-that one call measured; the table says "not yet measured" of what no call did. MFU counts attention
-causally and within documents. ``--check`` rehearses all parts with tiny models on the CPU.
+Parts run in order of importance, each in a separate process as its user would start it, in bf16,
+compiled, with 131k tokens per step; our parts are runs of ``python -m allometry.launch.train`` with
+the record on. A part that does not fit in the remaining time is skipped; the same command continues
+with it, because FILE stores all measurements. Numbers are medians over the steps after the warm-up.
+If a micro-batch does not fit in device memory, the next smaller one is tried. Ratios are printed
+only between parts measured by one call; other entries of the table read "not yet measured". MFU
+counts attention as causal and within documents. ``--check`` rehearses all parts with tiny models on
+the CPU.
 """
 
 from __future__ import annotations
@@ -39,16 +40,15 @@ from allometry.trainer.record.writer import commit, versions
 
 OUT_OF_MEMORY = "OutOfMemoryError"
 MEAN_DOCUMENT = 1024
-# In memory, as the checkpoint at the end of a 1.2B run is 14 GB: its writing is not measured here.
+# In memory: the final checkpoint of a 1.2B run is 14 GB, and writing it is not measured here.
 MEMORY_FOLDER = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One measurement. ``seconds``: what it is expected to take, compilation included.
+    """Measurement of one contender. ``seconds``: expected time, compilation included.
 
-    ``overrides`` are for the configuration of our runs; ``mfu_goal`` is the share of the peak that
-    is wanted of them.
+    ``overrides``: config of our runs; ``mfu_goal``: required share of the peak FLOP/s.
     """
 
     name: str
@@ -85,9 +85,9 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Ratio:
-    """Tokens/s of one part over those of another, and what is wanted of it.
+    """Ratio of tokens/s of two parts, and its goal.
 
-    ``less_memory``: its peak of memory is wanted to be below the other's.
+    ``less_memory``: the peak memory of ``part`` must be below that of ``over``.
     """
 
     part: str
@@ -111,7 +111,7 @@ RATIOS = (
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and on what parts run; ``until``: seconds on ``time.monotonic``'s clock."""
+    """Device and folders of the parts; ``until``: deadline on ``time.monotonic``'s clock."""
 
     shapes: dict[str, Shape]
     device: str
@@ -119,7 +119,7 @@ class Bench:
     until: float
 
     def measure(self, part: Part) -> dict[str, Any]:
-        """Run a part with its largest micro-batch that fits; what it measured, or its ``error``."""
+        """Run a part with its largest micro-batch that fits; return the result or its ``error``."""
         shape = self.shapes[part.shape]
         for micro_batch in shape.micro_batches:
             folder = Path(tempfile.mkdtemp(dir=self.scratch))
@@ -130,7 +130,7 @@ class Bench:
         return result
 
     def config(self, part: Part, shape: Shape, micro_batch: int, folder: Path) -> dict[str, Any]:
-        """The configuration of one of our runs, whose folder is ``folder / "run"``."""
+        """Return the config of one of our runs, whose folder is ``folder / "run"``."""
         return merged(
             {
                 "base": f"preset:{shape.preset}",
@@ -204,7 +204,7 @@ class Bench:
         return result
 
     def _run(self, command: list[str], folder: Path) -> str | None:
-        """Run until it ends or the time is over; what went wrong, None if nothing did."""
+        """Run until the command ends or time is over; return the error, or None."""
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -232,7 +232,7 @@ class Bench:
 
 
 def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A tree with the keys of ``changes`` laid over it, section by section."""
+    """Return a tree with the keys of ``changes`` merged into it, section by section."""
     found = dict(tree)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(found.get(key), dict)
@@ -241,7 +241,7 @@ def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file of JSON; none if it is not there."""
+    """Return the complete lines of a JSON lines file; an empty list if it is missing."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
@@ -251,7 +251,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def measured(
     shape: Shape, micro_batch: int, seconds: list[float], error: str | None
 ) -> dict[str, Any]:
-    """What a run measured; of one that was cut off, if steps after the warm-up are among it."""
+    """Return the measurements of a run; an interrupted run counts if it has timed steps."""
     timed = seconds[WARMUP_STEPS:]
     return {
         "micro_batch": micro_batch,
@@ -264,7 +264,7 @@ def measured(
 
 
 class Results:
-    """The file of results: parts by name, each with the call that measured it."""
+    """File of results: parts by name, each with the call that measured it."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self._path = path
@@ -284,7 +284,7 @@ class Results:
         return self.of(name) is not None
 
     def of(self, name: str) -> dict[str, Any] | None:
-        """A part that has a rate."""
+        """Return a part that has a rate, or None."""
         found = self._tree["parts"].get(name)
         return found if found and found["tokens_per_s"] is not None else None
 
@@ -300,7 +300,7 @@ class Results:
 
 
 def table(results: Results, parts: Sequence[Part] = PARTS, ratios: Sequence[Ratio] = RATIOS) -> str:
-    """The measured parts and their ratios, as markdown."""
+    """Format the measured parts and their ratios as markdown."""
     lines = [
         "| part | micro-batch | tokens/s | MFU | peak memory | first step | goal |",
         "|---|---|---|---|---|---|---|",
@@ -325,7 +325,7 @@ def table(results: Results, parts: Sequence[Part] = PARTS, ratios: Sequence[Rati
 
 
 def line_of(ratio: Ratio, results: Results) -> str:
-    """A ratio's row; ratios are of one call alone."""
+    """Format a ratio as a row; both parts must come from the same call."""
     one, other = results.of(ratio.part), results.of(ratio.over)
     if one is None or other is None or one["call"] != other["call"]:
         return f"| {ratio.part} | {ratio.over} | not yet measured in one call | | |"

@@ -1,8 +1,8 @@
-"""Python imports this at its start where ``hangs.py`` puts its folder on PYTHONPATH.
+"""Hang injection inside a rank: Python imports this module if its folder is on PYTHONPATH.
 
-The variable HANG, in JSON, says which ``rank`` stops at which function (``module:name``) from which
-``step`` on: ``how`` is "stop" (SIGSTOP), "sleep", or "die" (SIGKILL). It makes the file ``mark``
-first, once.
+``hangs.py`` sets the variable HANG in JSON: ``rank`` stops at a function (``module:name``) from
+``step`` on; ``how`` is "stop" (SIGSTOP), "sleep", or "die" (SIGKILL). The rank first creates the
+file ``mark``, once.
 """
 
 import importlib.abc
@@ -24,7 +24,7 @@ STEPS = "allometry.trainer.step:TrainStep.__call__"
 
 
 class Hook(importlib.abc.MetaPathFinder):
-    """Wraps the functions of two modules when these are imported."""
+    """Wrap functions of two modules when these modules are imported."""
 
     def __init__(self, asked):
         self.asked, self.step = asked, 0

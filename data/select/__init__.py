@@ -1,1 +1,1 @@
-"""Which documents of a store are read: a score for each of them, and what is kept by it."""
+"""Selection of a store's documents by a score per document."""

@@ -1,4 +1,4 @@
-"""Which documents a selection keeps: a share of the tokens, by score."""
+"""Selected documents of a source: a share of the tokens, by score."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from allometry.data.select.scores import Scores, read_scores
 from allometry.data.store import TokenStore
 
 SAMPLES = 4
-"""Documents shown of what is kept, and of what is dropped."""
+"""Number of sample documents shown of the kept and of the dropped documents."""
 SAMPLE_TOKENS = 48
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What ``select`` keeps of ``store``: ``documents`` by number, ascending.
+    """Documents of ``store`` that ``select`` keeps: ``documents`` by number, ascending.
 
-    ``ranked``: all that have a score, in the order in which they are taken.
+    ``ranked``: all documents with a score, in the order in which they are taken.
     """
 
     select: Select
@@ -34,12 +34,12 @@ class Selection:
 
     @property
     def fingerprint(self) -> str:
-        """16 digits for which documents are kept: of the score file, ``keep`` and ``side``."""
+        """Identifier (16 digits) of the kept documents: score file, ``keep`` and ``side``."""
         said = f"{self.scores.record.sha256}:{self.select.keep!r}:{self.select.side}"
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
-        """What was kept by what, with samples of kept and dropped documents (JSON)."""
+        """Return the sizes and settings of the selection, with sample documents (JSON)."""
         record, values = self.scores.record, self.scores.values
         kept = np.zeros(self.store.num_documents, np.bool_)
         kept[self.documents] = True
@@ -63,7 +63,7 @@ class Selection:
         }
 
     def _samples(self, documents: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """A few of ``documents``, evenly spread: number, score and first tokens of each."""
+        """Return a few of ``documents``, evenly spaced: number, score and first tokens of each."""
         filled = documents[self.store.lengths[documents] > 0]
         count = min(SAMPLES, len(filled))
         chosen = [int(filled[(2 * k + 1) * len(filled) // (2 * count)]) for k in range(count)]
@@ -83,12 +83,12 @@ class Selection:
 def kept_documents(
     values: NDArray[np.float32], lengths: NDArray[np.int64], keep: float, side: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Documents in the order in which they are taken, and those that are kept, ascending.
+    """Return the scored documents in the order of selection, and the kept ones, ascending.
 
-    Of documents that have a score, those of the highest (``top``) or lowest (``bottom``) scores
-    are taken until they have the share ``keep`` of the tokens, ties by number, the last one whole.
-    ``middle`` leaves out as many tokens at either end, of ascending scores: a document is kept
-    where its first token lies between.
+    Documents of the highest (``top``) or lowest (``bottom``) scores are taken until they have the
+    share ``keep`` of the tokens, with ties by number; the last document is taken completely.
+    ``middle`` drops the same number of tokens at both ends of the ascending scores: a document is
+    kept if its first token is between them. Documents without a score are dropped.
     """
     scored = np.flatnonzero(~np.isnan(values))
     by = -values[scored] if side == "top" else values[scored]
@@ -101,10 +101,10 @@ def kept_documents(
 
 
 def select_documents(store: TokenStore, select: Select, source: str) -> Selection:
-    """What ``select`` of data source ``source`` keeps of its training documents.
+    """Return the training documents that ``select`` of data source ``source`` keeps.
 
     Raises:
-        UserError: the scores cannot be read or are of another store, or nothing is kept.
+        UserError: the scores cannot be read or are of another store, or no token is kept.
     """
     scores = read_scores(select.scores, store)
     ranked, documents = kept_documents(scores.values, store.lengths, select.keep, select.side)

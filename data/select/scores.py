@@ -1,6 +1,4 @@
-"""Scores of a store's documents: one float each, in a file beside the store, and where they come
-from.
-"""
+"""Scores of a store's documents: a file with one float per document, and a record of its origin."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ Values = NDArray[np.float32]
 
 
 class StoreRecord(Section):
-    """The store whose documents were scored."""
+    """Identity of the store whose documents were scored."""
 
     fingerprint: str
     documents: int
@@ -37,10 +35,10 @@ class StoreRecord(Section):
 
 
 class ScoresRecord(Section):
-    """What the JSON file beside scores says.
+    """JSON record next to a score file.
 
-    ``settings``: everything that the scorer was told. ``unscored``: documents without a score.
-    ``seconds``: how long scoring took, where it was measured.
+    ``settings``: all settings of the scorer. ``unscored``: number of documents without a score.
+    ``seconds``: duration of the scoring, if measured.
     """
 
     kind: Literal["allometry.scores"] = "allometry.scores"
@@ -56,7 +54,7 @@ class ScoresRecord(Section):
 
 @dataclass(frozen=True)
 class Scores:
-    """``values``: a float32 for each document, in the store's order; NaN: it has no score."""
+    """Scores and their record; ``values``: one float32 per document, NaN without a score."""
 
     path: Path
     values: Values
@@ -64,7 +62,10 @@ class Scores:
 
 
 def scores_path(prefix: str | Path, scorer: str) -> Path:
-    """Where the scores of a scorer lie beside the token files ``prefix``.bin and .idx."""
+    """Return the path of a scorer's scores next to the token files ``prefix``.bin and .idx.
+
+    For example, ``scores_path("tokens/web.train", "betr")`` is tokens/web.train.betr.scores.npy.
+    """
     return Path(f"{prefix}.{scorer}{ENDING}")
 
 
@@ -78,13 +79,13 @@ def write_scores(
     versions: Mapping[str, str] | None = None,
     out: Path | None = None,
 ) -> Scores:
-    """Write scores beside ``store`` (or to ``out``), the record last.
+    """Write scores next to ``store`` (or to ``out``), the record last.
 
-    ``values``: a number for each document, kept as float32; NaN where a document has none.
+    ``values``: one number per document, stored as float32; NaN for a document without a score.
 
     Raises:
-        UserError: another number of values than documents, an infinite one, no score at all, or
-            files that cannot be written.
+        UserError: the number of values is not that of the documents, a value is infinite, all are
+            NaN, or the files cannot be written.
     """
     path = scores_path(store.prefix, scorer) if out is None else out
     _check_name(path)
@@ -94,7 +95,7 @@ def write_scores(
     partial = path.with_name(path.name + ".partial")
     record_at = _record_path(path)
     with _writing(path):
-        record_at.unlink(missing_ok=True)  # what lies there without a record is of no scores
+        record_at.unlink(missing_ok=True)  # scores without a record are not accepted
         with partial.open("wb") as file:
             np.save(file, kept)
         os.replace(partial, path)
@@ -128,10 +129,10 @@ def write_scores(
 
 
 def read_scores(path: str | Path, store: TokenStore) -> Scores:
-    """Scores of a store's documents.
+    """Read the scores of a store's documents and check them against the store.
 
     Raises:
-        UserError: files that are missing or damaged, or of other documents than ``store`` has.
+        UserError: files are missing or damaged, or are of another store's documents.
     """
     path = Path(path)
     _check_name(path)

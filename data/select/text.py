@@ -1,4 +1,4 @@
-"""The text of a store's documents, from their tokens."""
+"""Text of a store's documents, decoded from their tokens."""
 
 from __future__ import annotations
 
@@ -12,26 +12,38 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def decoder(path: Path) -> Decode:
-    """What makes text of ids by the tokenizer.json at ``path``; special tokens are left out."""
+    """Return a function from ids to text by the tokenizer.json at ``path``.
+
+    Special tokens are left out of the text.
+    """
     from allometry.data.special_tokens import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def decoder_of(prefix: str, given: str | Path | None = None) -> Decode | None:
-    """The decoder of a store: by the tokenizer ``given``, else by that of its manifest; or None."""
+def tokenizer_path(prefix: str, given: str | Path | None = None) -> Path | None:
+    """Return the tokenizer.json of a store: ``given``, else from its manifest, else None."""
     if given is not None:
-        return decoder(tokenizer_file(given))
+        return tokenizer_file(given)
     recorded = manifest_of(prefix)
     if recorded is None:
         return None
     path = Path(prefix).parent / recorded[0].tokenizer.file
-    return decoder(path) if path.is_file() else None
+    return path if path.is_file() else None
+
+
+def decoder_of(prefix: str, given: str | Path | None = None) -> Decode | None:
+    """Return the decoder of a store: by ``given``, else by its manifest's tokenizer, else None."""
+    path = tokenizer_path(prefix, given)
+    return None if path is None else decoder(path)
 
 
 def line_of(text: str, most: int = 120) -> str:
-    """``text`` on one line, cut."""
+    """Return ``text`` on one line, cut to ``most`` characters.
+
+    For example, ``line_of("a\\nb")`` is "a b".
+    """
     words = "".join(c if c.isprintable() else " " for c in text)
     line = " ".join(words.split())
     return line if len(line) <= most else line[: most - 1] + "…"

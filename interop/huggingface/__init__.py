@@ -1,1 +1,1 @@
-"""Hugging Face folders: names, configurations, weights, comparison."""
+"""Conversion of Hugging Face folders: tensor names, configurations, weights, comparison."""

@@ -1,4 +1,4 @@
-"""Does a converted model compute what the original does? Logits, and every tensor bit for bit."""
+"""Checks of a conversion: equal logits in transformers, and every tensor equal bit for bit."""
 
 # B sequences, L tokens in a sequence, V vocabulary
 
@@ -17,7 +17,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import ParameterizationConfig, StandardParameterization
 from allometry.configs.run import RunConfig
 from allometry.interop.huggingface.names import Counterpart, Fold, Read, folded, locate, unfolded
-from allometry.interop.huggingface.weights import CheckpointWeights, FolderWeights
+from allometry.interop.huggingface.weights import CheckpointWeights, FolderWeights, value_of
 from allometry.models.build import build_model
 from allometry.models.transformer import Transformer
 from allometry.scaling.parameterization import Parameterization
@@ -28,11 +28,12 @@ SEQUENCES, LONGEST, SEED = 2, 64, 0
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both models in fp32 on the same random tokens, and their tensors.
+    """Difference between both models, in fp32 on the same random tokens, and of their tensors.
 
-    ``max_difference`` of logits, also ``relative`` to the largest logit there; ``tensors`` of ours
-    that were found bit for bit in the folder (all of them: less is an error). ``rounding`` is how
-    far, relative to the largest logit, storing half-width weights moved the logits of the run.
+    ``max_difference``: largest difference of logits; ``relative``: divided by the largest logit of
+    the Hugging Face model. ``tensors``: number of our parameters, all found bit for bit in the
+    folder (else ``compare`` raises). ``rounding``: change of the run's logits by storing weights in
+    half precision, relative to the largest logit; None for fp32.
     """
 
     max_difference: float
@@ -59,18 +60,22 @@ def compare(
     dtype: torch.dtype,
     *,
     imported: bool = False,
+    left_out: Collection[str] = (),
 ) -> Comparison:
-    """Compare the model in a checkpoint of ours with the one in a Hugging Face folder.
+    """Compare the model of our checkpoint with the model in a Hugging Face folder.
 
-    ``dtype`` is what an export rounded weights to; fp32 for an import (``imported``), which took
-    ``folding`` out of the weights instead of putting it in. Raises UserError if a
-    tensor differs in a bit or logits by more than ``TOLERANCE`` of the largest.
+    ``dtype``: type of the exported weights; fp32 for an import (``imported``), which divided
+    ``folding`` out of the weights where an export multiplies. ``left_out``: tensors of the folder
+    that are not imported. Raises UserError if a tensor differs in a bit or logits differ by more
+    than ``TOLERANCE`` times the largest logit.
     """
-    stored = FolderWeights(folder)  # read as an import would
-    places = locate(wanted, stored.shapes, str(folder), tied=config.model.tied_embeddings)
+    stored = FolderWeights(folder)  # the same reader as in an import
+    tied = config.model.tied_embeddings
+    places = locate(wanted, stored.shapes, str(folder), tied=tied, left_out=left_out)
     for counterpart in wanted:
         name = counterpart.spec.name
-        there, expected = counterpart.join(places[name], stored.read), weights.read(name)
+        there = counterpart.join(places[name], stored.read)
+        expected = value_of(weights, counterpart)
         if imported:
             there = unfolded(name, there, folding)
         else:
@@ -83,24 +88,24 @@ def compare(
     vocabulary, length = config.model.vocab_size, min(config.data.sequence_length, LONGEST)
     generator = torch.Generator().manual_seed(SEED)
     tokens_BL = torch.randint(vocabulary, (SEQUENCES, length), generator=generator)
-    theirs_BLV = _their_logits(folder, tokens_BL)
+    theirs_BLV = _their_logits(folder, tokens_BL, left_out)
     mine_BLV = _our_logits(config, config.parameterization, weights.read, weights.shapes, tokens_BL)
     scale = max(theirs_BLV.abs().max().item(), torch.finfo(torch.float32).tiny)
     rounding = None
     if dtype != torch.float32:
-        # What is tested is the conversion: the same rounded weights on both sides.
+        # To test only the conversion, both sides use the same rounded weights.
         rounding = (mine_BLV - theirs_BLV).abs().max().item() / scale
         by_name = {counterpart.spec.name: counterpart for counterpart in wanted}
 
         def kept(name: str) -> Tensor:
-            tensor = weights.read(name)
             if name not in by_name:  # a router's buffer
-                return tensor
+                return weights.read(name)
+            tensor = value_of(weights, by_name[name])
             return by_name[name].kept(folded(name, tensor, folding), dtype)
 
         mine_BLV = _our_logits(config, StandardParameterization(), kept, weights.shapes, tokens_BL)
     difference = (mine_BLV - theirs_BLV).abs().max().item()
-    if not difference / scale <= TOLERANCE:  # a NaN is no agreement either
+    if not difference / scale <= TOLERANCE:  # also True for NaN
         raise UserError(
             f"--check: logits differ by {difference:.3g}, which is {difference / scale:.3g} of the "
             f"largest logit and more than {TOLERANCE:g}; nothing was written: please report it"
@@ -116,7 +121,7 @@ def _our_logits(
     buffers: Collection[str],
     tokens_BL: Tensor,
 ) -> Tensor:
-    """Return fp32 logits [B, L, V] of our model with a checkpoint's weights, rounded or not."""
+    """Return fp32 logits [B, L, V] of our model with the weights of ``read``."""
     rules = Parameterization(parameterization, config.model)
     model: Transformer = build_model(config.model, rules, "fp32").eval()
     for name, parameter in model.named_parameters():
@@ -130,7 +135,7 @@ def _our_logits(
 
 
 @torch.no_grad()
-def _their_logits(folder: Path, tokens_BL: Tensor) -> Tensor:
+def _their_logits(folder: Path, tokens_BL: Tensor, left_out: Collection[str]) -> Tensor:
     """Return fp32 logits [B, L, V] of the model that transformers loads from the folder."""
     from transformers import AutoModelForCausalLM
 
@@ -144,10 +149,11 @@ def _their_logits(folder: Path, tokens_BL: Tensor) -> Tensor:
     )
     model, loading = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        # transformers would go on with random values for what is missing.
-        if loading[problem]:
+        # transformers would only warn and initialise missing weights randomly.
+        found = sorted({*map(str, loading[problem])} - {*left_out})
+        if found:
             raise UserError(
-                f"--check: transformers reports {problem} {sorted(map(str, loading[problem]))[:3]} "
+                f"--check: transformers reports {problem} {found[:3]} "
                 f"in {folder}; nothing was written: please report it"
             )
     logits: Tensor = model.eval().float()(input_ids=tokens_BL).logits

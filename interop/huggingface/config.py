@@ -1,7 +1,7 @@
-"""Model descriptions of ours as Hugging Face ``config.json`` and back.
+"""Conversion of our ``model`` section to Hugging Face ``config.json`` and back.
 
-Only what decides the function of a model is converted: a key of theirs that we cannot compute, and
-a choice of ours that they cannot, is an error that names it.
+Only keys that change the function of a model are converted. A Hugging Face key that our models do
+not support, or a choice of ours that the family does not support, is an error with the key's name.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from allometry.configs.decoder import Activation, YarnScaling
 from allometry.configs.errors import UserError
 from allometry.configs.model import DenseModel, ModelConfig, MoEModel
+from allometry.interop.huggingface import deepseek
 from allometry.interop.huggingface.families import (
     FAMILIES,
     TRAITS,
@@ -35,8 +36,8 @@ from allometry.interop.huggingface.positions import (
 )
 from allometry.models.rotary import attention_factor
 
-# Keys that do not change what the model computes from given weights: names, tokens, caches, how it
-# was or would be trained. Llama's pretraining_tp only cuts its products into pieces.
+# Keys that do not change the function of given weights: names, tokens, caches, training settings.
+# Llama's pretraining_tp only splits its matrix products.
 _WITHOUT_EFFECT = frozenset(
     [
         "_name_or_path",
@@ -58,7 +59,7 @@ _WITHOUT_EFFECT = frozenset(
         "router_aux_loss_coef",
     ]
 )
-# Keys that must have one of these values, as our models have no such feature.
+# Keys with their only supported values, for features that our models lack.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -99,15 +100,17 @@ _OWN_KEYS: Mapping[Family, frozenset[str]] = {
             "mlp_only_layers",
         ]
     ),
+    "deepseek_v3": deepseek.OWN_KEYS,
 }
-# What training uses and a forward pass with given weights does not.
+# Keys used in training but not in a forward pass with given weights.
 _TRAINING_ONLY = ("dropout", "z_loss", "router.balance", "router.z_loss")
 
 
 def choose_family(model: ModelConfig, asked: str | None = None) -> Family:
-    """Return the family that computes what ``model`` does; ``asked`` must be that one.
+    """Return the family that computes the same function as ``model``; ``asked`` must be that one.
 
-    Raises UserError, naming the key of ``model`` that no family or not the one asked for has.
+    Raises UserError with the first key of ``model`` that the family does not support. For example,
+    a Llama-like dense model with ``qkv_bias`` gives "qwen2".
     """
     if asked is not None and asked not in FAMILIES:
         raise UserError(f"--family={asked} is not known; use one of {', '.join(FAMILIES)}")
@@ -132,16 +135,16 @@ def choose_family(model: ModelConfig, asked: str | None = None) -> Family:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What ``config.json`` says besides the model: lengths and tokens."""
+    """Entries of ``config.json`` on lengths and tokens."""
 
     longest: int
     end_of_document_id: int | None = None
 
 
 def to_hf(model: ModelConfig, family: Family, dtype: str, text: Text) -> dict[str, Any]:
-    """Return the content of ``config.json``; ``dtype`` as torch spells it.
+    """Return the content of ``config.json``; ``dtype`` is torch's name, e.g. "bfloat16".
 
-    Keys are those that transformers 4 and 5 (and what else reads such files) both know.
+    Uses only keys that both transformers 4 and 5 (and other readers of such files) support.
     """
     values: dict[str, Any] = {
         "architectures": [TRAITS[family].architecture],
@@ -172,6 +175,9 @@ def to_hf(model: ModelConfig, family: Family, dtype: str, text: Text) -> dict[st
     values |= positions_to(model, family)
     if isinstance(model, DenseModel):
         return values | {"intermediate_size": model.ffn_width}
+    if family == "deepseek_v3":
+        del values["head_dim"]
+        return values | deepseek.written(model)
     experts = model.experts
     values["num_experts_per_tok"] = experts.experts_per_token
     if family == "mixtral":
@@ -180,7 +186,7 @@ def to_hf(model: ModelConfig, family: Family, dtype: str, text: Text) -> dict[st
             "num_local_experts": experts.num_experts,
         }
     return values | {
-        # Read only by dense layers, but some readers want it to be there.
+        # Read only by dense layers, but required by some readers.
         "intermediate_size": model.ffn_width or experts.width,
         "moe_intermediate_size": experts.width,
         "num_experts": experts.num_experts,
@@ -191,11 +197,11 @@ def to_hf(model: ModelConfig, family: Family, dtype: str, text: Text) -> dict[st
 
 
 def from_hf(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig]:
-    """Return the family and our description of the model in a ``config.json``.
+    """Return the family and our ``model`` section for the content of a ``config.json``.
 
-    ``where`` names the file in errors. What concerns training only (dropout, balance of experts,
-    z-loss) is left at our defaults. Raises UserError for another architecture, a feature that our
-    models lack, a key that is not known and not empty and a value of another kind than its key has.
+    ``where``: name of the file in errors. Training-only keys (dropout, balance of experts, z-loss)
+    get our defaults. Raises UserError for an unknown architecture, a feature that our models lack,
+    an unknown key that is not empty, and a value of the wrong type.
     """
     try:
         return _described(values, where)
@@ -259,7 +265,9 @@ def _need(values: Mapping[str, Any], key: str, where: str) -> Any:
 
 
 def _experts(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
-    """Return the keys of ``MoEModel`` that a dense model lacks."""
+    """Return the keys of ``MoEModel`` that are not in a dense model."""
+    if family == "deepseek_v3":
+        return deepseek.described(values, lambda values, key: _need(values, key, where))
     visits = _need(values, "num_experts_per_tok", where)
     experts: dict[str, Any] = {"kind": "swiglu", "experts_per_token": visits}
     if family == "mixtral":
@@ -286,8 +294,9 @@ def _experts(values: Mapping[str, Any], family: Family, where: str) -> dict[str,
 
 
 def _check_features(values: Mapping[str, Any], family: Family, where: str) -> None:
-    """Raise UserError for a key that our models cannot honour or do not know."""
-    for key, allowed in _FIXED.items():
+    """Raise UserError for a key that is unknown or that our models do not support."""
+    fixed = {**_FIXED, **(deepseek.FIXED if family == "deepseek_v3" else {})}
+    for key, allowed in fixed.items():
         if key in values and values[key] not in allowed:
             raise UserError(
                 f"{where}: {key}={values[key]!r} is not supported; only {allowed[0]!r} is"
@@ -300,7 +309,7 @@ def _check_features(values: Mapping[str, Any], family: Family, where: str) -> No
             )
     known = _WITHOUT_EFFECT | _FIXED.keys() | _SIZES | KEYS | _OWN_KEYS.get(family, frozenset())
     for key in sorted(values.keys() - known):
-        # Old files spell out absent features with null, false, 0 and empty lists.
+        # Old files write absent features as null, false, 0 or empty lists.
         if values[key]:
             raise UserError(
                 f"{where}: {key}={values[key]!r} is not known for model_type={family}, and might "
@@ -308,15 +317,20 @@ def _check_features(values: Mapping[str, Any], family: Family, where: str) -> No
             )
 
 
-def attention_scale(values: Mapping[str, Any], model: ModelConfig) -> float:
-    """Return what theirs multiplies scores by, which Gemma's files may choose."""
-    return 1.0 / math.sqrt(values.get("query_pre_attn_scalar") or model.head_width)
+def attention_scale(values: Mapping[str, Any], model: ModelConfig, family: Family) -> float:
+    """Return the factor on attention scores in the Hugging Face model.
+
+    Usually 1/sqrt(head width); Gemma's files may set another width, and DeepSeek multiplies by
+    YaRN's factor. ``values``: content of the ``config.json``, read or to be written.
+    """
+    plain = 1.0 / math.sqrt(values.get("query_pre_attn_scalar") or model.head_width)
+    return plain * model.score_factor if TRAITS[family].latent else plain
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
-    """Return (key, ours, theirs) wherever two descriptions compute different functions.
+    """Return (key, ours, theirs) for each key in which two models compute different functions.
 
-    Defaults are filled in, and what matters in training only is left out.
+    Defaults are filled in, and training-only keys are excluded.
     """
     one, other = _function(ours), _function(theirs)
     keys = sorted(one.keys() | other.keys())
@@ -342,7 +356,8 @@ def _function(model: ModelConfig) -> dict[str, Any]:
         flat["window.global_every"] = every if every and every <= model.num_layers else None
         flat["window.rope_theta"] = windowed_theta(model)
     if isinstance(model.rope_scaling, YarnScaling):
-        flat["rope_scaling.attention_factor"] = attention_factor(model.rope_scaling)
+        # DeepSeek's files give this factor as a quotient, so it is rounded.
+        flat["rope_scaling.attention_factor"] = round(attention_factor(model.rope_scaling), 12)
     if isinstance(model, MoEModel):
         flat["router.gate"], flat["router.normalize"] = gate_of(model)
         if model.router.groups_per_token in (None, model.router.num_groups):

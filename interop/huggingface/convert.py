@@ -1,7 +1,7 @@
-"""Between run folders and Hugging Face folders.
+"""Conversion between run folders and Hugging Face folders.
 
-A target is written as ``TARGET.partial`` and renamed when it is whole, so that a conversion that
-fails leaves nothing that looks like a model.
+A target is written as ``TARGET.partial`` and renamed when complete, so a failed conversion leaves
+no folder that looks like a model.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from allometry.data.run_tokenizer import (
 )
 from allometry.interop.huggingface import compare
 from allometry.interop.huggingface.compare import Comparison
-from allometry.interop.huggingface.config import Text, choose_family, to_hf
-from allometry.interop.huggingface.families import Family
-from allometry.interop.huggingface.model import open_model
+from allometry.interop.huggingface.config import Text, attention_scale, choose_family, to_hf
+from allometry.interop.huggingface.families import TRAITS, Family
+from allometry.interop.huggingface.model import balances_by_bias, open_model
 from allometry.interop.huggingface.names import (
     Counterpart,
     Fold,
@@ -54,6 +54,7 @@ from allometry.interop.huggingface.weights import (
     OPTIMIZER,
     CheckpointWeights,
     chosen_checkpoint,
+    value_of,
     write_safetensors,
     write_states,
 )
@@ -73,9 +74,10 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did. ``folds`` say which multipliers went into weights; ``bytes`` of them.
+    """Result of an export.
 
-    ``unknown`` says why there is no tokenizer or no end of documents.
+    ``folds``: multipliers that were folded into weights. ``bytes``: size of the weight files.
+    ``unknown``: reasons for a missing tokenizer or end-of-document token.
     """
 
     source: str
@@ -95,9 +97,9 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did; ``parameters`` counts tensors of ours.
+    """Result of an import; ``parameters``: number of our tensors.
 
-    ``unfolds`` say which multipliers were divided out of weights.
+    ``unfolds``: multipliers that were divided out of weights.
     """
 
     source: str
@@ -126,19 +128,19 @@ def export_hf(
     """Write a checkpoint of a run (default: the latest) as a Hugging Face folder ``out``.
 
     Multipliers of the forward pass that the family lacks are folded into weights. ``tokenizer`` and
-    ``end_of_document`` say what the run's folder does not know. ``optimizer_state`` puts the
-    optimizer's states beside the weights, for an import. With ``check`` the folder is loaded with
-    transformers and compared before it gets its name. Raises UserError for anything that the family
-    cannot hold, before anything is written.
+    ``end_of_document`` supply values that the run folder does not have. ``optimizer_state`` also
+    writes the optimizer states, for a later import. ``check`` loads the folder with transformers
+    and compares both models before the rename. Raises UserError for features that the family does
+    not support, before any file is written. For example, ``export_hf("runs/a", "hf/a", step=100)``.
     """
     if check:
         compare.require_transformers()
     folder, config, path = _run(run_folder, step)
     chosen = choose_family(config.model, family)
-    folding = folds(config.model, Parameterization.of_run(config).forward)
-    wanted = counterparts(config.model, chosen)
-    weights = CheckpointWeights(path)
-    _check_no_bias(config.model, weights, path)
+    theirs = attention_scale({}, config.model, chosen)
+    folding = folds(config.model, Parameterization.of_run(config).forward, theirs)
+    wanted, weights = counterparts(config.model, chosen), CheckpointWeights(path)
+    _check_tensors(config.model, chosen, weights, path)
     states = _optimizer_states(path) if optimizer_state else None
     text = tokenizer_of_run(folder.path, config.data)
     text = text.told(tokenizer, end_of_document, config.model.vocab_size)
@@ -172,7 +174,7 @@ def export_hf(
 
 
 def _run(run_folder: str | Path, step: int | None) -> tuple[RunFolder, RunConfig, Path]:
-    """The folder of a run, the run as it is in the checkpoint's stage, and the checkpoint."""
+    """Return the run folder, the config of the checkpoint's stage, and the checkpoint's path."""
     folder = RunFolder(run_folder)
     if not folder.config.exists():
         raise UserError(f"{folder.path} has no {folder.config.name}; name the folder of a run")
@@ -180,18 +182,23 @@ def _run(run_folder: str | Path, step: int | None) -> tuple[RunFolder, RunConfig
     return folder, place_of(load(folder.config), step_of(path)).config, path
 
 
-def _check_no_bias(model: ModelConfig, weights: CheckpointWeights, path: Path) -> None:
-    """Refuse a router's bias that is not zero, which no family has a place for."""
-    for name in check_names(model, weights.shapes, str(path)):
+def _check_tensors(
+    model: ModelConfig, family: Family, weights: CheckpointWeights, path: Path
+) -> None:
+    """Raise UserError for tensors not in the model, and nonzero biases the family does not read."""
+    biases = check_names(model, weights.shapes, str(path))
+    if TRAITS[family].latent and balances_by_bias(model):
+        return
+    for name in biases:
         if weights.read(name).any():
             raise UserError(
-                f"{path}: {name} is not zero, and models of Hugging Face's families have no bias "
-                "in their routers; nothing was written"
+                f"{path}: {name} is not zero, and models of the family have no bias in their "
+                "routers, or model.router.balance.kind is not bias; nothing was written"
             )
 
 
 def _optimizer_states(path: Path) -> CheckpointWeights:
-    """The optimizer's states in a checkpoint. Raises UserError where it holds none."""
+    """Return the optimizer states in a checkpoint. Raises UserError if the checkpoint has none."""
     states = CheckpointWeights(path, OPTIMIZER)
     if not states.shapes:
         raise UserError(f"--optimizer-state: {path} holds none; leave the option out")
@@ -206,12 +213,12 @@ def import_hf(
     optimizer_state: bool = False,
     check: bool = False,
 ) -> ImportReport:
-    """Write a run folder ``out`` whose step 0 are the weights of a Hugging Face folder.
+    """Write a run folder ``out`` with the weights of a Hugging Face folder as step 0.
 
-    ``config`` is the run to be trained; its model must be the one of the folder. What its
-    parameterization multiplies in the forward pass is divided out of weights. ``optimizer_state``
-    takes the optimizer's states from a folder that was exported with them. Raises UserError naming
-    each key that differs, each tensor without a place, and a tokenizer that is not the run's.
+    ``config``: the run to be trained; its model must equal the model of the folder. Multipliers of
+    its parameterization in the forward pass are divided out of the weights. ``optimizer_state``
+    also imports the optimizer states of a folder that was exported with them. Raises UserError with
+    each differing key, each tensor without counterpart, and a tokenizer other than the run's.
     """
     if check:
         compare.require_transformers()
@@ -236,12 +243,17 @@ def import_hf(
             parameters=len(model.wanted),
             unfolds=[fold.describe() for fold in model.folding],
             tokenizer=str(model.tokenizer) if model.tokenizer else None,
-            notes=[*notes(origin, config), *unsure(config, source, model.tokenizer)],
+            notes=[
+                *notes(origin, config),
+                *unsure(config, source, model.tokenizer),
+                *model.left_out_lines(),
+            ],
             check=compare.compare(
                 *(config.of_stages()[0], CheckpointWeights(step)),
                 *(source, model.wanted, model.folding),
                 torch.float32,
                 imported=True,
+                left_out=model.left_out,
             )
             if check
             else None,
@@ -249,7 +261,7 @@ def import_hf(
 
 
 def _placed(config: RunConfig, out: str | Path, source: Path) -> RunConfig:
-    """The description of the run in its own folder, which nothing precedes."""
+    """Return the config for the new run folder, without parent and initial weights."""
     initial = config.run.initial
     if initial is not None and (
         initial.hf is None or Path(initial.hf).resolve() != source.resolve()
@@ -265,7 +277,7 @@ def _placed(config: RunConfig, out: str | Path, source: Path) -> RunConfig:
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the final path and the folder to write; rename it at the end, remove it on failure."""
+    """Yield (final path, folder to write); rename the folder at the end, remove it on failure."""
     final = Path(os.path.abspath(out))
     refused = final / REFUSED
     if final.exists() and (not final.is_dir() or set(final.iterdir()) - {refused}):
@@ -297,10 +309,11 @@ def _part(
     folding: tuple[Fold, ...],
     dtype: torch.dtype,
 ) -> tuple[list[tuple[str, int]], Callable[[], dict[str, Tensor]]]:
-    """One parameter as ``write_safetensors`` takes it: names and sizes now, tensors when asked."""
+    """Return a part for ``write_safetensors``: names and sizes, and a function for the tensors."""
     name = counterpart.spec.name
-    nbytes = counterpart.spec.numel * dtype.itemsize // len(counterpart.written)
+    stored = counterpart.stored_as(dtype)
+    nbytes = counterpart.spec.numel * stored.itemsize // len(counterpart.written)
     return (
         [(written, nbytes) for written in counterpart.written],
-        lambda: counterpart.split(folded(name, weights.read(name), folding), dtype),
+        lambda: counterpart.split(folded(name, value_of(weights, counterpart), folding), dtype),
     )

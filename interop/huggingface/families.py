@@ -1,4 +1,4 @@
-"""The families of transformers that we read and write: what the models of each compute."""
+"""Model families of transformers that can be imported and exported, and their features."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from allometry.configs.decoder import Activation, NormOver, NormPlaces
 from allometry.configs.model import ModelConfig, MoEModel
+from allometry.interop.huggingface import deepseek
 
 Family = Literal[
     "llama",
@@ -20,23 +21,26 @@ Family = Literal[
     "gemma3_text",
     "mixtral",
     "qwen3_moe",
+    "deepseek_v3",
 ]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What the class of a family computes, in the words of our ``model`` section.
+    """Features of a family's model class, in the terms of our ``model`` section.
 
-    ``scaled_embedding``: embedded tokens are multiplied by the root of the width. ``gain_offset``:
-    its norms multiply by this plus what is stored. ``heads_divide``: its number of heads must
-    divide the width. ``dense_first``: blocks without experts may be the first. ``any_gate``: the
-    gates of the chosen experts may be left undivided by their sum.
+    ``scaled_embedding``: embedded tokens are multiplied by sqrt(width). ``gain_offset``: norms
+    multiply by this plus the stored weight, e.g. 1.0 for Gemma. ``heads_divide``: the number of
+    heads must divide the width. ``dense_first``: the first blocks may be dense. ``any_gate``: gates
+    of the chosen experts need not be normalised by their sum. ``latent``: latent attention, router
+    and shared experts of DeepSeek-V3 (``deepseek.py``), and YaRN may scale the attention scores.
 
-    ``windows``: all layers have one wherever it is set, layers that are listed, or these where a
-    switch says so. ``own_rope``: layers with a window have rotary positions of their own, unscaled,
-    of base ``windowed_theta`` (None: always the other layers'). Its class' defaults:
-    ``global_every``, ``rope_theta`` (None: files must have it), ``head_dim``, ``tied``.
+    ``windows``: "all": all layers have a window if one is set; "by_layer": the listed layers;
+    "switched": the listed layers if a switch is on. ``own_rope``: layers with a window have their
+    own unscaled rotary positions, of base ``windowed_theta`` (None: always the base of the other
+    layers). Defaults of the class: ``global_every``, ``rope_theta`` (None: required in files),
+    ``head_dim``, ``tied``.
     """
 
     architecture: str
@@ -50,6 +54,7 @@ class Traits:
     heads_divide: bool = False
     dense_first: bool = False
     any_gate: bool = False
+    latent: bool = False
     windows: Literal["all", "by_layer", "switched"] | None = None
     own_rope: bool = False
     windowed_theta: float | None = None
@@ -60,7 +65,7 @@ class Traits:
 
 
 TRAITS: Mapping[Family, Traits] = {
-    # The first Llama's files lack rope_theta.
+    # The files of the first Llama have no rope_theta.
     "llama": Traits("LlamaForCausalLM", heads_divide=True, rope_theta=10_000.0),
     "mistral": Traits("MistralForCausalLM", windows="all"),
     "qwen2": Traits("Qwen2ForCausalLM", qkv_bias=True, windows="switched"),
@@ -94,18 +99,31 @@ TRAITS: Mapping[Family, Traits] = {
     "qwen3_moe": Traits(
         "Qwen3MoeForCausalLM", experts=True, qk_norm="head", dense_first=True, any_gate=True
     ),
+    "deepseek_v3": Traits(
+        "DeepseekV3ForCausalLM",
+        experts=True,
+        dense_first=True,
+        any_gate=True,
+        latent=True,
+        rope_theta=10_000.0,
+    ),
 }
-"""In order of preference: of several that compute what a model does, the first is written."""
+"""Features by family, in order of preference: an export uses the first family that fits."""
 
 
 def lacks(model: ModelConfig, family: Family) -> list[tuple[str, Any, str]]:
-    """Return (key, value, reason) for every choice of ``model`` that ``family`` lacks."""
-    return [*_of_blocks(model, TRAITS[family]), *_of_experts(model, TRAITS[family])]
+    """Return (key, value, reason) for each choice of ``model`` that ``family`` does not support."""
+    has = TRAITS[family]
+    own = deepseek.lacks(model) if has.latent else _of_router(model, has)
+    return [*_of_blocks(model, has), *_of_experts(model, has), *own]
 
 
 def _of_blocks(model: ModelConfig, has: Traits) -> Iterator[tuple[str, Any, str]]:
     if isinstance(model, MoEModel) != has.experts:
         yield "kind", model.kind, "it has experts" if has.experts else "it has no experts"
+    if (model.latent_attention is not None) != has.latent:
+        value = None if has.latent else "{...}"
+        yield "latent_attention", value, "it has one" if has.latent else "it has none"
     if model.qkv_bias != has.qkv_bias:
         yield "qkv_bias", model.qkv_bias, "it has biases" if has.qkv_bias else "it has no biases"
     if model.qk_norm != (has.qk_norm is not None):
@@ -126,13 +144,19 @@ def _of_blocks(model: ModelConfig, has: Traits) -> Iterator[tuple[str, Any, str]
 def _of_experts(model: ModelConfig, has: Traits) -> Iterator[tuple[str, Any, str]]:
     if not isinstance(model, MoEModel) or not has.experts:
         return
-    experts, router = model.experts, model.router
+    experts = model.experts
     if experts.kind != "swiglu":
         yield "experts.kind", experts.kind, "its experts read the residual stream"
-    if experts.num_shared_experts:
-        yield "experts.num_shared_experts", experts.num_shared_experts, "it has none"
     if model.first_dense_layers and not has.dense_first:
         yield "first_dense_layers", model.first_dense_layers, "it has none"
+
+
+def _of_router(model: ModelConfig, has: Traits) -> Iterator[tuple[str, Any, str]]:
+    if not isinstance(model, MoEModel) or not has.experts:
+        return
+    experts, router = model.experts, model.router
+    if experts.num_shared_experts:
+        yield "experts.num_shared_experts", experts.num_shared_experts, "it has none"
     gate = gate_of(model)
     if gate[0] != "softmax":
         yield "router.gate", router.gate, "its gate is a softmax"
@@ -147,15 +171,15 @@ def _of_experts(model: ModelConfig, has: Traits) -> Iterator[tuple[str, Any, str
 
 
 def embedding_scale(width: int) -> float:
-    """Return what Gemma multiplies its embedded tokens by."""
+    """Return Gemma's multiplier of embedded tokens, sqrt(width)."""
     return math.sqrt(width)
 
 
 def gate_of(model: MoEModel) -> tuple[str, bool]:
-    """Return gate and normalize, one way of spelling equal functions.
+    """Return (gate, normalize) in a canonical form, equal for equal functions.
 
-    The softmax over all experts, divided by its sum over the chosen ones, is the softmax over the
-    chosen ones.
+    A softmax over all experts, normalised over the chosen experts, equals the softmax over the
+    chosen experts: "softmax_after_topk" becomes ("softmax", True).
     """
     gate, normalize = model.router.gate, model.router.normalize
     return ("softmax", True) if gate == "softmax_after_topk" else (gate, normalize)

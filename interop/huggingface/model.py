@@ -1,8 +1,8 @@
-"""A Hugging Face model as a run begins with it: checked against the run, and made a checkpoint."""
+"""Hugging Face model as the initial weights of a run: checked against the run, then converted."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from allometry.configs.errors import UserError
-from allometry.configs.model import ModelConfig
+from allometry.configs.model import ModelConfig, MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.run_tokenizer import tokenizer_that_agrees
+from allometry.interop.huggingface import deepseek
 from allometry.interop.huggingface.config import attention_scale, differences, from_hf
-from allometry.interop.huggingface.families import Family
+from allometry.interop.huggingface.families import TRAITS, Family
 from allometry.interop.huggingface.names import (
     HEAD,
     Counterpart,
@@ -41,9 +42,11 @@ from allometry.trainer.state.integrity import Files
 
 @dataclass(frozen=True)
 class HFModel:
-    """A model that is that of a run: ``wanted`` has where each of our parameters is there.
+    """Hugging Face model that matches the model of a run.
 
-    ``folding`` is divided out of weights; ``said`` is what an export of ours says of its run.
+    ``wanted``: counterpart of each of our parameters; ``places``: the source found in the folder.
+    ``folding``: factors to divide out of the weights. ``said``: content of the origin file of our
+    own export, None for other folders. ``left_out``: tensors of multi-token prediction layers.
     """
 
     source: Path
@@ -54,9 +57,10 @@ class HFModel:
     folding: tuple[Fold, ...]
     tokenizer: Path | None
     said: dict[str, Any] | None
+    left_out: tuple[str, ...] = ()
 
     def write(self, shards: Path, states: CheckpointWeights | None = None) -> Files:
-        """Write the shards of a checkpoint, one parameter at a time; sizes and checksums."""
+        """Write checkpoint shards, one parameter at a time; return sizes and checksums."""
         by_name = {counterpart.spec.name: counterpart for counterpart in self.wanted}
         return write_checkpoint(
             shards,
@@ -68,23 +72,37 @@ class HFModel:
         )
 
     def origin(self) -> dict[str, Any]:
-        """What run.json says of where its weights come from (JSON)."""
-        return {**kept_origin(self.source, self.family, self.said), "hash": hash_of(self.source)}
+        """Return the origin of the weights for run.json (JSON)."""
+        kept = kept_origin(self.source, self.family, self.said)
+        left_out = {"left_out": self.left_out_lines()} if self.left_out else {}
+        return {**kept, "hash": hash_of(self.source), **left_out}
+
+    def left_out_lines(self) -> list[str]:
+        """Return a line about the tensors that are not imported, if there are any."""
+        if not self.left_out:
+            return []
+        return [
+            f"multi-token prediction: {len(self.left_out)} tensors of layers after the model's own "
+            f"are left out ({self.left_out[0]} the first)"
+        ]
 
 
 def open_model(source: Path, config: RunConfig) -> HFModel:
-    """Open the model that a run begins with.
+    """Open the Hugging Face model in ``source`` as the initial weights of the run ``config``.
 
     Raises:
-        UserError: names each key in which it is another model, each tensor without a place, and a
-            tokenizer that is not the one of the run's data.
+        UserError: a key of the model differs from the run's, a tensor has no counterpart, or the
+            tokenizer is not the tokenizer of the run's data.
     """
     said = read_json(source / CONFIG)
     family, theirs = from_hf(said, str(source / CONFIG))
     _check_agreement(config, theirs, source)
     wanted = counterparts(config.model, family)
     weights = FolderWeights(source)
-    places = locate(wanted, weights.shapes, str(source), tied=config.model.tied_embeddings)
+    tied = config.model.tied_embeddings
+    left_out = deepseek.beyond(said, weights.shapes) if TRAITS[family].latent else ()
+    places = locate(wanted, weights.shapes, str(source), tied=tied, left_out=left_out)
+    _check_biases(config.model, wanted, places, weights)
     if config.model.tied_embeddings and HEAD in weights.shapes:
         _check_tied(weights, wanted[0].written[0])
     return HFModel(
@@ -96,28 +114,29 @@ def open_model(source: Path, config: RunConfig) -> HFModel:
         folding=folds(
             config.model,
             Parameterization.of_run(config).forward,
-            attention_scale(said, config.model),
+            attention_scale(said, config.model, family),
         ),
         tokenizer=tokenizer_that_agrees(config.data, source),
         said=read_origin(source),
+        left_out=left_out,
     )
 
 
 def import_model(source: Path, config: RunConfig, shards: Path) -> Imported:
-    """Write a model's weights as the shards of a checkpoint; the ``Importer`` of ``train``."""
+    """Write a model's weights as checkpoint shards; this is the ``Importer`` of ``train``."""
     model = open_model(source, config)
     return Imported(model.write(shards), model.origin(), model.tokenizer)
 
 
 def read_model(hf_folder: str | Path) -> tuple[Family, ModelConfig]:
-    """Return the family and our description of the model in a Hugging Face folder."""
+    """Return the family and our ``model`` section of the model in a Hugging Face folder."""
     path = Path(hf_folder) / CONFIG
     return from_hf(read_json(path), str(path))
 
 
 def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> None:
-    """Raise UserError unless the run's model, at first, computes the function of the one there."""
-    different = differences(config.of_stages()[0].model, theirs)  # its first stage begins with it
+    """Raise UserError unless the run's initial model equals the Hugging Face model ``theirs``."""
+    different = differences(config.of_stages()[0].model, theirs)  # the import is for stage 0
     if different:
         listed = ", ".join(f"model.{key}={ours!r} (there {o!r})" for key, ours, o in different)
         raise UserError(
@@ -126,8 +145,29 @@ def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> No
         )
 
 
+def balances_by_bias(model: ModelConfig) -> bool:
+    """Return True if the model's routers select experts with a bias."""
+    return isinstance(model, MoEModel) and model.router.balance.kind == "bias"
+
+
+def _check_biases(
+    model: ModelConfig,
+    wanted: Sequence[Counterpart],
+    places: Mapping[str, Source],
+    weights: FolderWeights,
+) -> None:
+    """Raise UserError for a nonzero router bias that the run's router would ignore."""
+    for counterpart in wanted if not balances_by_bias(model) else ():
+        source = places[counterpart.spec.name]
+        if counterpart.buffer and counterpart.join(source, weights.read).any():
+            raise UserError(
+                f"{weights.folder}: {source.names[0]} is not zero, and only "
+                "model.router.balance={kind: bias} chooses experts with it; set that"
+            )
+
+
 def _check_tied(folder: FolderWeights, embedding: str) -> None:
-    """Refuse a head that a folder ties to its embedding and stores otherwise."""
+    """Raise UserError if a folder ties head and embedding but stores different tensors."""
     if not torch.equal(folder.read(HEAD), folder.read(embedding)):
         raise UserError(
             f"{folder.folder}: config.json ties embedding and head, but {HEAD} differs from "

@@ -1,7 +1,8 @@
-"""Our parameters under Hugging Face's names, and back: pure, one parameter at a time.
+"""Tensor names and layouts: our parameters to Hugging Face tensors and back, one at a time.
 
-Linear weights and rotary halves have the same layout on both sides, so nothing is transposed or
-permuted. Experts are one tensor of ours and one tensor for each expert of theirs.
+Linear weights and rotary halves have the same layout on both sides and are not transposed; only
+DeepSeek-V3's rotated rows are permuted (``Counterpart.rows``). The experts of a layer are one
+tensor in our models and one tensor per expert in Hugging Face files.
 """
 
 # E experts, F feed-forward width, D width, V vocabulary
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor
 from allometry.configs.decoder import NormPlaces
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, MoEModel
+from allometry.interop.huggingface import deepseek
 from allometry.interop.huggingface.families import TRAITS, Family
-from allometry.scaling.inventory import inventory
+from allometry.scaling.inventory import inventory, vector
 from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.roles import ParamSpec
 
@@ -40,7 +42,7 @@ _INNER: Mapping[str, str] = {
     "ffn.up": "mlp.up_proj",
     "ffn.down": "mlp.down_proj",
 }
-# Norms by where they are; theirs are called by what comes before or after, which depends.
+# Norms by their place in a block; Hugging Face names depend on the neighbouring module.
 _NORMS: Mapping[NormPlaces, Mapping[str, str]] = {
     "before": {
         "attention_norm": "input_layernorm",
@@ -57,17 +59,18 @@ _NORMS: Mapping[NormPlaces, Mapping[str, str]] = {
         "ffn_post_norm": "post_feedforward_layernorm",
     },
 }
-# Module of the experts and names of gate, up and down, as the family's files have them.
+# Module of the experts, and names of gate, up and down, in the family's files.
 _EXPERTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "mixtral": ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
     "qwen3_moe": ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
+    "deepseek_v3": ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
 }
 HEAD = "lm_head.weight"
-# Tables that old files hold and that every model computes by itself.
+# Tables stored in old files; every model computes them.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
-# Buffers of a router that count visits and are no part of a forward pass.
+# Router buffers of visit fractions; the forward pass does not read them.
 _BOOKKEEPING = re.compile(r"^blocks\.\d+\.ffn\.router\.load$")
-# A bias for the choice of experts; it is all zeros unless router.balance.kind is bias.
+# Selection bias of a router, all zeros unless router.balance.kind is bias.
 _ROUTER_BIAS = re.compile(r"^blocks\.\d+\.ffn\.router\.bias$")
 
 Read = Callable[[str], Tensor]
@@ -75,10 +78,10 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One way in which a file may hold a parameter.
+    """One layout in which a file may store a parameter.
 
-    ``names`` are one tensor, or one for each expert where ``stacked``. ``half`` 0 or 1 takes the
-    first or second half of dimension 1 (gate and up fused to [E, 2F, D]).
+    ``names``: one tensor, or one per expert if ``stacked``. ``half`` 0 or 1: the first or second
+    half of dimension 1 (gate and up fused to [E, 2F, D]).
     """
 
     names: tuple[str, ...]
@@ -88,22 +91,30 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Counterpart:
-    """One parameter of ours and where theirs holds it; ``sources[0]`` is how files are written.
+    """One of our parameters and its Hugging Face tensors; files are written as ``sources[0]``.
 
-    ``offset``: what theirs adds to what is stored.
+    ``offset``: added to the stored tensor by the Hugging Face model. ``rows``: for each of our rows
+    the index of the Hugging Face row; None for equal order. ``buffer``: a router's bias, which is
+    not a parameter of ours and stays in fp32.
     """
 
     spec: ParamSpec
     sources: tuple[Source, ...]
     offset: float = 0.0
+    rows: tuple[int, ...] | None = None
+    buffer: bool = False
+
+    def stored_as(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the stored type of this tensor in a model of ``dtype``."""
+        return torch.float32 if self.buffer else dtype
 
     @property
     def written(self) -> tuple[str, ...]:
-        """Names of the tensors to write."""
+        """Return the names of the tensors to write."""
         return self.sources[0].names
 
     def shape_in(self, source: Source) -> tuple[int, ...]:
-        """Shape that each tensor of ``source`` must have."""
+        """Return the shape that each tensor of ``source`` must have."""
         if source.stacked:
             return self.spec.shape[1:]
         if source.half is not None:
@@ -112,21 +123,23 @@ class Counterpart:
         return self.spec.shape
 
     def split(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Return the tensors to write of ours in fp32, each with storage of its own."""
+        """Return the tensors to write from our fp32 ``tensor``, each with its own storage."""
         assert tuple(tensor.shape) == self.spec.shape, (self.spec.name, tensor.shape)
-        tensor = (tensor - self.offset if self.offset else tensor).to(dtype)
+        tensor = (tensor - self.offset if self.offset else tensor).to(self.stored_as(dtype))
+        if self.rows is not None:
+            tensor = tensor[torch.tensor(self.rows).argsort()]
         if not self.sources[0].stacked:
             return {self.written[0]: tensor.contiguous()}
         return {name: part.clone() for name, part in zip(self.written, tensor, strict=True)}
 
     def kept(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return in fp32 what ``split`` to this type keeps of ours."""
+        """Return our fp32 ``tensor`` as it reads back after ``split`` to ``dtype``."""
         if not self.offset:
-            return tensor.to(dtype).float()
+            return tensor.to(self.stored_as(dtype)).float()
         return (tensor - self.offset).to(dtype).float() + self.offset
 
     def join(self, source: Source, read: Read) -> Tensor:
-        """Return our parameter in fp32 from the tensors of ``source``."""
+        """Return our parameter in fp32, from the tensors of ``source``."""
         if source.stacked:
             joined = torch.empty(self.spec.shape, dtype=torch.float32)
             for name, into in zip(source.names, joined, strict=True):
@@ -136,40 +149,67 @@ class Counterpart:
         if source.half is not None:
             tensor = tensor.chunk(2, dim=1)[source.half]
         tensor = tensor.to(torch.float32).contiguous()
+        if self.rows is not None:
+            tensor = tensor[torch.tensor(self.rows)]
         return tensor + self.offset if self.offset else tensor
 
 
 def counterparts(model: ModelConfig, family: Family) -> tuple[Counterpart, ...]:
-    """Return where ``family`` holds each parameter of ``model``, in our order.
+    """Return the counterpart of each parameter of ``model`` in ``family``, in our order.
 
-    Raises UserError with the name of a parameter that it has no place for.
+    Raises UserError with the name of a parameter without counterpart. For example,
+    ``blocks.0.attention.wq.weight`` is ``model.layers.0.self_attn.q_proj.weight`` in Llama.
     """
-    offset = TRAITS[family].gain_offset
-    return tuple(
-        Counterpart(spec, _sources(spec, family), offset if spec.start == "ones" else 0.0)
+    has = TRAITS[family]
+    found = [
+        Counterpart(
+            spec,
+            _sources(spec, model, family),
+            has.gain_offset if spec.start == "ones" else 0.0,
+            deepseek.rows_of(model, spec.name) if has.latent else None,
+        )
         for spec in inventory(model)
         if not spec.ahead
-    )
+    ]
+    return (*found, *(_router_biases(model) if has.latent else ()))
 
 
-def _sources(spec: ParamSpec, family: Family) -> tuple[Source, ...]:
+def _router_biases(model: ModelConfig) -> Iterator[Counterpart]:
+    """Yield the router biases, which DeepSeek-V3's forward pass reads."""
+    assert isinstance(model, MoEModel)
+    for layer in filter(model.has_experts, range(model.num_layers)):
+        spec = vector(f"blocks.{layer}.ffn.router.bias", model.experts.num_experts, "zeros")
+        name = f"model.layers.{layer}.{deepseek.ROUTER_BIAS}"
+        yield Counterpart(spec, (Source((name,)),), buffer=True)
+
+
+def _modules(model: ModelConfig, family: Family) -> dict[str, str]:
+    """Return the Hugging Face names of a block's modules, by our names."""
+    has = TRAITS[family]
+    own = dict(deepseek.NAMES) if has.latent else {}
+    if model.latent_attention is not None and model.latent_attention.q_lora_rank is None:
+        own.pop("attention.wq", None)  # without low rank, wq has the usual name
+    return {**_INNER, **_NORMS[has.norms], **own}
+
+
+def _sources(spec: ParamSpec, model: ModelConfig, family: Family) -> tuple[Source, ...]:
     if spec.name in _OUTER:
         return (Source((_OUTER[spec.name],)),)
     match = re.fullmatch(r"blocks\.(\d+)\.(.+?)(?:\.(weight|bias))?", spec.name)
     if match is not None:
         layer, inner, kind = f"model.layers.{match[1]}", match[2], match[3]
-        modules = {**_INNER, **_NORMS[TRAITS[family].norms]}
+        modules = _modules(model, family)
         if inner in modules:
             return (Source((f"{layer}.{modules[inner]}.{kind}",)),)
         if family in _EXPERTS:
             module, names = _EXPERTS[family]
             if inner == "ffn.router":
-                # transformers 5 calls Mixtral's module mlp in memory, and so do raw state dicts.
+                # transformers 5 names Mixtral's module mlp in memory and in raw state dicts.
                 places = dict.fromkeys((module, "mlp"))
                 return tuple(Source((f"{layer}.{place}.gate.weight",)) for place in places)
             kind = inner.removeprefix("ffn.experts.")
             if kind in names:
-                # Per expert, as files are; or fused, as raw state dicts of transformers 5 are.
+                # One tensor per expert in files; fused in raw state dicts of transformers 5.
                 each = f"{layer}.{module}.experts.{{}}.{names[kind]}.weight"
                 fused = f"{layer}.mlp.experts.{'down_proj' if kind == 'down' else 'gate_up_proj'}"
                 half = {"gate": 0, "up": 1}.get(kind)
@@ -186,11 +226,13 @@ def locate(
     where: str,
     *,
     tied: bool,
+    left_out: Collection[str] = (),
 ) -> dict[str, Source]:
-    """Return which source holds each parameter of ours, given their names and shapes.
+    """Return the source of each of our parameters among the tensors ``present`` (names, shapes).
 
-    Raises UserError naming tensors that are missing, left over or of another shape. A tied model
-    may hold the head too; whether it equals the embedding is for the caller to see.
+    Raises UserError with the names of tensors that are missing, unexpected (except ``left_out``) or
+    of another shape. A tied model may also store the head; the caller must compare the head with
+    the embedding.
     """
     places: dict[str, Source] = {}
     missing: list[str] = []
@@ -208,6 +250,7 @@ def locate(
                 )
     used = {name for source in places.values() for name in source.names}
     used |= {HEAD} if tied else set()
+    used |= set(left_out)
     extra = [name for name in present if name not in used and not _COMPUTED.search(name)]
     for problem, names in (("is missing", missing), ("has no counterpart in our models", extra)):
         if names:
@@ -221,8 +264,8 @@ def check_names(
 ) -> tuple[str, ...]:
     """Raise UserError unless ``present`` are the parameters of ``model``; return the router biases.
 
-    ``present``: names and shapes of what a checkpoint holds of the model, buffers included. The
-    biases returned must be zero, as no family of theirs has them.
+    ``present``: names and shapes of a checkpoint's model tensors, buffers included. The caller must
+    check that the biases are zero if the family has none.
     """
     specs = {spec.name: spec for spec in inventory(model)}
     biases = tuple(name for name in present if _ROUTER_BIAS.search(name))
@@ -242,7 +285,7 @@ def check_names(
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """A multiplier of our forward pass that goes into weights, as theirs has none."""
+    """Multiplier of our forward pass that an export multiplies into weights."""
 
     scale: str
     factor: float
@@ -250,16 +293,16 @@ class Fold:
 
     @property
     def exact(self) -> bool:
-        """Whether multiplying rounds nothing: the factor is a power of two."""
+        """True if the multiplication is exact: the factor is a power of two."""
         return math.frexp(self.factor)[0] == 0.5
 
     def describe(self) -> str:
-        """Return one line for a report."""
+        """Return a line for a report, e.g. "output x 0.25 into head (exact)"."""
         how = "exact" if self.exact else "one rounding"
         return f"{self.scale} x {self.factor:.6g} into {', '.join(self.parameters)} ({how})"
 
     def applies_to(self, name: str) -> bool:
-        """Whether the parameter of this name is multiplied."""
+        """Return True if the parameter ``name`` is multiplied by the factor."""
         inside = re.sub(r"^blocks\.\d+\.", "", name)
         return inside.removesuffix(".weight").removesuffix(".bias") in self.parameters
 
@@ -267,18 +310,19 @@ class Fold:
 def folds(
     model: ModelConfig, scales: ForwardScales, attention: float | None = None
 ) -> tuple[Fold, ...]:
-    """Return what must be folded into weights so that a forward pass without ``scales`` is equal.
+    """Return the factors to fold into weights, so that a forward pass without ``scales`` is equal.
 
-    Theirs multiplies scores by ``attention`` (None: 1/sqrt(head width)) and nothing else. Raises
-    UserError where a tied embedding cannot take a factor of the head or of the embedding alone.
+    The Hugging Face model multiplies scores by ``attention`` (None: 1/sqrt(head width)) and has no
+    other factor. Raises UserError for a factor on only the head or only the embedding if they are
+    tied.
     """
     folding: list[Fold] = []
     usual = 1.0 / math.sqrt(model.head_width) if attention is None else attention
     if scales.attention != usual:
-        # A factor of the queries; rotation commutes with it, their norm would undo it.
-        # A bias of queries takes the factor with their matrix.
+        # A factor on the queries: rotation commutes with the factor, a query norm would undo it.
+        # A bias of the queries is multiplied as well.
         target = "attention.q_norm" if model.qk_norm else "attention.wq"
-        # What is a power of two but for the rounding of square roots is made one.
+        # Snap to a power of two if only the rounding of square roots differs.
         factor = scales.attention / usual
         near = 2.0 ** round(math.log2(factor))
         factor = near if math.isclose(factor, near, rel_tol=1e-14) else factor
@@ -304,24 +348,26 @@ def folds(
 
 
 def _ends_of_branches(model: ModelConfig) -> tuple[str, ...]:
-    """What a factor of each branch can be folded into."""
+    """Return the modules that a factor on each branch can be folded into."""
     if model.norms_after:
         return "attention_post_norm", "ffn_post_norm"
     targets = ["attention.wo"]
     if isinstance(model, MoEModel):
         targets.append("ffn.experts.down")
+        if model.experts.num_shared_experts:
+            targets.append("ffn.shared.down")
     if not isinstance(model, MoEModel) or model.first_dense_layers:
         targets.append("ffn.down")
     return tuple(targets)
 
 
 def unfolded(name: str, tensor: Tensor, folding: Collection[Fold]) -> Tensor:
-    """Return what ``folded`` made ``tensor`` (fp32) of, rounded once."""
+    """Return ``tensor`` (fp32) divided by the factors of our parameter ``name``, rounded once."""
     factor = math.prod(fold.factor for fold in folding if fold.applies_to(name))
     return tensor if factor == 1.0 else (tensor.double() / factor).to(tensor.dtype)
 
 
 def folded(name: str, tensor: Tensor, folding: Collection[Fold]) -> Tensor:
-    """Return ``tensor`` (fp32) with the factors of our parameter ``name`` in it, rounded once."""
+    """Return ``tensor`` (fp32) times the factors of our parameter ``name``, rounded once."""
     factor = math.prod(fold.factor for fold in folding if fold.applies_to(name))
     return tensor if factor == 1.0 else (tensor.double() * factor).to(tensor.dtype)

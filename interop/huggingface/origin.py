@@ -1,4 +1,4 @@
-"""Where a converted model comes from: what an export says of its run, and what an import keeps."""
+"""Origin of converted models: the origin file of an export, and the origin record of an import."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SECTIONS = ("model", "parameterization", "optimizer")
 
 
 def write_origin(folder: Path, run: RunFolder, config: RunConfig, checkpoint: Path) -> None:
-    """Say in an exported folder which run, step, seed and data its weights come from."""
+    """Write run, step, seed and data of the weights into an exported folder (``ORIGIN``)."""
     facts = read_facts(checkpoint)
     content = {
         **_KIND,
@@ -34,7 +34,7 @@ def write_origin(folder: Path, run: RunFolder, config: RunConfig, checkpoint: Pa
 
 
 def read_origin(folder: Path) -> dict[str, Any] | None:
-    """What ``write_origin`` said; None for a folder from elsewhere."""
+    """Return the content written by ``write_origin``; None for a folder not exported by us."""
     path = folder / ORIGIN
     if not path.is_file():
         return None
@@ -47,14 +47,14 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
 
 
 def kept_origin(source: Path, family: str, said: dict[str, Any] | None) -> dict[str, Any]:
-    """What an imported run's run.json says of its origin (JSON)."""
+    """Return the origin of an imported model for the run.json of its run (JSON)."""
     kept = {"source": str(source.resolve()), "family": family}
     run = {key: value for key, value in (said or {}).items() if key not in (*_KIND, *_SECTIONS)}
     return {**kept, **({"parameterization": said["parameterization"], **run} if said else {})}
 
 
 def notes(origin: dict[str, Any] | None, config: RunConfig) -> list[str]:
-    """What a user should know of the run that an imported model comes from."""
+    """Return lines about the run that an imported model was exported from."""
     if origin is None:
         return []
     lines = [f"origin: {origin['run']}, step {origin['step']}"]
@@ -68,7 +68,7 @@ def notes(origin: dict[str, Any] | None, config: RunConfig) -> list[str]:
 
 
 def _different(before: dict[str, Any], config: RunConfig) -> str | None:
-    """The first key of the parameterization that is not what it was, the kind above all."""
+    """Return a line on the first differing key of the parameterization, ``kind`` first, or None."""
     now = config.parameterization.model_dump(mode="json")
     for key in ("kind", *sorted(before.keys() | now.keys())):
         if before.get(key) != now.get(key):
@@ -79,10 +79,10 @@ def _different(before: dict[str, Any], config: RunConfig) -> str | None:
 def states_to_keep(
     source: Path, origin: dict[str, Any] | None, config: RunConfig
 ) -> CheckpointWeights:
-    """The optimizer's states in an exported folder.
+    """Return the optimizer states in an exported folder.
 
-    Raises UserError if there are none, or the run would go on with another optimizer or
-    parameterization, for which they have no meaning.
+    Raises UserError if the folder has no states, or if the run uses another optimizer or
+    parameterization, for which the states are not valid.
     """
     path = source / STATES
     if origin is None or not path.is_dir():

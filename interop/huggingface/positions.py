@@ -1,4 +1,4 @@
-"""Rotary positions and sliding windows: their keys as ours, and back."""
+"""Rotary positions and sliding windows: conversion of Hugging Face keys to ours and back."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from allometry.configs.decoder import Llama3Scaling, RopeScaling, YarnScaling
+from allometry.configs.decoder import Llama3Scaling, RopeScaling, YarnScaling, mscale
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig
 from allometry.interop.huggingface.families import TRAITS, Family
+from allometry.models.rotary import attention_factor
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 KEYS = frozenset(
@@ -19,7 +20,7 @@ KEYS = frozenset(
         *("sliding_window_pattern", "_sliding_window_pattern"),
     ]
 )
-"""What this file reads."""
+"""Keys of ``config.json`` that this module reads."""
 
 _NAMES: Mapping[str, Mapping[str, str]] = {
     "linear": {"factor": "factor"},
@@ -38,7 +39,7 @@ _NAMES: Mapping[str, Mapping[str, str]] = {
         "truncate": "truncate",
     },
 }
-"""Keys of a kind of scaling, theirs and ours."""
+"""Keys of each kind of scaling: Hugging Face name -> our name."""
 
 _MSCALE = ("mscale", "mscale_all_dim")
 
@@ -46,7 +47,8 @@ _MSCALE = ("mscale", "mscale_all_dim")
 def positions_of(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """Return ``rope_theta``, ``rope_scaling`` and ``window`` of our ``model`` section.
 
-    From transformers 4's keys or from 5's. Raises UserError for what our models lack, by key.
+    Reads the keys of transformers 4 and 5. Raises UserError with the key for features that our
+    models lack.
     """
     full, local = _rope_dicts(values)
     theta = full.pop("rope_theta", None)
@@ -58,6 +60,8 @@ def positions_of(values: Mapping[str, Any], family: Family, where: str) -> dict[
     if theta is None:
         raise UserError(f"{where}: rope_theta is missing; add it")
     scaling = _scaling_of(full, values, where)
+    if scaling is not None and scaling["kind"] == "yarn" and TRAITS[family].latent:
+        scaling["mscale_all_dim"] = full.get("mscale_all_dim") or 0.0
     found = {"rope_theta": float(theta), "rope_scaling": scaling, "window": None}
     window = _window_of(values, family, where)
     if window is None:
@@ -76,7 +80,7 @@ def positions_of(values: Mapping[str, Any], family: Family, where: str) -> dict[
 
 
 def _rope_dicts(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is said of layers that see everything, and of those with a window."""
+    """Return the rope settings of layers with full attention, and of layers with a window."""
     full: dict[str, Any] = {}
     local: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -91,7 +95,7 @@ def _rope_dicts(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
 def _scaling_of(
     given: dict[str, Any], values: Mapping[str, Any], where: str
 ) -> dict[str, Any] | None:
-    """Return our ``rope_scaling`` of what is said of frequencies, ``rope_theta`` aside."""
+    """Return our ``rope_scaling`` from rope settings without ``rope_theta``."""
     said = {key: value for key, value in given.items() if value is not None}
     key = "rope_type" if "rope_type" in said else "type"
     kind = said.pop(key, "default")
@@ -117,7 +121,7 @@ def _scaling_of(
     if kind == "yarn" and "factor" not in said and longest is not None:
         said["factor"] = longest / said["original_max_position_embeddings"]
     if kind == "yarn" and "attention_factor" not in said and all(said.get(m) for m in _MSCALE):
-        one, all_dims = (_mscale(said["factor"], said[m]) for m in _MSCALE)
+        one, all_dims = (mscale(said["factor"], said[m]) for m in _MSCALE)
         said["attention_factor"] = one / all_dims
     ours = {names[name]: value for name, value in said.items() if name in names}
     for name in ("factor", "original_length"):
@@ -126,13 +130,8 @@ def _scaling_of(
     return {"kind": kind, **ours}
 
 
-def _mscale(factor: float, by: float) -> float:
-    """YaRN's attention factor of a model whose own is ``by`` times as strong (arXiv 2405.04434)."""
-    return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
-
-
 def _window_of(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any] | None:
-    """Return our ``window`` without its rotary base."""
+    """Return our ``window``, without its rotary base; None if no layer has a window."""
     tokens, windowed = values.get("sliding_window"), _windowed_layers(values, family, where)
     if not any(windowed):
         return None
@@ -151,7 +150,7 @@ def _window_of(values: Mapping[str, Any], family: Family, where: str) -> dict[st
 
 
 def _windowed_layers(values: Mapping[str, Any], family: Family, where: str) -> list[bool]:
-    """Return whether each layer has a window, as the family's class decides it."""
+    """Return True for each layer with a window, by the rules of the family's class."""
     layers, has = int(values.get("num_hidden_layers") or 0), TRAITS[family].windows
     kinds = list(values.get("layer_types") or [])
     for kind in kinds:
@@ -183,11 +182,13 @@ def _windowed_layers(values: Mapping[str, Any], family: Family, where: str) -> l
 
 
 def positions_to(model: ModelConfig, family: Family) -> dict[str, Any]:
-    """Return the keys of ``config.json``; the family has what the model needs (``lacks``).
+    """Return the position keys of ``config.json``; the family must support them (``lacks``).
 
-    Old keys, and the new nested ones where layers with a window turn otherwise.
+    Uses the old flat keys, plus the new nested keys if layers with a window have their own rope.
     """
     has, scaling = TRAITS[family], _scaling_to(model.rope_scaling)
+    if has.latent and isinstance(model.rope_scaling, YarnScaling):
+        scaling = _as_mscale(model.rope_scaling, scaling)
     values: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_scaling": scaling}
     kinds = [SLIDING if model.windowed(layer) else FULL for layer in range(model.num_layers)]
     tokens = model.window_tokens
@@ -198,7 +199,7 @@ def positions_to(model: ModelConfig, family: Family) -> dict[str, Any]:
         if tokens is not None:
             values |= {"max_window_layers": 0, "layer_types": kinds}
     if has.windows == "by_layer":
-        # Where no layer has one, the number has no effect, but must be there.
+        # Required also without windows, where the value has no effect.
         values |= {"sliding_window": tokens or model.width, "layer_types": kinds}
     if has.own_rope:
         own = windowed_theta(model) or model.rope_theta
@@ -220,8 +221,27 @@ def _scaling_to(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return {"rope_type": scaling.kind, **{k: v for k, v in kept.items() if v is not None}}
 
 
+def _as_mscale(scaling: YarnScaling, values: dict[str, Any] | None) -> dict[str, Any]:
+    """Return YaRN's keys in the form of DeepSeek's files, if that form can express the factors.
+
+    Rotated components are multiplied by mscale's factor over mscale_all_dim's; all scores are
+    multiplied by the square of mscale_all_dim's factor.
+    """
+    assert values is not None
+    if not scaling.mscale_all_dim:
+        return values
+    said = {**values, "mscale_all_dim": scaling.mscale_all_dim}
+    if scaling.factor <= 1:
+        return said
+    own = attention_factor(scaling) * mscale(scaling.factor, scaling.mscale_all_dim)
+    by = round((own - 1.0) / (0.1 * math.log(scaling.factor)), 12)
+    if by <= 0:
+        return {**said, "attention_factor": attention_factor(scaling)}
+    return {k: v for k, v in said.items() if k != "attention_factor"} | {"mscale": by}
+
+
 def longest_of(model: ModelConfig, longest: int) -> int:
-    """Return ``max_position_embeddings``, which some readers take YaRN's factor from."""
+    """Return ``max_position_embeddings``; some readers derive YaRN's factor from this value."""
     scaling = model.rope_scaling
     if isinstance(scaling, YarnScaling):
         return round(scaling.factor * scaling.original_length)
@@ -231,14 +251,14 @@ def longest_of(model: ModelConfig, longest: int) -> int:
 
 
 def windowed_theta(model: ModelConfig) -> float | None:
-    """Return the rotary base of layers with a window; None: they turn as the others, scaled."""
+    """Return the rotary base of layers with a window; None: scaled as in the other layers."""
     if model.window is None or model.window.rope_theta is None:
         return model.rope_theta if model.rope_scaling is None else None
     return model.window.rope_theta
 
 
 def lacks_of_positions(model: ModelConfig, family: Family) -> Iterator[tuple[str, Any, str]]:
-    """Yield (key, value, reason) for what ``family`` lacks of the model's windows."""
+    """Yield (key, value, reason) for position or window settings ``family`` lacks."""
     has, window = TRAITS[family], model.window
     if model.rope_fraction != 1.0:
         yield "rope_fraction", model.rope_fraction, "its heads turn whole"

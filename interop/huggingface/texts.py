@@ -1,4 +1,4 @@
-"""The tokenizer and the end of documents on both sides of a conversion."""
+"""Tokenizer and end-of-document token in exports and imports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from allometry.interop.huggingface.weights import CONFIG, read_json
 
 
 def write_texts(folder: Path, text: RunTokenizer, longest: int) -> None:
-    """Write the tokenizer and what generation needs to know into an exported folder."""
+    """Write the tokenizer and the generation config into an exported folder."""
     if text.end is not None:
         generation = {"_from_model_config": True, "eos_token_id": text.end[1]}
         write_json(folder / "generation_config.json", generation)
@@ -34,12 +34,12 @@ def write_texts(folder: Path, text: RunTokenizer, longest: int) -> None:
     if text.end is None:
         return
     for file in (folder / name for name in BESIDE):
-        if file.exists():  # one from elsewhere may name the end of a chat's turn
+        if file.exists():  # a file from elsewhere may name the end of a chat turn instead
             write_json(file, read_json(file) | {"eos_token": text.end[0]})
 
 
 def unsure(config: RunConfig, source: Path, tokenizer: Path | None) -> list[str]:
-    """Say where it is not known that a run's data and a model agree, or how they do not."""
+    """Return lines on tokenizer and end-of-document id that differ or could not be compared."""
     known = tokenizer_of(config.data)
     lines = []
     if tokenizer is None or known.file is None:
@@ -58,5 +58,5 @@ def unsure(config: RunConfig, source: Path, tokenizer: Path | None) -> list[str]
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write one JSON object."""
+    """Write one JSON object, indented."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Weights on disk, one tensor at a time: checkpoints of ours and folders of safetensors.
+"""Weights on disk, one tensor at a time: our checkpoints and folders of safetensors.
 
-Reading and writing hold one tensor, or one safetensors file, in memory, never a whole model.
+Reading and writing keep one tensor, or one safetensors file, in memory, never a full model.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from allometry.configs.errors import UserError
 from allometry.configs.json_file import read_object
+from allometry.interop.huggingface.names import Counterpart
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.identity import problem_of
@@ -40,8 +41,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class CheckpointWeights:
-    """The model's tensors in one checkpoint, whatever layout wrote it; or with ``OPTIMIZER`` the
-    optimizer's."""
+    """Model tensors of one checkpoint of any layout; optimizer states with ``prefix=OPTIMIZER``."""
 
     def __init__(self, path: Path, prefix: str = MODEL) -> None:
         self.path = path
@@ -56,11 +56,11 @@ class CheckpointWeights:
         self.shapes: Shapes = {n: tuple(stored.size) for n, stored in self._tensors.items()}
 
     def types(self) -> dict[str, torch.dtype]:
-        """Types of the tensors by name."""
+        """Return the types of the tensors by name."""
         return {name: stored.properties.dtype for name, stored in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, whole and on the CPU; UserError if it is read wrongly."""
+        """Return one unsharded tensor on the CPU; UserError if the stored bytes are damaged."""
         stored = self._tensors[name]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         try:
@@ -71,11 +71,19 @@ class CheckpointWeights:
         return tensor
 
 
-class FolderWeights:
-    """The tensors of a Hugging Face folder: ``model.safetensors``, or files with an index.
+def value_of(weights: CheckpointWeights, counterpart: Counterpart) -> Tensor:
+    """Return our parameter or a router's bias; zeros for a bias missing in the checkpoint."""
+    name = counterpart.spec.name
+    if counterpart.buffer and name not in weights.shapes:
+        return torch.zeros(counterpart.spec.shape)
+    return weights.read(name)
 
-    Raises UserError for a folder without them, a file that is missing or cannot be read, and
-    tensors that are not floating point (quantized weights).
+
+class FolderWeights:
+    """Tensors of a Hugging Face folder: ``model.safetensors``, or several files with an index.
+
+    Raises UserError for a folder without such files, a missing or unreadable file, and tensors that
+    are not floating point (quantized weights).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -95,7 +103,7 @@ class FolderWeights:
                     self.shapes[name] = tuple(kept.get_shape())
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor as it is stored."""
+        """Return one tensor in its stored type."""
         with _opened(self._file_of[name]) as tensors:
             tensor: Tensor = tensors.get_tensor(name)
         return tensor
@@ -121,9 +129,9 @@ class FolderWeights:
 
 
 def _within(folder: Path, name: str) -> Path:
-    """A file of ``folder``, which may be a link into the ``blobs`` of its Hugging Face cache.
+    """Return a file of ``folder``; links may only point into ``blobs`` of its Hugging Face cache.
 
-    Raises UserError for a link to anywhere else.
+    Raises UserError for a link to any other place.
     """
     path, home = folder / name, folder.resolve()
     blobs = home.parent.parent / "blobs"
@@ -137,7 +145,7 @@ def _within(folder: Path, name: str) -> Path:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Keep torch from saying for each tensor that it works in a single process, as it was told."""
+    """Suppress torch's warning for each tensor that it works in a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -153,7 +161,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def hash_of(folder: Path) -> str:
-    """Return a hash of a model's weights: the first 16 digits of the SHA-256 of their files."""
+    """Return the first 16 digits of the SHA-256 of a model's weight files, names included."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         digest.update(path.name.encode())
@@ -164,7 +172,7 @@ def hash_of(folder: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; UserError if it is missing or holds none."""
+    """Return the object in a JSON file; UserError if the file is missing or has no object."""
     try:
         return read_object(path)
     except FileNotFoundError:
@@ -199,10 +207,10 @@ def write_safetensors(
     parts: Sequence[tuple[Sequence[tuple[str, int]], Callable[[], dict[str, Tensor]]]],
     shard_bytes: int,
 ) -> list[str]:
-    """Write tensors to ``model.safetensors``, or to several files and an index; return the names.
+    """Write ``model.safetensors``, or several files and an index; return the file names.
 
-    Each part is what one call makes: its (name, bytes) pairs, known beforehand, and the call. A
-    part is never divided; a file holds parts up to ``shard_bytes`` and at least one.
+    Each part has the (name, bytes) of its tensors, known in advance, and a function that returns
+    them. A part is never divided; a file has parts of up to ``shard_bytes``, at least one.
     """
     shards: list[list[Callable[[], dict[str, Tensor]]]] = []
     filled = 0
@@ -237,12 +245,12 @@ def write_checkpoint(
     read: Callable[[str], Tensor],
     states: CheckpointWeights | None = None,
 ) -> Files:
-    """Write the shards of a checkpoint that holds these fp32 parameters of a model, and no more.
+    """Write checkpoint shards with these fp32 parameters of a model, and optimizer ``states``.
 
-    ``read`` is asked for one parameter at a time, while the files are written; ``states`` of an
-    optimizer are added. Returns sizes and checksums, for ``integrity.seal``.
+    ``read`` is called for one parameter at a time while the files are written. Returns sizes and
+    checksums, for ``integrity.seal``.
     """
-    # The plan needs shapes and types only, which tensors without storage have.
+    # The save plan needs only shapes and types, which meta tensors have.
     state = {
         MODEL + name: torch.empty(shape, dtype=torch.float32, device="meta")
         for name, shape in shapes.items()
@@ -259,7 +267,7 @@ def write_checkpoint(
 
 
 def write_states(path: Path, states: CheckpointWeights) -> None:
-    """Write an optimizer's states alone, for ``CheckpointWeights(path, OPTIMIZER)``."""
+    """Write optimizer states without parameters, for ``CheckpointWeights(path, OPTIMIZER)``."""
     files = write_tensors(
         path, _planned(states), lambda name: states.read(name.removeprefix(OPTIMIZER))
     )
@@ -276,18 +284,21 @@ def _planned(states: CheckpointWeights) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, state: dict[str, Tensor], read: Callable[[str], Tensor]) -> Files:
-    """Write the shards of a checkpoint with tensors like those of ``state``, on the meta device.
+    """Write checkpoint shards for the tensors of ``state``, which are on the meta device.
 
-    ``read`` is asked for one at a time, by the name there. Returns sizes and checksums.
+    ``read`` is called with one name of ``state`` at a time. Returns sizes and checksums.
     """
     writer = ShardWriter(path)
-    with _alone():
-        dcp.save(state, storage_writer=writer, planner=_OneByOne(read), no_dist=True)
+    try:
+        with _alone():
+            dcp.save(state, storage_writer=writer, planner=_OneByOne(read), no_dist=True)
+    except dcp.CheckpointException as error:  # an error of ``read``
+        raise (refusal_in(error) or error) from None
     return writer.files
 
 
 class _OneByOne(DefaultSavePlanner):
-    """Gives the writer each tensor when its turn has come."""
+    """Save planner that reads each tensor only when the writer needs the tensor."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         super().__init__()

@@ -164,7 +164,8 @@ def holding_out(
     """Return the rows, the rows to hold out (``compare``'s ``by``), and a description of these.
 
     ``text``: ``groups``, ``largest`` (of N, or of the first input of all laws), ``largest:COLUMN``,
-    or a condition such as ``N > 1e9``. Raises UserError: any other text.
+    or a condition such as ``N > 1e9``. Raises UserError: any other text. For example,
+    ``holding_out(rows, [form], "largest:N")``.
     """
     if text in (None, "groups"):
         groups = len(set(observations.groups))

@@ -13,15 +13,17 @@ class WriteReport(Command):
     """Write one page with the figures of runs, fits and sweeps; it needs no network."""
 
     runs: tuple[Path, ...] = argument(
-        "run folders (of runs/*, what is no run is left out), or a ladder's folder", ()
+        "run folders (folders in runs/* without a run are omitted), or a ladder's folder", ()
     )
-    out: Path = option("page to write", Path("report.html"), "-o")
-    fits: tuple[Path, ...] = option("a fit to draw (allometry fit --out)", (), "--fit")
+    out: Path = option("HTML page to write", Path("report.html"), "-o")
+    fits: tuple[Path, ...] = option(
+        "fit to draw (file of allometry fit --out); repeat for more", (), "--fit"
+    )
     trials: tuple[Path, ...] = option(
-        "a sweep to draw (allometry transfer --trials)", (), "--transfer"
+        "sweep to draw (file of allometry transfer --trials); repeat for more", (), "--transfer"
     )
-    png: Path | None = option("folder for the same figures as PNG")
+    png: Path | None = option("folder for the figures as PNG, in addition")
     smoothing: float = option(
-        "smoothed losses: means over this share of the run so far", 0.05, "--smooth"
+        "smoothing window of losses, as a fraction of the run so far", 0.05, "--smooth"
     )
     title: str = option("title of the page", "Allometry report")

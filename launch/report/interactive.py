@@ -187,5 +187,8 @@ def _text(text: str) -> str:
 
 
 def numbers(values: Column) -> list[float | None]:
-    """Return six digits of each value, None for values that are not finite."""
+    """Return six digits of each value, None for values that are not finite.
+
+    For example, ``numbers(np.array([1.0, np.nan]))`` returns ``[1.0, None]``.
+    """
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -14,6 +14,7 @@ from allometry.laws.frontier import repeated
 HEAD = (
     "run",
     "source",
+    "kind",
     "tokens",
     "share",
     "unique tokens",
@@ -21,6 +22,7 @@ HEAD = (
     "average worth",
     "next worth",
 )
+KIND_HEAD = ("run", "kind", "tokens", "share")
 DOTS = 200
 
 
@@ -37,7 +39,27 @@ def ledger(inputs: Inputs) -> Section:
         "epochs are worth, a new one being 1, is by arXiv 2305.16264."
     )
     table = Table(HEAD, tuple(row for _, row in rows), run_s=tuple(number for number, _ in rows))
-    return Section("ledger", title, text, tables=(table,))
+    sums = [(one.number, row) for one in inputs.runs for row in _kind_rows(one)]
+    by_kind = Table(KIND_HEAD, tuple(row for _, row in sums), run_s=tuple(n for n, _ in sums))
+    return Section("ledger", title, text, tables=(table, by_kind) if sums else (table,))
+
+
+def _kind(one: Shown, name: str) -> str:
+    """Return the kind of a source, and its origin."""
+    source = (one.run.record.get("data", {}).get("sources") or {}).get(name) or {}
+    kind, parent = source.get("kind", "natural"), source.get("parent")
+    return str(kind) if parent is None else f"{kind} from {parent}"
+
+
+def _kind_rows(one: Shown) -> list[tuple[str, ...]]:
+    """Return the tokens of each kind, for runs with synthetic text."""
+    found = {
+        key.partition("/")[2]: float(column[-1])
+        for key, column in one.metrics.items()
+        if key.startswith("kind_tokens/")
+    }
+    total = sum(found.values())
+    return [(one.name, kind, human(count), f"{count / total:.1%}") for kind, count in found.items()]
 
 
 def _ledger_rows(one: Shown) -> list[tuple[str, ...]]:
@@ -49,6 +71,7 @@ def _ledger_rows(one: Shown) -> list[tuple[str, ...]]:
         (
             one.name,
             name,
+            _kind(one, name),
             human(last(f"tokens/{name}")),
             f"{last(f'tokens/{name}') / last('tokens'):.1%}",
             human(last(f"unique_tokens/{name}")),

@@ -164,7 +164,7 @@ def _table(table: Table) -> str:
 
 
 def _kind(column: Sequence[str]) -> str:
-    """Return the CSS class of a column: numbers and words do not break, long words do."""
+    """Return the CSS class of a column: no line breaks, between words, or anywhere."""
     if column and all(map(_is_number, column)):
         return "number"
     longest = max((len(word) for cell in column for word in cell.split()), default=0)

@@ -98,7 +98,7 @@ def _task(name: str, runs: Sequence[tuple[Shown, _Of]]) -> Panel:
 
 
 def _stages(runs: Sequence[tuple[Shown, _Of]], shown: Sequence[Shown]) -> Iterator[Panel]:
-    """Return changes since each stage began: of accuracies, and of held-out losses."""
+    """Yield changes since each stage began: of accuracies, and of held-out losses."""
     yield Panel(
         "scores since the stage began",
         _TOKENS,

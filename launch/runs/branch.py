@@ -69,7 +69,7 @@ def _single(asked: Branch) -> Report:
     _check_free(folder, config)
     plan = RunPlan.of(config, 1)
     path, pinned = write_branch(config)
-    _check_kept(asked.run, asked.at)  # again, as it is pinned only now
+    _check_kept(asked.run, asked.at)  # again, now that it is pinned
     command = f"allometry train {shlex.quote(str(path))}"
     if asked.train:
         from allometry.launch.runs.train import trained

@@ -12,16 +12,22 @@ from allometry.launch.command import REQUIRED, Command, ConfigCommand, argument,
 class Train(ConfigCommand):
     """Train the run that CONFIG describes, or continue it from its last checkpoint.
 
-    Further arguments override single keys: optimizer.lr=3e-4. For several processes: python -m
-    allometry.launch.torchrun --nproc-per-node N -m allometry.launch.train CONFIG ...
+    Further arguments override single keys: optimizer.lr=3e-4. For several processes:
+    python -m allometry.launch.torchrun --nproc-per-node N -m allometry.launch.train CONFIG ...
     """
 
-    dry_run: bool = option("validate, print the plan, train nothing", False)
-    print_config: bool = option("print the resolved configuration and stop", False)
-    stage: str | None = option("with --print-config: the run as it is in this one of its stages")
-    world_size: int | None = option("ranks to plan for (with --dry-run); default: 1", min=1)
-    allocator: str = option("on CPU: auto, jemalloc, tcmalloc, glibc-tuned or system", "auto")
-    stop_at_step: int | None = option("save and stop after this step; run again to go on", min=1)
+    dry_run: bool = option("validate and print the plan without training", False)
+    print_config: bool = option("print the resolved configuration without training", False)
+    stage: str | None = option("with --print-config: stage whose configuration to print")
+    world_size: int | None = option(
+        "with --dry-run: number of ranks to plan for; default: 1", min=1
+    )
+    allocator: str = option(
+        "CPU memory allocator: auto, jemalloc, tcmalloc, glibc-tuned or system", "auto"
+    )
+    stop_at_step: int | None = option(
+        "step after which to save and stop; a later launch continues", min=1
+    )
     json: bool = option("with --dry-run: print one JSON object", False)
 
 
@@ -29,9 +35,9 @@ class Train(ConfigCommand):
 class Fetch(Command):
     """Create a run folder from an upload (``checkpoint.upload``), for ``train`` to continue."""
 
-    url: str = argument("the run's place in an object store: its checkpoint.upload.url", paths=True)
-    folder: Path = argument("the folder to make")
-    step: int | None = option("the step of the upload; default: the newest whole one")
+    url: str = argument("URL of the run in an object store: its checkpoint.upload.url", paths=True)
+    folder: Path = argument("run folder to create")
+    step: int | None = option("step of the upload; default: the newest complete one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,29 +45,57 @@ class Prepare(Command):
     """Convert text into token files for training (Megatron's .bin/.idx)."""
 
     inputs: tuple[str, ...] = argument(
-        "NAME=PATH or PATH: text, JSON Lines (both also as .gz, .zst, .bz2, .xz), parquet, a "
-        "folder or a pattern of them, or builtin:python-code, builtin:python-prose",
+        "NAME=PATH or PATH: text or JSON Lines (both also as .gz, .zst, .bz2, .xz), parquet, a "
+        "folder or a pattern of these, or builtin:python-code, builtin:python-prose",
         paths=True,
     )
     out: Path = option("folder for the token files", REQUIRED, "-o")
-    tokenizer: Path | None = option("tokenizer.json to use; without one, a BPE is trained")
+    tokenizer: Path | None = option("tokenizer.json to use; default: train a BPE")
     end_of_document: str | None = option(
         "token of --tokenizer that ends documents; default: its eos_token, or a well-known name"
     )
-    vocab_size: int | None = option("size of the BPE to train; default: 8192")
-    validation_fraction: float = option(
-        "share of the documents held out, chosen by their hash", 0.05
+    vocab_size: int | None = option("vocabulary size of the BPE to train; default: 8192")
+    validation_fraction: float = option("fraction of held-out documents, selected by hash", 0.05)
+    text_key: str = option("field of the text; meta.text: a nested field", "text")
+    split_key: str | None = option(
+        "field whose hash selects held-out documents, such as the text or id that a document was "
+        "derived from; default: the text itself"
     )
-    text_key: str = option("field that holds the text; meta.text: a field in a field", "text")
     separator: str | None = option(
-        "what stands between the documents of a text file; default: each file is one document"
+        "separator of the documents of a text file; default: one document per file"
     )
     on_bad_line: str = option(
-        "stop, or skip: leave out and count text that is missing or damaged", "stop"
+        "reaction to missing or damaged text: stop, or skip (omit and count it)", "stop"
     )
-    max_bad_lines: int = option("stop all the same after this many in a source", 1000, min=0)
-    max_documents: int | None = option("read at most this many documents of each source")
-    processes: int | None = option("worker processes; default: cores")
+    max_bad_lines: int = option("with skip: maximum number of bad lines in a source", 1000, min=0)
+    max_documents: int | None = option("maximum number of documents of each source; default: all")
+    processes: int | None = option("number of worker processes; default: number of cores")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adopt(Command):
+    """Create one source from shards of token files, without copying the shards.
+
+    Shards are pairs of .bin and .idx as written by Megatron, datatrove or NeMo Curator. Each shard
+    is read once and checked; repeat an interrupted command to continue it.
+    """
+
+    shards: tuple[str, ...] = argument(
+        "NAME=PATTERN or PATTERN of .idx files, or their folder: web='shards/*.idx'", paths=True
+    )
+    out: Path = option("folder for the index, the list of shards and manifest.json", REQUIRED, "-o")
+    tokenizer: Path = option("tokenizer.json with which the shards were made", REQUIRED)
+    validation: tuple[str, ...] = option(
+        "NAME=PATTERN of held-out shards; repeat for more", (), paths=True
+    )
+    end_of_document: str | None = option(
+        "token of --tokenizer that ends documents; default: its eos_token, or a well-known name"
+    )
+    allow_inner_ends: bool = option(
+        "accept documents that contain the end-of-document token", False
+    )
+    allow_missing_ends: bool = option("accept documents that do not end with this token", False)
+    processes: int | None = option("number of worker processes; default: number of cores", min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,44 +106,50 @@ class Convert(Command):
     """
 
     source: Path = argument("run folder, or folder of a Hugging Face model")
-    out: Path | None = option("folder to make; it must not hold anything", None, "-o")
-    step: int | None = option("export this checkpoint; default: the latest", min=0)
-    family: str | None = option("export as llama, qwen3, mixtral or qwen3_moe; default: fit")
-    dtype: str | None = option("type of exported weights, fp32 or bf16; default: fp32")
-    tokenizer: Path | None = option("export: tokenizer.json of a run that does not know its own")
-    end_of_document: str | None = option("export: token that ended the documents, likewise")
-    config: str | None = option("import: the run to be trained, a YAML file or preset:NAME")
-    print_model: bool = option("print the model section of a model and stop", False)
-    optimizer_state: bool = option(
-        "export: keep the optimizer's states beside the weights; import: go on with them", False
+    out: Path | None = option("folder to create; an existing folder must be empty", None, "-o")
+    step: int | None = option("export: step of the checkpoint; default: the latest", min=0)
+    family: str | None = option(
+        "export: llama, qwen3, mixtral or qwen3_moe; default: the family that fits"
     )
-    check: bool = option("compare logits with transformers, and every tensor", False)
+    dtype: str | None = option("export: type of the weights, fp32 or bf16; default: fp32")
+    tokenizer: Path | None = option("export: tokenizer.json of a run without a recorded tokenizer")
+    end_of_document: str | None = option("export: token that ended the documents of such a run")
+    config: str | None = option("import: run to train, a YAML file or preset:NAME")
+    print_model: bool = option("print the model section for a Hugging Face model and stop", False)
+    optimizer_state: bool = option(
+        "export: include the optimizer states; import: continue with these states", False
+    )
+    check: bool = option("compare every tensor, and the logits with those of transformers", False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Command):
-    """Merge the last checkpoints of RUN into one, in place of a decay of the learning rate.
+    """Merge the last checkpoints of RUN into one, as a substitute for a learning-rate decay.
 
-    Makes a run folder whose step 0 are the merged weights, to evaluate, convert or begin runs with
-    (run.initial.folder). With --forecast nothing is made: the held-out losses of merges, beside
-    what the law of ``allometry forecast`` says of decays over the same steps.
+    Creates a run folder with the merged weights as step 0, for evaluate, convert or new runs
+    (run.initial.folder). With --forecast no folder is created: prints the held-out losses of merges
+    next to the losses that the law of ``allometry forecast`` predicts for decays over the same
+    steps.
     """
 
-    run: Path = argument("run folder, trained at a constant rate")
-    last: int = option("checkpoints to merge, the newest ones", 8)
+    run: Path = argument("folder of a run with constant learning rate")
+    last: int = option("number of checkpoints to merge, the newest ones", 8)
     decay: str = option(
-        "shape of the decay in whose place they are: linear, cosine, sqrt (1 - "
-        "sqrt), or mean: all alike",
+        "shape of the decay that the merge emulates: linear, cosine, sqrt (1 - sqrt), or mean "
+        "(equal weights)",
         "linear",
     )
-    step: int | None = option("the newest checkpoint to merge; default: the run's newest", min=1)
-    out: Path | None = option("folder to make; it must not hold anything", None, "-o")
+    step: int | None = option(
+        "step of the newest checkpoint to merge; default: the run's newest", min=1
+    )
+    out: Path | None = option("folder to create; an existing folder must be empty", None, "-o")
     forecast: bool = option("measure merges of the last 2, 4, 8, ... checkpoints", False)
     against: tuple[str, ...] = option(
-        "with --forecast: a branch of RUN that decayed, measured on the same tokens (repeat)", ()
+        "with --forecast: branch of RUN with a decay, measured on the same tokens; repeat for more",
+        (),
     )
-    like: Path | None = option("with --forecast: take what a decay gains from this run's curve")
-    device: str | None = option("with --forecast: cpu, cuda; default: a GPU where there is one")
+    like: Path | None = option("with --forecast: run whose curve provides the gain of a decay")
+    device: str | None = option("with --forecast: cpu or cuda; default: a GPU if available")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,17 +162,20 @@ class Evaluate(Command):
 
     source: Path = argument("run folder, or folder of a Hugging Face model")
     tasks: tuple[str, ...] = option(
-        "the harness' names, .yaml files or folders of them, with commas or repeated", REQUIRED
+        "task names of the harness, .yaml files or folders of these; comma-separated or repeated",
+        REQUIRED,
     )
-    checkpoints: str = option("all that are kept, last, or steps: 1000,2000", "last")
-    fewshot: int | None = option("examples before each question; default: the task's", min=0)
-    limit: int | None = option("of each task only so many documents", min=1)
-    batch_size: int = option("requests at a time", 8, min=1)
-    device: str | None = option("cpu, cuda, cuda:1; default: a GPU where there is one")
+    checkpoints: str = option("checkpoints to score: all, last, or steps such as 1000,2000", "last")
+    fewshot: int | None = option(
+        "number of examples before each question; default: the task's", min=0
+    )
+    limit: int | None = option("maximum number of documents of each task; default: all", min=1)
+    batch_size: int = option("number of requests in a batch", 8, min=1)
+    device: str | None = option("cpu, cuda or cuda:1; default: a GPU if available")
     dtype: str | None = option("type of the weights, fp32 or bf16; default: fp32")
-    tokenizer: Path | None = option("tokenizer.json of a run that does not know its own")
-    end_of_document: str | None = option("token that ended the documents, likewise")
-    again: bool = option("evaluate also what was evaluated before", False)
+    tokenizer: Path | None = option("tokenizer.json of a run without a recorded tokenizer")
+    end_of_document: str | None = option("token that ended the documents of such a run")
+    again: bool = option("also repeat evaluations that are already recorded", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,15 +183,16 @@ class Doctor(Command):
     """List installed and usable components, with instructions for missing ones."""
 
     disk: Path | None = option(
-        "also measure the disk of this folder, for parallel.zero.optimizer_states.nvme"
+        "folder whose disk to measure as well, for parallel.zero.optimizer_states.nvme"
     )
     build: bool = option(
-        "also compile what parallel.zero.engine=deepspeed needs for NVMe, once on a machine", False
+        "also compile the NVMe extension for parallel.zero.engine=deepspeed, once per machine",
+        False,
     )
     measure: bool = option(
-        "also measure this machine for the planner: hardware this-machine (a minute or two)", False
+        "also measure this machine for the planner, as hardware this-machine (1-2 minutes)", False
     )
-    out: Path | None = option("with --measure: write the description to this YAML file too")
+    out: Path | None = option("with --measure: additional YAML file for the description")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +203,8 @@ class Runs(Command):
     (its loss was not finite), ended. A line is printed for each folder that is not a run.
     """
 
-    folder: Path = argument("a folder that holds runs, ladders or trees of runs", Path("runs"))
-    tree: bool = option("branches below their trunks", False)
+    folder: Path = argument("folder that contains runs, ladders or trees of runs", Path("runs"))
+    tree: bool = option("list branches below their trunks", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,19 +217,21 @@ class Branch(Command):
     launch.kind: sbatch in that file, scripts for Slurm are written instead.
     """
 
-    run: Path | None = argument("the run to branch from", None, metavar="[RUN]")
-    at: int | None = option("step of its checkpoint", min=1)
-    config: str | None = option(
-        "YAML file of what the branch has otherwise: schedule, data, length"
-    )
-    sets: tuple[str, ...] = option("section.key=value; repeat for more", (), "--set")
+    run: Path | None = argument("run to branch from", None, metavar="[RUN]")
+    at: int | None = option("step of the run's checkpoint", min=1)
+    config: str | None = option("YAML file with the changes of the branch: schedule, data, length")
+    sets: tuple[str, ...] = option("section.key=value to change; repeat for more", (), "--set")
     name: str | None = option(
-        "the branch's folder, beside RUN; default: RUN-CONFIG-STEP", None, "--run"
+        "folder of the branch, next to RUN; default: RUN-CONFIG-STEP", None, "--run"
     )
-    train: bool = option("train it here, in this process", False)
-    tree: str | None = option("a YAML file of kind: tree, or a tree's folder: train what it lacks")
-    parallel: int | None = option("with --tree: runs at a time; default: the tree's", min=1)
-    dry_run: bool = option("with --tree: print how far its runs are, train nothing", False)
+    train: bool = option("train the branch here, in this process", False)
+    tree: str | None = option(
+        "YAML file of kind: tree, or folder of a tree: train its remaining runs"
+    )
+    parallel: int | None = option(
+        "with --tree: number of runs at a time; default: the tree's", min=1
+    )
+    dry_run: bool = option("with --tree: print the progress of its runs without training", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,14 +240,16 @@ class Plot(Command):
 
     runs: tuple[Path, ...] = argument("run folders")
     hdp: bool = option(
-        "draw which rank ran which documents in one step: RUN --hdp [STEP]; default: "
-        "the last recorded step",
+        "draw the ranks and documents of one step: RUN --hdp [STEP]; default: the last recorded "
+        "step",
         False,
     )
-    out: Path | None = option("PNG to write; default: loss.png, plan.png", None, "-o")
+    out: Path | None = option(
+        "PNG file to write; default: loss.png, or plan.png with --hdp", None, "-o"
+    )
     labels: tuple[str, ...] = option(
-        "name of a run in the figure and the table, once for each run in their order; default: "
-        "its folder's",
+        "label of a run in the figure and the table, once per run in order; default: its folder's "
+        "name",
         (),
         "--label",
     )
@@ -211,19 +259,21 @@ class Plot(Command):
 class Forecast(Command):
     """Forecast the final loss of RUN from its curve: its own schedule, another, or a decay now."""
 
-    folder: Path = argument("the run's folder", metavar="RUN")
+    folder: Path = argument("run folder", metavar="RUN")
     schedule: str | None = option("kind of another schedule, e.g. wsd; default: the run's own")
-    decay_fraction: float | None = option("share of the steps that the decay takes")
-    decay: str | None = option("form of the decay: 1-sqrt, linear or exponential")
-    final_fraction: float | None = option("last rate over peak rate")
-    total_steps: int | None = option("length of the run", min=1)
+    decay_fraction: float | None = option("fraction of the steps in the decay")
+    decay: str | None = option("shape of the decay: 1-sqrt, linear or exponential")
+    final_fraction: float | None = option("final rate divided by peak rate")
+    total_steps: int | None = option("length of the run in steps; default: the run's own", min=1)
     decay_now: bool = option(
-        "as if the decay began now, a tenth of the run (--decay-fraction)", False
+        "start the decay now, for a tenth of the run (or --decay-fraction)", False
     )
     others: tuple[Path, ...] = option(
-        "fit this run's curve as well: the same model; repeat for more", (), "--with"
+        "run of the same model whose curve is also fitted; repeat for more", (), "--with"
     )
-    like: Path | None = option("a run to borrow from where this one has measured nothing yet")
-    at_step: int | None = option("forget what the run recorded after this step", min=1)
-    loss: str = option("train, validation, train/NAME or validation/NAME", "train")
+    like: Path | None = option("run that provides values which this run has not measured yet")
+    at_step: int | None = option("step after which the run's records are ignored", min=1)
+    loss: str = option(
+        "loss to forecast: train, validation, train/NAME or validation/NAME", "train"
+    )
     level: float = option("probability of the interval", 0.95)

@@ -32,6 +32,7 @@ from allometry.trainer.repetition import (
 from allometry.trainer.sources import open_sources
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.stages import stage_facts
+from allometry.trainer.synthetic import synthetic_advice
 
 
 def planned(config: RunConfig, world_size: int) -> Report:
@@ -88,12 +89,17 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     found = repetitions(stream, position, plan.parameters.non_embedding)
     check_epochs(config, found)
     accounts = stream.accounts(position)
+    read = {name: account.tokens for name, account in accounts.items()}
     return {
         "checked": True,
         "epochs": {name: account.epochs for name, account in accounts.items()},
         "sources": {name: asdict(account) for name, account in accounts.items()},
         "repetition": facts_of(found),
-        "advice": dict(repetition_advice(config, found)),
+        "kinds": stream.by_kind(read),
+        "advice": {
+            **dict(repetition_advice(config, found)),
+            **dict(synthetic_advice(config, read)),
+        },
         "select": {name: one.describe() for name, one in stream.selections.items()},
         "total_flops": round(expected_flops(config, stream)),
     }
@@ -276,9 +282,18 @@ def _data(data: dict[str, Any]) -> list[str]:
             f"{one['side']} by {one['scorer']}"
             for name, one in data["select"].items()
         ),
+        *_kinds(data["kinds"]),
         *_repetition(data),
         *(f"advice            {text}" for text in data["advice"].values()),
     ]
+
+
+def _kinds(kinds: dict[str, int]) -> list[str]:
+    """Return a line of shares of kinds of text, if not all text is natural."""
+    if not kinds:
+        return []
+    total = max(1, sum(kinds.values()))
+    return ["  kinds           " + ", ".join(f"{k} {n / total:.1%}" for k, n in kinds.items())]
 
 
 def _repetition(data: dict[str, Any]) -> list[str]:

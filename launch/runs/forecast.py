@@ -50,7 +50,8 @@ def forecasted(asked: ForecastCommand) -> Report:
     starts from the defaults of its kind, with the run's warm-up). ``decay_now``: instead, the steps
     so far and a decay from their last learning rate. Raises UserError: a folder has no run, the
     runs differ in sections that one law requires to be equal, the schedule is invalid, or there are
-    too few rows.
+    too few rows. For example,
+    ``forecasted(Forecast(folder=Path("runs/a"), decay_now=True)).facts["loss"]``.
     """
     if not 0.0 < asked.level < 1.0:
         raise UserError(f"--level={asked.level} is no probability; use 0.95, say")

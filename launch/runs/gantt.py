@@ -66,7 +66,10 @@ def draw_plan(folder: Path, step: int | None, out: Path) -> Report:
 
 
 def run_and_step(arguments: Sequence[Path]) -> tuple[Path, int | None]:
-    """Return the run folder and the step of RUN [STEP]. Raises UserError: any other arguments."""
+    """Return the run folder and the step of RUN [STEP]. Raises UserError: any other arguments.
+
+    For example, ``run_and_step([Path("runs/a"), Path("100")])`` returns ``(Path("runs/a"), 100)``.
+    """
     folder, *rest = arguments
     if not rest:
         return folder, None

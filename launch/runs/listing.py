@@ -31,7 +31,10 @@ class _Found:
 
 
 def listed(asked: Runs) -> Report:
-    """List the runs in a folder. Raises UserError: the folder is missing or has no run."""
+    """List the runs in a folder. Raises UserError: the folder is missing or has no run.
+
+    For example, ``listed(Runs(folder=Path("runs"), tree=True)).text``.
+    """
     if not asked.folder.is_dir():
         raise UserError(f"{asked.folder} is not a folder; name one that holds runs")
     found = _Found([], [])
@@ -170,7 +173,7 @@ def _checkpoint(run: RunStatus, step: int) -> str:
 
 
 def _elsewhere(runs: Sequence[RunStatus], names: Sequence[str]) -> list[str]:
-    """Return a remark on runs whose last launch was on another host."""
+    """Return a remark on crashed runs of other hosts, which may still be running there."""
     here = socket.gethostname()
     far = [
         f"{name} on {run.host}"

@@ -1,4 +1,4 @@
-"""``allometry merge``: the last checkpoints of a run as one, or what merging them would give."""
+"""Implementation of ``allometry merge``: merge the last checkpoints of a run, or forecast it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from allometry.studies.merge import MergeReport, Window, merge_run, open_window
 
 _SHAPES: Mapping[str, Callable[[float], float]] = {
     "linear": lambda x: 1.0 - x,
-    "mean": lambda x: 1.0 - x,  # which differs in half of its first and last intervals alone
+    "mean": lambda x: 1.0 - x,  # differs only in half of the first and last intervals
     "cosine": lambda x: (1.0 + math.cos(math.pi * x)) / 2.0,
     "sqrt": lambda x: 1.0 - math.sqrt(x),
 }
 
 
 def merged(asked: Merge) -> Report:
-    """Merge, or measure what it would give. Raises UserError."""
+    """Merge checkpoints, or with ``--forecast`` measure the merges. Raises UserError."""
     if asked.forecast:
         if asked.out is not None:
             raise UserError(f"--out={asked.out} does not go with --forecast, which writes nothing")
@@ -96,7 +96,7 @@ def _forecasted(asked: Merge) -> Report:
 
 
 def _numbers(last: int) -> list[int]:
-    """2, 4, 8, ... and ``last``."""
+    """Return 2, 4, 8, ... up to ``last``, and ``last``."""
     doubled = (2**power for power in range(1, last.bit_length() + 1))
     return sorted({number for number in doubled if number <= last} | {last})
 
@@ -113,10 +113,10 @@ def _device(name: str) -> Any:
 def _decays(
     asked: Merge, window: Window, firsts: Sequence[int]
 ) -> tuple[list[tuple[float, float] | None], str | None]:
-    """What the law of ``allometry forecast`` says of decays in place of merges, and a note.
+    """Forecast decays in place of merges by the law of ``allometry forecast``, with a note.
 
-    By the step that each begins with: the change of the training loss at the last step, against
-    the rates as they were, and its standard deviation. None where the law says nothing.
+    For each first step in ``firsts``: the change of the training loss at the last step relative to
+    the actual learning rates, and its standard deviation; None if the law gives no forecast.
     """
     last, choice = window.steps[-1], LossChoice.parse("train")
     try:
@@ -139,7 +139,7 @@ def _decays(
 
 
 def _decayed(curve: Curve, first: int, last: int, decay: str) -> LearningRates:
-    """The rates up to ``first``, and from there a decay to 0 at ``last``."""
+    """Return the learning rates up to ``first``, followed by a decay to 0 at ``last``."""
     rates = curve.rates.rates[:last].copy()
     steps = np.arange(first + 1, last + 1)
     shape = [_SHAPES[decay]((step - first) / (last - first)) for step in steps]

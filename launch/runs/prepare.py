@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 from allometry.data.corpus import OnBadLine
+from allometry.data.manifest import Manifest
 from allometry.data.prepare import PrepareRequest, prepare
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Prepare
@@ -26,8 +28,13 @@ def prepared(asked: Prepare) -> Report:
         separator=asked.separator,
         on_bad_line=cast(OnBadLine, asked.on_bad_line),
         max_bad_lines=asked.max_bad_lines,
+        split_key=asked.split_key,
     )
-    manifest = prepare(request, quiet=asked.json)
+    return manifest_report(prepare(request, quiet=asked.json), asked.out)
+
+
+def manifest_report(manifest: Manifest, out: Path) -> Report:
+    """Return the content of a folder of token files, as a table."""
     rows = [["source", "split", "documents", "tokens"]]
     rows += [
         [name, split, f"{record.documents:,}", f"{record.tokens:,}"]
@@ -46,6 +53,6 @@ def prepared(asked: Prepare) -> Report:
     made = manifest.tokenizer
     vocabulary = (
         f"vocabulary {made.vocab_size:,}, documents end with {made.end_of_document} "
-        f"({made.end_of_document_id}), token files in {asked.out}"
+        f"({made.end_of_document_id}), token files in {out}"
     )
     return Report(manifest.model_dump(mode="json"), f"{shown}\n{vocabulary}")

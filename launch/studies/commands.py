@@ -18,9 +18,10 @@ class Verify(ConfigCommand):
     """
 
     layout: tuple[str, ...] = option(
-        "tp=2 or pp=2,hdp=2,zero.stage=1; repeat for more; default: a handful", ()
+        "layout such as tp=2 or pp=2,hdp=2,zero.stage=1; repeat for more; default: a standard set",
+        (),
     )
-    out: Path = option("where the certificate goes", Path("certificate.json"), "-o")
+    out: Path = option("JSON file for the certificate", Path("certificate.json"), "-o")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,12 @@ class SelfTest(ConfigCommand):
 
     Sends, checks and times every message of a step; compares one step's gradients of a small model
     in the same layout with one rank's; measures devices and the disk. Exits with code 1 on any
-    fault. python -m allometry.launch.torchrun ... -m allometry.launch.selftest CONFIG
+    fault. Start it with:
+    python -m allometry.launch.torchrun ... -m allometry.launch.selftest CONFIG
     """
 
-    out: Path = option("where the measurements go, JSON", Path("selftest.json"), "-o")
-    seconds: float = option("about how long messages may take", 45.0, min=1.0)
+    out: Path = option("JSON file for the measurements", Path("selftest.json"), "-o")
+    seconds: float = option("approximate duration of the message tests, in seconds", 45.0, min=1.0)
     disk_mib: int = option("MiB that each rank writes and reads", 256, min=1)
 
 
@@ -42,14 +44,16 @@ class Memory(ConfigCommand):
     """Predict the peak memory of CONFIG's fullest rank by kind, and its moment in a step.
 
     --probe takes two real steps on random tokens, not compiled, and prints measured next to
-    predicted bytes: on this machine's CPU or GPU, or on all ranks of a launch: python -m
-    allometry.launch.torchrun ... -m allometry.launch.memory CONFIG --probe
+    predicted bytes: on this machine's CPU or GPU, or on all ranks of a launch:
+    python -m allometry.launch.torchrun ... -m allometry.launch.memory CONFIG --probe
     """
 
-    world_size: int | None = option("ranks to predict for; default: 1, or as launched", min=1)
-    rank: int | None = option("the rank to predict; default: the fullest", min=0)
-    device: str | None = option("cuda or cpu; default: cuda, with --probe the one at hand")
-    probe: bool = option("measure as well; scale a large model down by overrides", False)
+    world_size: int | None = option(
+        "number of ranks to predict for; default: 1, or as launched", min=1
+    )
+    rank: int | None = option("rank to predict; default: the fullest", min=0)
+    device: str | None = option("cuda or cpu; default: cuda, with --probe the available device")
+    probe: bool = option("also measure; reduce a large model by overrides", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,38 +65,40 @@ class Plan(ConfigCommand):
     layout fits. Further arguments override single keys.
     """
 
-    cluster: str = option("kind of node: h100, or a YAML file as docs/planner.md has it", REQUIRED)
+    cluster: str = option(
+        "hardware: h100 or another shipped description, or a YAML file (docs/planner.md)", REQUIRED
+    )
     gpus: str = option("number of GPUs, or several: 512,1024", REQUIRED)
-    tokens: str | None = option("tokens to train on: 2T, 300B; default: the run's")
-    objective: str = option("what the best has least of: time, cost (GPU-hours) or memory", "time")
-    price: float | None = option("of one GPU for an hour, in any currency", min=0)
+    tokens: str | None = option("training tokens: 2T, 300B; default: the run's")
+    objective: str = option("quantity to minimize: time, cost (GPU-hours) or memory", "time")
+    price: float | None = option("price of one GPU-hour, in any currency", min=0)
     reserve: float | None = option(
-        "share of a card's memory left free; default: 0.1", min=0, max=0.9
+        "fraction of device memory to leave free; default: 0.1", min=0, max=0.9
     )
     keep: tuple[str, ...] = option(
-        "key that stays as CONFIG has it (parallel.tp); repeat for several", ()
+        "key that keeps its value in CONFIG (parallel.tp); repeat for more", ()
     )
-    top: int = option("layouts to print, each of other degrees", 10, min=1)
-    explain: int = option("print terms and memory of the first K layouts", 0, min=0)
-    write: Path | None = option("write CONFIG in the best layout to this file")
+    top: int = option("number of layouts to print, each with other degrees", 10, min=1)
+    explain: int = option("number of layouts for which to print time terms and memory", 0, min=0)
+    write: Path | None = option("file to write CONFIG with the best layout to")
     scale: bool = option(
-        "strong and weak scaling instead, from 8 to 16,384 GPUs; batches of weak scaling grow from "
-        "CONFIG's on --gpus",
+        "instead, strong and weak scaling from 8 to 16,384 GPUs; weak scaling starts from CONFIG's "
+        "batch at --gpus",
         False,
     )
     out: Path = option("with --scale: figure to write", Path("scaling.png"), "-o")
     fit: Path | None = option(
-        "file of allometry fit: which size, tokens and layout reach --loss at the least cost, "
-        "instead"
+        "file of allometry fit: instead, find the size, tokens and layout that reach --loss at the "
+        "least cost"
     )
-    loss: float | None = option("with --fit: the loss to reach", min=0)
+    loss: float | None = option("with --fit: loss to reach", min=0)
     calibrate: tuple[Path, ...] = option(
-        "run that recorded predicted steps (record.prediction), to learn the constants from; "
-        "repeat for several",
+        "run with recorded step predictions (record.prediction) from which to calibrate the cost "
+        "model's constants; repeat for more",
         (),
     )
     constants: Path | None = option(
-        "with --calibrate: file to keep the constants in; without: the one to plan with"
+        "with --calibrate: file to store the constants in; without: file of constants to plan with"
     )
 
 
@@ -105,10 +111,10 @@ class Suggest(ConfigCommand):
     """
 
     params: float | None = option(
-        "parameters without embedding and head; default: the model's", min=1
+        "number of parameters without embedding and head; default: the model's", min=1
     )
-    tokens: float | None = option("tokens of the run; default: the config's", min=1)
-    loss: float | None = option("expected loss, nats per token, for MiniCPM's batch", min=0.1)
+    tokens: float | None = option("number of tokens of the run; default: the config's", min=1)
+    loss: float | None = option("expected loss in nats per token, for MiniCPM's batch law", min=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,17 +125,19 @@ class CoordCheck(ConfigCommand):
     change grows or shrinks with the size; further arguments override single keys.
     """
 
-    widths: str | None = option("as 64,128,256; default: the model's narrowest")
-    depths: str | None = option("as 4,8,16; default where the parameterization has a rule")
-    experts: str | None = option("as 4,8,16; by mssp's regime")
-    lr: float | None = option("constant rate, best a large one; default: the config's")
-    steps: int = option("steps on one batch", 5, min=1)
-    seeds: int = option("initial values and batches", 3, min=1)
-    sequences: int | None = option("default: 4, or by width", min=1)
-    length: int = option("tokens of a sequence, at most", 64, min=2)
-    block_bound: float | None = option("largest slope of a block; default: by kind", min=0.0)
-    logit_bound: float | None = option("largest slope of the logits; default: by kind", min=0.0)
-    processes: int | None = option("default: cores", min=1)
+    widths: str | None = option("widths, such as 64,128,256; default: the model's narrowest")
+    depths: str | None = option(
+        "depths, such as 4,8,16; default: only if the parameterization has a rule"
+    )
+    experts: str | None = option("numbers of experts, such as 4,8,16, by mssp's regime")
+    lr: float | None = option("constant learning rate, preferably large; default: the config's")
+    steps: int = option("number of steps on one batch", 5, min=1)
+    seeds: int = option("number of initializations and batches", 3, min=1)
+    sequences: int | None = option("number of sequences in a batch; default: 4, or by width", min=1)
+    length: int = option("maximum number of tokens in a sequence", 64, min=2)
+    block_bound: float | None = option("maximum slope of a block; default: by kind", min=0.0)
+    logit_bound: float | None = option("maximum slope of the logits; default: by kind", min=0.0)
+    processes: int | None = option("number of worker processes; default: number of cores", min=1)
     out: Path = option("figure to write", Path("coordcheck.png"), "-o")
 
 
@@ -148,32 +156,42 @@ class Transfer(ConfigCommand):
         "default: width, or mssp's regime"
     )
     sizes: str | None = option(
-        "as 64,128,256 (of a horizon: steps; of a batch: sequences); default: small ones"
+        "sizes, such as 64,128,256 (horizon: steps; batch: sequences); default: small sizes"
     )
-    octaves: float = option("rates around optimizer.lr to begin with, to either side", 1.0)
-    step: float = option("octaves between rates", 0.5)
-    seeds: int = option("initial values and orders of data; one decides nothing", 3, min=1)
+    octaves: float = option(
+        "initial range of rates around optimizer.lr, in octaves to either side", 1.0
+    )
+    step: float = option("spacing of rates, in octaves", 0.5)
+    seeds: int = option(
+        "number of initializations and data orders; with one the result is undecided", 3, min=1
+    )
     place_first: bool = option(
-        "let one seed look for the best rates, and train the others around them alone", False
+        "search the best rates with one seed; train the others only around them", False
     )
-    steps: int = option("steps of a run", 80, min=2)
-    schedule: str = option("linear: to a tenth; run: that of CONFIG", "linear")
-    warmup_steps: int = option("steps of warm-up", 0, "--warmup", min=0)
-    sequences: int = option("sequences of a batch", 8, min=1)
-    length: int = option("tokens of a sequence, at most", 64, min=2)
-    regret_bound: float = option("percent of the loss that a regret may be", 0.5, min=0.0)
+    steps: int = option("number of steps of a run", 80, min=2)
+    schedule: str = option("linear: decay to a tenth; run: CONFIG's schedule", "linear")
+    warmup_steps: int = option("number of warm-up steps", 0, "--warmup", min=0)
+    sequences: int = option("number of sequences in a batch", 8, min=1)
+    length: int = option("maximum number of tokens in a sequence", 64, min=2)
+    regret_bound: float = option("maximum regret, in percent of the loss", 0.5, min=0.0)
     against: Path | None = option(
-        "trials of the same sweep under another parameterization (sp), of whose regret this one's "
-        "may be a fifth at most"
+        "trials of the same sweep under another parameterization (sp); the regret must be at most "
+        "a fifth of its regret"
     )
-    bound: float | None = option("octaves that best rates may drift as well; default: any", min=0.0)
+    bound: float | None = option(
+        "maximum drift of best rates, in octaves, as well; default: any", min=0.0
+    )
     engine: str = option(
-        "processes: each run by itself; stacked: all runs of a size as one model", "processes"
+        "processes: one process per run; stacked: all runs of a size as one model", "processes"
     )
     device: str = option("cpu, or cuda for stacked runs", "cpu")
-    runs_at_once: int | None = option("runs of a stack, at most; default: all of a size", min=1)
-    processes: int | None = option("default: cores", min=1)
-    trials: Path | None = option("file that keeps each run's loss, to go on from")
+    runs_at_once: int | None = option(
+        "maximum number of runs in a stack; default: all of a size", min=1
+    )
+    processes: int | None = option("number of worker processes; default: number of cores", min=1)
+    trials: Path | None = option(
+        "file with the loss of each run, from which an interrupted sweep continues"
+    )
     out: Path = option("figure to write", Path("transfer.png"), "-o")
 
 
@@ -184,7 +202,7 @@ class Refine(Command):
     Train with it: schedule={kind: refined, file: schedule.json}
     """
 
-    folder: Path = argument("the folder of a run that trained to its end", metavar="run")
-    out: Path = option("JSON to write", Path("schedule.json"), "-o")
-    optimizer: str = option("adam (1-norms of gradients) or sgd (2-norms, squared)", "adam")
-    smoothing: float = option("width of the median filter, as a share of the run", 0.1)
+    folder: Path = argument("folder of a finished run", metavar="run")
+    out: Path = option("JSON file to write", Path("schedule.json"), "-o")
+    optimizer: str = option("adam (1-norms of gradients) or sgd (squared 2-norms)", "adam")
+    smoothing: float = option("width of the median filter, as a fraction of the run", 0.1)

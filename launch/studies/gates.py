@@ -28,7 +28,10 @@ INTERRUPTED = 130
 
 
 def numbers(text: str | None, flag: str) -> tuple[int, ...] | None:
-    """Parse ``64,128,256``; None stays None. Raises UserError: fewer than two numbers."""
+    """Parse ``64,128,256``; None stays None. Raises UserError: fewer than two numbers.
+
+    For example, ``numbers("64,128", "--widths")`` returns ``(64, 128)``.
+    """
     if text is None:
         return None
     try:

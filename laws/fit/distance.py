@@ -42,8 +42,8 @@ def distance(form: Form, fitted: Observations, asked: Observations) -> Array:
 def far_axis(form: Form, observations: Observations) -> Array | None:
     """Return the quantity [n] along which folds are cut, increasing towards predictions, or None.
 
-    Compute (N D, or C), else N or D; for laws that read the loss, its decrease. Laws of complete
-    curves have none: their forecasts have an error of their own (``laws/forecast.py``).
+    Training compute (N D, or C), else N or D; for laws that read the loss, its decrease. Laws of
+    complete curves have none: their forecasts have an error of their own (``laws/forecast.py``).
     """
     logs = extents(form, observations)
     if "step" in observations.columns and observations.curves:

@@ -214,8 +214,8 @@ def fit(form: Form, observations: Observations, options: FitOptions | None = Non
     """Return the best of the local optima of all starts, with its certificate.
 
     Raises UserError: there are fewer distinct rows than parameters; a column is missing or
-    unusable; no start gives finite predictions. For example, ``fit(form_named("chinchilla"),
-    rows).values["E"]``.
+    unusable; no start gives finite predictions. For example,
+    ``fit(form_named("chinchilla"), rows).values["E"]``.
     """
     options = options or FitOptions()
     problem = Problem(form, observations, options.fixed)

@@ -68,17 +68,15 @@ def minimize(
 
     Each search is a projected Levenberg-Marquardt. Its curvature is JᵀVJ with V = 1 on rows inside
     of δ plus κ·min(1, δ/|r|) on all rows: for κ = 1 this majorizes the loss of the linearized
-    residuals (so that a step far from an optimum is a step of reweighted least squares), and for κ
-    -> 0 it is the curvature of the loss itself (so that a step near an optimum is a Newton step). κ
-    and the damping of the diagonal shrink while steps succeed. A search ends when one more step
-    would gain less than ``tolerance`` of its objective or when no step gains anything; ended
-    searches have no cost.
+    residuals (far from an optimum a step is one of reweighted least squares), and for κ -> 0 it is
+    the curvature of the loss itself (near an optimum a step is a Newton step). κ and the damping of
+    the diagonal shrink while steps succeed. A search ends when one more step would gain less than
+    ``tolerance`` of its objective or when no step gains anything; ended searches have no cost.
 
     ``survivors``: successive halving, for many starts of one problem. After each ten iterations the
-    half of the searches with the larger objectives is dropped, as long as ``survivors`` searches
-    remain. None: every search continues to its end.
+    half of the searches with the larger objectives is dropped, down to ``survivors`` (None: no).
     """
-    # glibc returns a freed block to the system unless a block of the same size was freed before. A
+    # glibc returns a freed block to the system unless a block at least as large was freed before. A
     # search frees blocks of a few hundred KiB all the time, and page faults for new blocks took two
     # thirds of its time. This block of 16 MiB is never used. Other C libraries ignore it.
     np.empty(2**21)

@@ -1,7 +1,7 @@
 """Laws of mixtures of experts: efficiency leverage, routed models, granularity."""
 
-# S parameter sets, n rows; N parameters, D tokens, C FLOPs, A share of active experts, G
-# granularity (dense width over expert width)
+# S parameter sets, n rows; N parameters, D tokens, C FLOPs, A share of active experts,
+# G granularity of the experts
 
 from __future__ import annotations
 

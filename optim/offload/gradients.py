@@ -14,8 +14,7 @@ from allometry.parallel.mesh import local
 
 
 class HostGradients:
-    """Host copies of the gradients of ``parameters``, taken from ``device`` after FSDP2's
-    reduction.
+    """Host copies of gradients of ``parameters``, taken from ``device`` after the reduction.
 
     FSDP2 calls a parameter's hook with the reduced gradient, on the stream of the reduction. The
     hook adds the sum of earlier micro-batches, as FSDP2 would, computes the norm and enqueues the

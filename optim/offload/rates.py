@@ -61,9 +61,7 @@ def adam_update(elements: int) -> Callable[[], None]:
 
 
 def adam_rate(elements: int = 16 << 20, rounds: int = 3) -> float:
-    """Return the median rate of torch's fused AdamW on this process's threads, parameters per
-    second.
-    """
+    """Return the median rate of torch's fused AdamW on this process's threads, parameters/s."""
     update = adam_update(elements)
     update()
     return elements / sorted(_seconds(update) for _ in range(rounds))[rounds // 2]

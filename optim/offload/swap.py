@@ -57,7 +57,7 @@ class SwapFile:
 
     Threads may read and write different regions at the same time. Raises UserError if the folder
     cannot be used or is too small (see also ``folder.ready``). ``moved`` does not include the time
-    of checksums.
+    of checksums. For example, ``swap.write(swap.allocate([8192]), buffer)``.
     """
 
     def __init__(self, folder: str | Path, nbytes: int) -> None:

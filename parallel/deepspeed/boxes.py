@@ -55,8 +55,7 @@ def _within(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator
 
 @dataclass(frozen=True)
 class Stretch:
-    """Save and load protocol of torch's checkpoints for a tensor of which this rank has [start,
-    stop).
+    """Checkpoint protocol of torch for a tensor of which this rank has [start, stop).
 
     A stretch takes the place of the tensor in a state dict and has no memory of its own.
     """

@@ -164,8 +164,7 @@ class DeepSpeedSync(GradientSync):
             self._folder.close()
 
     def update(self, groups: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Clip and update with the learning rates of ``groups``; return the gradient norm, fp64,
-        0-dim.
+        """Clip and update with the rates of ``groups``; return the gradient norm, fp64, 0-dim.
 
         The norm is measured before clipping. If the norm is not finite, no parameter is updated and
         the returned norm is infinite.
@@ -188,9 +187,7 @@ class DeepSpeedSync(GradientSync):
         return sorted(set(found))
 
     def _note_norms(self, zero: Any) -> None:
-        """Record the norm of each group; DeepSpeed computes the norms in the order of groups in a
-        step.
-        """
+        """Record the norm of each group; DeepSpeed computes the norms in group order."""
         for name in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
             measure = getattr(zero, name)
 
@@ -202,9 +199,7 @@ class DeepSpeedSync(GradientSync):
             setattr(zero, name, noted)
 
     def _prepare_gathers(self) -> None:
-        """Configure the engine to gather parameters by block and to shard each parameter at its
-        creation.
-        """
+        """Configure the engine to gather parameters by block and to shard them at creation."""
         from deepspeed.runtime.zero.partition_parameters import Init
         from deepspeed.utils import set_z3_leaf_module
 

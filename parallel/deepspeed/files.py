@@ -35,7 +35,7 @@ class SwapFolder:
 
     A killed process leaves its folder behind. The next process that opens a folder in the same
     parent removes all folders whose lock is free. Raises UserError if ``parent`` cannot be used or
-    has less than ``nbytes`` free.
+    has less than ``nbytes`` free. For example, ``SwapFolder("/local/nvme", 10**9).path``.
     """
 
     def __init__(self, parent: str | Path, nbytes: int) -> None:

@@ -24,9 +24,7 @@ _NAME = "async_io"
 
 
 def folder() -> Path:
-    """Return the folder of compiled operators: ours in torch's extensions folder, for this torch
-    version.
-    """
+    """Return the folder of compiled operators, one for each version of torch."""
     base = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     return Path(base) / "allometry" / f"torch-{torch.__version__}"
 

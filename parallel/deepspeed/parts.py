@@ -16,9 +16,7 @@ from allometry.parallel.deepspeed.files import SwapFolder
 
 
 class _Place(NamedTuple):
-    """Location of a parameter's elements: index of a flat partition, and the offset in the
-    partition.
-    """
+    """Location of a parameter's elements: index of a flat partition, and offset in it."""
 
     group: int
     offset: int
@@ -29,7 +27,8 @@ class Parts:
     """Flat fp32 partitions of a started engine, addressed by parameter.
 
     A partition that is stored in files stays in memory until another partition is read or ``close``
-    is called, since consecutive tensors are usually in the same partition.
+    is called, since consecutive tensors are usually in the same partition. For example,
+    ``parts.read(parameter, "exp_avg")``.
     """
 
     def __init__(
@@ -67,8 +66,7 @@ class Parts:
         return self._place(parameter).stretch
 
     def read(self, parameter: Tensor, key: str) -> Tensor:
-        """Return this rank's elements of a parameter (key "param") or of a state, 1-dim, on the
-        CPU.
+        """Return this rank's elements of a parameter ("param") or a state, 1-dim, on the CPU.
 
         The key "step" returns the number of steps, 0-dim.
         """
@@ -92,9 +90,7 @@ class Parts:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Copy written values to the parameters that the model computes with; every rank calls this
-        method.
-        """
+        """Copy written values to the model's parameters; every rank calls this method."""
         zero = self._zero
         if self._stage < 3:
             zero.update_lp_params()

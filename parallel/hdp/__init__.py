@@ -1,1 +1,1 @@
-"""Hybrid data/context parallelism: each document gets the ranks it needs (arXiv 2502.21231)."""
+"""Hybrid data/context parallelism: documents on as many ranks as needed (arXiv 2502.21231)."""

@@ -24,8 +24,7 @@ from allometry.parallel.hdp.kernels_cuda import Runs
 
 
 class Kernel(NamedTuple):
-    """Implementation of a block; ``suits(device, dtype, head width)`` is True if it supports the
-    input.
+    """Implementation of a block; ``suits(device, dtype, head width)``: support of an input.
 
     ``forward`` and ``backward`` have the arguments of ``attention_block`` and
     ``attention_block_backward``.

@@ -4,8 +4,8 @@ NCCL communicators have no tags: between two ranks, the first message is receive
 receive, whatever both are meant for. A communicator also runs one operation at a time: an operation
 of a rank starts after the rank's earlier operations on the communicator have completed, and
 completes when its peers have reached the matching operation. (Messages posted together are one
-operation.) Messages that may be in flight at the same time therefore use different communicators,
-such as those of rings and of pipelines, or are posted in one order on both sides. ``match``
+operation.) Messages that may be in flight at the same time, such as messages of rings and of
+pipelines, therefore use different communicators or are posted in one order on both sides. ``match``
 simulates lists of messages under these rules; ``programs_of`` builds the lists from a plan.
 """
 
@@ -55,7 +55,7 @@ def match(programs: Programs, blocking: Collection[str] = ()) -> int:
     """Simulate the messages; return the number of received messages.
 
     On communicators in ``blocking`` a rank waits for each post immediately, as NCCL does when two
-    ranks communicate for the first time.
+    ranks communicate for the first time. For example, ``match(programs_of(plan, orders))``.
 
     Raises:
         PlanError: a message would be received in place of another, or ranks deadlock.
@@ -180,7 +180,8 @@ def programs_of(
     """Return the posts and waits of every rank in one step of a plan.
 
     ``orders`` as in ``replay``; ``layers`` is the number of attention layers of a stage.
-    ``communicators`` maps "ring" and "pipeline" to communicator names; None: "hdp" and "pp".
+    ``communicators`` maps "ring" and "pipeline" to communicator names; None: "hdp" and "pp". For
+    example, ``orders`` is ``lambda count: schedule_orders("1f1b", 2, 1, count)``.
     """
     names = communicators or {"ring": "hdp", "pipeline": "pp"}
     programs: dict[Rank, list[Step]] = {}

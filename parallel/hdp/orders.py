@@ -30,7 +30,8 @@ def ring_pass(action: Action) -> str | None:
 
     A full backward on one rank matches the first half of a split backward on another rank, since
     pipelines with other numbers of micro-batches split different backwards. In the first stage,
-    which sends no gradient, torch leaves the complete backward to the second half.
+    which sends no gradient, torch leaves the complete backward to the second half. For example,
+    ``ring_pass(Action("F", 0, 1))`` is "F".
     """
     if action.kind == "F":
         return "F"

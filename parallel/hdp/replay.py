@@ -19,9 +19,7 @@ from allometry.scaling.hdp.cost import CostModel
 from allometry.scaling.hdp.plan import Plan
 
 SHARES: Mapping[str, float] = {"F": 1 / 3, "B": 2 / 3, "I": 1 / 3, "W": 1 / 3}
-"""Share of a unit's cost by pass: backward costs twice as much as forward, each half as much as
-forward.
-"""
+"""Share of a unit's cost by pass: backward is twice as long as forward, with equal halves."""
 
 
 class Span(NamedTuple):
@@ -68,7 +66,7 @@ def replay(plan: Plan, orders: Callable[[int], Orders] | None = None) -> Replay:
     (``schedule_orders``); None: no pipeline, forward and then backward of each unit. The cost of a
     unit is the sum over all stages, which are assumed equal. All members of a ring start a pass
     together; only the first half of a split backward contains a ring. Time is linear in the number
-    of passes.
+    of passes. For example, ``replay(plan).makespan`` without a pipeline.
 
     Raises:
         PlanError: the plan violates a rule (``check_plan``) or deadlocks; the message names the
@@ -170,9 +168,7 @@ class _Play:
             raise PlanError(self._why(stuck))
 
     def _advance(self, lane: _Lane) -> bool:
-        """Run the next action of a lane if its inputs are complete; otherwise record the missing
-        input.
-        """
+        """Run a lane's next action if its inputs are complete; else record the missing input."""
         kind, stage, index = action = lane.next
         need: tuple[tuple[int, str, int, int], ...] = ()
         if kind == "F":
@@ -220,9 +216,7 @@ class _Play:
                 self.ready.append(waiting)
 
     def _why(self, stuck: list[_Lane]) -> str:
-        """Describe the ring that waits and the absent rank; without a ring the orders are
-        inconsistent.
-        """
+        """Describe the waiting ring and the absent rank; without a ring, the invalid orders."""
         for lane in stuck:
             _, stage, index = lane.next
             number, passed = lane.units[index], ring_pass(lane.next)

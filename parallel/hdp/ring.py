@@ -1,13 +1,13 @@
 """Ring attention for documents that are sharded over several ranks.
 
 Member j of n computes attention of its queries on the current keys, sends these keys and values to
-the next member and receives those of the previous member, n - 1 times. Blocks are merged by their
-log-sum-exp (arXiv 2310.01889; the zig-zag sharding of ``shard.py`` halves the work). In the
-backward pass keys and values circulate again, and their gradients follow one step behind: the sum
-of a member's gradients starts at the next member, accumulates the share of each member, and arrives
-at the owner after n - 1 hops. Each hop is posted before the block that overlaps with it is
-computed. All documents of a unit travel in one message, keys and values together; sizes are read
-from the table, so ranks do not exchange sizes.
+the next member and receives keys and values from the previous member, n - 1 times. Blocks are
+merged by their log-sum-exp (arXiv 2310.01889; the zig-zag sharding of ``shard.py`` halves the
+work). In the backward pass keys and values circulate again, and their gradients follow one step
+behind: the sum of a member's gradients starts at the next member, accumulates the share of each
+member, and arrives at the owner after n - 1 hops. Each hop is posted before the block that overlaps
+with it is computed. All documents of a unit travel in one message, keys and values together; sizes
+are read from the table, so ranks do not exchange sizes.
 
 All rings use the group of all hdp ranks, so rings of arbitrary ranks need no further communicators.
 With NCCL all ranks must have communicated in this group before some of them send messages
@@ -127,9 +127,7 @@ class _Hop:
     def __init__(
         self, ring: Ring, group: dist.ProcessGroup, sent_2SKH: Tensor, rows: int, channel: int
     ) -> None:
-        """Post both messages and receive ``rows`` rows; ``sent_2SKH`` must not change until
-        ``wait``.
-        """
+        """Post both messages, to receive ``rows``; keep ``sent_2SKH`` unchanged until ``wait``."""
         _, _, K, H = sent_2SKH.shape
         self._sent, self._received = sent_2SKH, sent_2SKH.new_empty(2, rows, K, H)
         tag = ring.tag * _CHANNELS + channel

@@ -23,8 +23,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def chunks(length: int, n: int, member: int) -> tuple[range, range]:
-    """Return the two ranges of positions that ``member`` of ``n`` has in a document of ``length``
-    tokens.
+    """Return the two ranges of positions of ``member`` of ``n`` in a document of ``length``.
 
     For example, ``chunks(8, 2, 0)`` is ``range(0, 2), range(6, 8)``.
     """
@@ -33,9 +32,7 @@ def chunks(length: int, n: int, member: int) -> tuple[range, range]:
 
 
 def _chunk(length: int, n: int, i: int) -> range:
-    """Return chunk i of 2n, split as in ``torch.tensor_split``: the first chunks are one token
-    longer.
-    """
+    """Return chunk i of 2n, split as in ``torch.tensor_split``: longer chunks come first."""
     short, longer = divmod(length, 2 * n)
     start = i * short + min(i, longer)
     return range(start, start + short + (i < longer))
@@ -47,7 +44,8 @@ def ring_table(ring: Sequence[int], member: int, lengths: Sequence[int], tag: in
     ``ring``: the hdp ranks in ring order; ``member``: this rank's index in the ring; ``lengths``:
     the lengths of the unsharded documents; ``tag``: a number that is unique among the units of the
     step. With gloo, members that run different units at the same time then wait for each other
-    instead of receiving keys of the wrong unit.
+    instead of receiving keys of the wrong unit. For example, ``ring_table((2, 0), 1, (100,), 0)``
+    is the table of hdp rank 0 in a ring of ranks 2 and 0.
     """
     assert 0 <= member < len(ring), (ring, member)
     assert len(set(ring)) == len(ring), ring
@@ -69,7 +67,10 @@ class Rows:
         return tuple(b - a for a, b in zip(self.starts, self.stops, strict=True))
 
     def index(self) -> slice | Ints:
-        """Return an index of these rows: a slice if the runs are adjacent, else an array."""
+        """Return an index of these rows: a slice if the runs are adjacent, else an array.
+
+        For example, ``Rows((0, 4), (4, 6)).index()`` is ``slice(0, 6)``.
+        """
         if self.starts[1:] == self.stops[:-1]:
             return slice(self.starts[0], self.stops[-1])
         runs = zip(self.starts, self.stops, strict=True)
@@ -119,7 +120,10 @@ class Ring:
         return self.ranks[self.member - 1]
 
     def source(self, step: int) -> int:
-        """Return the member whose keys this member has after ``step`` hops."""
+        """Return the member whose keys this member has after ``step`` hops.
+
+        For example, member 0 of 3 has the keys of member 2 after one hop.
+        """
         return (self.member - step) % self.size
 
     def tokens(self, member: int) -> int:
@@ -131,8 +135,7 @@ class Ring:
         return short_d + (member < longer_d), short_d + (2 * self.size - 1 - member < longer_d)
 
     def pairing(self, source: int) -> Pairing | None:
-        """Return the rows of this member that see rows of ``source``; None if the pair has no such
-        rows.
+        """Return the rows of this member that see rows of ``source``; None without such rows.
 
         The causal mask keeps or drops complete pairs of chunks. For an earlier member, its first
         chunk is visible to both of our chunks and its second chunk to neither. For a later member,

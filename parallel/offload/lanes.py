@@ -25,9 +25,7 @@ class Lane(Protocol):
     """Queue of copies that run in order, each after all computation enqueued before it."""
 
     def __call__(self, source: Tensor, target: Tensor) -> Ticket | None:
-        """Start a copy; None: complete. Both tensors must be kept alive until the ticket is
-        awaited.
-        """
+        """Start a copy; None: complete. Both tensors must stay alive until the ticket's wait."""
 
 
 def lanes_of(device: torch.device) -> tuple[Lane, Lane]:

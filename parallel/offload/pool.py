@@ -15,9 +15,7 @@ _ALIGNMENT = 512
 
 
 class Region(NamedTuple):
-    """Part of a slab: ``memory`` is uint8; ``size`` is the reserved size, a multiple of the
-    alignment.
-    """
+    """Part of a slab: ``memory`` is uint8; ``size`` is the reserved size, with alignment."""
 
     memory: Tensor
     slab: int
@@ -59,9 +57,7 @@ class HostPool:
         return self.held_bytes - sum(stop - start for free in self._free for start, stop in free)
 
     def take(self, nbytes: int) -> Region:
-        """Return an uninitialized region of ``nbytes``; for example, ``pool.take(1000)`` reserves
-        1024.
-        """
+        """Return an uninitialized region; for example, ``pool.take(1000)`` reserves 1024 bytes."""
         self._collect()
         size = -(-max(nbytes, 1) // _ALIGNMENT) * _ALIGNMENT
         for slab, free in enumerate(self._free):

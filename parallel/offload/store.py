@@ -41,8 +41,9 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from allometry.models.products import stacks
+from allometry.models.rotary import Geometry
 from allometry.models.router import RouterStatistics
-from allometry.models.transformer import Geometry, Transformer
+from allometry.models.transformer import Transformer
 from allometry.parallel.offload.lanes import Lane, Transfer, lanes_of
 from allometry.parallel.offload.pool import HostPool, Region
 from allometry.scaling.offload import offloaded_layers
@@ -72,7 +73,8 @@ class ActivationStore:
     two halves (zero-bubble schedules) copies tensors that both halves read back twice, and the
     second half waits for each tensor in turn.
 
-    ``lanes``: copies to the host and back; None: the lanes of the device.
+    ``lanes``: copies to the host and back; None: the lanes of the device. For example,
+    ``store.bytes_out`` after the first step is the amount of data offloaded by that step.
     """
 
     def __init__(
@@ -191,9 +193,7 @@ def _unpack(saved: Tensor | _Handle) -> Tensor:
 
 
 class _Moved:
-    """Storages that one block offloaded in one micro-batch, as weak references: graphs outlive
-    backward.
-    """
+    """Storages offloaded by one block in one micro-batch; weak, since graphs outlive backward."""
 
     def __init__(self) -> None:
         self._kept: list[weakref.ref[_Kept]] = []

@@ -1,1 +1,1 @@
-"""Hybrid data/context parallelism: which ranks run which documents, and what that takes."""
+"""Hybrid data/context parallelism: assignment of documents to ranks, and its cost."""

@@ -1,11 +1,11 @@
-"""The policy ``balanced`` in free mode: ranks run as many units as each has and end at once.
+"""The policy ``balanced`` in free mode: ranks run different numbers of units and finish together.
 
-Long documents come first. A ring can be of any size, so each takes as few ranks as let it end with
-the step: few and long rings hide their hops better than many and short ones. Documents of one rank
-then fill what ranks wait for rings, and level the ends.
+Long documents are placed first. A ring may have any size, so each document gets the fewest ranks on
+which it finishes with the step: few long rings hide their communication better than many short
+ones. Single-rank documents then fill the time in which ranks wait for rings, and balance the ends.
 
-A rank's rings are in the order in which they were placed, the same for all members, so without a
-pipeline no two ranks wait for one another.
+The rings of a rank are in order of placement, the same for all members, so without a pipeline two
+ranks cannot deadlock.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from allometry.scaling.hdp.packing import first_fit
 from allometry.scaling.hdp.problem import Ints, Placed, Problem
 
 COSTLY_SHARE = 0.3
-"""Of a step: what a document must take on as few ranks as it fits for its degree to be chosen."""
+"""Fraction of a step that a document must take on the fewest possible ranks to get an optimized
+degree.
+"""
 STRETCHES = (1.01, 1.03, 1.06, 1.1, 1.2, 1.4)
-"""Lengths of the step that are tried, over its lower bound; the first that fits is taken."""
+"""Step lengths to try, relative to the lower bound; the first feasible one is used."""
 _SOON = 1.05
-"""Over the soonest end of a document that cannot end with the step: what saves ranks for others."""
+"""Tolerance over the earliest end of a document that cannot end with the step; saves ranks."""
 
 
 class Gap(NamedTuple):
-    """Seconds that a rank waits before its ring at ``place`` of its order."""
+    """Seconds that a rank waits before its ring at index ``place`` of its order."""
 
     seconds: float
     rank: int
@@ -38,9 +40,9 @@ class Gap(NamedTuple):
 
 
 class Timeline:
-    """Documents on ranks, one after another, each on those that are free soonest.
+    """Documents scheduled on ranks; each document goes to the ranks that are free first.
 
-    ``shares[rank, place]``: documents of that rank alone, before the ring at this place.
+    ``shares[rank, place]``: single-rank documents before the ring at this index.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -53,13 +55,13 @@ class Timeline:
         self.gaps: list[Gap] = []
 
     def place_costly(self, documents: Sequence[int], goal: float) -> None:
-        """Place documents on as few ranks as let each end by ``goal``, or soon after it can."""
+        """Place documents on the fewest ranks with which each ends by ``goal``, or soon after."""
         problem = self._problem
         for document in documents:
             tokens, pairs = problem.tokens[document], problem.pairs[document]
             fewest, most = problem.degree_range(document)
             if fewest == 1:
-                # The usual case where there are many of them.
+                # The usual case if there are many documents.
                 rank = int(self.ends.argmin())
                 seconds = float(problem.alone[document])
                 if self.ends[rank] + seconds <= goal or most == 1:
@@ -73,7 +75,7 @@ class Timeline:
             self._give(document, soonest[: fewest + choice], float(seconds_n[choice]))
 
     def place_small(self, documents: Ints) -> None:
-        """Place rings of as few ranks as they fit, on those free soonest."""
+        """Place rings with the fewest possible ranks on the ranks that are free first."""
         problem = self._problem
         degrees = problem.fewest[documents]
         seconds = problem.cost.times(problem.tokens[documents], problem.pairs[documents], degrees)
@@ -92,7 +94,7 @@ class Timeline:
             self.ends[rank] = end
 
     def estimate(self, rest: float, small: float) -> float:
-        """Return the step's seconds, if ``rest`` fills gaps and levels ends (rank-seconds)."""
+        """Return the step time if ``rest`` rank-seconds fill gaps and balance the ends."""
         gaps = sum(gap.seconds for gap in self.gaps)
         work = float(self.ends.sum()) - min(gaps, rest) + rest + small
         return max(float(self.ends.max()), work / len(self.orders))
@@ -119,7 +121,7 @@ class Timeline:
 
 
 def place_balanced_free(problem: Problem) -> Placed:
-    """Share documents out so that all ranks end at once, as soon as they can."""
+    """Assign documents so that all ranks finish at the same time, as early as possible."""
     order = problem.descending
     small_s = problem.cost.times(problem.tokens, problem.pairs, problem.fewest)
     costly = small_s[order] > COSTLY_SHARE * problem.ideal
@@ -145,9 +147,9 @@ def place_balanced_free(problem: Problem) -> Placed:
 
 
 def _share_out(problem: Problem, timeline: Timeline, rest: Sequence[int]) -> None:
-    """Put documents, longest first, into the widest gaps, or to the ranks that end soonest.
+    """Assign documents, longest first, to the widest gaps or to the ranks that finish first.
 
-    A gap too narrow for one waits for shorter ones.
+    A gap that is too short for a document is kept for shorter ones.
     """
     seconds = problem.alone.tolist()
     shares, orders = timeline.shares, timeline.orders
@@ -169,7 +171,7 @@ def _share_out(problem: Problem, timeline: Timeline, rest: Sequence[int]) -> Non
 
 
 def _assemble(problem: Problem, timeline: Timeline) -> Placed:
-    """Pack every share for itself and put the units into each rank's order."""
+    """Pack each share separately and insert the units in the order of each rank."""
     sizes = problem.lengths.tolist()
     documents = np.array([document for document, _ in timeline.rings], dtype=np.int64)
     degrees = np.array([len(members) for _, members in timeline.rings], dtype=np.int64)
@@ -177,7 +179,7 @@ def _assemble(problem: Problem, timeline: Timeline) -> Placed:
     drafts = problem.rings(documents, degrees)
     orders: list[list[int | None]] = [list(order) for order in timeline.orders]
     bins: list[list[int]] = []
-    # From the last place to the first, so that places stay what they are.
+    # From the last place to the first, so that earlier places stay valid.
     for (rank, place), share in sorted(timeline.shares.items(), reverse=True):
         made = first_fit(share, sizes, problem.usable)
         start = len(drafts) + len(bins)

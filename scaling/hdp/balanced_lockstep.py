@@ -1,6 +1,6 @@
-"""The policy ``balanced`` where all ranks run equally many micro-batches, side by side: in waves.
+"""The policy ``balanced`` with equal numbers of micro-batches on all ranks, arranged in waves.
 
-A ring then has the same place in the orders of all its members.
+A ring then has the same micro-batch index on all its members.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from allometry.scaling.hdp.ring_degrees import Choice, choices
 
 
 class Waves:
-    """Units side by side: a rank has at most one in each wave.
+    """Parallel units: a rank has at most one unit in each wave.
 
-    ``heights``: what a wave's costliest unit costs.
+    ``heights``: cost of the most expensive unit of each wave.
     """
 
     def __init__(self, ranks: int) -> None:
         self._loads = np.zeros(ranks)
-        self._taken: list[Ints] = []  # by wave: the unit of each rank, -1: none
+        self._taken: list[Ints] = []  # by wave: unit of each rank, -1: none
         self._shelves = Shelves(ranks)
         self.rings: list[tuple[int, ...]] = []
 
     @property
     def heights(self) -> list[float]:
-        """What each wave's costliest unit costs."""
+        """Cost of the most expensive unit of each wave."""
         return self._shelves.heights
 
     @property
     def holes(self) -> int:
-        """Places without a unit."""
+        """Number of free places."""
         return sum(self._shelves.free)
 
     def add(self, draft: Draft) -> None:
-        """Put the next unit into the first wave with room, on the ranks with the least to do."""
+        """Add a unit to the first wave with room, on the least loaded ranks."""
         wave = self._shelves.add(draft.degree, draft.cost)
         if wave == len(self._taken):
             self._open()
@@ -49,13 +49,16 @@ class Waves:
         self.rings.append(tuple(np.sort(ranks).tolist()))
 
     def fill(self, drafts: Sequence[Draft]) -> None:
-        """Put units of one rank, costliest first, into holes of the costliest waves, then anew."""
+        """Place single-rank units, most expensive first, in the most expensive waves.
+
+        Further waves are opened when no free place is left.
+        """
         known = np.argsort(-np.array(self.heights), kind="stable").tolist()
         start = 0
         while start < len(drafts):
             wave = known.pop(0) if known else self._open()
             ranks = np.flatnonzero(self._taken[wave] < 0)
-            # The costliest unit goes to the rank that has had the least.
+            # The most expensive unit goes to the least loaded rank.
             ranks = ranks[np.argsort(self._loads[ranks], kind="stable")][: len(drafts) - start]
             stop = start + len(ranks)
             self._taken[wave][ranks] = np.arange(len(self.rings), len(self.rings) + len(ranks))
@@ -64,7 +67,7 @@ class Waves:
             start = stop
 
     def orders(self) -> list[list[int | None]]:
-        """What each rank runs, all equally much."""
+        """Return the units of each rank; all ranks have the same number."""
         if not self._taken:
             return [[] for _ in self._loads]
         table = np.stack(self._taken, axis=1).tolist()
@@ -76,7 +79,7 @@ class Waves:
 
 
 class Shelves:
-    """Widths and heights alone: the first wave with room for each."""
+    """Widths and heights of waves; finds the first wave with room."""
 
     def __init__(self, ranks: int) -> None:
         self._ranks, self._first = ranks, 0
@@ -84,7 +87,7 @@ class Shelves:
         self.heights: list[float] = []
 
     def add(self, degree: int, cost: float) -> int:
-        """Return the wave that a unit comes into."""
+        """Return the wave of a new unit."""
         free = self.free
         while self._first < len(free) and not free[self._first]:
             self._first += 1
@@ -101,7 +104,7 @@ class Shelves:
 
 
 def place_in_turn(problem: Problem, rings: Sequence[Draft], singles: Sequence[Draft]) -> Placed:
-    """Place units as they come, each in the first wave with room; those of one rank last."""
+    """Place units in the given order, each in the first wave with room; single-rank units last."""
     waves = Waves(problem.ranks)
     for ring in rings:
         waves.add(ring)
@@ -110,11 +113,12 @@ def place_in_turn(problem: Problem, rings: Sequence[Draft], singles: Sequence[Dr
 
 
 def place_balanced_lockstep(problem: Problem) -> Placed:
-    """Place rings of like cost side by side, and the rest (longest first) in waves of equal cost.
+    """Place rings of similar cost in one wave, and the other documents in balanced waves.
 
-    A step lasts as long as the sum of its waves' costliest units, so rings come costliest first
-    (first fit by falling height, as in strip packing), and documents of one rank are spread over as
-    many micro-batches as there are places in the waves that they need anyway.
+    The time of a step is the sum of its waves' most expensive units. Rings are therefore placed
+    most expensive first (first-fit decreasing height, as in strip packing), and single-rank
+    documents are spread over as many micro-batches as there are places in the waves that are needed
+    anyway.
     """
     rings, long_first = _choose_rings(problem)
     rest = long_first.tolist()
@@ -133,10 +137,10 @@ def place_balanced_lockstep(problem: Problem) -> Placed:
 
 
 def _choose_rings(problem: Problem) -> Choice:
-    """Return rings such that waves of them and of all else are done soonest.
+    """Return the rings with the shortest total time of waves.
 
-    A wave lasts as long as its costliest unit; what follows a pipeline's first micro-batch waits
-    for the costliest one once for each further stage.
+    A wave takes as long as its most expensive unit; in a pipeline, each further stage adds the time
+    of the most expensive unit of all.
     """
 
     def seconds(choice: Choice) -> float:

@@ -1,4 +1,4 @@
-"""The rules that every plan keeps, whoever made it."""
+"""Rules that every plan satisfies, independent of its policy."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from allometry.scaling.hdp.plan import Plan, member_tokens
 
 
 class PlanError(ValueError):
-    """A plan breaks a rule or never ends. Ours to answer for: no setting of a run may cause it."""
+    """Raised if a plan violates a rule or deadlocks. This is a bug: no config may cause it."""
 
 
 def check_plan(plan: Plan) -> None:
-    """Check that every document is run once, by ranks that agree, within the capacity.
+    """Check that every document is run once, by consistent ranks, within the capacity.
 
     Raises:
-        PlanError: the first rule that is broken, with unit, ranks and place.
+        PlanError: the first violated rule, with unit, ranks and place.
     """
     _check_documents(plan)
     places = _places(plan)
@@ -55,7 +55,7 @@ def _check_documents(plan: Plan) -> None:
 
 
 def _places(plan: Plan) -> list[list[tuple[int, int]]]:
-    """Return the (rank, place) where each unit stands."""
+    """Return the (rank, place) pairs of each unit."""
     placed: list[list[tuple[int, int]]] = [[] for _ in plan.units]
     for rank, order in enumerate(plan.orders):
         for place, number in enumerate(order):
@@ -68,7 +68,7 @@ def _places(plan: Plan) -> list[list[tuple[int, int]]]:
 
 
 def _check_capacity(plan: Plan) -> None:
-    """Check what members hold, filled up; where k of l layers are away, (l - k) c <= l C."""
+    """Check the padded tokens of members; with k of l layers offloaded, (l - k) c <= l C."""
     if plan.capacity is None:
         return
     for number, unit in enumerate(plan.units):

@@ -1,9 +1,9 @@
-"""What a unit of documents costs a rank: seconds by its tokens, their squares and its ring.
+"""Cost of a unit of documents on a rank: seconds from tokens, squared lengths and ring size.
 
-A rank with a share 1/n of documents of s tokens each does 1/n of their matrix products (linear in
-s) and of their attention (in s^2, as the zig-zag halves of ``parallel.hdp.shard`` are equally
-costly), and waits for those hops of keys and values that its blocks of attention do not hide (arXiv
-2502.21231). FLOPs are those of ``scaling.count``, activations those of ``scaling.memory``.
+A rank with a share 1/n of documents of s tokens each computes 1/n of their matrix products (linear
+in s) and of their attention (quadratic in s; the zig-zag halves of ``parallel.hdp.shard`` have
+equal cost). The rank also waits for the hops of keys and values that its attention blocks do not
+hide (arXiv 2502.21231). FLOPs are computed by ``scaling.count``, activations by ``scaling.memory``.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from allometry.scaling.saved import COMPUTE
 Floats = npt.NDArray[np.float64]
 
 _ACCUMULATOR_BYTES = 4
-"""Gradients of keys and values travel in fp32, or wider where activations are."""
+"""Bytes per element of the gradients of keys and values in messages: fp32, or the activations' type
+if wider.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Seconds and bytes of forward and backward of some layers on one rank.
 
-    ``token_s``: a token's matrix products; ``pair_s``: attention of a document of s tokens takes
-    ``pair_s * s * (s + 1)``; ``micro_batch_s``: what a micro-batch costs besides. ``layer_s``: the
-    part of ``token_s`` of one layer alone. ``kv_bytes`` and ``gradient_bytes``: keys and values of
-    a token in one layer, and their gradients as they travel. ``activation_bytes``: what a token
-    leaves in one layer for the backward. Bandwidths in bytes per second. Backward takes twice as
-    long as forward.
+    ``token_s``: matrix products of a token; ``pair_s``: attention of a document of s tokens takes
+    ``pair_s * s * (s + 1)``; ``micro_batch_s``: fixed cost of a micro-batch. ``layer_s``: part of
+    ``token_s`` of one layer. ``kv_bytes`` and ``gradient_bytes``: keys and values of a token in one
+    layer, and their gradients in messages. ``activation_bytes``: bytes saved for backward per token
+    in one layer. Bandwidths are in bytes per second. Backward takes twice as long as forward.
     """
 
     token_s: float
@@ -62,12 +63,12 @@ class CostModel:
         checkpointing: Literal["none", "selective", "full"] = "none",
         precision: PrecisionConfig = COMPUTE,
     ) -> CostModel:
-        """Return the costs of a model, cut over ``tp`` ranks.
+        """Return the costs of a model that is sharded over ``tp`` ranks.
 
-        ``layers``: a rank's number of layers where the model is cut into stages of equal cost, so
-        that the head counts in proportion; None: the whole model. ``checkpointing`` and
-        ``precision`` matter to what is kept, not to time: recomputing lengthens all
-        documents alike.
+        ``layers``: number of layers of a rank for pipeline stages of equal cost, with a
+        proportional share of the head; None: the full model. ``checkpointing`` and ``precision``
+        change the saved activations but not the times, since recomputation scales all documents
+        equally.
         """
         number = model.num_layers if layers is None else layers
         share = number / model.num_layers
@@ -99,20 +100,20 @@ class CostModel:
         )
 
     def compute(self, tokens: Floats, pairs: Floats) -> Floats:
-        """Return rank-seconds of the arithmetic alone; ``pairs`` is the sum of s (s + 1)."""
+        """Return rank-seconds of computation only; ``pairs`` is the sum of s (s + 1)."""
         return self.token_s * tokens + self.pair_s * pairs
 
     def times(self, tokens: Floats, pairs: Floats, degree: npt.NDArray[np.int64] | int) -> Floats:
-        """Return the seconds that a unit takes each of its ``degree`` members."""
+        """Return the seconds of a unit on each of its ``degree`` members."""
         n = np.asarray(degree, dtype=np.float64)
         return self.compute(tokens, pairs) / n + self.micro_batch_s + self.exposed(tokens, pairs, n)
 
     def exposed(self, tokens: Floats, pairs: Floats, n: Floats) -> Floats:
-        """Return the seconds of a ring's hops that no block of attention hides.
+        """Return the seconds of a ring's hops that attention blocks do not hide.
 
-        Of a layer's forward: n - 1 hops of keys and values, each beside one of n blocks. Of its
-        backward: the same hops and as many of gradients, which follow a step behind, so that the
-        last of these has no block beside it.
+        The forward of a layer has n - 1 hops of keys and values, each overlapped with one of n
+        blocks. The backward has the same hops and as many hops of gradients, which follow one step
+        behind, so the last gradient hop has no block to overlap with.
         """
         block = self.pair_s * pairs / (n * n) / self.layers
         keys, gradients = (
@@ -125,23 +126,26 @@ class CostModel:
         return np.asarray(self.layers * seconds)
 
     def unit(self, lengths: Iterable[int], degree: int = 1) -> float:
-        """Return the seconds that documents of these lengths take each of ``degree`` ranks."""
+        """Return the seconds of documents of these lengths on each of ``degree`` ranks.
+
+        For example, ``cost.unit([4096], 2)`` is the time of one document on a ring of two.
+        """
         s = np.asarray(tuple(lengths), dtype=np.float64)
         return float(self.times(s.sum(), (s * (s + 1)).sum(), degree))
 
     def ring_bytes(self, tokens: int, degree: int) -> tuple[float, float]:
-        """Return the bytes that all members of a ring send in forward and in backward, all layers.
+        """Return the bytes that a ring sends in forward and in backward, over all layers.
 
-        Keys and values of every token go n - 1 hops, in backward their gradients as well.
+        Keys and values of every token make n - 1 hops, and their gradients as many in backward.
         """
         hops = (degree - 1) * tokens * self.layers
         return hops * self.kv_bytes, hops * (self.kv_bytes + self.gradient_bytes)
 
     def hidden_share(self, lengths: Floats) -> Floats:
-        """Return the largest share r of layers whose activations can go to the host for nothing.
+        """Return the largest share r of layers whose activations can be offloaded without a stall.
 
-        A layer's forward must last as long as the transfer that r layers in each cost it: T(s) >=
-        r Act(s) / B (arXiv 2502.21231, eq. 3). Both sides fall with the number of ranks alike.
+        The forward of a layer must take as long as the average transfer per layer: T(s) >= r Act(s)
+        / B (arXiv 2502.21231, eq. 3). Both sides decrease with the number of ranks in the same way.
         """
         forward = (self.layer_s + self.pair_s * (lengths + 1) / self.layers) / 3
         return np.minimum(1.0, forward * self.host_bandwidth / self.activation_bytes)

@@ -1,4 +1,4 @@
-"""Packing documents into micro-batches."""
+"""Packing of documents into micro-batches."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 
 def best_fit(items: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pack items, in their order, each where it leaves the least room; O(n log n) but for moves.
+    """Pack items in order, each into the bin with the least remaining room; O(n log n) plus moves.
 
-    ``sizes[i]`` is the size of item i. Among bins of equal room the oldest one gets the item.
+    ``sizes[i]`` is the size of item i. Of bins with equal room the oldest bin is used. For example,
+    sizes 6, 5, 4 with capacity 10 give the bins [[0, 2], [1]].
     """
     bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # of bins with room: (tokens, bin), ascending
+    rooms: list[tuple[int, int]] = []  # bins with room: (tokens, bin), ascending
     for item in items:
         size = sizes[item]
         assert size <= capacity, (item, size, capacity)
@@ -30,7 +31,7 @@ def best_fit(items: Sequence[int], sizes: Sequence[int], capacity: int) -> list[
 
 
 def first_fit(items: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pack items, in their order, each into the first bin with room; for few of them."""
+    """Pack items in order, each into the first bin with room; for small numbers of items."""
     bins: list[list[int]] = []
     rooms: list[int] = []
     for item in items:
@@ -53,10 +54,10 @@ def even_bins(
     capacity: int,
     count: int,
 ) -> list[list[int]] | None:
-    """Pack items, in their order, into ``count`` bins of like weights, each into the lightest.
+    """Pack items in order into ``count`` bins of similar weight, each into the lightest bin.
 
-    A bin that an item finds too full is closed. None where the bins do not suffice so; empty ones
-    are left out.
+    A bin is closed when an item does not fit. Returns None if the bins are too few; empty bins are
+    omitted. For example, sizes and weights 3, 2, 1 in two bins give [[0], [1, 2]].
     """
     bins: list[list[int]] = [[] for _ in range(count)]
     rooms = [capacity] * count

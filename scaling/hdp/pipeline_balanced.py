@@ -1,10 +1,11 @@
-"""The policy ``pipeline_balanced``: each pipeline has documents of like lengths.
+"""The policy ``pipeline_balanced``: each pipeline has documents of similar lengths.
 
-The shorter they are, the more micro-batches it has. A pipeline of p equal stages is done after the
-sum of its micro-batches and p - 1 times its costliest one (arXiv 2104.04473). Pipelines only meet
-in rings and at the end of a step, so costly documents are kept together: they cost the pipelines
-that have some already no further bubbles, and the others, with one level of lengths each, take as
-many more micro-batches as makes all end at once (arXiv 2502.21231, section 6, "PP-Balance").
+Pipelines with shorter documents run more micro-batches. A pipeline of p equal stages takes the sum
+of its micro-batches plus p - 1 times its most expensive one (arXiv 2104.04473). Pipelines
+synchronize only in rings and at the end of a step. Expensive documents are therefore kept together:
+they add no bubble to pipelines that already have expensive documents. The other pipelines, each
+with documents of one length level, run enough additional micro-batches for all to finish together
+(arXiv 2502.21231, section 6, "PP-Balance").
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from allometry.scaling.hdp.problem import Ints, Placed, Problem
 from allometry.scaling.hdp.ring_degrees import Choice, choices
 
 _SLACK = 1.02
-"""Over the least length of a step: what pipelines may take of rings before others do."""
+"""Time limit for rings on a preferred pipeline, relative to the lower bound of the step."""
 
 
 class _Pipelines:
-    """Rings on pipelines, and how long each pipeline takes them.
+    """Rings on pipelines, and the time of each pipeline.
 
-    ``loads``: when a pipeline is done with its last ring, ``waits`` for other members included;
-    ``costliest``: its costliest micro-batch, at least a ``full`` one of the documents of one rank.
+    ``loads``: end of a pipeline's last ring, including ``waits`` for other members; ``costliest``:
+    its most expensive micro-batch, at least a ``full`` one of single-rank documents.
     """
 
     def __init__(self, problem: Problem, choice: Choice) -> None:
         self.problem, self.choice, self.ranks = problem, choice, problem.ranks
-        self.waves: list[Ints] = []  # by wave: the ring of each pipeline, -1: none
+        self.waves: list[Ints] = []  # by wave: ring of each pipeline, -1: none
         self.rings: list[tuple[int, ...]] = []
         self.loads, self.waits = np.zeros(self.ranks), np.zeros(self.ranks)
         self.work = float(problem.alone[choice.rest].sum())
         tokens = max(float(problem.tokens[choice.rest].sum()), 1.0)
         self.full = self.work * min(problem.usable / tokens, 1.0)
-        # No placement undercuts this.
+        # A lower bound of every placement.
         pp, rings = problem.pp, choice.rings
         total = self.work + sum(ring.cost * ring.degree for ring in rings)
         alone = pp * max((ring.cost for ring in rings), default=0.0)
@@ -45,13 +46,13 @@ class _Pipelines:
         self.shelves = Shelves(self.ranks)
 
     def place(self) -> float:
-        """Place all rings and return the level that the others make."""
+        """Place all rings; return the level after filling with the other documents."""
         for ring in self.choice.rings:
             self._place(ring.degree, ring.cost, _SLACK * self.least)
         return self.level
 
     def order(self, rank: int) -> list[int | None]:
-        """What a pipeline runs up to its last ring, None where its rings leave a hole."""
+        """Return the units of a pipeline up to its last ring; None: a free place between rings."""
         order = [None if wave[rank] < 0 else int(wave[rank]) for wave in self.waves]
         while order and order[-1] is None:
             order.pop()
@@ -59,16 +60,16 @@ class _Pipelines:
 
     @property
     def ends(self) -> Floats:
-        """When each pipeline is done with its rings; documents in holes take it no longer."""
+        """End of each pipeline's rings; documents in free places do not add time."""
         filled = np.array([self.order(rank).count(None) for rank in range(self.ranks)])
         waits = np.minimum(self.waits, self.full * filled)
         return self.loads - waits + (self.problem.pp - 1) * self.costliest
 
     @property
     def level(self) -> float:
-        """When all are done, if the others level them."""
+        """Time at which all pipelines finish, if the other documents balance them."""
         ends = np.sort(self.ends)
-        # The level at which the pipelines below it have room for everything.
+        # The level at which the pipelines below it have room for all other documents.
         filled = (np.cumsum(ends) + self.work) / np.arange(1, len(ends) + 1)
         below = np.flatnonzero(np.append(ends[1:], np.inf) >= filled)[0]
         return float(max(filled[below], ends[-1]))
@@ -76,7 +77,8 @@ class _Pipelines:
     def _place(self, degree: int, cost: float, goal: float) -> None:
         """Put a ring on the fullest pipelines that still end in time, else on the emptiest.
 
-        Of those that are free in its wave: without waves rings would form staircases.
+        Only pipelines that are free in the ring's wave are used: without waves, rings would be
+        staggered.
         """
         wave = self.shelves.add(degree, cost)
         if wave == len(self.waves):
@@ -99,10 +101,10 @@ class _Pipelines:
 
 
 def place_pipeline_balanced(problem: Problem) -> Placed:
-    """Place rings, costliest first; then each pipeline takes the next of the rest.
+    """Place rings, most expensive first; then assign the other documents to pipelines in turn.
 
-    The pipelines with the costliest rings come first and get the longest documents. What a pipeline
-    has before its last ring stands in the holes that keep rings at one place.
+    Pipelines with the most expensive rings come first and get the longest documents. The units of a
+    pipeline before its last ring use the free places that align its rings.
     """
     tried = sorted(
         (_Pipelines(problem, choice) for choice in choices(problem)),
@@ -128,7 +130,7 @@ def place_pipeline_balanced(problem: Problem) -> Placed:
 
 
 def _cut(problem: Problem, rest: Ints, rooms: Floats) -> list[list[int]]:
-    """Cut documents in their order, where each pipeline in turn comes up to the level of all."""
+    """Split documents in order, where each pipeline in turn reaches the common level."""
     costs = problem.alone[rest]
     middles = np.cumsum(costs) - costs / 2
     cuts = np.searchsorted(middles, np.cumsum(rooms)[:-1])
@@ -136,6 +138,6 @@ def _cut(problem: Problem, rest: Ints, rooms: Floats) -> list[list[int]]:
 
 
 def _filled(order: list[int | None], units: range) -> list[int | None]:
-    """Put units into holes, then at the end."""
+    """Put units into free places, then at the end."""
     rest = iter(units)
     return [*(next(rest, None) if unit is None else unit for unit in order), *rest]

@@ -1,6 +1,6 @@
-"""Which ranks hold which documents of a global batch, and in which order they run them.
+"""Assignment of the documents of a global batch to ranks, and the order of each rank's units.
 
-Pure and without torch: every rank computes the same plan from the same lengths.
+The module is pure and without torch: every rank computes the same plan from the same lengths.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from allometry.scaling.hdp.policies import POLICIES
 from allometry.scaling.hdp.problem import Ints, Problem
 
 Mode = Literal["free", "aligned", "lockstep"]
-"""free: each rank runs its units in turn, as many as it has. aligned: a ring has the same place in
-the orders of all its members. lockstep: and all orders are of one length."""
+"""free: each rank runs any number of units in its own order. aligned: a ring has the same index in
+the orders of all its members. lockstep: aligned, and all orders have the same length.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
     """Documents that the same ranks run as one micro-batch.
 
-    ``documents`` number the lengths of the plan. On a ``ring`` of n hdp ranks each document is cut
-    into 2n chunks (``shard.chunks``); a ring of one holds them whole and sends nothing. ``cost``:
-    seconds of forward and backward on each member. ``offload``: share of the layers whose kept
-    activations wait on the host.
+    ``documents`` are indices of the plan's lengths. On a ``ring`` of n hdp ranks each document is
+    split into 2n chunks (``shard.chunks``); a ring of one rank has unsharded documents and sends no
+    messages. ``cost``: seconds of forward and backward on each member. ``offload``: share of the
+    layers with offloaded activations.
     """
 
     documents: tuple[int, ...]
@@ -38,10 +39,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: ``orders[r]`` are the units that hdp rank r runs, by number, None for a dummy.
+    """Plan of a step: ``orders[r]`` are the unit indices of hdp rank r, None for a dummy.
 
-    ``capacity``: tokens that a rank may hold in a micro-batch, which is filled up to a
-    ``multiple``; ``layers``: those of a rank, of which a unit may offload a share (``Problem``).
+    ``capacity``: maximum tokens of a rank in a micro-batch, which is padded to a ``multiple``;
+    ``layers``: number of layers of a rank, of which a unit may offload a share (``Problem``).
     """
 
     lengths: Sequence[int]
@@ -54,20 +55,20 @@ class Plan:
     layers: int = 1
 
     def of_rank(self, rank: int) -> tuple[Unit | None, ...]:
-        """What hdp rank ``rank`` runs, in order."""
+        """Return the units of hdp rank ``rank`` in order."""
         return tuple(None if i is None else self.units[i] for i in self.orders[rank])
 
     def tokens(self, unit: Unit) -> int:
-        """Tokens of the unit's documents, on all its members together."""
+        """Return the tokens of the unit's documents, summed over all members."""
         return sum(self.lengths[document] for document in unit.documents)
 
     def member_tokens(self, unit: Unit, member: int) -> int:
-        """Tokens that one member of the unit's ring holds, without filling."""
+        """Return the tokens of one member of the unit's ring, without padding."""
         lengths = [self.lengths[document] for document in unit.documents]
         return member_tokens(lengths, len(unit.ring), member)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the plan does, as JSON; ``summary`` adds what it costs."""
+        """Return the properties of the plan as JSON; ``summary`` adds its costs."""
         degrees: Counter[int] = Counter()
         for unit in self.units:
             degrees[len(unit.ring)] += len(unit.documents)
@@ -88,7 +89,10 @@ class Plan:
 
 
 def member_tokens(lengths: Sequence[int], degree: int, member: int) -> int:
-    """Return how many tokens ``member`` of ``degree`` holds: chunks j and 2n-1-j of 2n of each."""
+    """Return the tokens of ``member`` of ``degree``: chunks j and 2n-1-j of 2n of each document.
+
+    For example, ``member_tokens([8], 2, 0)`` is 4.
+    """
     held = 0
     for length in lengths:
         short, longer = divmod(length, 2 * degree)
@@ -109,13 +113,14 @@ def make_plan(
     least: int = 1,
     pp: int = 1,
 ) -> Plan:
-    """Share documents out to ranks, by ``context.policy``. Deterministic.
+    """Assign documents to ranks by ``context.policy``; deterministic.
 
-    ``layers``: of the smallest pipeline stage, for selective offload (see ``Problem``).
-    ``multiple``: that a micro-batch's tokens are filled up to (tp); the capacity holds after that.
-    Except in free mode each rank's number of micro-batches is a multiple of ``round_count``, and at
-    least ``least``, by dummies at the end; no rank is without a micro-batch. ``pp``: pipeline
-    ranks, each of which waits once for the costliest micro-batch.
+    ``layers``: layers of the smallest pipeline stage, for selective offload (see ``Problem``).
+    ``multiple``: micro-batches are padded to a multiple of this number of tokens (tp); the capacity
+    includes padding. Except in free mode the number of micro-batches of each rank is a multiple of
+    ``round_count`` and at least ``least``, with dummies at the end; each rank has at least one
+    micro-batch. ``pp``: pipeline ranks, each of which waits once for the most expensive
+    micro-batch. For example, ``make_plan([4096, 512, 512], 2, context, cost, "free", layers=8)``.
 
     Raises:
         UserError: a document does not fit the ranks.

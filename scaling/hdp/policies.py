@@ -1,8 +1,8 @@
-"""The policies of ``parallel.context``: which documents go together, on how many ranks, where.
+"""Policies of ``parallel.context``: grouping of documents, ring sizes, and placement on ranks.
 
-Each takes a problem and a mode and returns units, their rings and each rank's order. Whatever is
-equal is decided by number, so that every rank comes to the same plan. ``static`` and ``naive`` are
-what others do: runs are trained with them to compare, and ``static`` needs no planner.
+Each policy takes a problem and a mode and returns units, their rings and the order of each rank.
+Ties are resolved by index, so every rank computes the same plan. ``static`` and ``naive`` are the
+methods of other trainers, used for comparison; ``static`` needs no planner.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from allometry.scaling.hdp.problem import Placed, Problem
 
 
 def static(problem: Problem, aligned: bool) -> Placed:
-    """Give every document ``degree`` consecutive ranks, short ones too, as other trainers do.
+    """Give every document ``degree`` consecutive ranks, even short ones, as other trainers do.
 
-    Documents are packed into micro-batches of degree x capacity tokens, each of which is cut over
-    the ranks of a group; a group has its micro-batches in the same order on all its ranks.
+    Documents are packed into micro-batches of degree x capacity tokens, each sharded over the ranks
+    of a group; all ranks of a group run its micro-batches in the same order.
     """
     degree = problem.context.degree
     sizes = (-(-problem.lengths // degree)).tolist()
@@ -43,10 +43,10 @@ def static(problem: Problem, aligned: bool) -> Placed:
 
 
 def naive(problem: Problem, aligned: bool) -> Placed:
-    """Give each document the fewest ranks that it fits (arXiv 2502.21231, alg. 1).
+    """Give each document the fewest ranks on which it fits (arXiv 2502.21231, alg. 1).
 
-    Those that one rank can hold are packed, and units go to the ranks with the fewest so far,
-    whatever they cost.
+    Documents that fit one rank are packed. Each unit goes to the ranks with the fewest units so
+    far, regardless of cost.
     """
     order = problem.descending
     long = order[problem.lengths[order] > problem.usable]

@@ -1,4 +1,4 @@
-"""A step's documents as the policies see them: how many ranks each needs, at what cost."""
+"""Input of the policies: the documents of a step, with the ranks each needs and their cost."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from allometry.scaling.offload import SELECTIVE, check_layers
 Ints = npt.NDArray[np.int64]
 
 _STEP = 1.1
-"""Degrees are tried in steps of a tenth where communication keeps the first one from sufficing."""
+"""Growth factor of tried degrees, if communication makes the first degree insufficient."""
 _WORTH = 0.98
-"""What more ranks must take a document's time down to, to be worth it where no degree suffices."""
+"""Maximum ratio of times that justifies more ranks if no degree reaches the goal."""
 
 
 class Draft(NamedTuple):
-    """A unit that has no ranks yet."""
+    """A unit without assigned ranks."""
 
     documents: tuple[int, ...]
     degree: int
@@ -33,7 +33,7 @@ class Draft(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Drafts, the ring of each, and what each rank runs, by number."""
+    """Drafts, the ring of each draft, and the draft indices of each rank in order."""
 
     drafts: list[Draft]
     rings: list[tuple[int, ...]]
@@ -42,17 +42,17 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """Documents to be shared out, and the rules for it.
+    """Documents to assign, and the constraints.
 
     ``usable``: tokens of documents in one micro-batch of a rank: the capacity, rounded down to the
-    multiple that micro-batches are filled up to. ``layers``: those of a rank whose activations the
-    capacity stands for.
+    multiple to which micro-batches are padded. ``layers``: layers of a rank whose activations the
+    capacity refers to.
 
-    Selective offload (arXiv 2502.21231, eq. 3): of l layers two keep their activations
-    here, and k of the others may send them away, a share r = k / (l - 2). A member of c
-    tokens then holds (l - k) Act(c), so it may have more than capacity tokens, as long as (l - k) c
-    <= l x capacity; k is bound by what is hidden (``CostModel.hidden_share``). Only documents that
-    are longer than a rank's capacity make use of it.
+    Selective offload (arXiv 2502.21231, eq. 3): of l layers two keep their activations on the
+    device, and k of the others may offload them, a share r = k / (l - 2). A member with c tokens
+    then stores (l - k) Act(c), so c may exceed the capacity as long as (l - k) c <= l x capacity. k
+    is limited by the transfers that computation hides (``CostModel.hidden_share``). Only documents
+    longer than the capacity of a rank are offloaded.
     """
 
     lengths: Ints
@@ -74,11 +74,11 @@ class Problem:
         multiple: int,
         pp: int = 1,
     ) -> Problem:
-        """Check that all documents find room.
+        """Build the problem, and check that all documents fit.
 
         Raises:
-            UserError: the longest does not, or no layer can be offloaded; it names the keys and
-            what would do.
+            UserError: the longest document does not fit, or no layer can be offloaded; the message
+                names the keys and valid values.
         """
         problem = cls(
             np.asarray(lengths, dtype=np.int64), ranks, context, cost, layers, multiple, pp
@@ -115,38 +115,38 @@ class Problem:
 
     @cached_property
     def usable(self) -> int:
-        """Tokens of documents that a micro-batch of one rank has room for."""
+        """Maximum tokens of documents in a micro-batch of one rank."""
         return self.context.capacity_tokens // self.multiple * self.multiple
 
     @cached_property
     def tokens(self) -> Floats:
-        """The lengths, as floats."""
+        """Lengths as floats."""
         return self.lengths.astype(np.float64)
 
     @cached_property
     def pairs(self) -> Floats:
-        """Twice the pairs of query and key of each document: s (s + 1)."""
+        """Twice the (query, key) pairs of each document: s (s + 1)."""
         return self.tokens * (self.tokens + 1)
 
     @cached_property
     def alone(self) -> Floats:
-        """Rank-seconds of each document, with its share of a full micro-batch's own cost."""
+        """Rank-seconds of each document, with its share of the fixed cost of a full micro-batch."""
         own = self.cost.micro_batch_s / self.usable
         return self.cost.compute(self.tokens, self.pairs) + own * self.tokens
 
     @cached_property
     def ideal(self) -> float:
-        """Seconds of the step if all ranks had the same and nothing were sent."""
+        """Seconds of the step for perfect balance without communication."""
         return float(self.alone.sum()) / self.ranks
 
     @cached_property
     def descending(self) -> Ints:
-        """The documents, longest first, ties by number."""
+        """Document indices by descending length, ties by index."""
         return np.argsort(-self.lengths, kind="stable")
 
     @cached_property
     def fewest(self) -> Ints:
-        """The fewest ranks that each document fits."""
+        """Smallest number of ranks on which each document fits."""
         most = np.full(self.lengths.shape, self.usable, dtype=np.int64)
         if self.context.offload == "selective":
             share = self.cost.hidden_share(self.tokens)
@@ -156,7 +156,7 @@ class Problem:
         return -(-self.lengths // most)
 
     def offloads(self, documents: Ints, degrees: Ints) -> Floats:
-        """Return r, the share of layers that each document offloads on so many ranks."""
+        """Return r, the share of layers that each document offloads on ``degrees`` ranks."""
         if self.context.offload == "none":
             return np.zeros(len(documents))
         member = -(-self.lengths[documents] // degrees)
@@ -166,24 +166,24 @@ class Problem:
         return np.asarray(away / (self.layers - 2))
 
     def degree_range(self, document: int) -> tuple[int, int]:
-        """Return the fewest and the most ranks that a document may have.
+        """Return the smallest and the largest allowed degree of a document.
 
-        Chunks have at least ``min_chunk_tokens``, unless it needs the ranks to find room.
+        Chunks have at least ``min_chunk_tokens``, unless the document needs the ranks to fit.
         """
         fewest = int(self.fewest[document])
         return fewest, max(fewest, min(int(self._finest[document]), self.ranks))
 
     def floor(self, documents: Ints, rest: float) -> float:
-        """Return seconds that no step undercuts: these documents and ``rest`` rank-seconds.
+        """Return a lower bound of the step time for ``documents`` plus ``rest`` rank-seconds.
 
-        In T seconds each document has a degree at which it takes T or less, and uses at least the
-        rank-seconds of the cheapest such degree; all must add up to no more than ranks x T. Found
-        by bisection, to about a hundredth, as degrees are tried in steps of a twentieth.
+        In T seconds each document has a degree with a time of at most T, and uses at least the
+        rank-seconds of the cheapest such degree; the total must not exceed ranks x T. The bound is
+        found by bisection, to about one percent, since degrees are tried in steps of 5 percent.
         """
         if not len(documents):
             return rest / self.ranks
         lengths, counts = np.unique(self.lengths[documents], return_counts=True)
-        first = np.searchsorted(-self.lengths[documents], -lengths)  # they come longest first
+        first = np.searchsorted(-self.lengths[documents], -lengths)  # in descending order
         kept = documents[first]
         grid = np.unique(np.ceil(1.05 ** np.arange(200)).clip(max=self.ranks).astype(np.int64))
         fewest = self.fewest[kept][:, None]
@@ -209,21 +209,21 @@ class Problem:
 
     @cached_property
     def _finest(self) -> Ints:
-        """The most ranks that leave chunks of ``min_chunk_tokens``; may be none."""
+        """Largest number of ranks with chunks of ``min_chunk_tokens``; may be 0."""
         return self.lengths // (2 * self.context.min_chunk_tokens)
 
     def degrees(self, documents: Ints, goal: float) -> Ints:
-        """Return the fewest ranks on which each document takes at most ``goal`` seconds.
+        """Return the smallest degree at which each document takes at most ``goal`` seconds.
 
-        Where communication keeps every degree from it, the one beyond which more ranks gain
-        nothing worth having. Chunks have at least ``min_chunk_tokens``, unless a document needs the
-        ranks to find room.
+        If communication prevents every degree from reaching the goal, returns the degree after
+        which more ranks gain too little. Chunks have at least ``min_chunk_tokens``, unless a
+        document needs the ranks to fit.
         """
         tokens, pairs = self.tokens[documents], self.pairs[documents]
         fewest = self.fewest[documents]
         most = np.maximum(fewest, np.minimum(self._finest[documents], self.ranks))
         best, seconds = fewest.copy(), self.cost.times(tokens, pairs, fewest)
-        # Without a hop to wait for it would take these.
+        # The degree that would suffice without communication.
         goal_s = max(goal - self.cost.micro_batch_s, 1e-3 * goal)
         hoped = np.ceil(self.cost.compute(tokens, pairs) / goal_s)
         degree = np.maximum(np.minimum(hoped, self.ranks).astype(np.int64), fewest + 1)
@@ -240,14 +240,14 @@ class Problem:
         return best
 
     def rings(self, documents: Ints, degrees: Ints) -> list[Draft]:
-        """Return a unit for each of these documents."""
+        """Return one unit for each document."""
         costs = self.cost.times(self.tokens[documents], self.pairs[documents], degrees)
         shares = self.offloads(documents, degrees)
         columns = (x.tolist() for x in (documents, degrees, costs, shares))
         return [Draft((d,), n, c, r) for d, n, c, r in zip(*columns, strict=True)]
 
     def packed(self, bins: Sequence[Sequence[int]], degree: int = 1) -> list[Draft]:
-        """Return a unit for each bin of documents, on ``degree`` ranks."""
+        """Return one unit for each bin of documents, on ``degree`` ranks."""
         if not bins:
             return []
         sizes = np.fromiter(map(len, bins), dtype=np.int64, count=len(bins))

@@ -1,4 +1,4 @@
-"""Degrees of rings where ranks run micro-batches side by side, so that none waits for a ring."""
+"""Ring sizes for ranks that run micro-batches in parallel, chosen so that ranks do not wait."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 from allometry.scaling.hdp.problem import Draft, Ints, Problem
 
 SHARES = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.025)
-"""Of the ideal step: what is tried as the longest that a ring may take."""
+"""Tried limits for the time of a ring, relative to the ideal step."""
 
 
 class Choice(NamedTuple):
-    """Units of the documents that are long or costly, costliest first, and the others."""
+    """Units of the long or expensive documents, most expensive first, and the other documents."""
 
     rings: list[Draft]
     rest: Ints
 
 
 def choices(problem: Problem) -> Iterator[Choice]:
-    """Yield what each share makes of the documents; the same twice only once."""
+    """Yield a choice for each share; repeated results are skipped."""
     order = problem.descending
     long = problem.lengths[order] > problem.usable
     before: Ints | None = None

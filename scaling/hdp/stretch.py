@@ -1,4 +1,4 @@
-"""What documents of mixed lengths cost more than whole sequences would: the plan's own makespan."""
+"""Extra cost of documents of mixed lengths over uniform sequences, from the plan's makespan."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from allometry.scaling.hdp.plan import Plan
 
 
 def makespan(plan: Plan) -> float:
-    """Seconds until the last rank has run its units; a ring's members start together.
+    """Return the seconds until the last rank has run its units; ring members start together.
 
-    Without a pipeline it is ``parallel.hdp.replay``'s. Raises PlanError for a plan that never
-    ends.
+    Without a pipeline the result equals ``parallel.hdp.replay``'s makespan. Raises PlanError if the
+    plan deadlocks.
     """
     check_plan(plan)
     at, free = [0] * plan.ranks, [0.0] * plan.ranks
 
     def next_unit(rank: int) -> int | None:
-        """The unit that a rank would run now, if it has one left; -1: none."""
+        """Return the next unit of a rank (None: a dummy); -1 if all units have run."""
         return plan.orders[rank][at[rank]] if at[rank] < len(plan.orders[rank]) else -1
 
     awake = list(range(plan.ranks))
@@ -32,7 +32,7 @@ def makespan(plan: Plan) -> float:
             continue
         ring = (rank,) if number is None else plan.units[number].ring
         if any(next_unit(other) != number for other in ring):
-            continue  # the last of them to arrive takes the others along
+            continue  # the last member to arrive continues
         end = max(free[r] for r in ring) + (0.0 if number is None else plan.units[number].cost)
         for r in ring:
             at[r], free[r] = at[r] + 1, end
@@ -43,11 +43,11 @@ def makespan(plan: Plan) -> float:
 
 
 def document_columns(plan: Plan, cost: CostModel) -> dict[str, float]:
-    """Return the columns of ``planner.cases.Cases`` that say what a plan's documents cost.
+    """Return the columns of ``planner.cases.Cases`` for the cost of a plan's documents.
 
-    ``attended``: tokens that a token's attention reads, on average; ``document_stretch``: the
-    makespan over the seconds that the arithmetic alone takes when ranks share it evenly, so that
-    rings' messages, idle ranks and the cost of each micro-batch are in it.
+    ``attended``: mean number of tokens that the attention of a token reads; ``document_stretch``:
+    makespan divided by the seconds of computation if ranks share it evenly, which includes ring
+    messages, idle ranks and the fixed cost of micro-batches.
     """
     lengths = np.asarray(plan.lengths, dtype=np.float64)
     tokens, pairs = lengths.sum(), (lengths * (lengths + 1)).sum()
@@ -57,5 +57,5 @@ def document_columns(plan: Plan, cost: CostModel) -> dict[str, float]:
 
 
 def mean_columns(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the means over steps' ``document_columns``."""
+    """Return the means of several steps' ``document_columns``."""
     return {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}

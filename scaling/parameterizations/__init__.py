@@ -1,1 +1,1 @@
-"""The parameterizations: a file for each, on one base."""
+"""Parameterizations, one file each, with a common base."""

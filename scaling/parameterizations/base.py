@@ -1,4 +1,4 @@
-"""What every parameterization is made of: roles in, multipliers out."""
+"""Base of all parameterizations: multipliers by role."""
 
 # m = width / base width, l = layers / base layers; σ standard deviation
 
@@ -21,14 +21,14 @@ InitKind = Literal["normal", "uniform", "ones", "zeros"]
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What one parameter gets.
+    """Initialization and multipliers of one parameter.
 
-    ``init_kind`` normal draws N(0, ``init_std``²), uniform U(-b, b) of that standard deviation;
-    ones and zeros ignore it (0 then). ``alike``: all experts of the parameter start equal.
-    ``lr``, ``weight_decay`` and ``eps`` multiply what the optimizer section says, and
-    ``forgetting`` multiplies 1 - beta2 of a second moment. ``rule`` is the name of its update rule
-    (``update_rules.py``). Weight decay is the coupled kind: a step takes lr x decay
-    of the weight. ``sphere``: each matrix keeps its initial Frobenius norm. ``frozen``: it is not
+    ``init_kind`` normal draws N(0, ``init_std``²), uniform U(-b, b) with this standard deviation;
+    ones and zeros ignore ``init_std`` (then 0). ``alike``: all experts of the parameter start
+    equal. ``lr``, ``weight_decay`` and ``eps`` multiply the values of the optimizer section, and
+    ``forgetting`` multiplies 1 - beta2 of a second moment. ``rule`` is the name of the update rule
+    (``update_rules.py``). Weight decay is coupled: a step subtracts lr x decay of the weight.
+    ``sphere``: each matrix keeps its initial Frobenius norm. ``frozen``: the parameter is not
     trained.
     """
 
@@ -46,10 +46,11 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class ForwardScales:
-    """What the model multiplies in its forward pass.
+    """Multipliers of the forward pass.
 
-    ``embedding`` the embedded tokens, ``residual`` each branch before it joins the stream,
-    ``attention`` the scores q·k, ``output`` the logits, ``experts`` the sum over routed experts.
+    ``embedding`` multiplies the embedded tokens, ``residual`` each branch before it is added to the
+    residual stream, ``attention`` the scores q·k, ``output`` the logits, ``experts`` the sum over
+    routed experts.
     """
 
     embedding: float = 1.0
@@ -61,18 +62,18 @@ class ForwardScales:
 
 @dataclass(frozen=True, slots=True)
 class RunScale:
-    """How much a run reads: tokens of a (full) batch, and of the whole run."""
+    """Tokens of a (full) batch, and of the complete run."""
 
     batch_tokens: int
     total_tokens: int
 
 
 class Multipliers(ABC):
-    """One parameterization for one model, optimizer and run; what differs is in the subclasses.
+    """Base class of a parameterization for one model, optimizer and run.
 
-    ``optimizer`` None: that which the parameterization is made for; ``scale`` None: the base's run.
-    ``columns``: the rates that it knows. Raises UserError for an optimizer with a rule that follows
-    others: never a guess.
+    ``optimizer`` None: the default of the parameterization; ``scale`` None: the base's run.
+    ``columns``: supported types of learning rates. Raises UserError for an optimizer with a rule of
+    another type; rates are never guessed.
     """
 
     default_optimizer = "adamw"
@@ -89,55 +90,55 @@ class Multipliers(ABC):
         self.optimizer_kind = optimizer.kind if optimizer else self.default_optimizer
         self.check()
         base_width: int | None = getattr(config, "base_width", None)
-        # Fractions, so that what is 1 at the base is exactly 1 and nothing drifts by rounding.
+        # Fractions: multipliers at the base are exactly 1, without rounding errors.
         self.m = Fraction(model.width, base_width or model.width)
 
     @property
     @abstractmethod
     def forward(self) -> ForwardScales:
-        """The multipliers of the forward pass."""
+        """Multipliers of the forward pass."""
 
     @abstractmethod
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
-        """Return how what states no ``start`` of its own begins, and its σ."""
+        """Return the initialization and σ of a parameter without a ``start`` of its own."""
 
     @abstractmethod
     def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
-        """Return the factor on the learning rate that follows from widths and experts."""
+        """Return the factor of the learning rate from width and number of experts."""
 
     @abstractmethod
     def epsilon(self, spec: ParamSpec) -> float:
-        """Return the factor on epsilon."""
+        """Return the factor of epsilon."""
 
     @property
     def decay_rule(self) -> WeightDecayRule:
-        """How weight decay follows the learning rate."""
+        """Dependence of weight decay on the learning rate."""
         rule: WeightDecayRule = getattr(self.config, "weight_decay_rule", "coupled")
         return rule
 
     def other_rate(self, spec: ParamSpec) -> float:
-        """Return the factor on the learning rate from depth, batch and tokens."""
+        """Return the factor of the learning rate from depth, batch and tokens."""
         return 1.0
 
     def other_decay(self, spec: ParamSpec) -> float:
-        """Return the factor on weight decay from all but width."""
+        """Return the factor of weight decay from all but width."""
         return 1.0
 
     @property
     def forgetting(self) -> float:
-        """What multiplies 1 - beta2."""
+        """Factor of 1 - beta2."""
         return 1.0
 
     def growth(self, quantity: Literal["batch_tokens", "total_tokens"], base: int | None) -> float:
-        """Return this quantity of the run's ``scale`` over ``base``; 1 where one is None."""
+        """Return the run's ``scale`` in this quantity over ``base``; 1 if either is None."""
         return getattr(self.scale, quantity) / base if self.scale and base else 1.0
 
     def alike(self, spec: ParamSpec) -> bool:
-        """Whether all experts of a parameter start equal."""
+        """Return True if all experts of a parameter start equal."""
         return False
 
     def resolve(self, spec: ParamSpec) -> Resolved:
-        """Return what this parameter gets."""
+        """Return the initialization and multipliers of a parameter."""
         rule = rule_of(self.optimizer_kind, spec.role)
         width_rate = self.width_rate(spec, rule)
         lr = width_rate * self.other_rate(spec)
@@ -167,7 +168,7 @@ class Multipliers(ABC):
         return factor * self.other_decay(spec)
 
     def check(self) -> None:
-        """Raise UserError for an optimizer with a rule for whose rates there is no column."""
+        """Raise UserError if the optimizer has a rule with an unsupported type of learning rate."""
         for rule in rules_of(self.optimizer_kind):
             if rule.rates in self.columns:
                 continue
@@ -180,18 +181,23 @@ class Multipliers(ABC):
             )
 
     def scores(self, base_head_dim: int | None) -> float:
-        """Return the multiplier of q·k: √base/H, which is 1/√H where heads keep their width."""
+        """Return the multiplier of q·k: √base/H, which is 1/√H for a constant head width.
+
+        The result includes the factor of scores of ``rope_scaling``.
+        """
         width = self.model.head_width
         base = base_head_dim or width
-        return 1.0 / math.sqrt(width) if base == width else math.sqrt(base) / width
+        plain = 1.0 / math.sqrt(width) if base == width else math.sqrt(base) / width
+        return plain * self.model.score_factor
 
 
 def muon_rate(spec: ParamSpec, m: Fraction, optimizer: OptimizerConfig | None) -> float:
-    """Return what keeps the effect of a Muon update on activations as it is at the base.
+    """Return the factor that keeps the effect of a Muon update on activations equal to the base.
 
-    An update should have the spectral norm √(fan_out/fan_in) (arXiv 2310.17813). Muon's has norm
-    1 times its adjustment, so the factor is their quotient here over that at the base. Derived,
-    for a router (fan-out finite) or any other matrix (both fans grow with width).
+    An update should have the spectral norm √(fan_out/fan_in) (arXiv 2310.17813). Muon's update has
+    norm 1 times its adjustment, so the factor is the quotient of both at this size over that at the
+    base. Derived, for a router (constant fan-out) and for other matrices (both fans grow with
+    width).
     """
     assert isinstance(optimizer, Muon), optimizer
     base_in = spec.fan_in / m

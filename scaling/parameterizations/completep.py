@@ -1,4 +1,4 @@
-"""CompleteP and Depth-muP: what is tuned at one width and depth holds at any."""
+"""CompleteP and Depth-muP: hyperparameters transfer across width and depth."""
 
 # m = width / base width, l = layers / base layers
 
@@ -18,11 +18,12 @@ from allometry.scaling.update_rules import Rates
 
 
 class CompletePMultipliers(MuPMultipliers):
-    """muP (arXiv 2203.03466) and, with α = ``depth_alpha`` (arXiv 2505.01618, equation 40):
+    """muP (arXiv 2203.03466) with depth scaling, α = ``depth_alpha`` (arXiv 2505.01618, eq. 40).
 
-    each branch x l^-α; all parameters of blocks, norms included: lr x l^(α-1), epsilon x l^-α.
-    α = 1 is CompleteP, α = 1/2 Depth-muP. Embedding, final norm and head know no depth, as in the
-    authors' code since its correction of January 2025 (EleutherAI/nanoGPT-mup).
+    Each branch is multiplied by l^-α; for all parameters of blocks, including norms, lr is
+    multiplied by l^(α-1) and epsilon by l^-α. α = 1 is CompleteP, α = 1/2 Depth-muP. Embedding,
+    final norm and head do not depend on depth, as in the authors' code since its correction of
+    January 2025 (EleutherAI/nanoGPT-mup).
     """
 
     config: CompleteP
@@ -30,13 +31,13 @@ class CompletePMultipliers(MuPMultipliers):
 
     @cached_property
     def depth(self) -> Depth:
-        """The multipliers that follow from depth."""
+        """Multipliers that depend on depth."""
         return Depth(self.model, self.config.base_layers, self.config.depth_alpha)
 
     @property
     @override
     def forward(self) -> ForwardScales:
-        """muP's, with smaller branches."""
+        """Multipliers of muP, with scaled branches."""
         return replace(super().forward, residual=self.depth.branch)
 
     @override
@@ -51,7 +52,7 @@ class CompletePMultipliers(MuPMultipliers):
 
 
 class Depth:
-    """The depth multipliers of CompleteP; ``base_layers`` None: none."""
+    """Depth multipliers of CompleteP; ``base_layers`` None: all are 1."""
 
     def __init__(self, model: ModelConfig, base_layers: int | None, alpha: float) -> None:
         self._l = float(Fraction(model.num_layers, base_layers or model.num_layers))
@@ -59,13 +60,13 @@ class Depth:
 
     @property
     def branch(self) -> float:
-        """What multiplies each branch: l^-α."""
+        """Factor of each branch: l^-α."""
         return float(self._l**-self._alpha)
 
     def rate(self, spec: ParamSpec) -> float:
-        """Return the factor on the learning rate: l^(α-1) inside blocks."""
+        """Return the factor of the learning rate: l^(α-1) inside blocks."""
         return float(self._l ** (self._alpha - 1.0)) if spec.in_block else 1.0
 
     def epsilon(self, spec: ParamSpec) -> float:
-        """Return the factor on epsilon, which follows the gradient: l^-α inside blocks."""
+        """Return the factor of epsilon, which scales like the gradient: l^-α inside blocks."""
         return self.branch if spec.in_block else 1.0

@@ -1,4 +1,4 @@
-"""HyperP: matrices that keep their norms, and one learning rate that follows depth and data."""
+"""HyperP: matrices with fixed norms, and one learning rate that depends on depth and data."""
 
 # m = width / base width, L layers, B tokens of a batch, T tokens of a run; 0 marks the base
 
@@ -14,11 +14,13 @@ from allometry.scaling.roles import MATRICES, ParamSpec, Role
 from allometry.scaling.update_rules import Rates, UpdateRule
 
 HEAD_STD = 0.64
-"""σ of the head is this over √(base width): logits of RMS 0.64 at the start, .02 at width 1024."""
+"""Factor of the head's σ = HEAD_STD/√(base width): initial logits of RMS 0.64; σ = .02 at width
+1024.
+"""
 
 
 class HyperPMultipliers(Multipliers):
-    """HyperP (arXiv 2603.28743; github.com/microsoft/ArchScale), for MuonH or AdamH:
+    """HyperP (arXiv 2603.28743; github.com/microsoft/ArchScale), for MuonH or AdamH.
 
     ======  ========================  ===========  ===================
     role    start                     lr           forward
@@ -29,10 +31,10 @@ class HyperPMultipliers(Multipliers):
     vector  ones                      q            1
     ======  ========================  ===========  ===================
 
-    q = √(B/B0) √(L0/L) (T/T0)^-0.32. Weight decay is 0 everywhere and epsilon the config's.
-    Neither width nor the number of experts has a factor: a step turns a matrix by the angle lr,
-    whatever its size. The head's norm fixes the scale of the logits, so its σ is that of the base
-    at every width; with the published .02 at small base widths the best rate drifts more
+    q = √(B/B0) √(L0/L) (T/T0)^-0.32. Weight decay is 0 for all parameters, and epsilon has no
+    factor. Width and number of experts have no factor: a step rotates a matrix by the angle lr,
+    independent of its size. The norm of the head fixes the scale of the logits, so its σ is that of
+    the base at every width; with the published .02 at small base widths the best rate varies more
     (docs/parameterization.md).
     """
 
@@ -43,7 +45,7 @@ class HyperPMultipliers(Multipliers):
     @property
     @override
     def forward(self) -> ForwardScales:
-        """Branches x 1/√(2 L), at the base as well; scores √(base head width)/H."""
+        """Branches x 1/√(2 L), also at the base; scores √(base head width)/H."""
         divided = self.config.output_multiplier == "1/m"
         return ForwardScales(
             residual=1.0 / math.sqrt(2 * self.model.num_layers),

@@ -1,4 +1,4 @@
-"""MSSP: mixtures of sigmoid-gated experts whose width, number and visits grow."""
+"""MSSP: scaling of width, number of experts and visits for mixtures of sigmoid-gated experts."""
 
 # n = width, e = expert width, M = experts, K = visits, each over its value at the base
 
@@ -21,7 +21,7 @@ class MSSPMultipliers(Multipliers):
     """MSSP (arXiv 2605.14200; github.com/vankadara-lab/mssp-moe): y = K^-α Σ gate_i E_i(x).
 
     α is 0 in regime I and 1 in II and III. Exponents of the authors' tables as ratios to the base,
-    with N = n, M and E = e; σ at the base is 1/√fan_in but for embedding, head and routers of I:
+    with N = n, M and E = e; σ at the base is 1/√fan_in except for embedding, head and routers of I:
 
     ======  ===========  =============  ==========  =======  ============
     regime  role         σ              lr (SGD)    (Adam)   epsilon
@@ -38,11 +38,11 @@ class MSSPMultipliers(Multipliers):
     III     up, down     1/√fan_in, ⁼   M           1/n      1/(n M)
     ======  ===========  =============  ==========  =======  ============
 
-    ⁼: all experts start alike. Averages over experts drawn apart shrink as M^-1/2 while updates do
-    not; √M (II) and equal experts (III) cure what they break, and neither stands for the other.
-    The Adam columns are the authors' heuristic; SGD's are derived.
-
-    Not theirs: SGD-SaI's own factor is taken off the SGD column, and depth is CompleteP's.
+    ⁼: all experts start equal. Averages over independently drawn experts shrink as M^-1/2 while
+    updates do not; √M (II) and equal experts (III) correct this, and one cannot replace the other.
+    The Adam columns are the authors' heuristic; the SGD columns are derived. Two additions are not
+    from the authors: the SGD column is divided by SGD-SaI's own factor, and depth scaling is
+    CompleteP's.
     """
 
     config: MSSP
@@ -51,7 +51,7 @@ class MSSPMultipliers(Multipliers):
 
     @cached_property
     def depth(self) -> Depth:
-        """The multipliers that follow from depth."""
+        """Multipliers that depend on depth."""
         return Depth(self.model, self.config.base_layers, self.config.depth_alpha)
 
     @property
@@ -62,7 +62,7 @@ class MSSPMultipliers(Multipliers):
     @property
     @override
     def forward(self) -> ForwardScales:
-        """The sum over experts x K^-α; the head has no factor, as its σ and lr shrink."""
+        """The sum over experts x K^-α; the head has no factor, since its σ and lr shrink."""
         visits = self.model.experts.experts_per_token
         return ForwardScales(
             residual=self.depth.branch,
@@ -91,12 +91,12 @@ class MSSPMultipliers(Multipliers):
 
     @override
     def alike(self, spec: ParamSpec) -> bool:
-        """Whether all experts start equal: in regime III."""
+        """Return True if all experts start equal: in regime III."""
         return self.config.regime == "III" and spec.role in EXPERTS
 
     @override
     def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
-        """Return the column of Adam, or that of SGD without a rule's own factor (SGD-SaI's)."""
+        """Return the Adam column, or the SGD column divided by a rule's own factor (SGD-SaI's)."""
         if rule.rates is Rates.SGD:
             own = self._elements(spec.role) if rule.scales_with_root_of_size else 1
             return float(self._sgd(spec.role)) / math.sqrt(own)
@@ -132,7 +132,7 @@ class MSSPMultipliers(Multipliers):
         return {Role.HIDDEN: one, Role.OUTPUT: 1 / n, **dict(of_experts)}.get(role, n)
 
     def _elements(self, role: Role) -> Fraction:
-        """Elements of one matrix over those at the base; each expert is one."""
+        """Return the elements of one matrix relative to the base; each expert is one matrix."""
         width = Fraction(self.model.experts.width, self.config.base_expert_width)
         other = dict.fromkeys(EXPERTS, width)
         return self.m * {**other, Role.HIDDEN: self.m, Role.ROUTER: self.experts}.get(role, 1)

@@ -1,4 +1,4 @@
-"""Maximal update: what is tuned at one width holds at any."""
+"""muP, the maximal update parameterization: hyperparameters transfer across width."""
 
 # m = width / base width; σ standard deviation
 
@@ -17,7 +17,7 @@ from allometry.scaling.update_rules import Rates, UpdateRule
 
 
 class MuPMultipliers(Multipliers):
-    """muP for Adam (arXiv 2203.03466, Table 8), with a constant head and a scaled logit.
+    """muP for Adam (arXiv 2203.03466, Table 8), with a constant head and scaled logits.
 
     ======  ===========================  ========  =============  =======  =====================
     role    init σ                       lr        weight decay   epsilon  forward
@@ -31,24 +31,21 @@ class MuPMultipliers(Multipliers):
     scores                                                                 √(base head width)/H
     ======  ===========================  ========  =============  =======  =====================
 
-    Weight decay x m keeps lr x decay of hidden matrices constant; x √m keeps their largest
-    singular values (arXiv 2510.15262); ``coupled`` leaves it alone.
+    Weight decay x m keeps lr x decay of hidden matrices constant; x √m keeps their largest singular
+    values (arXiv 2510.15262); ``coupled`` does not scale it.
 
-    Epsilon follows the gradient: with logits divided by m and σ of the head constant, the
-    gradient of the loss in the residual stream is Θ(1/m), and so is that of every parameter
-    (the head's through the division itself); Adam is width-invariant only if epsilon shrinks
-    alike (a test measures this). The gains of qk_norm are shared by all heads and their gradient
-    shrinks less; a smaller epsilon does them no harm.
+    Epsilon scales like the gradient: with logits divided by m and a constant σ of the head, the
+    gradient of the loss in the residual stream is Θ(1/m), and so is that of every parameter (the
+    head's through the division itself); Adam is width-invariant only if epsilon shrinks equally
+    (verified by a test). The gains of qk_norm are shared by all heads, so their gradient shrinks
+    less; a smaller epsilon does not affect them.
 
-    The model at the base has ``base_width`` and every other width in proportion, so each hidden
-    fan-in is m times that at the base. Only head width may differ: ``base_head_dim``.
-
-    Experts are hidden matrices: their number stays and their widths grow in proportion. A router
-    has a finite fan-out, as the head has. With σ 1/√fan_in its logits are Θ(1) at the start, and
-    with lr 1/m each step moves them by Θ(1): for Adam the same as lr 1 with the logits divided by
-    m.
-
-    Other columns than Adam's change the learning rates alone (``mup_rate``).
+    The base model has ``base_width``, and all its other widths are in proportion, so each hidden
+    fan-in is m times that of the base. Only head width may differ: ``base_head_dim``. Experts are
+    hidden matrices: their number is constant and their widths grow in proportion. A router has a
+    constant fan-out, like the head. With σ 1/√fan_in its logits are Θ(1) at the start, and with lr
+    1/m each step changes them by Θ(1): for Adam this equals lr 1 with the logits divided by m.
+    Columns for other rates than Adam's differ only in the learning rates (``mup_rate``).
     """
 
     config: MaximalUpdateParameterization | CompleteP | MuPPlusPlus
@@ -57,7 +54,7 @@ class MuPMultipliers(Multipliers):
     @property
     @override
     def forward(self) -> ForwardScales:
-        """Logits are divided by m, scores by H where the head's width grows."""
+        """Logits are divided by m; scores by H if the head width grows."""
         scores = self.scores(self.config.base_head_dim)
         return ForwardScales(attention=scores, output=float(1 / self.m))
 
@@ -75,7 +72,7 @@ class MuPMultipliers(Multipliers):
 
     @override
     def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
-        """Return 1/m for hidden matrices under Adam, 1 for the rest."""
+        """Return 1/m for hidden matrices with Adam, 1 for other parameters."""
         return mup_rate(spec, rule, self.m, self.optimizer)
 
     @override
@@ -86,13 +83,13 @@ class MuPMultipliers(Multipliers):
 def mup_rate(
     spec: ParamSpec, rule: UpdateRule, m: Fraction, optimizer: OptimizerConfig | None
 ) -> float:
-    """Return the factor on the learning rate that m times the width asks of a rule.
+    """Return the factor of the learning rate of a rule for m times the base width.
 
-    Adam, and rules whose updates have the size of Adam's (APOLLO): 1/m for hidden matrices, routers
-    and experts, else 1. Muon: ``muon_rate``. On a sphere the step is an angle and has no factor
-    (arXiv 2603.28743, theorem 2). SGD (arXiv 2203.03466, Table 8): m for what has one growing
-    side, and the ratio of fan-out to fan-in for matrices: 1 where both grow, 1/m for a router.
-    SGD-SaI's own factor, near the root of a matrix's elements, is taken off again (derived).
+    Adam, and rules with updates of Adam's size (APOLLO): 1/m for hidden matrices, routers and
+    experts, else 1. Muon: ``muon_rate``. On a sphere the step is an angle and has no factor (arXiv
+    2603.28743, theorem 2). SGD (arXiv 2203.03466, Table 8): m for parameters with one growing
+    dimension, and the ratio of fan-out to fan-in for matrices: 1 if both grow, 1/m for a router.
+    SGD-SaI's own factor, about the root of a matrix's number of elements, is divided out (derived).
     """
     match rule.rates:
         case Rates.ADAM:

@@ -1,4 +1,4 @@
-"""muP++: muP with branches scaled by depth and one learning-rate factor for all."""
+"""muP++: muP with branches scaled by depth and one learning rate factor for all parameters."""
 
 # m = width / base width, l = layers / base layers, b = batch / base batch
 
@@ -19,10 +19,10 @@ from allometry.scaling.update_rules import Rates, rules_of
 
 
 class MuPPlusPlusMultipliers(MuPMultipliers):
-    """muP with these differences, as ArchScale (github.com/microsoft/ArchScale) runs it:
+    """muP with the following differences, as in ArchScale (github.com/microsoft/ArchScale).
 
-    branches x 1/√(2 L), at the base as well; every learning rate x 1/√l and x √b (``batch_rule``);
-    epsilon constant; no weight decay of the embedding and the head.
+    Branches x 1/√(2 L), also at the base; every learning rate x 1/√l and x √b (``batch_rule``);
+    constant epsilon; no weight decay of embedding and head.
     """
 
     columns = MuPMultipliers.columns - {Rates.SGD}
@@ -35,7 +35,7 @@ class MuPPlusPlusMultipliers(MuPMultipliers):
 
     @override
     def check(self) -> None:
-        """Also raise UserError for a ``batch_rule`` that the optimizer cannot follow."""
+        """Raise UserError also for a ``batch_rule`` that the optimizer does not support."""
         super().check()
         kind, rule = self.optimizer_kind, self.config.batch_rule
         if rule != "sqrt" and not any(r.second_moment for r in rules_of(kind)):
@@ -54,25 +54,25 @@ class MuPPlusPlusMultipliers(MuPMultipliers):
     @property
     @override
     def forward(self) -> ForwardScales:
-        """muP's, with branches x 1/√(2 L)."""
+        """Multipliers of muP, with branches x 1/√(2 L)."""
         return replace(super().forward, residual=1.0 / math.sqrt(2 * self.model.num_layers))
 
     @override
     def other_rate(self, spec: ParamSpec) -> float:
-        """Return 1/√l x √b."""
+        """Return √b/√l; 1/√l with ``batch_rule: sdew``."""
         batch = 1.0 if self.config.batch_rule == "sdew" else math.sqrt(self._b)
         return batch / math.sqrt(self.model.num_layers / self.config.base_layers)
 
     @override
     def other_decay(self, spec: ParamSpec) -> float:
-        """Return 0 for embedding and head."""
+        """Return 0 for embedding and head; else √b with ``batch_rule: sdew`` and 1 otherwise."""
         if spec.role in (Role.INPUT, Role.OUTPUT):
             return 0.0
         return math.sqrt(self._b) if self.config.batch_rule == "sdew" else 1.0
 
     @override
     def epsilon(self, spec: ParamSpec) -> float:
-        """Return 1, x 1/√b by the rules for which gradient noise sets the scale."""
+        """Return 1, or 1/√b for the rules in which gradient noise sets the scale."""
         return 1.0 if self.config.batch_rule == "sqrt" else 1.0 / math.sqrt(self._b)
 
     @property

@@ -1,4 +1,4 @@
-"""The standard parameterization: nothing follows from size but the initial values."""
+"""Standard parameterization: only initial values depend on size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from allometry.scaling.update_rules import Rates, UpdateRule
 class StandardMultipliers(Multipliers):
     """σ = 1/√fan_in for hidden matrices, routers, experts and the head; one learning rate.
 
-    The best rate falls as a model widens, and nobody says by how much.
+    The best learning rate decreases with width, by an unknown factor.
     """
 
     config: StandardParameterization
@@ -24,7 +24,7 @@ class StandardMultipliers(Multipliers):
     @property
     @override
     def forward(self) -> ForwardScales:
-        """Scores are divided by √H; nothing else is scaled."""
+        """Scores are divided by √H; all other multipliers are 1."""
         return ForwardScales(attention=self.scores(None))
 
     @override

@@ -1,1 +1,1 @@
-"""What a layout costs: step time from the model, the layout, the hardware and fitted constants."""
+"""Cost model: step time from the model, the layout, the hardware and fitted constants."""

@@ -1,4 +1,4 @@
-"""What is believed of the cost model's constants, and what a prediction with it is worth."""
+"""Probability distribution of the cost model's constants, and prediction intervals."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.cost import step_time
 
-NOISE = 0.08  # log error of a step that the model is held to
+NOISE = 0.08  # assumed log error of a modelled step
 TIMED = 0.15
-"""Standard deviation of the logarithm of a constant that was measured on pieces of a step."""
+"""Standard deviation of the logarithm of a constant measured on parts of a step."""
 NUDGE = 1e-4
-BLOCK = 4096  # configurations at once, which a processor's cache takes
-TARGETS = 500  # configurations that choose_runs looks at the variances of
-NORMAL = 1.645  # of a 90 % interval
+BLOCK = 4096  # configurations per block, to fit a processor's cache
+TARGETS = 500  # configurations whose variances choose_runs considers
+NORMAL = 1.645  # quantile of a 90 % interval
 GENERATIONS: tuple[str, ...] = get_args(Generation)
 
 
 def logs_of(mean: Floats, cases: Cases) -> Floats:
-    """Logarithms of each configuration's constants, (C, K): the common ones and its card's."""
+    """Return log constants by configuration, (C, K): the common ones plus its card's deviation."""
     k, own = len(Constants.names()), Constants.of_card()
     logs = np.repeat(mean[None, :k], len(cases), axis=0)
     logs[:, own] += mean[k:].reshape(len(GENERATIONS), len(own))[_generations(cases)]
@@ -36,14 +36,14 @@ def _generations(cases: Cases) -> Floats:
 
 
 def errors(cases: Cases, logs_CK: Floats, measured: Floats) -> Floats:
-    """Logarithms of predicted over measured seconds, (C,); ``measured``: logarithms."""
+    """Return log(predicted / measured seconds), (C,); ``measured`` are logarithms."""
     return np.log(step_time(cases, Constants.of_logs(logs_CK)).seconds) - measured
 
 
 def slopes(cases: Cases, logs_CK: Floats) -> Floats:
-    """Derivatives of the logarithm of the time by those of the constants, (C, K).
+    """Return derivatives of log time by the log constants, (C, K).
 
-    Each constant is nudged alone, a block of configurations with all of their nudges at once.
+    Each constant is perturbed separately, for a block of configurations at once.
     """
     count, k = logs_CK.shape
     steps = np.concatenate([np.zeros((1, k)), NUDGE * np.eye(k)])
@@ -58,7 +58,7 @@ def slopes(cases: Cases, logs_CK: Floats) -> Floats:
 
 
 def by_mean(cases: Cases, slopes_CK: Floats) -> Floats:
-    """The same derivatives by what ``Calibration.mean`` holds, (C, D)."""
+    """Return the derivatives with respect to ``Calibration.mean``, (C, D)."""
     own = Constants.of_card()
     of_cards = np.zeros((len(cases), len(GENERATIONS), len(own)))
     of_cards[np.arange(len(cases)), _generations(cases)] = slopes_CK[:, own]
@@ -68,10 +68,10 @@ def by_mean(cases: Cases, slopes_CK: Floats) -> Floats:
 def soften(
     error: Floats, weight: Floats | float = 1.0, width: Floats | float = NOISE
 ) -> tuple[Floats, Floats]:
-    """Residuals whose squares are Cauchy's loss, and their derivatives.
+    """Return residuals whose squares are Cauchy's loss, and their derivatives.
 
-    Near 0 they are errors over ``NOISE``; errors far beyond ``width`` hardly pull: published tables
-    hold runs that some fault made many times slower than their neighbours.
+    Near 0 residuals are errors over ``NOISE``; errors far beyond ``width`` have little influence:
+    published tables contain runs that a fault made much slower than similar runs.
     """
     scaled = error / width
     soft = np.sign(scaled) * np.sqrt(np.log1p(scaled**2))
@@ -81,20 +81,20 @@ def soften(
 
 
 def check_seconds(seconds: Floats) -> None:
-    """Raise UserError for times that are none."""
+    """Raise UserError for times that are not positive and finite."""
     if not (np.isfinite(seconds) & (seconds > 0)).all():
         raise UserError("measured step times must be positive numbers; leave other rows out")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is believed of the constants.
+    """Gaussian distribution of the constants.
 
-    ``mean``, (D,): logarithms of the constants, (K,), then for each of ``GENERATIONS`` how far a
-    card of it lies from them (``Constants.of_card``). ``covariance``, (D, D): for a framework not
-    seen, its deviation included. ``scatter``: logarithms of measured over predicted time that a
-    twentieth of a source's runs lie below, and above, with the source's own constants. ``own``:
-    each calibrated source's deviation, (K,). ``kinds``: what was calibrated on, as ``Cases.kinds``.
+    ``mean``, (D,): logarithms of the constants, (K,), then for each of ``GENERATIONS`` the
+    deviation of its cards (``Constants.of_card``). ``covariance``, (D, D): for an unknown
+    framework, including its deviation. ``scatter``: 5 % and 95 % quantiles of log(measured /
+    predicted time) of a source's runs, with the source's own constants. ``own``: deviation of each
+    calibrated source, (K,). ``kinds``: kinds of the calibration data, as in ``Cases.kinds``.
     """
 
     mean: Floats
@@ -105,9 +105,9 @@ class Calibration:
 
     @classmethod
     def before(cls, hardware: HardwareConfig | None = None) -> Calibration:
-        """The belief without any step's measurement; of hardware that has constants, these.
+        """Return the prior, before any measured step; constants given by the hardware are used.
 
-        Raises UserError for a constant of the hardware that is none.
+        Raises UserError if the hardware names an unknown constant.
         """
         cards = np.tile(Constants.spreads("card")[Constants.of_card()], len(GENERATIONS))
         common = Constants.spreads("spread") ** 2 + Constants.spreads("between") ** 2
@@ -117,9 +117,9 @@ class Calibration:
         return belief if hardware is None else belief.with_own(hardware)
 
     def with_own(self, hardware: HardwareConfig) -> Calibration:
-        """The belief with the constants that were measured on this hardware, on pieces of a step.
+        """Return the distribution with the constants measured on this hardware on parts of a step.
 
-        Raises UserError for a constant of the hardware that is none.
+        Raises UserError if the hardware names an unknown constant.
         """
         logs = Constants.of_hardware(hardware).logs()
         mean, covariance = self.mean.copy(), self.covariance.copy()
@@ -130,13 +130,13 @@ class Calibration:
         return replace(self, mean=mean, covariance=covariance)
 
     def of_source(self, name: str) -> Calibration:
-        """The belief of a source that was calibrated on."""
+        """Return the distribution for a calibrated source."""
         mean = self.mean.copy()
         mean[: len(self.own[name])] += self.own[name]
         return replace(self, mean=mean)
 
     def constants(self, generation: str) -> Constants:
-        """The constants of a card of this generation."""
+        """Return the mean constants of a card generation."""
         k, own = len(Constants.names()), Constants.of_card()
         logs = self.mean[:k].copy()
         index = GENERATIONS.index(generation)
@@ -146,7 +146,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a step, (C,), the ends of 90 % intervals, and where nothing alike was measured."""
+    """Seconds of a step, (C,), with 90 % intervals; ``unseen``: no similar measurement exists."""
 
     seconds: Floats
     low: Floats
@@ -155,10 +155,11 @@ class Prediction:
 
 
 def predict(belief: Calibration, cases: Cases) -> Prediction:
-    """Predict steps of a framework that the belief is of.
+    """Predict steps of a framework to which the distribution applies.
 
-    An interval joins what is uncertain of the constants with the scatter of runs around sources'
-    own constants. ``unseen``: a card, precision or kind of model that no calibration has measured.
+    An interval combines the uncertainty of the constants with the scatter of runs around the own
+    constants of sources. ``unseen``: a card, precision or kind of model without calibration data.
+    For example, ``predict(published(hardware), cases).seconds``.
     """
     logs = logs_of(belief.mean, cases)
     center = errors(cases, logs, np.zeros(len(cases)))
@@ -170,12 +171,13 @@ def predict(belief: Calibration, cases: Cases) -> Prediction:
 
 
 def adapt(belief: Calibration, cases: Cases, seconds: Floats) -> Calibration:
-    """Update a belief by a few measured steps of one framework.
+    """Update a distribution with a few measured steps of one framework.
 
-    At first only what lies far beyond what the belief holds for possible hardly pulls, in the end
-    what lies far beyond ``NOISE`` from what the other runs agree on.
+    At first only errors far beyond the prior uncertainty are down-weighted, at the end errors far
+    beyond ``NOISE`` from the consensus of the other runs. For example,
+    ``adapt(published(hardware), cases, seconds)`` with a few runs of one's own.
     """
-    from scipy.optimize import least_squares  # half a second that a training run need not pay
+    from scipy.optimize import least_squares  # imports take half a second, not needed in training
 
     check_seconds(seconds)
     measured, root = np.log(seconds), np.linalg.cholesky(belief.covariance)
@@ -201,9 +203,10 @@ def adapt(belief: Calibration, cases: Cases, seconds: Floats) -> Calibration:
 
 
 def choose_runs(belief: Calibration, cases: Cases, count: int) -> list[int]:
-    """Choose the configurations whose measurement says most about all of them.
+    """Choose the configurations whose measurement reduces the uncertainty of all of them the most.
 
-    Greedy: each is the one that lowers the logarithms of their variances most, at ``NOISE``.
+    The choice is greedy: each configuration maximally reduces the sum of log variances, for noise
+    ``NOISE``.
     """
     slope = by_mean(cases, slopes(cases, logs_of(belief.mean, cases)))
     about = slope[:: -(-len(cases) // TARGETS)]

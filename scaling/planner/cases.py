@@ -1,4 +1,4 @@
-"""Many configurations at once: model, layout, batch and hardware as columns."""
+"""Columns of many configurations: model, layout, batch and hardware."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from allometry.configs.machine import HardwareConfig
 from allometry.scaling.planner.constants import Floats
 
 SCHEDULES = (*execution.SCHEDULES, "interleaved", "zb_h1", "zb_h2", "zbv")
-"""Those that a run can have, and published ones: ``pipeline.bubble``."""
+"""Schedules of a run, and further published ones: ``pipeline.bubble``."""
 RECOMPUTE = ("none", "selective", "full")
 COLUMNS = {
     **dict.fromkeys(("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab"), None),
@@ -30,32 +30,32 @@ COLUMNS = {
     **{"kept_bytes": 0, "repeats": 0, "reduces": 0},
     **{"experts_beside": 0, "nodes_of_token": 0},
 }
-"""Numbers of a configuration and their defaults; None: it has to be given.
+"""Columns of a configuration with their defaults; None: required.
 
-``repeats``, ``reduces``: shares, of element-wise work done again in backward, and of the
-micro-batches before the last that reduce gradients. ``attention_rate``: of the kernel, over the
-card's best. ``eager``: kernels are launched one by one from Python. ``grouped``: all experts'
-products are one launch. ``replicas``: whole copies that a sharded ``dp`` is divided into.
-``gather_bytes``, ``reduce_bytes``: of a parameter and of a gradient as they travel.
-``tensor_chunks``: parts of a product that tensor parallelism's messages run behind.
-``deduplicated``: a token goes to each node once, not once for each of its experts there.
-``attended``: tokens that a token's attention reads; 0: the sequence. ``document_stretch``:
-``scaling.hdp.stretch``. ``narrow_share``: of the blocks' products in ``precision``, if that is fp8
-or fp4. ``experts_beside``: share of a micro-batch's computation that the exchange of another
-one's tokens may run beside, as DualPipe's does. ``nodes_of_token``: nodes that a token's experts
-are at most on; 0: any. ``quantize_bytes``: that casts move for each number of a narrow product,
-beyond what the products' rate holds (``operators.QUANTIZE_BYTES``). ``saved_fp8``: activations
-wait in FP8. ``state_bytes``: of the optimizer for a parameter. ``states_host``, ``states_disk``:
-shares of them in the host's memory and on disk between steps. ``host_update``: the host's CPUs take
-the optimizer's step. ``activations_host``: share of the layers whose ``kept_bytes``, of a token,
-wait in the host's memory.
+``repeats``, ``reduces``: shares of element-wise work repeated in backward, and of micro-batches
+before the last that reduce gradients. ``attention_rate``: rate of the kernel relative to the card's
+best. ``eager``: kernels are launched one by one from Python. ``grouped``: one launch computes the
+products of all experts. ``replicas``: number of complete copies in a sharded ``dp``.
+``gather_bytes``, ``reduce_bytes``: bytes of a parameter and of a gradient in messages.
+``tensor_chunks``: chunks of a product that overlap with messages of tensor parallelism.
+``deduplicated``: a token is sent to each node once instead of once for each of its experts.
+``attended``: tokens read by a token's attention; 0: the sequence. ``document_stretch``:
+``scaling.hdp.stretch``. ``narrow_share``: share of the blocks' products in ``precision``, for fp8
+and fp4. ``experts_beside``: share of a micro-batch's computation that overlaps with the all-to-all
+of another one, as in DualPipe. ``nodes_of_token``: maximum number of nodes with experts of one
+token; 0: unlimited. ``quantize_bytes``: bytes moved by casts for each element of a narrow product,
+in addition to the products' rate (``operators.QUANTIZE_BYTES``). ``saved_fp8``: activations are
+saved in FP8. ``state_bytes``: bytes of optimizer states per parameter. ``states_host``,
+``states_disk``: shares of states in host memory and on disk between steps. ``host_update``: the
+host's CPUs run the optimizer step. ``activations_host``: share of layers whose ``kept_bytes`` per
+token are offloaded to the host.
 """
 LEAST = {
     **dict.fromkeys(("gated", "zero", "ffn", "sequence_parallel", "flash", "overlap"), 0),
     **{"grouped": 0, "attention_rate": 0.01, "deduplicated": 0, "document_stretch": 0.01},
     **{"gather_bytes": 0.1, "reduce_bytes": 0.1, "narrow_share": 0, "state_bytes": 0},
 }
-"""What a number is at least, where that is not 1, or 0 as its default."""
+"""Minimum values of columns, if not 1, or 0 for a default of 0."""
 SHARES = (
     *("narrow_share", "repeats", "reduces", "states_host", "states_disk", "activations_host"),
     "experts_beside",
@@ -66,7 +66,7 @@ SHARES = (
 class Cases:
     """C configurations. ``n[NAME]`` is a column of ``COLUMNS``, (C,), ``hw[NAME]`` of the hardware.
 
-    ``dp``: ranks that hold the same parameters and see different data, those of ``ep`` among them.
+    ``dp``: ranks with the same parameters and other data; the ranks of ``ep`` are among them.
     """
 
     n: dict[str, Floats]
@@ -79,11 +79,10 @@ class Cases:
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], hardware: Mapping[str, HardwareConfig]) -> Cases:
-        """Read rows that name ``COLUMNS``, and ``hardware``, ``precision``, ``recompute``,
-        ``schedule``.
+        """Build cases from rows of ``COLUMNS`` and of further keys.
 
-        Raises UserError for a value that is missing or unknown and for a precision that a card has
-        no rate of: nothing is guessed.
+        These are ``hardware`` (required), ``precision``, ``recompute`` and ``schedule``. Raises
+        UserError for a missing or unknown value, or a precision for which a card has no rate.
         """
         for index, row in enumerate(rows):
             _check(index, row, hardware)
@@ -107,7 +106,7 @@ class Cases:
         return len(self.precision)
 
     def take(self, chosen: Floats) -> Cases:
-        """The configurations at these indices, or where a mask is true."""
+        """Return the configurations selected by indices or by a mask."""
         return Cases(
             {key: column[chosen] for key, column in self.n.items()},
             {key: column[chosen] for key, column in self.hw.items()},
@@ -117,24 +116,24 @@ class Cases:
 
     @property
     def kinds(self) -> list[tuple[str, str, str]]:
-        """Card, class of precision and class of model of each: what calibration carries over in."""
+        """Card, class of precision and class of model by configuration: key of calibration data."""
         wide = np.where(np.isin(self.precision, ("fp16", "bf16")), "16 bit", self.precision)
         model = np.where(self.n["experts"] > 0, "experts", "dense")
         return list(zip(self.hardware.tolist(), wide.tolist(), model.tolist(), strict=True))
 
     @property
     def gpus(self) -> Floats:
-        """GPUs of each layout."""
+        """Number of GPUs of each layout."""
         return self.n["tp"] * self.n["pp"] * self.n["cp"] * self.n["dp"]
 
     @property
     def micro_batches(self) -> Floats:
-        """Micro-batches of a pipeline in a step."""
+        """Micro-batches of a pipeline per step."""
         return np.asarray(self.n["global_batch"] / (self.n["micro_batch"] * self.n["dp"]))
 
     @property
     def step_tokens(self) -> Floats:
-        """Tokens of a step."""
+        """Tokens per step."""
         return self.n["global_batch"] * self.n["sequence"]
 
 

@@ -1,4 +1,4 @@
-"""Seconds of messages: tensor, expert and context parallelism, pipeline and data parallelism."""
+"""Seconds of communication: tensor, expert, context, pipeline and data parallelism."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.operators import HALF, collectives, layer_parameters, rank_tokens
 
 GRADIENT = 4  # bytes
-OPTIMIZER_BYTES = 18  # a parameter: reads and writes of master copy and gradient; states besides
+OPTIMIZER_BYTES = 18  # per parameter: read and write master copy and gradient; states are extra
 ACCUMULATE_BYTES = 10  # a micro-batch's gradient added into an fp32 buffer
-HIDDEN = 0.9  # share of the computation behind which messages of each micro-batch can hide
+HIDDEN = 0.9  # share of the computation that can hide messages of each micro-batch
 BACKWARD = 2 / 3  # of a micro-batch's computation
 
 
 def tensor(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
-    """Seconds of a layer's tensor parallelism: (transfer, steps of its rings); 0 for tp=1.
+    """Return seconds of a layer's tensor parallelism: (transfer, latency); 0 for tp=1.
 
-    A gather or a scatter takes t-1 steps, an all-reduce twice as many of the same size.
+    An all-gather or reduce-scatter takes t-1 steps, an all-reduce twice as many of the same size.
     """
     n, hw = cases.n, cases.hw
     t, volume = n["tp"], 2.0 * rank_tokens(cases) * n["width"]
@@ -28,7 +28,7 @@ def tensor(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
     shared = np.minimum(t, hw["gpus_per_node"]) * hw["across"] * constants.across
     shared = shared / nodes**constants.ring_nodes
     bandwidth = np.where(within, inside, np.minimum(inside, shared))
-    # A ring goes t-1 steps, each as slow as its slowest link.
+    # A ring has t-1 steps, each as slow as its slowest link.
     step = np.where(
         within,
         hw["inside_latency"] * constants.inside_latency,
@@ -39,7 +39,7 @@ def tensor(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
 
 
 def experts(cases: Cases, constants: Constants) -> Floats:
-    """Seconds of a layer's dispatch and combine, forward; 0 for ep=1 or a dense model."""
+    """Return seconds of a layer's dispatch and combine, forward; 0 for ep=1 or a dense model."""
     n, hw = cases.n, cases.hw
     ep, k = n["ep"], n["top_k"]
     span = ep * n["tp"]
@@ -57,9 +57,9 @@ def experts(cases: Cases, constants: Constants) -> Floats:
 
 
 def context(cases: Cases, constants: Constants, attention: Floats) -> Floats:
-    """Seconds of a ring's keys and values that attention does not hide, forward; 0 for cp=1.
+    """Return exposed seconds of ring attention's messages, forward; 0 for cp=1.
 
-    Without documents; a plan of hybrid data parallelism is timed by its own makespan.
+    Without document data; a plan of hybrid data parallelism is timed by its own makespan.
     """
     n, hw = cases.n, cases.hw
     cp = n["cp"]
@@ -76,11 +76,11 @@ def context(cases: Cases, constants: Constants, attention: Floats) -> Floats:
 
 
 def between_stages(cases: Cases, constants: Constants) -> Floats:
-    """Seconds of a micro-batch's messages between two stages, there and back; 0 for pp=1."""
+    """Return seconds of a micro-batch's messages between two stages, both ways; 0 for pp=1."""
     n, hw = cases.n, cases.hw
     within = n["tp"] * n["cp"] * n["dp"] * n["pp"] <= hw["gpus_per_node"]
     bandwidth = np.where(within, hw["inside"] * constants.inside, hw["across"] * constants.across)
-    # Each rank of tp sends its part (arXiv 2104.04473, section 4.1).
+    # Each tp rank sends its part (arXiv 2104.04473, section 4.1).
     volume = HALF * rank_tokens(cases) * n["width"] / n["tp"]
     host = np.where(n["eager"] > 0, constants.message_s, 0.0)
     exposed = np.where((n["overlap"] > 0) & (n["eager"] == 0), 0.1, 1.0)
@@ -89,7 +89,7 @@ def between_stages(cases: Cases, constants: Constants) -> Floats:
 
 
 def held(cases: Cases) -> tuple[Floats, Floats]:
-    """Parameters of a rank before sharding: (replicated over dp, of its experts)."""
+    """Return parameters of a rank before sharding: (replicated over dp, of its experts)."""
     n = cases.n
     shared, of_experts = layer_parameters(cases)
     vocabulary = n["vocab"] * n["width"] * np.where((n["tied"] > 0) | (n["pp"] > 1), 1, 2)
@@ -101,13 +101,14 @@ def held(cases: Cases) -> tuple[Floats, Floats]:
 
 
 def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
-    """Seconds of a step's exchange of gradients and parameters that is not hidden; 0 for dp=1.
+    """Return exposed seconds per step of gradient and parameter exchange; 0 for dp=1.
 
-    ``compute``: seconds of a micro-batch's computation, (C,). Stage 0 sums gradients once a step,
-    stages 1 and 2 gather parameters and scatter gradients; stage 2 scatters in each micro-batch
-    behind its backward, stage 3 gathers for each forward and backward as well, behind the blocks
-    before (``parallel/zero.py``); a pipeline scatters once. Copies sum what they scattered. Each
-    message also takes the steps of its ring or tree, however few its bytes.
+    ``compute``: seconds of a micro-batch's computation, (C,). Stage 0 all-reduces gradients once
+    per step; stages 1 and 2 all-gather parameters and reduce-scatter gradients. Stage 2
+    reduce-scatters in each micro-batch during its backward. Stage 3 also all-gathers for each
+    forward and backward, while earlier blocks compute (``parallel/zero.py``). A pipeline
+    reduce-scatters once. Replicas all-reduce their shards. Each message also takes the latency of
+    its ring or tree.
     """
     n = cases.n
     ranks = n["dp"] * n["cp"]
@@ -125,9 +126,9 @@ def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
         crossing = crossing + (size > 0) * _steps(cases, constants, others, inner * shards, True)
     gather, reduce = n["gather_bytes"], n["reduce_bytes"]
     share = np.where(n["zero"] == 0, constants.data_hidden, constants.shard_hidden)
-    apart = (n["overlap"] > 0) & (cases.hw["asynchronous"] > 0)  # else what sends computes
+    apart = (n["overlap"] > 0) & (cases.hw["asynchronous"] > 0)  # else one processor does both
     behind = np.where(apart, np.minimum(share, 1.0) * compute, 0.0)
-    each = n["reduces"] * np.maximum(cases.micro_batches - 1, 0)  # scatters before the last
+    each = n["reduces"] * np.maximum(cases.micro_batches - 1, 0)  # reduce-scatters before the last
     sharded = constants.shard_bytes * (gather + reduce) / (HALF + GRADIENT)
     once = np.where(n["zero"] == 0, 2 * reduce, sharded)
     messages = constants.data_messages * n["layers"] / n["pp"]
@@ -142,7 +143,7 @@ def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
 
 
 def _rate(cases: Cases, constants: Constants, ranks: Floats, inner: Floats) -> Floats:
-    """Bytes/s of an exchange between ``ranks``, each ``inner`` ranks from the next."""
+    """Return bytes/s of an exchange between ``ranks`` at a distance of ``inner`` ranks."""
     hw = cases.hw
     near = np.clip(hw["gpus_per_node"] / inner, 1, np.maximum(ranks, 1))
     within = ranks * inner <= hw["gpus_per_node"]
@@ -155,10 +156,10 @@ def _rate(cases: Cases, constants: Constants, ranks: Floats, inner: Floats) -> F
 def _steps(
     cases: Cases, constants: Constants, ranks: Floats, inner: Floats, summed: Floats | bool
 ) -> Floats:
-    """Seconds of the steps, one way, of a message between ``ranks``, each ``inner`` from the next.
+    """Return one-way latency in seconds between ``ranks``, each ``inner`` ranks apart.
 
-    A gather and a scatter go around a ring of all ranks. What is ``summed`` whole may go through
-    a tree of nodes instead, along a chain inside each (NCCL takes what is faster).
+    All-gather and reduce-scatter use a ring of all ranks. An all-reduce (``summed``) may use a tree
+    of nodes with a chain inside each node instead (NCCL chooses the faster one).
     """
     hw = cases.hw
     near = np.clip(hw["gpus_per_node"] / inner, 1, np.maximum(ranks, 1))
@@ -173,9 +174,9 @@ def _steps(
 
 
 def optimizer(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
-    """Seconds of (the update, adding up gradients) of a step: traffic of device memory.
+    """Return seconds per step of (the update, gradient accumulation): device memory traffic.
 
-    Where ranks are of a CPU, the update has the rate that was measured of AdamW there.
+    If ranks run on a CPU, the update uses the measured rate of AdamW.
     """
     n = cases.n
     rate = cases.hw["memory"] * constants.memory
@@ -188,7 +189,7 @@ def optimizer(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
 
 
 def updated(cases: Cases) -> Floats:
-    """Parameters whose optimizer states a rank has."""
+    """Return the number of parameters whose optimizer states a rank has."""
     n = cases.n
     shared, of_experts = held(cases)
     ranks = n["dp"] * n["cp"] / n["replicas"]

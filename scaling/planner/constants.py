@@ -1,4 +1,4 @@
-"""The constants of the cost model that measurements identify."""
+"""Constants of the cost model, identified by measurements."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def _constant(value: float, spread: float, between: float, what: str, card: floa
 
 @dataclass(frozen=True)
 class Constants:
-    """Positive numbers; each default is what is believed without a calibration.
-    They were set by hand, some after a look at published measurements (host launches, latencies).
+    """Positive numbers; the defaults are prior means without a calibration.
 
-    ``spread`` of a field is the standard deviation of its logarithm in that belief, ``between``
-    how far frameworks lie from each other, ``card`` how far generations of cards do: what
-    ``calibrate`` starts from. Rates are factors of what the hardware's description says, so that
-    they carry over to another card. A field may hold one value or one for each of C cases.
+    The defaults were set by hand, some after looking at published measurements (host launches,
+    latencies). ``spread`` of a field is the prior standard deviation of its logarithm, ``between``
+    the deviation between frameworks, ``card`` the deviation between card generations: the input of
+    ``calibrate``. Rates are factors of the hardware's description, so they apply to other cards. A
+    field is one value or has one value for each of C cases.
     """
 
     products: float = _constant(1.0, 0.05, 0.08, "factor of the rate of matrix products", 0.1)
@@ -67,9 +67,9 @@ class Constants:
 
     @classmethod
     def of_hardware(cls, hardware: HardwareConfig) -> Constants:
-        """The defaults, but for those that were measured on this hardware.
+        """Return the defaults, replaced by constants measured on this hardware.
 
-        Raises UserError for a name that is none of a constant.
+        Raises UserError for an unknown name.
         """
         for name in hardware.constants:
             if name not in cls.names():
@@ -81,24 +81,24 @@ class Constants:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """Names of the constants, in the order of every (K,)."""
+        """Return the names of the constants, in the order of every (K,)."""
         return tuple(f.name for f in fields(cls))
 
     @classmethod
     def spreads(cls, kind: str) -> Floats:
-        """Standard deviations of the logarithms, (K,): "spread", "between" or "card"."""
+        """Return standard deviations of the logarithms, (K,): "spread", "between" or "card"."""
         return np.array([f.metadata[kind] for f in fields(cls)])
 
     @classmethod
     def of_card(cls) -> Floats:
-        """Indices of the constants that generations of cards have their own of."""
+        """Return the indices of the constants that differ between card generations."""
         return np.flatnonzero(cls.spreads("card"))
 
     def logs(self) -> Floats:
-        """Logarithms, (K,), in the order of ``names``."""
+        """Return logarithms, (K,), in the order of ``names``."""
         return np.log([getattr(self, name) for name in self.names()])
 
     @classmethod
     def of_logs(cls, logs: Floats) -> Constants:
-        """Constants of these logarithms, (K,), see ``logs``, or of each case's, (C, K)."""
+        """Return constants from logarithms, (K,) as in ``logs``, or (C, K) for each case."""
         return cls(**dict(zip(cls.names(), np.exp(logs).T, strict=True)))

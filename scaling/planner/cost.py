@@ -1,4 +1,4 @@
-"""The step time of many configurations, term by term."""
+"""Step time of many configurations, by term."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMUNICATION = (
     *("tensor parallel", "expert parallel", "context parallel", "between stages"),
     *("data parallel", "jitter"),
 )
-"""Terms that a single GPU has none of."""
+"""Terms that are 0 on a single GPU."""
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,25 @@ class StepTime:
 
     @property
     def seconds(self) -> Floats:
-        """Of a step, (C,)."""
+        """Seconds per step, (C,)."""
         return sum(self.terms.values(), np.zeros(len(self.cases)))
 
     @property
     def tokens_per_second(self) -> Floats:
-        """Of one GPU, (C,)."""
+        """Tokens per second of one GPU, (C,)."""
         return self.cases.step_tokens / self.seconds / self.cases.gpus
 
     def explain(self, index: int) -> dict[str, float]:
-        """The terms of one configuration in seconds, the largest first; zeros left out."""
+        """Return the nonzero terms of one configuration in seconds, the largest first."""
         terms = {name: float(column[index]) for name, column in self.terms.items()}
         return dict(sorted(((k, v) for k, v in terms.items() if v), key=lambda kv: -kv[1]))
 
 
 def layer_time(cases: Cases, constants: Constants) -> dict[str, Floats]:
-    """Seconds of a mean layer and a micro-batch, forward and backward, by term.
+    """Return seconds of a mean layer and a micro-batch, forward and backward, by term.
 
-    A layer takes the longer of device and host, smoothly: (gpu^4 + cpu^4)^(1/4), or both in turn
-    where one processor is both.
+    A layer takes a smooth maximum of device and host time, (gpu^4 + cpu^4)^(1/4), or their sum if
+    one processor does both.
     """
     n = cases.n
     again = np.where(cases.recompute == "full", 1.0, 0.0)
@@ -58,11 +58,11 @@ def layer_time(cases: Cases, constants: Constants) -> dict[str, Floats]:
     passes = operators.elementwise(cases, constants) * (3 + np.maximum(again, n["repeats"]))
     quantized, saved = operators.casts(cases, constants)
     moved, latency = communication.tensor(cases, constants)
-    first = 1 / n["tensor_chunks"]  # of the chunks has no product before it
+    first = 1 / n["tensor_chunks"]  # the first chunk has no product to overlap with
     moved = moved * first + np.maximum(moved * (1 - first) - products, 0.0)
     device = products + attention + passes + quantized + saved + moved + latency
     launched = operators.launches(cases, constants)
-    # Where one processor is both, one comes after the other.
+    # If one processor does both, the times add up.
     beside = cases.hw["asynchronous"] > 0
     longer = (device**4 + (launched + latency) ** 4) ** 0.25 - device
     sent = communication.experts(cases, constants) * (2 + again)
@@ -86,10 +86,10 @@ def _total(terms: dict[str, Floats]) -> Floats:
 
 
 def step_time(cases: Cases, constants: Constants | None = None) -> StepTime:
-    """Predict a step of every configuration.
+    """Predict the step time of every configuration.
 
-    The step is the slowest stage for each micro-batch, the bubble of the schedule, messages that
-    nothing hides, and the optimizer.
+    A step consists of the slowest stage for each micro-batch, the bubble of the schedule, exposed
+    messages and the optimizer. For example, ``step_time(cases).explain(0)``.
     """
     constants = constants or Constants()
     n, again = cases.n, np.where(cases.recompute == "full", 1.0, 0.0)
@@ -98,7 +98,7 @@ def step_time(cases: Cases, constants: Constants | None = None) -> StepTime:
     head, m, p = operators.head(cases, constants), cases.micro_batches, n["pp"]
     mean = (n["layers"] * layer + head) / p
     slowest = bottleneck(layer, n["layers"], head, p, n["even_stages"])
-    part = mean / (3 + again)  # what is computed again belongs to the backward
+    part = mean / (3 + again)  # recomputation is part of the backward
     update, adding = communication.optimizer(cases, constants)
     terms = {name: m * n["layers"] / p * each for name, each in per_layer.items()}
     terms |= {

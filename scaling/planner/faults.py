@@ -1,4 +1,4 @@
-"""Which measured runs some fault made slow: what their neighbours prove was possible."""
+"""Detection of measured runs slowed by a fault, by comparison with similar runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.communication import held
 from allometry.scaling.planner.constants import Floats
 
-SLOW = 1.5  # times what is possible
-EXCHANGED = 8  # bytes a parameter sends, at a quarter of the slower link: beyond any that worked
+SLOW = 1.5  # threshold of slowness
+EXCHANGED = 8  # bytes per parameter at a quarter of the slower link: more than any working run
 ALIKE = (
     *("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts", "top_k"),
     *("tp", "cp", "ep", "sequence", "sequence_parallel", "flash"),
@@ -17,13 +17,13 @@ ALIKE = (
 
 
 def slowness(cases: Cases, seconds: Floats, sources: Floats) -> Floats:
-    """How many times longer a run took than its source's other runs prove possible, (C,).
+    """Return the ratio of a run's time to the upper bound given by other runs of its source, (C,).
 
-    No cost model and no constant enters. A run of the same model with the same tp, cp, ep,
-    sequence, precision and recompute and at least this micro-batch spent at most
-    step * pp / ((m + (pp-1)/chunks) * layers) on a layer and micro-batch, and this run's layers
-    take no longer. For the exchange of gradients ``EXCHANGED`` is added. Above ``SLOW`` something
-    outside of the layout made a run slow: a stalled pipeline, a failing link.
+    No cost model or constant is used. A run of the same model with the same tp, cp, ep, sequence,
+    precision and recompute and at least this micro-batch spent at most step * pp / ((m +
+    (pp-1)/chunks) * layers) on a layer and micro-batch, and the layers of this run take no longer.
+    For the exchange of gradients ``EXCHANGED`` is added. A ratio above ``SLOW`` shows a cause
+    outside the layout: a stalled pipeline, a failing link.
     """
     n, m = cases.n, cases.micro_batches
     ticks = (m + (n["pp"] - 1) / n["chunks"]) * np.ceil(n["layers"] / n["pp"])
@@ -37,7 +37,7 @@ def slowness(cases: Cases, seconds: Floats, sources: Floats) -> Floats:
         alike = np.flatnonzero(np.array(keys) == key)
         order = alike[np.argsort(-n["micro_batch"][alike], kind="stable")]
         least = np.minimum.accumulate(per_layer[order])
-        # Of equal micro-batches each may be held against the fastest.
+        # Runs with equal micro-batches are compared with the fastest one.
         last = np.searchsorted(-n["micro_batch"][order], -n["micro_batch"][order], "right") - 1
         possible[order] = least[last]
     return np.asarray(seconds / (possible * ticks + allowed))

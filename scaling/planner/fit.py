@@ -1,4 +1,4 @@
-"""From measured steps of many sources to the cost model's constants."""
+"""Fit of the cost model's constants to measured steps of many sources."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from allometry.scaling.planner.calibrate import (
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 
-ROWS_OF_SOURCE = 150  # what a source counts at most: its rows share their errors
+ROWS_OF_SOURCE = 150  # maximum weight of a source: errors of its rows are correlated
 
 
 def calibrate(cases: Cases, seconds: Floats, sources: Floats) -> Calibration:
     """Fit the constants to measured step times, (C,), of ``sources``, (C,).
 
-    Least squares of logarithms with a loss that flattens beyond ``NOISE``. Constants have a value
-    for each source and each generation of cards around a common one; how far is believed of each
-    (``Constants``: ``between``, ``card``), so that what is a framework's own stays its own. What
-    no row says anything about stays at the belief. Raises UserError for times that are not
-    positive.
+    Least squares of logarithms with a loss that flattens beyond ``NOISE``. Each source and each
+    card generation has deviations from the common constants, with prior widths (``Constants``:
+    ``between``, ``card``), which separates a framework's own deviations. Constants without data
+    keep the prior. Raises UserError for times that are not positive. For example,
+    ``calibrate(cases, seconds, np.full(len(cases), "our runs"))``.
     """
     check_seconds(seconds)
     names, index, counts = np.unique(sources, return_inverse=True, return_counts=True)

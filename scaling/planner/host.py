@@ -1,4 +1,4 @@
-"""Seconds of what waits in the host's memory or on its disk: optimizer states and activations."""
+"""Seconds of transfers of optimizer states and activations offloaded to host memory or disk."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from allometry.scaling.planner.constants import Floats
 from allometry.scaling.planner.operators import rank_tokens
 
 FORWARD = 1 / 3  # of a layer's computation
-MASTER = 4  # bytes of a parameter that the host updates, there and back
+MASTER = 4  # bytes of a parameter that the host updates, in each direction
 
 
 def states(cases: Cases) -> Floats:
-    """Seconds of a step's states on their way and of an update on CPUs; 0 with all on the device.
+    """Return seconds per step of state transfers and CPU updates; 0 for states on the device.
 
-    Buckets go both ways at once over a rank's link to the host; what is on disk is read and
-    written besides, by all of a node's ranks from one disk. An update on the host moves gradients
-    there and parameters back, at the node's rate of AdamW (``Host.adam_rate``).
+    Buckets are transferred in both directions at once over a rank's host link. States on disk are
+    also read and written, by all ranks of a node from one disk. An update on the host transfers
+    gradients to it and parameters back, and runs at the node's AdamW rate (``Host.adam_rate``).
     """
     n, hw = cases.n, cases.hw
     own, ranks = updated(cases), np.minimum(cases.gpus, hw["gpus_per_node"])
@@ -30,10 +30,10 @@ def states(cases: Cases) -> Floats:
 
 
 def activations(cases: Cases, layer: Floats) -> Floats:
-    """Seconds of a mean layer's kept activations on their way that computing does not hide.
+    """Return exposed seconds of a mean layer's activation offload.
 
-    ``layer``: seconds of its forward and backward. Layers that offload send while one layer
-    computes forward and fetch while one does backward (``scaling.offload``).
+    ``layer``: seconds of its forward and backward. Offloaded layers are sent during the forward of
+    one layer and fetched during the backward of one layer (``scaling.offload``).
     """
     n = cases.n
     each = rank_tokens(cases) * n["kept_bytes"] / cases.hw["host"]

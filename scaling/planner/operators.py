@@ -1,4 +1,4 @@
-"""Seconds of a layer's and the head's operators, for a micro-batch, from FLOPs and bytes."""
+"""Seconds of the operators of a layer and the head for a micro-batch, from FLOPs and bytes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import numpy as np
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 
-HALF = 2  # bytes of a value in the compute type
-SAVED_FP8_BYTES = 6  # of a kept number: written as 1 and read as 2 in forward, and back again
+HALF = 2  # bytes per element in the compute type
+SAVED_FP8_BYTES = 6  # per saved element: 1 written and 2 read in forward, and the reverse
 QUANTIZE_BYTES = {"fp8_tensorwise": 5, "fp8_rowwise": 6, "fp8_blockwise": 6}
-"""``Cases``' quantize_bytes of ``precision.linears``: a pass for the largest value and one that
-casts (2 + 2 + 1), or two casts, along rows and along columns (2 + 1 each), as no product reads both
-ways under one scale. By arithmetic; not yet measured on a GPU."""
+"""Column quantize_bytes of ``Cases`` by ``precision.linears``: one pass for the maximum and one for
+the cast (2 + 2 + 1), or two casts, along rows and along columns (2 + 1 each), since no product
+reads both directions with one scale. Calculated, not measured on a GPU yet.
+"""
 
 
 def product_time(rows: Floats, k: Floats, n: Floats, rate: Floats, constants: Constants) -> Floats:
-    """Seconds of (rows, k) @ (k, n), whose rate falls where rows or the weight's sides are few."""
+    """Return seconds of (rows, k) @ (k, n); slower for few rows or small weight dimensions."""
     slow = (1 + constants.rows_half / np.maximum(rows, 1)) * (
         1 + constants.width_half / np.maximum(np.minimum(k, n), 1)
     )
@@ -24,12 +25,12 @@ def product_time(rows: Floats, k: Floats, n: Floats, rate: Floats, constants: Co
 
 
 def rank_tokens(cases: Cases) -> Floats:
-    """Tokens of a micro-batch on a rank."""
+    """Return the tokens of a micro-batch on a rank."""
     return cases.n["micro_batch"] * cases.n["sequence"] / cases.n["cp"]
 
 
 def products_rate(cases: Cases, constants: Constants) -> Floats:
-    """FLOP/s that large products of the blocks reach."""
+    """Return the FLOP/s of large products of the blocks."""
     narrow = np.isin(cases.precision, ("fp8", "fp4"))
     share = np.where(narrow, cases.n["narrow_share"], 0.0)
     wide = (1 - share) / (cases.hw["wide_products"] * constants.products)
@@ -37,7 +38,7 @@ def products_rate(cases: Cases, constants: Constants) -> Floats:
 
 
 def attention_products(cases: Cases, constants: Constants) -> Floats:
-    """Seconds of the projections of one layer, forward; latent attention where it has ranks."""
+    """Return seconds of one layer's projections, forward; latent attention if ``kv_rank`` > 0."""
     n, rate, rows = cases.n, products_rate(cases, constants), rank_tokens(cases)
     t, h, inner = n["tp"], n["width"], n["heads"] * n["head_dim"]
 
@@ -56,7 +57,7 @@ def attention_products(cases: Cases, constants: Constants) -> Floats:
 
 
 def ffn_products(cases: Cases, constants: Constants) -> Floats:
-    """Seconds of the feed-forward products of a mean layer, forward, experts among them."""
+    """Return seconds of the feed-forward products of a mean layer, forward, including experts."""
     n, rate, rows = cases.n, products_rate(cases, constants), rank_tokens(cases)
     t, h, gates = n["tp"], n["width"], 1 + n["gated"]
 
@@ -74,7 +75,10 @@ def ffn_products(cases: Cases, constants: Constants) -> Floats:
 
 
 def scores(cases: Cases, constants: Constants) -> Floats:
-    """Seconds of causal attention of one layer, forward; unfused: twice the work, and traffic."""
+    """Return seconds of one layer's causal attention, forward.
+
+    Unfused attention needs twice the FLOPs, and memory traffic.
+    """
     n, rows = cases.n, rank_tokens(cases)
     inner = n["heads"] * n["head_dim"] / n["tp"]
     s = np.where(n["attended"] > 0, n["attended"], n["sequence"])
@@ -88,7 +92,7 @@ def scores(cases: Cases, constants: Constants) -> Floats:
 
 
 def elementwise(cases: Cases, constants: Constants) -> Floats:
-    """Seconds of norms, activations, rotations and residuals of a mean layer, forward."""
+    """Return seconds of norms, activations, rotations and residuals of a mean layer, forward."""
     n = cases.n
     spread = np.where(n["sequence_parallel"] > 0, n["tp"], 1.0)
     share = np.where(n["experts"] > 0, 1 - n["dense_layers"] / n["layers"], 0.0)
@@ -101,10 +105,10 @@ def elementwise(cases: Cases, constants: Constants) -> Floats:
 
 
 def casts(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
-    """Seconds of a mean layer's casts: (of FP8 products, of activations that wait in FP8).
+    """Return seconds of a mean layer's casts: (of FP8 products, of activations saved in FP8).
 
     A product casts its input in forward and its output's gradient in backward; weights are cast
-    once a step and not counted. Forward and backward together.
+    once per step and not counted. Forward and backward together.
     """
     n = cases.n
     share = np.where(n["experts"] > 0, 1 - n["dense_layers"] / n["layers"], 0.0)
@@ -119,7 +123,7 @@ def casts(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
 
 
 def head(cases: Cases, constants: Constants) -> Floats:
-    """Seconds of head and loss for a micro-batch, forward and backward; in the compute type."""
+    """Return seconds of head and loss for a micro-batch, both passes, in the compute type."""
     n, rows = cases.n, rank_tokens(cases)
     columns = n["vocab"] / n["tp"]
     rate = cases.hw["wide_products"] * constants.products
@@ -129,10 +133,11 @@ def head(cases: Cases, constants: Constants) -> Floats:
 
 
 def collectives(cases: Cases) -> Floats:
-    """Collectives of tensor parallelism in a layer, forward and backward; 0 for tp=1.
+    """Return the number of tensor-parallel collectives of a layer, both passes; 0 for tp=1.
 
-    An all-reduce after attention and one after the feed-forward part, both ways; with sequence
-    parallelism (arXiv 2205.05198) a gather and a scatter for each, and inputs gathered again.
+    One all-reduce after attention and one after the feed-forward, in both passes; with sequence
+    parallelism (arXiv 2205.05198) an all-gather and a reduce-scatter for each, and inputs are
+    gathered again.
     """
     n = cases.n
     each = np.where(n["sequence_parallel"] > 0, 10.0, 4.0)
@@ -141,7 +146,7 @@ def collectives(cases: Cases) -> Floats:
 
 
 def launches(cases: Cases, constants: Constants) -> Floats:
-    """Host seconds of a layer and micro-batch, forward and backward."""
+    """Return host seconds of a layer and micro-batch, forward and backward."""
     n = cases.n
     each = np.where(n["eager"] > 0, constants.launch_eager_s, constants.launch_tuned_s)
     each = each * np.where(n["experts"] > 0, constants.launch_experts, 1.0)
@@ -153,7 +158,7 @@ def launches(cases: Cases, constants: Constants) -> Floats:
 
 
 def layer_parameters(cases: Cases) -> tuple[Floats, Floats]:
-    """Parameters of a mean layer: (all ranks have, of experts)."""
+    """Return parameters of a mean layer: (on all ranks, of experts)."""
     n = cases.n
     h, inner = n["width"], n["heads"] * n["head_dim"]
     plain = h * (2 * inner + 2 * n["kv_heads"] * n["head_dim"])

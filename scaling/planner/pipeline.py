@@ -1,4 +1,4 @@
-"""What a pipeline loses: bubbles of its schedules."""
+"""Pipeline losses: bubbles of schedules."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def bubble(
     backward_input: ArrayLike,
     backward_weight: ArrayLike,
 ) -> Floats:
-    """Seconds that a rank of a pipeline of equal stages is idle in a step.
+    """Return idle seconds per step of a rank, for a pipeline of equal stages.
 
-    The times are a rank's for one micro-batch, all its ``chunks`` together, F, B (gradients of
-    activations) and W (of weights). Of schedules that a run can have, as their orders replay
-    (``parallel.hdp.replay``): gpipe and 1f1b (arXiv 2006.09503) lose (p-1)(F+B+W),
-    interleaved_1f1b (arXiv 2104.04473) and looped_bfs that over the chunks,
-    interleaved_zero_bubble (p-1) max(F+B-W, B) over the chunks, zbv_zero_bubble (p-1) max(F, B, W)
-    over its 2 chunks, exactly where B is the longest and there are 2p micro-batches, dualpipe_v
-    (p-1)(F+B-W) over its 2 chunks, exactly where B is no longer than F, up to half more where it
-    is. Published: interleaved as above, zb_h1 (p-1)(F+B-W), zb_h2 (p-1)(F+B-2W) (arXiv 2401.10241,
-    table 2), zbv nothing for F=B=W, else what the longest has over the shortest over 2.
+    The times are for one micro-batch on a rank with all its ``chunks``: F, B (activation gradients)
+    and W (weight gradients). Schedules of runs, as replayed (``parallel.hdp.replay``): gpipe and
+    1f1b (arXiv 2006.09503) lose (p-1)(F+B+W); interleaved_1f1b (arXiv 2104.04473) and looped_bfs
+    lose this over the chunks; interleaved_zero_bubble (p-1) max(F+B-W, B) over the chunks;
+    zbv_zero_bubble (p-1) max(F, B, W) over its 2 chunks, exact if B is the longest and there are 2p
+    micro-batches; dualpipe_v (p-1)(F+B-W) over its 2 chunks, exact if B is no longer than F, else
+    up to half more. Published: interleaved as above, zb_h1 (p-1)(F+B-W), zb_h2 (p-1)(F+B-2W) (arXiv
+    2401.10241, table 2), zbv 0 for F=B=W, else (p-1)(longest - shortest)/2. For example, 1f1b on 4
+    stages with F = 1, B = W = 1 loses 9.
     """
     schedule = np.asarray(schedule)
     assert np.isin(schedule, SCHEDULES).all(), schedule
@@ -49,13 +49,13 @@ def bubble(
 
 
 def bottleneck(layer: Floats, layers: Floats, head: Floats, p: Floats, even: Floats) -> Floats:
-    """Seconds of the slowest stage for a micro-batch; head: the last stage's besides its layers.
+    """Return seconds of the slowest stage; ``head``: extra time of the last stage.
 
-    ``even``: every stage has the same number of layers; else the last has as many as make the
-    slowest stage fastest, and the others share the rest.
+    ``even``: every stage has the same number of layers; otherwise the last stage has the number of
+    layers that minimizes the slowest stage, and the others share the rest.
     """
     equal = np.maximum(np.ceil(layers / p) * layer, layers / p * layer + head)
-    # Others' layers K: K layers take longer with K, what is left for the last stage is less.
+    # K layers per other stage: their time increases with K, and the last stage gets fewer layers.
     others = np.maximum(p - 1, 1)
     crossing, most = (layers * layer + head) / (p * layer), np.ceil(layers / others)
     best = equal

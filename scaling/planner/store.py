@@ -1,4 +1,4 @@
-"""A belief as a file: what a calibration found, to plan with later."""
+"""File format of a calibration, for later planning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _names() -> list[str]:
 
 
 def to_json(belief: Calibration) -> dict[str, Any]:
-    """Return the belief as JSON, without its sources' own constants."""
+    """Return the distribution as JSON, without the constants of its sources."""
     at = np.tril_indices(len(belief.mean))
     return {
         "names": _names(),
@@ -36,9 +36,10 @@ def to_json(belief: Calibration) -> dict[str, Any]:
 
 
 def of_json(given: dict[str, Any], place: str) -> Calibration:
-    """Return the belief that ``to_json`` wrote.
+    """Return the distribution written by ``to_json``.
 
-    Raises UserError, naming ``place``, where it is none, or one of other constants than today's.
+    Raises UserError, naming ``place``, if the data are not a calibration, or have other constants
+    than the current cost model.
     """
     try:
         names, mean = given["names"], np.array(given["mean"], dtype=float)
@@ -57,17 +58,17 @@ def of_json(given: dict[str, Any], place: str) -> Calibration:
             "again"
         )
     whole = covariance + np.tril(covariance, -1).T
-    # Rounding must not make a certain direction of it less than certain.
+    # Rounding must not make the matrix indefinite in a well-determined direction.
     return Calibration(mean, whole + 1e-6 * np.eye(len(mean)), (low, high), kinds=kinds)
 
 
 def save(belief: Calibration, path: Path) -> None:
-    """Write a belief as JSON."""
+    """Write a distribution as JSON."""
     path.write_text(json.dumps(to_json(belief)) + "\n", encoding="utf-8")
 
 
 def load(path: Path) -> Calibration:
-    """Read a belief. Raises UserError where there is none."""
+    """Read a distribution; raise UserError if the file is not a calibration."""
     try:
         given = json_file.read(path)
     except (OSError, ValueError) as error:
@@ -80,12 +81,12 @@ def load(path: Path) -> Calibration:
 
 
 def published(hardware: HardwareConfig | None = None) -> Calibration:
-    """Return the belief that published measurements leave of a framework not among them.
+    """Return the calibration on published measurements, for a framework not among them.
 
-    Of ``hardware`` that has constants of its own these; of a generation of cards that is none of
-    the known ones nothing but these, as all that was published is of GPUs.
-    ``benchmarks/planner.py --belief`` made it; docs/planner_model.md says from what, and how far it
-    errs. Raises UserError for a constant of the hardware that is none.
+    If ``hardware`` has measured constants, they are used. An unknown card generation uses only
+    these, since all published data are for GPUs. The data were created by ``benchmarks/planner.py
+    --belief``; docs/planner_model.md describes the sources and the errors. Raises UserError if the
+    hardware names an unknown constant.
     """
     if hardware is None:
         return load(PUBLISHED)

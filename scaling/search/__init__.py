@@ -1,1 +1,1 @@
-"""From a run's description to its predicted step and memory, and to the best layout for it."""
+"""Predicted step time and memory of a run, and search for its best layout."""

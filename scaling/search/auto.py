@@ -1,4 +1,4 @@
-"""``parallel: auto``: the layout of a run that is about to begin, and why it is this one."""
+"""``parallel: auto``: choice of the layout when a run starts, with the reason."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from allometry.scaling.search.remedies import near_counts, nearest
 from allometry.scaling.search.search import Asked, Search
 from allometry.scaling.search.space import Choice, applied
 
-OTHERS = 4  # of the next best degrees, for the record
+OTHERS = 4  # number of next best degrees in the record
 GB = 1e9
 
 
 def without_auto(config: RunConfig) -> RunConfig:
-    """Return the run with a layout of its own, which a search replaces.
+    """Return the run with a placeholder layout, to be replaced by a search.
 
-    Its steps are predicted for the cluster that the layout is chosen for, unless it names one.
+    Its steps are predicted for the cluster of the search, unless the run names another one.
     """
     auto, record = config.parallel.auto, config.record
     parallel = config.parallel.model_copy(update={"auto": None})
@@ -36,12 +36,13 @@ def settle(
     device: str,
     recorded: Mapping[str, Any] | None = None,
 ) -> tuple[RunConfig, dict[str, Any] | None]:
-    """Return the run in its layout, and the choice for the record (JSON); None: nothing to choose.
+    """Return the run with its layout, and the choice as JSON for the record; None without ``auto``.
 
-    Pure: all ranks settle alike. ``device``: cuda or cpu. ``recorded``: the choice that a launch
-    before recorded; it stays as long as what was asked is the same on as many ranks, so that a run
-    that continues does so in the same layout. The batch is never changed. Raises UserError where
-    nothing fits, or no layout can have these ranks.
+    The function is pure: all ranks get the same result. ``device``: cuda or cpu. ``recorded``: the
+    choice recorded by an earlier launch; it is kept if the question and the number of ranks are the
+    same, so a continued run keeps its layout. The batch is never changed. Raises UserError if no
+    layout fits, or none is valid for this number of ranks. For example,
+    ``config, choice = settle(config, 8, "cuda")``.
     """
     auto = config.parallel.auto
     if auto is None:

@@ -1,4 +1,4 @@
-"""A run as the cost model sees it: its row of ``Cases``, and what the model has no term for."""
+"""Input of the cost model for a run: its row of ``Cases``, and aspects without a term."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _UNFUSED = ("masked", "reference", "blocked")
 
 @dataclass(frozen=True)
 class Case:
-    """One run in one layout on one kind of hardware.
+    """One run with one layout on one kind of hardware.
 
-    ``row`` is a row of ``Cases``; ``memory`` the fullest rank's; ``left_out``: what the run asks
-    for that the cost model has no term for, a phrase each, so that no number hides it.
+    ``row`` is a row of ``Cases``; ``memory`` is the estimate of the largest rank; ``left_out``:
+    phrases for requested features without a term in the cost model.
     """
 
     row: dict[str, Any]
@@ -46,11 +46,12 @@ class Case:
         name: str = "this machine",
         device: str = "cuda",
     ) -> Case:
-        """Describe a run on ``world_size`` ranks, or in a ``layout`` that is known already.
+        """Return the case of a run on ``world_size`` ranks, or with a given ``layout``.
 
-        ``name``: what the row calls the hardware, the key of ``Cases.of``'s mapping. ``device``:
-        "cuda" or "cpu", whose kernels decide what attention keeps. Raises UserError for a layout
-        that cannot be, as training does.
+        ``name``: the row's name of the hardware, a key of ``Cases.of``'s mapping. ``device``:
+        "cuda" or "cpu", which selects the attention kernels. Raises UserError for an invalid
+        layout, as training does. For example, ``Case.of(config, hardware,
+        world_size=8).memory.total``.
         """
         if layout is None:
             assert world_size is not None
@@ -63,17 +64,17 @@ class Case:
         )
 
     def cases(self, hardware: HardwareConfig) -> Cases:
-        """The row alone, as the cost model takes it. Raises UserError, as ``Cases.of``."""
+        """Return the row as ``Cases``. Raises UserError, as ``Cases.of``."""
         return Cases.of([self.row], {self.row["hardware"]: hardware})
 
 
 def row_of(
     config: RunConfig, layout: Layout, hardware: HardwareConfig, name: str, device: str = "cuda"
 ) -> dict[str, Any]:
-    """Return the row of ``Cases`` of a run in this layout.
+    """Return the row of ``Cases`` for a run with this layout.
 
-    Whole documents are taken to be as long as a window or the longest there can be, each on as few
-    ranks as hold it.
+    All documents are assumed as long as a window or the maximum document length, each on the fewest
+    possible ranks.
     """
     training, degrees, length = config.training, layout.degrees, sequence_of(config)
     tokens = tokens_of_micro_batch(config)
@@ -91,7 +92,7 @@ def row_of(
         "cp": cp,
         "ep": degrees.ep,
         "dp": degrees.hdp / cp,
-        # Without frees() stage 3 sends what stage 2 does.
+        # Without frees() stage 3 communicates like stage 2.
         "zero": zero.stage if zero.frees(degrees.pp) else min(zero.stage, 2),
         "reduces": float(zero.stage >= 2 and degrees.pp == 1),
         "repeats": float(training.activation_checkpointing == "selective"),
@@ -106,14 +107,14 @@ def row_of(
 
 
 def sequence_of(config: RunConfig) -> int:
-    """Return the tokens of a sequence that attends to itself, as the cost model has it."""
+    """Return the number of tokens of a sequence in attention, as assumed by the cost model."""
     if config.data.kind == "documents":
         return min(config.data.sequence_length, config.data.max_document_tokens)
     return config.data.sequence_length
 
 
 def model_columns(model: ModelConfig) -> dict[str, Any]:
-    """Return the columns of ``Cases`` that a model decides."""
+    """Return the columns of ``Cases`` that depend on the model."""
     columns: dict[str, Any] = {
         "layers": model.num_layers,
         "width": model.width,
@@ -124,6 +125,9 @@ def model_columns(model: ModelConfig) -> dict[str, Any]:
         "vocab": model.vocab_size,
         "tied": int(model.tied_embeddings),
     }
+    if model.latent_attention is not None:
+        latent = model.latent_attention
+        columns |= {"q_rank": latent.q_lora_rank or 0, "kv_rank": latent.kv_lora_rank}
     if isinstance(model, MoEModel):
         columns |= {
             "experts": model.experts.num_experts,
@@ -136,7 +140,7 @@ def model_columns(model: ModelConfig) -> dict[str, Any]:
 
 
 def attended(model: ModelConfig, length: int) -> float:
-    """Return what ``Cases`` take for the sequence in attention: less with windows; 0: all of it."""
+    """Return the column ``attended`` of ``Cases``: fewer tokens with windows; 0: all tokens."""
     if model.window is None:
         return 0.0
     full = attention_flops(model, length)
@@ -146,7 +150,7 @@ def attended(model: ModelConfig, length: int) -> float:
 
 
 def attention_backend(config: RunConfig, device: str) -> str:
-    """Return the back end of attention that is chosen, or taken where a launch would measure."""
+    """Return the attention back end: the configured one, or an assumption for measured choices."""
     if config.kernels.attention != "auto":
         return named(config.kernels.attention).name
     call = AttentionCall(
@@ -162,7 +166,7 @@ def attention_backend(config: RunConfig, device: str) -> str:
 
 
 def precision_of(config: RunConfig, hardware: HardwareConfig) -> str:
-    """Return the type of the blocks' products: FP8 where it is asked for, or ``auto`` finds it."""
+    """Return the type of the blocks' products: FP8 if configured or selected by ``auto``."""
     linears, compute = config.precision.linears, config.training.compute_dtype
     if linears == "auto":
         known = set(hardware.gpu.peak_flops) & set(hardware.gpu.attainable)
@@ -171,7 +175,7 @@ def precision_of(config: RunConfig, hardware: HardwareConfig) -> str:
 
 
 def check_precision(config: RunConfig, hardware: HardwareConfig, name: str) -> None:
-    """Raise UserError for a type of products that the card has no rate of."""
+    """Raise UserError for a type of products for which the card has no rate."""
     known = set(hardware.gpu.peak_flops) & set(hardware.gpu.attainable)
     asked = precision_of(config, hardware)
     for kind, key in (
@@ -187,7 +191,7 @@ def check_precision(config: RunConfig, hardware: HardwareConfig, name: str) -> N
 
 
 def left_out(config: RunConfig) -> Iterator[str]:
-    """Yield what the cost model has no term for, or only a rough one."""
+    """Yield aspects for which the cost model has no term, or only an approximate one."""
     parallel, model = config.parallel, config.model
     zero = parallel.zero
     if config.data.kind == "documents":
@@ -205,6 +209,15 @@ def left_out(config: RunConfig) -> Iterator[str]:
             yield f"{key}={value}"
     if isinstance(model, MoEModel) and isinstance(model.experts, LatentExperts):
         yield "model.experts.latent_width: experts are timed at the model's width"
+    if model.latent_attention is not None:
+        latent = model.latent_attention
+        if latent.q_lora_rank is None:
+            yield "model.latent_attention.q_lora_rank=null: the product to queries is not timed"
+        if not latent.qk_nope_head_dim == latent.v_head_dim == 2 * latent.qk_rope_head_dim:
+            yield (
+                "widths in model.latent_attention: products are timed as if two thirds of a head "
+                "were not rotated, and values as wide as these"
+            )
     if model.norms == "both":
         yield "model.norms=both: blocks are timed with two norms, not four"
     if model.qkv_bias:

@@ -1,4 +1,4 @@
-"""The columns of ``Cases`` that a run's techniques decide: ZeRO, tiers, FP8, attention's kernel."""
+"""Columns of ``Cases`` for techniques of a run: ZeRO, tiers, FP8, attention kernel."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from allometry.scaling.planner.operators import QUANTIZE_BYTES
 from allometry.scaling.update_rules import state_bytes
 
 KERNEL_RATES = {"flash": 0.6, "flash2": 0.6, "varlen": 0.6}
-"""Rate of attention over cuDNN's: FlashAttention-2 on an H200, forward and backward of 4,096
-tokens, 288 of 477 TFLOP/s (measured); others are taken for as fast as cuDNN's. Of a CPU the rate
-that ``doctor --measure`` finds is that of its own kernel."""
+"""Attention rate relative to cuDNN's: FlashAttention-2 on an H200, forward and backward of 4,096
+tokens, 288 of 477 TFLOP/s (measured); other kernels are assumed as fast as cuDNN's. For a CPU,
+``doctor --measure`` measures the rate of its own kernel.
+"""
 CHUNKS = 4  # of parallel.tp_overlap=chunked
 
 
 def technique_columns(
     config: RunConfig, layout: Layout, backend: str, device: str = "cuda"
 ) -> dict[str, Any]:
-    """Return what ``Cases`` is to know of a run besides its model, its batch and its degrees."""
+    """Return the columns of ``Cases`` other than model, batch and degrees."""
     zero, precision, training = config.parallel.zero, config.precision, config.training
     layers, tp = config.model.num_layers, layout.degrees.tp
     compute = COMPUTE_BYTES[training.compute_dtype]
@@ -64,7 +65,7 @@ def _whole(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[int, int]:
 
 
 def _states(config: RunConfig, layout: Layout, whole: float) -> dict[str, float]:
-    """Return the shares of the states, ``whole`` bytes, that wait on the host and on disk."""
+    """Return the shares of optimizer states (``whole`` bytes in total) on the host and on disk."""
     zero = config.parallel.zero
     states = zero.optimizer_states or OptimizerStates(device=0.0)
     if zero.optimizer_states is None and zero.offload == "none":
@@ -96,7 +97,7 @@ def _cost(config: RunConfig, layout: Layout) -> CostModel:
 
 
 def _kept(config: RunConfig, layout: Layout) -> float:
-    """Return the bytes that a token leaves in a layer, if any of them go to the host."""
+    """Return activation bytes per token and layer, if any are offloaded; else 0."""
     if config.training.activation_offload == 0.0:
         return 0.0
     return _cost(config, layout).activation_bytes
@@ -105,7 +106,7 @@ def _kept(config: RunConfig, layout: Layout) -> float:
 def columns_of_documents(
     config: RunConfig, layout: Layout, lengths: Sequence[int]
 ) -> dict[str, float]:
-    """Return the columns that a step with documents of these lengths has, from its own plan.
+    """Return the columns of a step with documents of these lengths, from its own plan.
 
     Raises UserError for a document that does not fit the ranks.
     """

@@ -1,4 +1,4 @@
-"""How a run scales: the best layout and its rate from few GPUs to many."""
+"""Scaling of a run: the best layout and its rate from few GPUs to many."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from allometry.scaling.search.search import Asked, Search
 
 Kind = Literal["strong", "weak"]
 GPUS = tuple(8 * 2**power for power in range(12))
-"""8 to 16,384."""
+"""Numbers of GPUs: 8 to 16,384."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """The best layout on ``gpus`` GPUs; ``best`` None: why not.
+    """Best layout on ``gpus`` GPUs; ``best`` None: see ``reason``.
 
-    ``sequences``: of the batch, the run's own (strong scaling) or as many for each GPU as the run
-    has (weak). ``efficiency``: tokens a second of one GPU over those of the first point that fits.
+    ``sequences``: size of the batch, the run's own (strong scaling) or proportional to the number
+    of GPUs (weak). ``efficiency``: tokens per second and GPU relative to the first point that fits.
     """
 
     kind: Kind
@@ -32,7 +32,7 @@ class Point:
     efficiency: float | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return the point as JSON."""
         same = {name: getattr(self, name) for name in ("kind", "gpus", "sequences", "reason")}
         found = None if self.best is None else self.best.describe()
         return {**same, "efficiency": self.efficiency, "best": found}
@@ -46,10 +46,11 @@ def scale_curve(
     tokens: int | None = None,
     gpus: Sequence[int] = GPUS,
 ) -> list[Point]:
-    """Return the best layout on each number of GPUs, the fastest by predicted step.
+    """Return the best layout on each number of GPUs, with the shortest predicted step.
 
-    ``strong``: the batch stays as the run has it. ``weak``: it grows with the GPUs from the run's
-    own at ``at`` GPUs, without a ramp; numbers that give no whole sequence are left out by reason.
+    ``strong``: the batch is constant. ``weak``: the batch grows with the number of GPUs from the
+    run's own at ``at`` GPUs, without a ramp; numbers with a fractional batch have a reason instead.
+    For example, ``scale_curve(config, asked, "strong", at=8)``.
     """
     points = []
     for number in sorted(gpus):
@@ -72,7 +73,10 @@ def scale_curve(
 
 
 def grown(config: RunConfig, at: int, gpus: int) -> tuple[RunConfig | None, str]:
-    """Return the run with as many sequences for each GPU, or why there is none."""
+    """Return the run with a batch proportional to the GPUs, or the reason why it is fractional.
+
+    For example, 256 sequences at 8 GPUs become 512 at 16.
+    """
     sequences, rest = divmod(config.batch.sequences * gpus, at)
     if rest or not sequences:
         share = config.batch.sequences / at
@@ -84,7 +88,7 @@ def grown(config: RunConfig, at: int, gpus: int) -> tuple[RunConfig | None, str]
 def best_of(
     config: RunConfig, gpus: int, asked: Asked, tokens: int | None, price: float | None = None
 ) -> tuple[Proposal | None, str]:
-    """Return the first layout of a search, or why there is none."""
+    """Return the first layout of a search, or the reason why there is none."""
     try:
         search = Search(config, gpus, asked)
     except UserError as error:

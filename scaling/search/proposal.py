@@ -1,4 +1,4 @@
-"""A proposed layout with all that is predicted of it."""
+"""Proposed layout with all its predictions."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ HOUR, DAY, KWH = 3600.0, 86400.0, 3.6e6
 
 @dataclass(frozen=True)
 class Proposal:
-    """A layout that fits on ``gpus`` GPUs.
+    """Layout that fits on ``gpus`` GPUs.
 
-    ``seconds`` of a step with the ends of a 90 % interval, which hours, days and cost share;
-    ``unseen``: no measurement of this card, precision and kind of model is behind it. ``mfu``:
-    model FLOPs over the compute type's peak. ``bubble``, ``exposed``: shares of the step.
-    ``days``, ``gpu_hours``, ``cost``, ``kwh``: of all ``tokens``, ``kwh`` with cards and nodes at
-    their most; ``cost`` None: nobody said the price. ``terms``: seconds, the largest first.
-    ``left_out``: what has no term.
+    ``seconds``: step time with a 90 % interval (``low``, ``high``), which also applies to hours,
+    days and cost; ``unseen``: no measurement for this card, precision and kind of model exists.
+    ``mfu``: model FLOPs relative to the compute type's peak. ``bubble``, ``exposed``: shares of the
+    step. ``days``, ``gpu_hours``, ``cost``, ``kwh``: for all ``tokens``, ``kwh`` at maximum power
+    of cards and nodes; ``cost`` None without a price. ``terms``: seconds, the largest first.
+    ``left_out``: aspects without a term.
     """
 
     choice: Choice
@@ -51,7 +51,7 @@ class Proposal:
     left_out: tuple[str, ...]
 
     def describe(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return the proposal as JSON."""
         same = ("gpus", "seconds", "low", "high", "unseen", "tokens_per_second", "mfu", "bubble")
         more = ("exposed", "tokens", "days", "gpu_hours", "cost", "kwh", "terms")
         return {
@@ -63,7 +63,7 @@ class Proposal:
 
 
 def budget(search: Search, tokens: int | None) -> int:
-    """Return the tokens of the whole run; ``tokens`` None: as its description says."""
+    """Return the tokens of the run; ``tokens`` None: as configured."""
     config = search.config
     if search.run.stages is not None and tokens is None:
         last = places_of(search.run)[-1]
@@ -76,10 +76,10 @@ def budget(search: Search, tokens: int | None) -> int:
 def proposals(
     search: Search, choices: Sequence[Choice], tokens: int | None = None, price: float | None = None
 ) -> list[Proposal]:
-    """Return what is predicted of these layouts; ``price``: of an hour of one GPU.
+    """Return the predictions for ``choices``; ``price``: price of a GPU hour.
 
-    A step of a ramp is taken to cost what its tokens do at the full batch, and one of another stage
-    what they do in the longest.
+    Steps of a ramp are assumed to cost as much per token as the full batch, and steps of other
+    stages as much per token as the longest stage.
     """
     if not choices:
         return []
@@ -128,7 +128,7 @@ def proposals(
 
 
 def most_watts(search: Search) -> float:
-    """Return what the cards and their nodes draw at most together."""
+    """Return the maximum power of all cards and nodes, in watts."""
     hardware = search.asked.hardware
     nodes = -(-search.world_size // hardware.gpus_per_node)
     return search.world_size * hardware.gpu.power_w + nodes * hardware.host.power_w

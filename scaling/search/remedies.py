@@ -1,4 +1,4 @@
-"""Where nothing fits: what comes nearest, and what would make the run fit."""
+"""Suggestions if no layout fits: the nearest layout, and changes that make the run fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from allometry.configs.run import RunConfig
 from allometry.scaling.search.search import Asked, Search
 from allometry.scaling.search.space import Choice, Space
 
-MOST_GPUS = 64  # times as many as were asked for
+MOST_GPUS = 64  # maximum factor of the number of GPUs
 CHANGES: tuple[dict[str, Any], ...] = (
     {"training.activation_offload": 1.0},
     {"precision.saved_activations": "fp8"},
@@ -23,12 +23,12 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"parallel.zero.optimizer_states": {"master_weights": True, "gradients": True}},
     {"parallel.zero.offload": "cpu", "parallel.zero.optimizer_states": None},
 )
-"""Keys that save memory and cost time, in the order in which they are tried, each alone."""
+"""Changes that save memory and cost time, tried in this order, one at a time."""
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change after which the run fits, the layout that then needs least, and how much."""
+    """A change that makes the run fit, with the smallest layout and its memory."""
 
     change: str
     gpus: int
@@ -36,18 +36,18 @@ class Remedy:
     bytes: int
 
     def describe(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return the remedy as JSON."""
         layout = self.choice.describe(self.gpus)
         return {"change": self.change, "gpus": self.gpus, "layout": layout, "bytes": self.bytes}
 
 
 def nearest(search: Search) -> tuple[Choice, int]:
-    """Return the layout that needs least of all, and its bytes. There must be one."""
+    """Return the layout with the lowest memory, and its bytes; at least one layout must exist."""
     return min(search.cores.values(), key=lambda found: found[1])
 
 
 def remedies(search: Search) -> Iterator[Remedy]:
-    """Yield what would make the run fit: more GPUs, or one of ``CHANGES``."""
+    """Yield changes that make the run fit: more GPUs, or one of ``CHANGES``."""
     config, asked = search.run, search.asked
     number = 2
     while number <= MOST_GPUS:
@@ -65,9 +65,9 @@ def remedies(search: Search) -> Iterator[Remedy]:
 
 
 def near_counts(config: RunConfig, gpus: int, asked: Asked, tries: int = 24) -> list[int]:
-    """Return the numbers of GPUs next to ``gpus``, below and above, that some layout can have.
+    """Return the valid numbers of GPUs closest to ``gpus``, below and above.
 
-    Whole nodes, or any number within one.
+    Only complete nodes, or any number within one node.
     """
     node = asked.hardware.gpus_per_node
     step = 1 if gpus <= node else node
@@ -81,7 +81,10 @@ def near_counts(config: RunConfig, gpus: int, asked: Asked, tries: int = 24) -> 
 
 
 def changed(config: RunConfig, change: Mapping[str, Any]) -> RunConfig | None:
-    """Return the run with other values of some keys; None: it cannot have them."""
+    """Return the run with changed keys; None if the change is invalid for the run.
+
+    For example, ``changed(config, {"optimizer.states": {"kind": "fp8"}})``.
+    """
     data = config.model_dump(mode="json")
     for key, value in change.items():
         *path, last = key.split(".")

@@ -1,4 +1,4 @@
-"""The best layouts of a run on a number of GPUs: what fits, and of that the fastest."""
+"""Search for the best layouts of a run on a number of GPUs: the fastest that fit."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ from allometry.scaling.stages import places_of
 Objective = Literal["time", "cost", "memory"]
 OBJECTIVES: tuple[Objective, ...] = ("time", "cost", "memory")
 RESERVE = 0.1
-"""Share of a card's memory that no estimate has in it: the CUDA context, buffers of NCCL, gaps."""
+"""Share of a card's memory not included in estimates: CUDA context, NCCL buffers, fragmentation."""
 
 ALIKE = 1.01
-"""Times the shortest step up to which steps are taken to be as fast."""
+"""Ratio to the shortest step up to which steps count as equally fast."""
 NEAR = 1.25
-"""Times the limit up to which another schedule, or a lower stage of ZeRO in a model of few blocks,
-may still need less."""
+"""Ratio to the memory limit up to which another schedule, or a lower stage of ZeRO in a model of
+few blocks, may still need less.
+"""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a search is to serve.
+    """Objective and constraints of a search.
 
-    ``name``: what tables call the hardware; ``reserve``: share of the card's memory left free;
-    ``keep``: keys of ``space.FREE`` that stay as the run has them; ``device``: whose kernels.
+    ``name``: name of the hardware in tables; ``reserve``: share of the card's memory kept free;
+    ``keep``: keys of ``space.FREE`` that keep their configured values; ``device``: selects kernels.
     """
 
     hardware: HardwareConfig
@@ -59,25 +60,26 @@ class Asked:
 
     @cached_property
     def constants(self) -> Constants:
-        """The cost model's constants."""
+        """Constants of the cost model."""
         return self.calibration.constants(self.hardware.generation)
 
     @cached_property
     def calibration(self) -> Calibration:
-        """What is believed of the constants: published runs, and what was measured here."""
+        """Distribution of the constants: published runs, and measurements on this hardware."""
         return self.belief or published(self.hardware)
 
     def memory_of(self, world_size: int) -> float:
-        """Return the bytes of memory of a rank's card; ranks of a CPU share theirs."""
+        """Return the memory in bytes of a rank's card; ranks on a CPU share its memory."""
         return self.hardware.rank_memory(world_size)
 
 
 class Search:
-    """One run on one number of GPUs: proposals, what each needs, how long each takes.
+    """Search for one run on one number of GPUs: proposals, their memory and their step time.
 
-    What is found of a proposal's memory is kept, so that asking again under other assumptions is
-    quick; ``known``: what another search of the same run on as many GPUs found. ``run`` is what was
-    asked for; of a run with stages the longest one, ``config``, is timed, and all have to fit.
+    Memory estimates are cached, so repeated searches with other assumptions are fast; ``known``:
+    estimates of another search of the same run on as many GPUs. ``run`` is the requested run; for a
+    run with stages the longest one, ``config``, is timed, and all stages must fit. For example,
+    ``Search(config, 8, asked).best(3)``.
     """
 
     def __init__(
@@ -93,13 +95,13 @@ class Search:
         self.run, self.world_size, self.asked = config, world_size, asked
         self.config, decided = _longest(config)
         self.limit = asked.memory_of(world_size) * (1 - asked.reserve)
-        """Bytes of a card that the run may fill."""
+        """Bytes of a card that the run may use."""
         keep = (*asked.keep, *decided)
         self.space = Space(self.config, world_size, asked.hardware.gpus_per_node, keep)
         self._batch = BatchPlan(self.config.batch, self.config.data.sequence_length)
         self.known = {} if known is None else known
         self.cores: dict[Core, tuple[Choice, int]] = {}
-        """Degrees that can be: the proposal that needs least memory, and how much."""
+        """Valid degrees: the proposal with the lowest memory, and its bytes."""
         self.refusals: list[str] = []
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._look()
@@ -107,7 +109,7 @@ class Search:
     # --- memory
 
     def memory(self, choice: Choice) -> MemoryEstimate | None:
-        """Return what the fullest rank needs; None: the trainer refuses the layout."""
+        """Return the memory of the largest rank; None if the trainer rejects the layout."""
         found = self.known.get(choice)
         if found is None:
             try:
@@ -126,7 +128,7 @@ class Search:
         return None if isinstance(found, str) else found
 
     def _look(self) -> None:
-        """Find the least memory of each core; below a stage far too large all of ZeRO are."""
+        """Find the lowest memory of each core; skip lower ZeRO stages if one is far too large."""
         too_large: set[tuple[int, int, int]] = set()
         for core in sorted(self.space.cores(), key=lambda core: -core.zero):
             degrees = core.tp, core.pp, core.ep
@@ -146,7 +148,7 @@ class Search:
                 break
 
     def _least(self, like: Choice, total: int) -> tuple[Choice, int]:
-        """Return the schedule that needs least of proposals that are ``like`` one else."""
+        """Return the schedule with the lowest memory, for proposals otherwise equal to ``like``."""
         found = [(like, total)]
         for schedule, chunks in self.space.schedules(like.pp):
             other = replace(like, schedule=schedule, chunks=chunks)
@@ -156,26 +158,26 @@ class Search:
 
     @property
     def fitting(self) -> list[Core]:
-        """Cores of which some proposal fits."""
+        """Cores with at least one proposal that fits."""
         return [core for core, (_, least) in self.cores.items() if least <= self.limit]
 
     @property
     def degrees(self) -> set[tuple[int, int, int]]:
-        """Degrees (tp, pp, ep) that the run can have."""
+        """Valid degrees (tp, pp, ep) of the run."""
         return {(core.tp, core.pp, core.ep) for core in self.cores}
 
     @property
     def fitting_degrees(self) -> set[tuple[int, int, int]]:
-        """Those of them that fit in some way."""
+        """Degrees with at least one proposal that fits."""
         return {(core.tp, core.pp, core.ep) for core in self.fitting}
 
     # --- time
 
     def cases(self, choices: Sequence[Choice], hardware: HardwareConfig | None = None) -> Cases:
-        """Return proposals as the cost model takes them.
+        """Return proposals as input of the cost model.
 
-        Those that differ in degrees and micro-batch alone share what ``row_of`` says of one, unless
-        something travels whose share follows from the degrees.
+        Proposals that differ only in degrees and micro-batch share one call of ``row_of``, unless
+        offloaded shares depend on the degrees.
         """
         config, card = self.config, hardware or self.asked.hardware
         parallel = config.parallel
@@ -204,17 +206,17 @@ class Search:
         return replace(shared, n={**shared.n, **degrees, "micro_batch": tokens * cp / length})
 
     def _row(self, choice: Choice) -> dict[str, Any]:
-        """What ``row_of`` says of a proposal, whether it can be or not."""
+        """Return ``row_of`` a proposal, even if it is invalid."""
         config = applied(self.config, choice, self.world_size, check=False)
         try:
             layout = Layout.of(config, self.world_size)
-        except UserError:  # which another proposal of its group need not raise
+        except UserError:  # other proposals of the group may be valid
             layout = self._even(config, choice)
         asked = self.asked
         return row_of(config, layout, asked.hardware, asked.name, asked.device)
 
     def _even(self, config: RunConfig, choice: Choice) -> Layout:
-        """The layout of a proposal with stages as even as can be, unchecked."""
+        """Return the unchecked layout of a proposal with stages as even as possible."""
         parallel, layers = config.parallel, config.model.num_layers
         assert parallel.hdp != "auto"
         count = choice.pp * choice.chunks
@@ -232,9 +234,9 @@ class Search:
 
     @cached_property
     def _pool(self) -> tuple[list[Choice], Cases, Floats]:
-        """What is ordered by time: proposals of cores that fit, and which goes first of equals."""
+        """Proposals of cores that fit, their cases, and tie-breaking keys."""
         choices = [choice for core in self.fitting for choice in self.space.of_core(core)]
-        # The one that shards and cuts least.
+        # Prefer the proposal with the least sharding.
         plain = np.array([(c.zero, c.pp, c.tp, c.ep, -c.micro_batch) for c in choices])
         return choices, self.cases(choices), plain
 
@@ -244,10 +246,10 @@ class Search:
         constants: Constants | None = None,
         wanted: Callable[[Choice, float], bool] = lambda choice, seconds: True,
     ) -> Iterator[tuple[Choice, float]]:
-        """Yield the proposals that fit and can be, the best first, with the seconds of a step.
+        """Yield valid proposals that fit, the best first, with the seconds of a step.
 
-        ``hardware``, ``constants``: other ones than the search was asked for, for times alone.
-        ``wanted``: which are looked at.
+        ``hardware``, ``constants``: replacements of the search's own, for times only. ``wanted``:
+        filter of proposals to check.
         """
         if not self.fitting:
             return
@@ -274,7 +276,8 @@ class Search:
     def best(self, count: int) -> list[Choice]:
         """Return the best proposal of each of the ``count`` best degrees (tp, pp, ep).
 
-        By time: of those within ``ALIKE`` of it, the one that shards and recomputes least.
+        By time: among those within ``ALIKE`` of the best, the one with least sharding and
+        recomputation.
         """
         found: dict[tuple[int, int, int], tuple[float, list[Choice]]] = {}
         alone = self.asked.objective == "memory"
@@ -294,7 +297,7 @@ class Search:
 
 
 def _longest(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """Return the stage of a run that trains most tokens, and keys of ``FREE`` that it decides."""
+    """Return the stage that trains most tokens, and the keys of ``FREE`` that it sets."""
     if config.stages is None:
         return config, []
     place = max(places_of(config), key=attrgetter("asked_tokens"))
@@ -310,7 +313,7 @@ def _plainness(choice: Choice) -> tuple[int, ...]:
 
 
 def _check_graphs(config: RunConfig, world_size: int) -> None:
-    """Refuse what ``parallel.graphs`` refuses of any layout of several ranks."""
+    """Reject CUDA graphs on several ranks, which ``parallel.graphs`` rejects for any layout."""
     if config.training.cuda_graphs is True and world_size > 1:
         raise UserError(
             f"training.cuda_graphs=true cannot be on {world_size} GPUs, as its ranks communicate "

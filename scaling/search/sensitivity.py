@@ -1,4 +1,4 @@
-"""Which assumption a choice hangs on: each is changed alone, and the best layout sought again."""
+"""Sensitivity of a choice to each assumption: change one and search for the best layout again."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ RESERVES = (0.05, 0.2)
 
 @dataclass(frozen=True)
 class Turn:
-    """An assumption, changed as ``to`` says: the best layout then, and how much slower the present.
+    """A changed assumption, the best layout with it, and the loss of the present layout.
 
-    ``loses`` is the share of its step that the present choice takes longer than ``best``; None: it
-    does not fit any more. Where the choice stays, ``best`` is the present one and it loses nothing.
+    ``loses``: relative excess of the present choice's step time over ``best``; None if the present
+    choice does not fit any more. If the choice stays the same, ``best`` equals it and ``loses`` is
+    0.
     """
 
     assumption: str
@@ -31,13 +32,13 @@ class Turn:
     loses: float | None
 
     def describe(self, gpus: int) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return the result as JSON."""
         best = None if self.best is None else self.best.describe(gpus)
         return {"assumption": self.assumption, "to": self.to, "best": best, "loses": self.loses}
 
 
 def _card(**names: str) -> Callable[[Changed, float], Changed]:
-    """Multiply a number of a section of the hardware's description."""
+    """Return a function that multiplies a number of the hardware's description."""
 
     def change(given: Changed, by: float) -> Changed:
         hardware, constants = given
@@ -53,7 +54,7 @@ def _card(**names: str) -> Callable[[Changed, float], Changed]:
 
 
 def _constant(*names: str) -> Callable[[Changed, float], Changed]:
-    """Multiply constants of the cost model."""
+    """Return a function that multiplies constants of the cost model."""
 
     def change(given: Changed, by: float) -> Changed:
         hardware, constants = given
@@ -79,9 +80,9 @@ ASSUMPTIONS: dict[str, Callable[[Changed, float], Changed]] = {
 
 
 def sensitivity(search: Search, present: Choice) -> Iterator[Turn]:
-    """Yield what each assumption at two thirds and at three halves would make of a choice.
+    """Yield the effect of each assumption at two thirds and at three halves of its value.
 
-    The price of an hour is none of them: it multiplies all costs alike.
+    The price of an hour is not included, since it multiplies all costs equally.
     """
     given = search.asked.hardware, search.asked.constants
     one = search.cases([present])

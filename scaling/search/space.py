@@ -1,4 +1,4 @@
-"""The layouts that a search proposes; whether one can be is judged by what the trainer asks."""
+"""Layouts proposed by a search; the trainer's own checks decide which of them are valid."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ FREE = {
     "training.activation_checkpointing": "checkpointing",
     "batch.micro_batch_sequences": "micro_batch",
 }
-"""Keys that a search chooses, and the field of ``Choice`` that each is. All else stays."""
+"""Keys chosen by a search, with the field of ``Choice``; all other keys are unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """The degrees of a layout and its sharding: what decides who holds which parameters."""
+    """Degrees and sharding of a layout, which determine the parameters of each rank."""
 
     tp: int
     pp: int
@@ -59,15 +59,15 @@ class Choice:
 
     @property
     def core(self) -> Core:
-        """Its degrees and sharding."""
+        """Degrees and sharding of the choice."""
         return Core(self.tp, self.pp, self.ep, self.zero)
 
     def describe(self, world_size: int) -> dict[str, Any]:
-        """Return it as JSON, with hdp."""
+        """Return the choice as JSON, with hdp."""
         return {"hdp": world_size // (self.tp * self.pp), **asdict(self)}
 
     def sections(self, world_size: int) -> dict[str, Any]:
-        """Return the keys that a run's description takes for it, by section."""
+        """Return the choice as config keys, by section."""
         fixed = self.schedule in (*ONE_STAGE_SCHEDULES, *V_SCHEDULES)
         return {
             "parallel": {
@@ -87,7 +87,7 @@ class Choice:
 
 
 def check_kept(keep: Sequence[str]) -> None:
-    """Raise UserError for a key that no search chooses."""
+    """Raise UserError for a key that a search does not choose."""
     for key in keep:
         if key not in FREE:
             raise UserError(
@@ -96,10 +96,11 @@ def check_kept(keep: Sequence[str]) -> None:
 
 
 def applied(config: RunConfig, choice: Choice, world_size: int, *, check: bool = True) -> RunConfig:
-    """Return the run in this layout.
+    """Return the run with this layout.
 
-    With ``check`` its sections are validated as when they are read, and a UserError says where they
-    cannot be; ``Layout.of`` judges the rest.
+    With ``check`` the sections are validated as when a config is read, and invalid ones raise
+    UserError; ``Layout.of`` checks the rest. For example,
+    ``applied(config, search.best(1)[0], 8)``.
     """
     sections = choice.sections(world_size)
     asked, parallel = sections["parallel"], config.parallel
@@ -121,10 +122,10 @@ def applied(config: RunConfig, choice: Choice, world_size: int, *, check: bool =
 
 
 class Space:
-    """What a search proposes for a run on ``world_size`` ranks, ``node`` of them with fast links.
+    """Proposals for a run on ``world_size`` ranks, with fast links between ``node`` of them.
 
-    Tensor parallelism stays within a node. In a pipeline ZeRO 2 sends and holds what stage 1 does,
-    and of schedules the ones with known bubbles are proposed, and the run's own.
+    Tensor parallelism stays within a node. In a pipeline ZeRO 2 communicates and stores as much as
+    stage 1. Proposed schedules are those with known bubbles, and the run's own.
     """
 
     def __init__(
@@ -147,12 +148,12 @@ class Space:
         }
 
     def choices(self) -> Iterator[Choice]:
-        """Yield every proposal, of those of a core the ones that need least memory first."""
+        """Yield every proposal; within a core those with the lowest memory first."""
         for core in self.cores():
             yield from self.of_core(core)
 
     def cores(self) -> Iterator[Core]:
-        """Yield degrees that multiply to the ranks, those of a kind by rising ZeRO stage."""
+        """Yield degrees whose product is the number of ranks, in ascending order of ZeRO stages."""
         number, model = self.world_size, self.config.model
         experts = model.experts.num_experts if isinstance(model, MoEModel) else 1
         within = [tp for tp in divisors(number) if tp <= self.node and model.num_heads % tp == 0]
@@ -173,7 +174,7 @@ class Space:
         micro_batches = self._only("micro_batch", self._micro_batches(hdp))
         checkpointing = self._only("checkpointing", CHECKPOINTING[::-1])
         for schedule, chunks in self.schedules(core.pp):
-            # Without it a pipeline's stage 3 gathers once a step, as stage 1 does.
+            # Otherwise stage 3 of a pipeline gathers once per step, like stage 1.
             usual = "micro_batch" if core.pp > 1 and core.zero == 3 else "auto"
             for regather in self._only("regather", [usual]):
                 for micro_batch, how in itertools.product(micro_batches, checkpointing):
@@ -200,7 +201,7 @@ class Space:
         return [0, 1, 3] if pp > 1 else [0, 1, 2, 3]
 
     def schedules(self, pp: int) -> list[tuple[str, int]]:
-        """Return the schedules of a pipeline of ``pp`` ranks, with the stages on each."""
+        """Return the schedules for a pipeline of ``pp`` ranks, with the stages on each rank."""
         own = (self._own["schedule"], self._own["chunks"])
         if pp == 1:
             return [(self._own["schedule"], 1)]
@@ -218,7 +219,7 @@ class Space:
         return [(name, n) for name, n in found if pp * n <= layers and stays(name, n)]
 
     def _sequences(self) -> int:
-        """What every batch of the run is a multiple of."""
+        """Return the greatest common divisor of the run's batch sizes."""
         batch = self.config.batch
         if batch.ramp is None:
             return batch.sequences
@@ -226,11 +227,11 @@ class Space:
         return math.gcd(batch.sequences, ramp.start_sequences, ramp.increment_sequences)
 
     def _shares(self, hdp: int) -> bool:
-        """Whether hdp ranks could share every batch; what is proposed is judged all the same."""
+        """Return True if hdp ranks may share every batch; proposals are checked again later."""
         return self.config.data.kind == "documents" or self._sequences() % hdp == 0
 
     def _micro_batches(self, hdp: int) -> list[int]:
-        # Dropout draws its masks by micro-batch: another one would be another run.
+        # Dropout masks depend on the micro-batch: another size would change the run.
         if self.config.data.kind == "documents" or self.config.model.dropout:
             return [self._own["micro_batch"]]
         return [n for n in divisors(self._sequences() // hdp) if n <= MOST_SEQUENCES]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from allometry.configs.decoder import LatentAttention
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig
 from allometry.configs.run import RunConfig
@@ -97,7 +98,8 @@ def shrunk(config: RunConfig, world_size: int) -> RunConfig:
 
     Widths, heads, vocabulary and sequences become as small as ``tp`` and ``ep`` allow, with only as
     many layers as the pipeline needs. A parameterization may refuse a width, so several are tried.
-    Raises UserError: the configuration's own layout is not possible.
+    Raises UserError: the configuration's own layout is not possible. For example,
+    ``shrunk(config, 8).model.num_layers``.
     """
     degrees = Layout.of(config, world_size).degrees
     failure: Exception | None = None
@@ -141,6 +143,9 @@ def _sizes(model: ModelConfig, tp: int, layers: int, head_dim: int) -> dict[str,
         "width": heads * head_dim,
         "vocab_size": min(model.vocab_size, max(128, 8 * tp)),
     }
+    latent = model.latent_attention
+    if latent is not None:
+        sizes |= {"head_dim": None, "latent_attention": _latent_sizes(latent, head_dim)}
     if model.kind == "dense":
         return sizes | {"ffn_width": 16 * math.lcm(tp, 2)}
     if model.ffn_width is not None:
@@ -150,6 +155,17 @@ def _sizes(model: ModelConfig, tp: int, layers: int, head_dim: int) -> dict[str,
     if "latent_width" in experts:
         experts["latent_width"] = 16
     return sizes | {"experts": experts}
+
+
+def _latent_sizes(latent: LatentAttention, head_dim: int) -> dict[str, Any]:
+    """Keys of latent attention whose widths are that of a head, or twice it."""
+    return latent.model_dump(mode="json") | {
+        "q_lora_rank": None if latent.q_lora_rank is None else 2 * head_dim,
+        "kv_lora_rank": 2 * head_dim,
+        "qk_nope_head_dim": head_dim,
+        "qk_rope_head_dim": head_dim,
+        "v_head_dim": head_dim,
+    }
 
 
 def _narrowed(config: RunConfig, short: dict[str, Any], layers: int) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
     Runs that differ only in length are trained in the order of their lengths, each branching from
     the previous one where their learning rates diverge: for WSD at the start of the shorter run's
     decay, so that all these runs share one stable trunk. Raises UserError: a run's configuration is
-    not valid, two runs have one name, or the target is a rung.
+    not valid, two runs have one name, or the target is a rung. For example,
+    ``plan_ladder(*load_ladder("ladder.yaml")).rungs``.
     """
     form = form_named(ladder.law)
     if form.target.name != "loss" or any(one.name == "step" for one in form.inputs):

@@ -43,7 +43,7 @@ def train_runs(plan: Plan, wanted: Sequence[PlannedRun], parallel: int, say: Say
 
     A failed run does not stop the others, except runs that branch from it. A signal stops running
     runs with a checkpoint, and no further run is started. Raises UserError: a folder has another
-    run than the planned one.
+    run than the planned one. For example, ``train_runs(plan, plan.runs, 2, print).failed``.
     """
     missing = [run for run in wanted if state_of(run).stage != "done"]
     names = {run.name for run in missing}
@@ -318,7 +318,10 @@ class _Torchrun:
 
 
 def torchrun(processes: int, config: Path) -> list[str]:
-    """Return arguments for Python that train a run on ``processes`` processes of this machine."""
+    """Return arguments for Python that train a run on ``processes`` processes of this machine.
+
+    For example, ``[sys.executable, *torchrun(8, Path("run.yaml"))]``.
+    """
     start = ["-m", "allometry.launch.torchrun", "--nproc-per-node", str(processes), "--standalone"]
     return [*start, "--local-addr", "127.0.0.1", "-m", "allometry.launch.train", str(config)]
 

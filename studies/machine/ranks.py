@@ -42,7 +42,8 @@ def measure_ranks(
 
     ``crowd`` (on a CPU): rates of products and copies when all ranks compute, relative to one rank
     with ``alone`` threads; medians over rounds that alternate both. ``messages``: seconds of a
-    small and a large message of each kind. ``seconds``: approximate time for messages.
+    small and a large message of each kind. ``seconds``: approximate time for messages. For example,
+    ``measure_ranks(4, 1, 4, 12.0, {})["crowd"]``.
     """
     asked = (ranks, threads, alone, seconds, free_port())
     return _answer(_rank, asked, ranks, environment)

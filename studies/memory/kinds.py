@@ -20,9 +20,10 @@ from allometry.scaling.saved import (
 from allometry.studies.memory.live import BACKWARD, BETWEEN, FORWARD, HEAD, Stored
 
 _MODULES = {
-    **dict.fromkeys(("attention_norm", "ffn_norm", "final_norm", "q_norm", "k_norm"), NORMS),
+    **dict.fromkeys(("attention_norm", "ffn_norm", "final_norm"), NORMS),
+    **dict.fromkeys(("q_norm", "k_norm", "kv_norm"), NORMS),
     **dict.fromkeys(("attention_post_norm", "ffn_post_norm"), NORMS),
-    **dict.fromkeys(("wq", "wk", "wv"), QKV),
+    **dict.fromkeys(("wq", "wk", "wv", "latent_q", "latent_kv", "wkv"), QKV),
     **dict.fromkeys(("gate", "up"), GATE_UP),
     **dict.fromkeys(("latent_down", "latent_up"), ROWS),
     "router": ROUTER,

@@ -237,7 +237,8 @@ def peak_of(
 ) -> Peak:
     """Return the peak among the events from number ``begin`` on; ``kind_of`` names each storage.
 
-    ``at``: consider only events of this moment.
+    ``at``: consider only events of this moment. For example,
+    ``peak_of(live, kind_of(config.model)).kinds``.
     """
     total = best = place = 0
     for index, event in enumerate(live.events):

@@ -58,7 +58,8 @@ def messages_of(config: RunConfig, world_size: int) -> tuple[Message, ...]:
     """Return the messages of a step, then a small and a large probe of each kind on each axis.
 
     ``rehearse`` finds the messages of a step in the training code; of rings, which every step
-    plans, the largest hop is added. Call this function before a process group exists.
+    plans, the largest hop is added. Call this function before a process group exists. For example,
+    ``max(message.bytes for message in messages_of(config, 8))``.
     """
     counts: dict[tuple[str, str, int, int, str], int] = {}
     for report in rehearse(config, world_size):

@@ -60,7 +60,8 @@ class Timing:
 def time_messages(mesh: Mesh, messages: Sequence[Message], seconds: float) -> list[Timing]:
     """Send each message, check the received values, and time it; all ranks make the same call.
 
-    ``seconds``: approximate total time.
+    ``seconds``: approximate total time. For example,
+    ``time_messages(mesh, messages, 45.0)[0].bus_bytes_per_s``.
     """
     groups = _groups(mesh)
     each = seconds / max(1, len(messages))

@@ -86,7 +86,8 @@ class CoordinateCheck:
     ) -> list[Movement]:
         """Return the movement at each size with each seed, for any number of processes.
 
-        Raises UserError: the model does not exist at a size.
+        Raises UserError: the model does not exist at a size. For example,
+        ``slopes(check.run([64, 128, 256], range(3)))["logits"]``.
         """
         seeds = tuple(seeds)
         tasks = [(size, seed) for size in sizes for seed in seeds]

@@ -99,7 +99,8 @@ class Transfer:
 
         Reasons are a regret above ``percent`` of the loss by its full interval, an optimum at an
         edge and, over widths, a loss that rises by more than 0.01 with the size. With ``octaves``
-        also a larger drift of the best rates, by its full interval.
+        also a larger drift of the best rates, by its full interval. For example,
+        ``transfer.failures(percent=0.5)``.
         """
         optima = self.optima()
         reasons = [

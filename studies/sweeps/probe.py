@@ -35,8 +35,8 @@ class Probe:
     """A model with its optimizer, on the CPU, determined by (configuration, seed).
 
     ``zero``: parts that start at zero ("head", "queries"); a matrix that keeps its norm (a sphere)
-    is not changed, because zero has no direction and would never move. For example, ``Probe(model,
-    parameterization, optimizer, seed=0).step(tokens_BL)``.
+    is not changed, because zero has no direction and would never move. For example,
+    ``Probe(model, parameterization, optimizer, seed=0).step(tokens_BL)``.
     """
 
     def __init__(
@@ -175,6 +175,7 @@ def read_pools(
 
     One array for each count, without common sequences. Documents are concatenated without masks,
     independent of the run. Raises UserError: the files cannot be used, or a source is too short.
+    For example, ``pool_PL, held_out_HL = read_pools(config.data, 0, 64, [640, 64])``.
     """
     plain = SequenceData(
         sequence_length=length,

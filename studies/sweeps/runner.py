@@ -53,7 +53,8 @@ class Runner:
     def run(self, sizes: Sequence[int], seeds: Sequence[int]) -> Transfer:
         """Return the complete sweep.
 
-        Raises UserError: a size cannot be run, or the rates are too few.
+        Raises UserError: a size cannot be run, or the rates are too few. For example,
+        ``Runner(sweep, (-9.0, -8.5, -8.0)).run([64, 128], [0, 1, 2])``.
         """
         if len(set(self.log2_lrs)) < 3:
             raise UserError("a sweep needs three learning rates or more; give more of them")

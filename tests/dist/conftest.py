@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need several ranks."""
+"""Fixtures of tests that need several ranks."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-# Test files here share helpers by plain import; the ranks have the same folder on their path.
+# Test files here import shared helpers as plain modules; ranks have the same folder on their path.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import RankPool
@@ -22,5 +22,5 @@ def rank_pool() -> Iterator[RankPool]:
 
 @pytest.fixture
 def run_ranks(rank_pool: RankPool) -> Callable[..., list[Any]]:
-    """``run_ranks(function, world_size, *args)``: its results on each rank, in rank order."""
+    """Return ``run_ranks(function, world_size, *args)``, which returns results in rank order."""
     return rank_pool.run

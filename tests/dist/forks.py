@@ -1,12 +1,12 @@
-"""Servers that fork ranks: torch and the trainer are imported once, not once a rank.
+"""Servers that fork ranks, so that torch and the trainer are imported once per server.
 
-A server imports what ranks need and then does what it is told: fork a process, or say how one
-ended. A fork has only the thread that forks, so a server never has more than one: no group is made
-in it, nothing is computed, CUDA is not touched.
+A server imports the modules that ranks need and then serves requests: fork a process, or return the
+exit code of one. A fork only copies the calling thread, so a server must have a single thread: it
+creates no process group, computes nothing and does not touch CUDA.
 
-Ranks of one server agree on the order of sets and on numpy's global generator, which processes
-that import by themselves do not: hence two servers, for even and for odd ranks. Run as a script,
-this file is a server.
+Ranks of one server share the iteration order of sets and numpy's global generator, unlike
+independent processes: hence two servers, for even and for odd ranks. Run as a script, this file is
+a server.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ ROOT = HERE.parents[1]
 IMPORTS = ("pytest", "torch._dynamo", "allometry.trainer.train", "harness")
 SERVERS = 2
 START_TIMEOUT_S = 120.0
-REQUEST_BYTES = 1 << 17  # an environment, mostly
+REQUEST_BYTES = 1 << 17  # mainly an environment
 
 
 @functools.cache
 def servers() -> tuple[Server, ...]:
-    """Return the servers of these tests, started when first asked for."""
+    """Return the servers of these tests, started at the first call."""
     started = tuple(Server() for _ in range(SERVERS))
     for server in started:
         atexit.register(server.close)
@@ -48,7 +48,7 @@ def servers() -> tuple[Server, ...]:
 
 
 class Server:
-    """The caller's end of a server; it ends with the caller, and what it forks with it."""
+    """Client of a server; the server and its forks end with the client's process."""
 
     def __init__(self) -> None:
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -65,13 +65,13 @@ class Server:
             )
 
     def wait(self) -> None:
-        """Wait until all is imported; raise RuntimeError with the log if that fails."""
+        """Wait until all imports are done; raise RuntimeError with the log if they fail."""
         self._receive()
 
     def fork(self, number: int, link: Connection, log: Path) -> Fork:
-        """Return a new process that is rank ``number`` and serves ``link``; it writes to ``log``.
+        """Return a new process that is rank ``number``, serves ``link`` and writes to ``log``.
 
-        Its environment is the caller's of now.
+        Its environment is the caller's current one.
         """
         with log.open("ab") as output:
             request = pickle.dumps(("fork", (number, environment())))
@@ -79,13 +79,14 @@ class Server:
             return Fork(self, int(self._answer()))
 
     def ask(self, what: str, pid: int) -> int | None:
-        """Return the exit code of ``fork``'s process: "poll" returns None for one that runs."""
+        """Return the exit code of ``fork``'s process; "poll" returns None while
+        the process runs."""
         self._link.send(pickle.dumps((what, pid)))
         code: int | None = self._answer()
         return code
 
     def close(self) -> None:
-        """End the server, and all that it has forked."""
+        """End the server and all processes that it has forked."""
         self._process.kill()
         self._process.wait()
         self._link.close()
@@ -103,32 +104,32 @@ class Server:
 
 
 class Fork:
-    """A forked process: what ``subprocess.Popen`` would say of it."""
+    """Forked process with the interface of ``subprocess.Popen``."""
 
     def __init__(self, server: Server, pid: int) -> None:
         self._server, self.pid = server, pid
         self._code: int | None = None
 
     def poll(self) -> int | None:
-        """Return its exit code, negative for a signal's; None while it runs."""
+        """Return the exit code, negative for a signal; None while the process runs."""
         if self._code is None:
             self._code = self._server.ask("poll", self.pid)
         return self._code
 
     def send_signal(self, number: int) -> None:
-        """Send a signal unless it has ended."""
+        """Send a signal unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """End it, and wait until it has."""
+        """Kill the process and wait for its end."""
         self.send_signal(signal.SIGKILL)
         if self._code is None:
             self._code = self._server.ask("wait", self.pid)
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of ranks: one thread each, loopback, and the places of imports."""
+    """Return the environment of ranks: one thread each, loopback, and the import paths."""
     places = (ROOT / ".typing", HERE, HERE.parent / "support", os.environ.get("PYTHONPATH"))
     path = os.pathsep.join(str(place) for place in places if place)
     fixed = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
@@ -145,7 +146,7 @@ def _serve(link: socket.socket) -> None:
     for name in IMPORTS:
         import_module(name)
     gc.collect()
-    gc.freeze()  # no rank's collections walk through it, or copy its pages
+    gc.freeze()  # ranks' collections neither traverse these objects nor copy their pages
     link.send(b"ready")
     while True:
         request, passed, *_ = socket.recv_fds(link, REQUEST_BYTES, 2)
@@ -177,7 +178,7 @@ def _fork(link: socket.socket, passed: list[int], number: int, env: Mapping[str,
         link.close()
         _be_rank(Connection(passed[0]), passed[1], number, env)
         code = 0
-    except BaseException:  # this must not go on as another server
+    except BaseException:  # a fork must not continue as a server
         traceback.print_exc()
     finally:
         sys.stdout.flush()

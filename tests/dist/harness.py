@@ -1,10 +1,10 @@
 """Ranks that stay alive between tests, forked by servers that have imported torch (``forks``).
 
 ``RankPool.run(function, world_size, *args)`` runs a module-level function on gloo ranks and returns
-what they returned, in rank order. A rank that raises fails the call with its traceback; ranks that
-do not answer in time are named, with the stacks they hang in, and replaced.
+the results in rank order. A rank that raises fails the call with its traceback. Ranks that do not
+answer in time are reported with the stacks of their threads, and replaced.
 
-The ranks are given the function by file and name, and know where ``allometry`` lies, so an
+Ranks receive the function as a file and a name, and know the path of ``allometry``, so that an
 uninstalled tree works.
 """
 
@@ -31,23 +31,23 @@ from typing import Any
 
 from forks import START_TIMEOUT_S, Fork, Server, servers
 
-# A collective that hangs raises, with a traceback, before the call gives up on its rank.
-COLLECTIVE_TIMEOUT_S = 30.0  # of up to 3 ranks
-CALL_TIMEOUT_S = 90.0  # of up to 7
-# What the others get to finish or fail once one rank has failed.
+# A hanging collective raises, with a traceback, before the call gives up on its rank.
+COLLECTIVE_TIMEOUT_S = 30.0  # for up to 3 ranks
+CALL_TIMEOUT_S = 90.0  # for up to 7
+# Time for the other ranks to finish or fail once one rank has failed.
 GRACE_S = 3.0
 CRASHES = tuple(-each for each in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT))
 MOST_CRASHES = 2
-FATAL = "Fatal Python error"  # where the stacks of a crash begin in a log
+FATAL = "Fatal Python error"  # begins the stacks of a crash in a log
 
 
 def collective_timeout_s(world_size: int) -> float:
-    """Seconds that a collective may take: each rank must find all others, on few cores by turns."""
+    """Return the timeout of a collective: each rank must connect to all others on a few cores."""
     return COLLECTIVE_TIMEOUT_S * max(1, world_size // 2)
 
 
 class RankFailure(AssertionError):
-    """A rank raised, died or hung; the message holds tracebacks, stacks and logs."""
+    """A rank raised, died or hung; the message contains tracebacks, stacks and logs."""
 
 
 class RankCrash(RankFailure):
@@ -55,7 +55,7 @@ class RankCrash(RankFailure):
 
 
 class RankPool:
-    """Ranks started when first needed and reused by every later call."""
+    """Ranks that are started when first needed and reused by later calls."""
 
     def __init__(self) -> None:
         self._ranks: list[_Rank] = []
@@ -73,13 +73,13 @@ class RankPool:
     ) -> list[Any]:
         """Return ``function(*args)`` of each of ``world_size`` ranks; raise RankFailure.
 
-        Arguments and results travel pickled: send plain things and tensors. ``start_group`` False
-        leaves the process group to the function; the rank's environment is torchrun's, but
-        without MASTER_ADDR and MASTER_PORT.
+        Arguments and results are pickled: use plain objects and tensors. With ``start_group`` False
+        the function creates the process group; the rank's environment is torchrun's, but without
+        MASTER_ADDR and MASTER_PORT.
 
-        A call in which a rank crashed in native code is made once more, with a warning and at most
-        ``MOST_CRASHES`` times in all: gloo's threads let go of tensors while Python does, which
-        torch 2.13 does not always survive (github.com/pytorch/pytorch/pull/179291 is of its kind).
+        A call in which a rank crashed in native code is repeated once, with a warning and at most
+        ``MOST_CRASHES`` times in all: gloo's threads release tensors at the same time as Python,
+        which sometimes crashes torch 2.13 (github.com/pytorch/pytorch/pull/179291 is similar).
         """
         try:
             return self._run(function, world_size, args, timeout_s, start_group)
@@ -122,7 +122,7 @@ class RankPool:
 
     def _start(self, world_size: int) -> None:
         new = range(len(self._ranks), world_size)
-        for number in new:  # importing torch is not part of any call's time
+        for number in new:  # importing torch does not count towards a call's time
             server = servers()[number % len(servers())]
             self._ranks.append(_Rank.start(number, server, Path(self._scratch.name)))
         for number in new:
@@ -144,7 +144,7 @@ class RankPool:
                 number = waiting.pop(link)
                 try:
                     answers[number] = pickle.loads(link.recv_bytes())
-                except EOFError:  # the process is gone: give_up() will say how
+                except EOFError:  # the process has ended: give_up() reports how
                     deadline = min(deadline, time.monotonic() + GRACE_S)
                 else:
                     if not answers[number].ok:
@@ -170,7 +170,7 @@ class _Call:
 @dataclass(frozen=True)
 class _Answer:
     ok: bool
-    value: Any  # the result, or the traceback
+    value: Any  # result, or traceback
 
 
 @dataclass
@@ -189,7 +189,7 @@ class _Rank:
         return cls(number, process, ours, log)
 
     def give_up(self) -> str:
-        """Say what has become of a rank that gave no answer, and end it."""
+        """Kill a rank that has not answered, and return its state and stacks."""
         time.sleep(0.1)
         code = self.process.poll()
         if code is None:
@@ -209,7 +209,7 @@ class _Rank:
 
 
 def serve(link: Connection, rank: int) -> None:
-    """Be rank ``rank``: run what comes over ``link`` until the other end is gone."""
+    """Serve as rank ``rank``: run functions from ``link`` until the other end is closed."""
     import torch
 
     torch.set_num_threads(1)
@@ -224,16 +224,16 @@ def serve(link: Connection, rank: int) -> None:
         try:
             answer = _Answer(True, _run(call, rank, modules, collector))
             message = pickle.dumps(answer)
-        except BaseException:  # whatever it is, the test must see it
+        except BaseException:  # the test must see any error
             message = pickle.dumps(_Answer(False, traceback.format_exc()))
         link.send_bytes(message)
 
 
 class _Collector:
-    """Collections after calls: models and meshes hang in cycles, and a gloo group has a thread.
+    """Garbage collection after calls: models and meshes form cycles, and gloo groups keep threads.
 
-    They pass over what imports have brought, which takes a fifth of a second to walk through; what
-    the server had imported is frozen already.
+    Collections skip the objects created by imports, which take a fifth of a second to traverse; the
+    server's imports are already frozen.
     """
 
     def __init__(self) -> None:
@@ -256,7 +256,7 @@ def _run(call: _Call, rank: int, modules: dict[str, ModuleType], collector: _Col
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up
+        sys.modules[name] = module  # dataclasses look up their module
         spec.loader.exec_module(module)
         modules[call.file] = module
     function = getattr(modules[call.file], call.name)
@@ -270,13 +270,13 @@ def _run(call: _Call, rank: int, modules: dict[str, ModuleType], collector: _Col
             world_size=call.world_size,
             timeout=timedelta(seconds=collective_timeout_s(call.world_size)),
         )
-        dist.barrier()  # or a rank that is quick would leave while others still connect
+        dist.barrier()  # a fast rank must not leave while others still connect
     try:
         return function(*call.args)
     finally:
         if dist.is_initialized():
-            with contextlib.suppress(RuntimeError):  # a broken group has been reported already
+            with contextlib.suppress(RuntimeError):  # a broken group was already reported
                 dist.destroy_process_group()
-        if "torch._dynamo" in sys.modules:  # it counts variants up to a limit
+        if "torch._dynamo" in sys.modules:  # dynamo limits the number of variants
             torch.compiler.reset()
         collector.run()

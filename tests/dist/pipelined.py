@@ -1,4 +1,4 @@
-"""One step of a pipeline against one process, for the ranks."""
+"""Compare one step of a pipeline with one process, on the ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def config(
     split: Any = "flops",
     **training: Any,
 ) -> RunConfig:
-    """The tiny model with more layers, on a pipeline."""
+    """Return the tiny model with more layers, on a pipeline."""
     run = tiny.config(zero, dtype, tied)
     given = run.model_dump()
     given["model"]["num_layers"] = layers
@@ -43,7 +43,7 @@ def config(
 def step(
     made: Parallel, run: RunConfig, mesh: Mesh, count: int, seed: int = 0
 ) -> tuple[dict[str, Tensor], dict[int, Tensor], list[int]]:
-    """Gradients and losses of this rank for ``count`` micro-batches on each hdp rank."""
+    """Return gradients and losses of this rank for ``count`` micro-batches on each hdp rank."""
     batches = tiny.micro_batches(count * mesh.hdp.size, seed=seed)
     scale = torch.tensor(1.0 / tiny.global_count(batches), dtype=torch.float64)
     losses: dict[int, Tensor] = {}
@@ -56,7 +56,7 @@ def step(
 
 
 def check(made: Parallel, run: RunConfig, mesh: Mesh, count: int, seed: int = 0) -> dict[str, Any]:
-    """One step against one process: the worst error of this rank's gradients and losses."""
+    """Compare one step with one process: worst error of this rank's gradients and losses."""
     found, losses, begun = step(made, run, mesh, count, seed)
     assert begun == list(range(count)), begun
     batches = tiny.micro_batches(count * mesh.hdp.size, seed=seed)
@@ -87,7 +87,7 @@ def errors(run: RunConfig, count: int) -> dict[str, Any]:
 def assert_equal_to_one_process(
     results: list[Mapping[str, Any]], last: int, count: int, tolerance: float
 ) -> None:
-    """Every parameter is on some rank and right; only the last stage's rank has losses."""
+    """Assert that each parameter is on some rank and right; only the last stage has losses."""
     assert max(found["error"] for found in results) < tolerance
     assert max(found["nll_error"] for found in results) < 20 * tolerance
     assert sorted({n for found in results for n in found["names"]}) == results[0]["all"]

@@ -1,4 +1,4 @@
-"""Layouts of a tiny mixture of experts, and tensors cut by torch as its parameters are."""
+"""Layouts of a tiny mixture of experts, and tensors sharded by torch like its parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import tiny
 
-# Rows of 61, 24, 12, 21, 26 and 10, and 6 experts: 4 ranks get unequal parts, and one of them none.
+# Rows of 61, 24, 12, 21, 26 and 10, and 6 experts: 4 ranks get unequal shards, and one of them an
+# empty one.
 MOE = {
     "kind": "moe",
     "vocab_size": tiny.VOCAB,
@@ -48,13 +49,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def given(name: str, shape: Sequence[int]) -> Tensor:
-    """A whole tensor of normal numbers of this name and shape."""
+    """Return an unsharded tensor of normal numbers, determined by name and shape."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
 def like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of ``whole``, cut by torch as the parameter is."""
+    """Return this rank's shard of ``whole``, sharded by torch like the parameter."""
     if not isinstance(parameter, DTensor):
         return whole
     mesh, placements = parameter.device_mesh, parameter.placements

@@ -1,4 +1,4 @@
-"""What tests of rings share: units, the rows that members hold, messages that are counted."""
+"""Shared parts of the ring tests: units, rows of each member, message counts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,24 +12,24 @@ from allometry.parallel.hdp import ring as ring_module
 from ring_oracles import Traffic, local_positions
 
 Unit = tuple[tuple[int, ...], tuple[int, ...]]
-"""The ranks of a ring in their order, and the lengths of the documents on it."""
+"""Ranks of a ring in order, and lengths of its documents."""
 
 
 def held(lengths: Sequence[int], n: int, member: int) -> Tensor:
-    """Which of the documents' rows this member holds."""
+    """Return the indices of the documents' rows on this member."""
     places, runs = local_positions(lengths, n, member)
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).repeat_interleave(2 if n > 1 else 1)
     return torch.from_numpy(places) + starts.repeat_interleave(torch.tensor(runs))
 
 
 def unit_of(units: list[Unit], rank: int) -> tuple[Unit, int] | None:
-    """The unit that a rank takes part in and its place in that ring."""
+    """Return the unit that contains a rank, and the rank's index in that ring."""
     return next(((unit, unit[0].index(rank)) for unit in units if rank in unit[0]), None)
 
 
 @dataclass
 class Sent:
-    """What went through ``batch_isend_irecv``: messages of this rank and their bytes."""
+    """Count the messages of this rank through ``batch_isend_irecv`` and their bytes."""
 
     sizes: list[int] = field(default_factory=list)
 

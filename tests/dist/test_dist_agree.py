@@ -1,4 +1,4 @@
-"""Work that takes one rank longer than the timeout: ranks meet meanwhile, and miss who is gone."""
+"""Work on one rank that exceeds the timeout: other ranks wait, and detect a rank that has left."""
 
 import logging
 import time
@@ -19,7 +19,7 @@ Make = Callable[..., RunConfig]
 
 
 class SlowPage(Callback):
-    """A service that answers after longer than the ranks' timeout."""
+    """Service whose answer takes longer than the ranks' timeout."""
 
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
         time.sleep(6.0)
@@ -35,7 +35,7 @@ def test_a_slow_page_is_not_a_dead_rank(tiny: Make, run_ranks: Ranks) -> None:
 
 
 def warned() -> list[str]:
-    """What this rank logs while rank 1 works for longer than the timeout."""
+    """Return this rank's log messages while rank 1 works for longer than the timeout."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
@@ -57,7 +57,7 @@ def test_the_main_rank_warns_of_slow_ranks(run_ranks: Ranks) -> None:
 
 
 def deserted() -> str:
-    """Rank 1 stays away from work that takes rank 0 longer than the timeout."""
+    """Rank 1 leaves while rank 0 works for longer than the timeout."""
     with open_mesh(ParallelConfig(timeout_s=2), torch.device("cpu")) as mesh:
         if mesh.rank == 1:
             time.sleep(5)

@@ -1,4 +1,4 @@
-"""``parallel: auto`` on ranks: chosen, recorded, kept by a resume, planned again on other ranks."""
+"""``parallel: auto`` on ranks: chosen, recorded, kept on resume, planned again for other ranks."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Make = Callable[..., RunConfig]
 
 
 def launch(config: RunConfig, stop_at_step: int | None = None) -> None:
-    """One rank of a run (called on each rank)."""
+    """Run one rank of a run (called on each rank)."""
     import torch
 
     from allometry.trainer.train import train
@@ -26,7 +26,7 @@ def launch(config: RunConfig, stop_at_step: int | None = None) -> None:
 
 
 def card(path: Path, **changes: Any) -> Path:
-    """A description of hardware on which two processes are two cards."""
+    """Write a hardware config in which two processes are two cards."""
     plain = load_hardware("h100").model_dump(mode="json")
     plain["gpu"] |= changes
     path.write_text(yaml_text(plain | {"name": "a test's card"}))

@@ -1,4 +1,4 @@
-"""A bad batch of one rank leaves the bits of a run that was told to pass it over."""
+"""A run that rejects one rank's bad batch equals bitwise a run configured to skip that step."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def described(tiny: Make, folder: Path, layout: str, optimizer: str, *more: str)
 def test_a_bad_batch_leaves_no_trace(
     tiny: Make, run_ranks: Ranks, tmp_path: Path, layout: str, optimizer: str
 ) -> None:
-    # A pipeline compares the factors of its losses; infinite ones make gradients that are NaN.
+    # A pipeline compares the factors of its losses; infinite factors give NaN gradients.
     faults = {NAN: math.inf if layout == "pp2" else math.nan, SPIKE: 1e4}
     told = f"training.skip_steps=[{NAN}, {SPIKE}]"
     control = described(tiny, tmp_path / "told", layout, optimizer, POLICY, told)
     run_ranks(launch_with_faults, 2, control, faults)
     bad = described(tiny, tmp_path / "bad", layout, optimizer, POLICY)
-    for stop in (NAN + 1, SPIKE, None):  # two resumes, one right after a skipped step
+    for stop in (NAN + 1, SPIKE, None):  # two resumes, one directly after a skipped step
         run_ranks(launch_with_faults, 2, bad, faults, stop)
     wanted, found = bits(control, LAST), bits(bad, LAST)
     assert wanted.keys() == found.keys()

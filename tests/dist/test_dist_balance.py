@@ -1,4 +1,4 @@
-"""The balance loss against loads of the same step: one process's gradients on any layout."""
+"""The balance loss with loads of the same step gives one process's gradients in any layout."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ RunRanks = Callable[..., list[Any]]
 CPU = torch.device("cpu")
 ROUTER = {**MOE["router"], "balance": {"kind": "auxiliary", "coefficient": 3.0}}
 STRONG = {**MOE, "router": ROUTER}
-"""Of a balance loss that is a good part of the gradient, so that its loads are felt."""
+"""A balance loss that contributes much of the gradient, so that wrong loads are detected."""
 
 Gradients = dict[str, Tensor]
 
 
 def unbalance(parts: Sequence[Transformer]) -> None:
-    """Set loads of a step before that this step's are nothing like."""
+    """Set loads of the previous step that differ strongly from this step's."""
     for part in parts:
         for layer, router in routers(part).items():
             uneven = torch.arange(1.0, router.num_experts + 1).roll(layer)
@@ -49,9 +49,9 @@ def unbalance(parts: Sequence[Transformer]) -> None:
 def plain_step(
     config: RunConfig, batches: Sequence[MicroBatch], counted: Sequence[MicroBatch] | None
 ) -> tuple[Gradients, dict[int, Tensor]]:
-    """Gradients on this process alone with the loads of ``counted`` (None: of the step before).
+    """Return gradients of one process with the loads of ``counted`` (None: previous step).
 
-    Visits are counted by hooks on the routers. Returns the loads too.
+    Hooks on the routers count tokens per expert. The loads are returned as well.
     """
     model = certificate.build(config).to_empty(device="cpu")
     initialize(model, Parameterization.of_run(config), config.run.seed)
@@ -88,7 +88,7 @@ def shared_step(
     mine: Sequence[MicroBatch],
     wanted: dict[int, Tensor],
 ) -> Gradients:
-    """Gradients of the layout, with the loads of the same step; checks what is left of them."""
+    """Return the layout's gradients with loads of the same step; check the state they leave."""
     parallel = certificate.make_parallel(config, mesh)
     parts = list(parallel.parts.values())
     unbalance(parts)
@@ -120,7 +120,7 @@ def shared_step(
 
 
 def errors(config: RunConfig) -> dict[str, float]:
-    """(On each rank) how far the layout is from a twin with exact, partial and earlier loads."""
+    """(On each rank) errors of the layout against one process with exact, partial and old loads."""
     batches = tiny.micro_batches(8)
     twins = {
         name: plain_step(config, batches, counted)
@@ -159,7 +159,7 @@ LENGTHS = (41, 3, 30, 17, 12, 9, 5, 2, 33)
 
 
 def document_errors(config: RunConfig) -> tuple[int, float]:
-    """(On each rank) its number of micro-batches, and how far it is from one process."""
+    """(On each rank) number of micro-batches, and error against one process."""
     stream = DocumentStream(config.data, config.run.seed)
     pieces = stream.pieces(0, config.batch.sequences)
     whole = [document_batch(Unit((number,), (0,)), 0, pieces, CPU) for number in range(len(pieces))]

@@ -1,4 +1,4 @@
-"""Checkpoints move between layouts, and on one layout a resumed run is the same run to the bit."""
+"""Checkpoints load in other layouts, and on one layout a resumed run is bitwise the same run."""
 
 import json
 import shutil
@@ -49,13 +49,13 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}),
     "hdp3-zero2": (3, {"hdp": 3, "zero": {"stage": 2}}),
 }
-# Where each launch would measure anew, it keeps the stages of the first.
+# A launch would measure again; a resumed run keeps the stages of the first launch.
 MEASURED = {"pp2-measured": (2, {"pp": 2, "pipeline": {"split": "measured"}})}
 SAVED, MORE = 4, 3
 
 
 def pairs(names: dict[str, Any], steps: tuple[int, ...]) -> list[tuple[str, str]]:
-    """Each layout to the ones so many places on, in a circle."""
+    """Return pairs of each layout with the layouts ``steps`` positions later, in a circle."""
     order = list(names)
     return [(a, order[(i + n) % len(order)]) for n in steps for i, a in enumerate(order)]
 
@@ -66,10 +66,10 @@ def prepared(
     changes = [f"parallel={json.dumps(layout)}", "training.total_steps=20", "model.num_layers=4"]
     if model is not None:
         changes.append(f"model={json.dumps(model)}")
-    # 12 sequences are divided by 1, 2 and 4 ranks in threes, by 3 ranks in twos.
+    # 12 sequences: 1, 2 and 4 ranks take micro-batches of 3, and 3 ranks micro-batches of 2.
     each = 2 if layout.get("hdp") == 3 else 3
     changes += ["batch.sequences=12", f"batch.micro_batch_sequences={each}"]
-    # Adam's first steps are the sign of a gradient: a large rate would show its rounding.
+    # Adam's first updates are the sign of the gradient: a large rate would amplify rounding.
     changes.append("optimizer.lr=2e-3")
     return tiny(*changes, folder=folder)
 
@@ -79,7 +79,7 @@ def losses(config: RunConfig) -> list[float]:
 
 
 class Straight:
-    """Runs that are made once for all pairs: straight ones, and those that stop after SAVED."""
+    """Runs made once for all pairs: uninterrupted ones, and those that stop after SAVED."""
 
     def __init__(self) -> None:
         self.losses: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""The global norm of gradients on shards: counted once, equal on all ranks."""
+"""The global gradient norm counts each shard once and is equal on all ranks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def clip_on_shards() -> None:
                 shard.grad = distribute_tensor(parameter.grad, over, [placement])
                 sharded.append(shard)
             sharded.append(nn.Parameter(torch.zeros(2)))
-            sharded[-1].grad = torch.zeros(2)  # a plain gradient among shards
+            sharded[-1].grad = torch.zeros(2)  # a plain gradient among sharded ones
             along = torch.tensor([1.0, float(mesh.rank)], dtype=torch.float64)
             with CollectiveLog(mesh) as log:
                 norm = clip_by_global_norm(sharded, 0.5, mesh, [along])
@@ -55,7 +55,7 @@ def clip_on_shards() -> None:
 def clip_in_a_pipeline() -> None:
     expected = joint_norm(with_gradients())
     with tiny.mesh(pipelined.config(2, "1f1b")) as mesh:
-        # Ranks of a pipeline hold different parameters: their squares add up.
+        # Pipeline ranks have different parameters: their squares add up.
         mine = with_gradients(scale=float(mesh.pp.rank + 1))
         norm = clip_by_global_norm(mine, 0.5, mesh)
         together = expected * (1 + 4) ** 0.5

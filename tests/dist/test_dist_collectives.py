@@ -1,6 +1,7 @@
-"""Every collective of a step, by kind, axis, type and number: nothing is summed in a half type.
+"""Every collective of a step by kind, axis, dtype and count; no reduction uses a 16-bit dtype.
 
-What sums gradients is fp32 at every ZeRO stage, and one message for all that tp ranks hold whole.
+Gradient reductions are fp32 at every ZeRO stage, with a single message for all gradients of
+tp-replicated parameters.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ Calls = Counter[tuple[str, str, str]]
 LAYERS, MICRO_BATCHES = 3, 4
 BALANCE = {**MOE["router"]["balance"], "loads": "step_before"}
 ONE_PASS = {**MOE, "router": {**MOE["router"], "balance": BALANCE}}
-"""Without the pass that counts visits before the first forward with gradients."""
+"""Without the pass that counts tokens per expert before the first forward with gradients."""
 
 
 def activations(mixtures: int, dense: int = 0) -> Calls:
-    """What tensor parallelism sends for micro-batches through so many mixtures of experts.
+    """Return tensor parallelism's messages for micro-batches through ``mixtures`` MoE layers.
 
-    ``dense``: branches of a mixture's block beside its routed experts that see all tokens.
+    ``dense``: branches of an MoE block, besides its routed experts, that process all tokens.
     """
     M = MICRO_BATCHES
     # Forward and backward of attention and feed-forward, of the embedding and of the head.
@@ -48,9 +49,9 @@ def activations(mixtures: int, dense: int = 0) -> Calls:
         {
             ("all-gather", "tp", "bfloat16"): M * seams,
             ("reduce-scatter", "tp", "bfloat16"): M * seams,
-            # Of each token: its largest logit; its sum of exponentials and target's logit.
+            # For each token: its largest logit; its sum of exponentials and its target's logit.
             ("all-reduce", "tp", "float32"): M * 2,
-            # What each token's experts are, and their gates, whose gradients come back.
+            # Expert indices of each token, and gates, whose gradients are sent back.
             ("all-gather", "tp", "int64"): M * mixtures,
             ("all-gather", "tp", "float32"): M * mixtures,
             ("reduce-scatter", "tp", "float32"): M * mixtures,
@@ -59,14 +60,14 @@ def activations(mixtures: int, dense: int = 0) -> Calls:
 
 
 def gradients(stage: int, routers: int) -> Calls:
-    """What ZeRO sends on the hdp axis: the only place where gradients are summed over it."""
+    """Return ZeRO's messages on the hdp axis, which are the only gradient reductions over it."""
     if stage == 0:
         return Counter({("all-reduce", "hdp", "float32"): 1})
-    # A unit for each block, one for the rest; of fp32 those of the embedding and the routers.
+    # One unit per block, one for the other parameters; embedding and routers are in fp32.
     times = MICRO_BATCHES if stage == 3 else 1
     sums = MICRO_BATCHES if stage >= 2 else 1
-    # At stage 3 all but the rest and the last block are gathered for backward again; a look-up
-    # needs no table there.
+    # Stage 3 gathers all units again for backward, except the rest and the last block; an embedding
+    # look-up needs no table in backward.
     blocks = 2 * LAYERS - 1 if stage == 3 else LAYERS
     special = (2 * routers - (routers > 0) if stage == 3 else routers) + 1
     return Counter(
@@ -91,7 +92,7 @@ def test_every_collective_of_a_step_in_bf16(
     assert report.micro_batches == MICRO_BATCHES
     called: Calls = Counter()
     for call, number in report.collectives:
-        if call.bytes == 8:  # the norm of all gradients
+        if call.bytes == 8:  # global gradient norm
             assert (call.kind, call.dtype) == ("all-reduce", "float64"), call
         else:
             called[call.kind, call.axis, call.dtype] += number
@@ -104,7 +105,7 @@ def test_every_collective_of_a_step_in_bf16(
 
 
 def replicated_numbers(model: dict[str, Any], stage: int) -> int:
-    """The numbers of this rank's gradients of what tp ranks hold whole, two of each from ZeRO 1."""
+    """Count this rank's gradient elements of tp-replicated parameters, doubled from ZeRO 1 on."""
     whole = tiny.build(run(model, "bf16"))
     shapes = [
         parameter.shape
@@ -130,7 +131,7 @@ def test_only_activations_and_parameters_travel_in_bf16(
         ("all-gather", "tp"),  # activations
         ("reduce-scatter", "tp"),
         ("all-to-all", "ep"),
-        ("all-to-all", "tp"),  # rows that have come over ep
+        ("all-to-all", "tp"),  # rows received over ep
         ("send forward", "pp"),
         ("send backward", "pp"),
         ("all-gather", "shard"),  # parameters
@@ -143,13 +144,13 @@ def test_only_activations_and_parameters_travel_in_bf16(
             if call.dtype == "bfloat16":
                 assert (call.kind, call.axis) in allowed, call
             elif call.kind == "all-reduce" and call.axis == "tp" and call.dtype == "float32":
-                once += number % 2  # the loss has two for each micro-batch
+                once += number % 2  # the loss has two per micro-batch
         assert once == 1
 
 
 @contextmanager
 def summed_by_fsdp2() -> Iterator[None]:
-    """Gradients marked as summands, which FSDP2 adds up one by one, in their type."""
+    """Mark gradients as partial sums, which FSDP2 reduces one by one, in their dtype."""
 
     def marked(parameter: Tensor) -> Tensor:
         if not isinstance(parameter, DTensor):
@@ -166,7 +167,7 @@ def summed_by_fsdp2() -> Iterator[None]:
 
 
 def summation_error(make: str, stage: int, by_fsdp2: bool) -> float:
-    """Of what tp ranks hold whole: gradients against the fp64 sum of all ranks' summands."""
+    """Compare gradients of tp-replicated parameters with the fp64 sum over all ranks."""
     function = {"dense": config, "latent": latent}[make]
     with tiny.mesh(function(2, "bf16")) as mesh:
         batches = tiny.micro_batches(mesh.hdp.size)
@@ -211,7 +212,7 @@ def test_bf16_summands_are_added_in_fp32(run_ranks: RunRanks, make: str, stage: 
 
 
 class FullWidthCopies(TorchDispatchMode):
-    """Counts copies of the activation [B, L, D] of all tokens."""
+    """Count copies of the full activation [B, L, D] of all tokens."""
 
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A model whose documents lie on rings of ranks has the gradients of one process."""
+"""A model whose documents are distributed over rings of ranks has one process's gradients."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,7 +25,7 @@ from rings import Unit, counting, held, unit_of
 
 RunRanks = Callable[..., list[Any]]
 FILLING = 2
-# Units that are run at a time: rings in any order, some ranks alone, some idle.
+# Units that run at the same time: rings in any order, some ranks alone, some idle.
 WAVES: list[list[Unit]] = [
     [((3, 1, 0), (29, 5)), ((2,), (7, 4))],
     [((0, 2), (21,)), ((1, 3), (18, 1, 9))],
@@ -39,12 +39,12 @@ PAIRS: list[list[Unit]] = [
 
 
 def stream(length: int) -> Tensor:
-    """A document's tokens and the one that would follow."""
+    """Return a document's tokens and the following one."""
     return torch.randint(tiny.VOCAB, (length + 1,), generator=torch.Generator().manual_seed(length))
 
 
 def micro_batch(unit: Unit, member: int, tag: int, filling: int = FILLING) -> tiny.MicroBatch:
-    """What ``member`` holds of a unit, with its targets, positions and runs, and some filling."""
+    """Return ``member``'s part of a unit with targets, positions, runs and padding."""
     ring, lengths = unit
     rows = held(lengths, len(ring), member)
     places, runs = local_positions(lengths, len(ring), member)
@@ -67,12 +67,12 @@ def micro_batch(unit: Unit, member: int, tag: int, filling: int = FILLING) -> ti
 
 
 def whole(waves: list[list[Unit]]) -> list[tiny.MicroBatch]:
-    """The same documents for one process."""
+    """Return the same documents for one process."""
     return [micro_batch(((0,), lengths), 0, 0, 0) for wave in waves for _, lengths in wave]
 
 
 def shared(waves: list[list[Unit]], rank: int) -> Iterator[tiny.MicroBatch]:
-    """What a rank runs, one after the other."""
+    """Yield the micro-batches of a rank, in order."""
     for number, wave in enumerate(waves):
         mine = unit_of(wave, rank)
         if mine is not None:
@@ -82,7 +82,7 @@ def shared(waves: list[list[Unit]], rank: int) -> Iterator[tiny.MicroBatch]:
 def summed_gradients(
     model: Transformer, waves: list[list[Unit]], mesh: Mesh, *, from_zero: bool = False
 ) -> dict[str, Tensor]:
-    """The gradients of all ranks together; ``from_zero``: wrongly, positions count rows."""
+    """Return gradients summed over ranks; ``from_zero``: wrong positions that count local rows."""
     count = tiny.global_count(whole(waves))
     for batch in shared(waves, mesh.hdp.rank):
         if from_zero:
@@ -151,7 +151,7 @@ def test_gradients_equal_one_process(
 
 
 def misplaced_error() -> float:
-    """The same comparison where members take their rows to be at the start of the document."""
+    """Return the error if members place their rows at the start of the document."""
     with tiny.mesh() as mesh:
         got = summed_gradients(with_context("fp64", mesh), PAIRS, mesh, from_zero=True)
         plain = tiny.initialized(tiny.config(0, "fp64"), mesh.device)
@@ -171,9 +171,9 @@ def test_whole_compiled_blocks_equal_one_process(run_ranks: RunRanks, kind: str)
 
 
 def compilations(dtype: str, own: bool = True) -> list[int]:
-    """How often blocks had been compiled after each of 12 units of different shapes.
+    """Return the number of block compilations after each of 12 units of different shapes.
 
-    ``own`` False: with the attention that a model has by itself, where nothing is on a ring.
+    ``own`` False: with the model's own attention, without rings.
     """
     lengths = [(9,), (30, 4), (17, 3, 5), (64,), (41, 6), (23, 8, 2), (12, 12), (90,)]
     lengths += [(33, 1, 1, 7), (57,), (28, 3, 40), (19, 2)]

@@ -1,4 +1,4 @@
-"""A flipped bit on one rank is found and that rank named; ranks that agree are let alone."""
+"""A flipped bit on one rank is detected and the rank reported; ranks that agree are not."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -154,7 +154,7 @@ def test_stop_and_refuse_saves(tiny: Make, run_ranks: Ranks, tmp_path: Path) -> 
 
 
 def faulty(config: RunConfig, rank: int, where: str) -> None:
-    """A rank whose gradients, or products, are wrong once."""
+    """Run a rank whose gradients, or matrix products, are wrong once."""
     import torch
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""Two ranks that share one GPU, over gloo: buckets reduced while the backward still runs."""
+"""Two gloo ranks that share one GPU: buckets are reduced while the backward still runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ RunRanks = Callable[..., list[Any]]
 
 
 def overlapped_error(micro_batches: int) -> float:
-    """The worst of several steps, with a bucket for each parameter."""
+    """Return the worst error of several steps, with one bucket per parameter."""
     run = tiny.config(0, "fp32")
     with open_mesh(ParallelConfig(timeout_s=30), torch.device("cuda", 0)) as mesh:
         model = tiny.initialized(run, mesh.device)

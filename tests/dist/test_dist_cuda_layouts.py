@@ -1,7 +1,7 @@
-"""Every kind of layout on two ranks that share one GPU, over gloo, against one rank.
+"""Every kind of layout on two gloo ranks that share one GPU, against one rank.
 
-NCCL takes a GPU for one rank only. Where gloo cannot send from the memory of a GPU, the
-test is skipped with gloo's reason.
+NCCL accepts only one rank per GPU. If gloo cannot send from GPU memory, the test is skipped with
+gloo's reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RunRanks = Callable[..., list[Any]]
 
 
 def check(preset: str, overrides: list[str]) -> GradientCheck | str:
-    """(On each rank) the gradients of a small model, or what gloo cannot do."""
+    """(On each rank) gradient check of a small model, or gloo's error."""
     small = shrunk(load(f"preset:{preset}", overrides), 2)
     with open_mesh(small.parallel, torch.device("cuda", 0)) as mesh:
         try:

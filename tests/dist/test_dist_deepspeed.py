@@ -1,4 +1,4 @@
-"""Runs of the deepspeed engine on ranks: those of FSDP2, and back and forth between the two."""
+"""Runs of the deepspeed engine on ranks equal FSDP2's, and checkpoints move in both directions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MIXTURE = {
     "num_heads": 4,
     "num_kv_heads": 2,
     "experts": {"kind": "swiglu", "num_experts": 4, "experts_per_token": 2, "width": 16},
-    # So much that a gradient which does not scale with the loss would show.
+    # Large enough to show a gradient that does not scale with the loss.
     "router": {
         "gate": "softmax",
         "balance": {"kind": "auxiliary", "coefficient": 0.5},
@@ -38,7 +38,7 @@ MIXTURE = {
     },
 }
 LARGE = ("model.width=256", "model.ffn_width=1024", "training.total_steps=8", "optimizer.lr=1e-3")
-"""Matrices of which a rank keeps a MiB."""
+"""Matrices of which each rank stores a MiB."""
 
 
 def engine(stage: int, offload: str = "none", **more: Any) -> str:
@@ -105,7 +105,7 @@ def test_uneven_micro_batches_and_gradients_of_routers(
     tiny: Make, run_ranks: Ranks, tmp_path: Path, stage: int, what: str
 ) -> None:
     more = {
-        # At stage 1 ranks have other numbers of micro-batches, with rings between some of them.
+        # At stage 1 ranks have different numbers of micro-batches, with rings between some ranks.
         "documents": (*DOCUMENTS, capacity(40)),
         "mixture": (f"model={json.dumps(MIXTURE)}",),
     }[what]
@@ -151,7 +151,8 @@ def test_other_parts_of_a_run(
 def test_products_in_fp8_are_those_of_fsdp2(
     tiny: Make, run_ranks: Ranks, tmp_path: Path, stage: int, precision: str
 ) -> None:
-    """The first step to its last bits; afterwards a last bit may decide how a number is rounded."""
+    """The first step agrees to its last bits; later a last bit may change how a
+    number is rounded."""
     linears = "fp8_rowwise" if precision == "saved" else precision
     how = f"precision.linears={linears}", f"parallel.zero.stage={stage}"
     if precision == "saved":
@@ -191,7 +192,7 @@ def test_on_nvme_a_run_is_the_same_and_resumes(
     run_ranks(launch, ranks, other)
     ours = tiny(*STEADY, *LARGE, ours_zero, folder=tmp_path / "deepspeed")
     run_ranks(launch, ranks, ours, 3)
-    assert not list(swap.iterdir())  # the files go when the run does
+    assert not list(swap.iterdir())  # the run removes its files
     run_ranks(launch, ranks, ours, 6)
     run_ranks(launch, ranks, ours)
     assert_close(ours, other, steps=8)
@@ -218,7 +219,7 @@ PLACES: dict[str, Callable[[str], str]] = {
 
 
 def every_way() -> list[str]:
-    """Places in an order in which each follows each other one; FSDP2's among themselves do not."""
+    """Return an order with every transition between places, without FSDP2 to FSDP2."""
     names, order = list(PLACES), []
     for index, one in enumerate(names):
         for other in names[index + 1 :]:

@@ -1,4 +1,4 @@
-"""What two steps of the deepspeed engine hold, counted tensor by tensor, is what is estimated."""
+"""The memory of two deepspeed steps, counted tensor by tensor, equals the estimate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs on whole documents: one loss curve on any number of ranks, resumes, the record."""
+"""Runs on full documents: the same losses on any number of ranks, resumes, the record."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_idle_ranks_are_told(tiny: Make, run_ranks: Ranks, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_standard_library_on_one_two_and_four_ranks(run_ranks: Ranks, tmp_path: Path) -> None:
-    """200 steps on whole files of tens to tens of thousands of tokens."""
+    """Train 200 steps on complete files of tens to tens of thousands of tokens."""
     from allometry.data.prepare import PrepareRequest, prepare
     from allometry.data.store import TokenStore
 

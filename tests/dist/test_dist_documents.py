@@ -1,4 +1,4 @@
-"""Whole documents on rings of any ranks: the gradients of one process, whatever the plan."""
+"""Documents on rings of any ranks have one process's gradients under every plan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from thinned import thinned
 RunRanks = Callable[..., list[Any]]
 CPU = torch.device("cpu")
 LENGTHS = (150, 3, 40, 97, 12, 61, 5, 2, 33)
-"""Of the documents of a step, in tokens; gradients are of order 1e-2."""
+"""Lengths of a step's documents in tokens; gradients are of order 1e-2."""
 
 Planned = tuple[Mode, tuple[Unit, ...], tuple[tuple[int | None, ...], ...]]
 MIXED: Planned = (
@@ -43,13 +43,13 @@ MIXED: Planned = (
     ),
     ((0, 3, 5), (0, 3), (1, 2, 3), (0, 3), (1, 4, 3)),
 )
-"""Five ranks: rings of 3 and 2 at once, then one of all with two documents, and unequal counts."""
+"""Five ranks: rings of 3 and 2 at once, then a ring of all with two documents; unequal counts."""
 IDLE: Planned = (
     "free",
     (Unit(tuple(range(1, 9)), (1,)), Unit((0,), (1, 0))),
     ((1,), (0, 1), ()),
 )
-"""Three ranks, of which the last has nothing to do."""
+"""Three ranks; the last one is idle."""
 
 
 def config(
@@ -87,7 +87,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def alone(run: RunConfig) -> tuple[Any, list[DeviceBatch]]:
-    """The documents of the step, and each as a micro-batch of one process."""
+    """Return the step's documents, and each as a micro-batch of one process."""
     stream = DocumentStream(run.data, run.run.seed)
     pieces = stream.pieces(0, run.batch.sequences)
     units = [Unit((number,), (0,)) for number in range(len(pieces))]
@@ -95,7 +95,7 @@ def alone(run: RunConfig) -> tuple[Any, list[DeviceBatch]]:
 
 
 def errors(run: RunConfig, planned: Planned | None = None, misplace: bool = False) -> float:
-    """(On each rank) the largest absolute difference of a gradient from that of one process."""
+    """(On each rank) largest absolute difference of a gradient from one process's."""
     pieces, whole = alone(run)
     assert sorted(pieces.lengths.tolist()) == sorted(LENGTHS)
     wanted = certificate.reference_steps(run, [whole])
@@ -104,7 +104,7 @@ def errors(run: RunConfig, planned: Planned | None = None, misplace: bool = Fals
         if planned is None:
             plan = planner.plan(pieces.lengths.tolist())
             assert mesh.hdp.size == 1 or any(len(unit.ring) > 1 for unit in plan.units)
-        else:  # numbers of LENGTHS, not of the order in which documents come
+        else:  # indices into LENGTHS, not in the order of the stream
             place = {length: i for i, length in enumerate(pieces.lengths.tolist())}
             mode, units, orders = planned
             units = tuple(
@@ -121,7 +121,7 @@ def errors(run: RunConfig, planned: Planned | None = None, misplace: bool = Fals
         assert moved or not run.training.activation_offload
         assert len(dist.distributed_c10d._world.pg_map) == groups, "no group after the start"
         apart = certificate.differences(found, wanted)
-        for kind in ("sums", "grad_norm", "routing", "routers"):  # filling is not seen
+        for kind in ("sums", "grad_norm", "routing", "routers"):  # padding is not counted
             assert apart[kind][1] < 1e-5 or misplace, apart
         assert found.gradients
         assert max(float(g.abs().max()) for g in wanted.gradients.values()) > 1e-3
@@ -243,7 +243,7 @@ def test_planned_documents_in_fp32(run_ranks: RunRanks, store: str, name: str) -
 def test_planned_documents_with_activations_saved_in_fp8(
     run_ranks: RunRanks, store: str, name: str
 ) -> None:
-    """Rings part documents by tokens, and what shares a scale is of one token."""
+    """Rings divide documents by tokens, and numbers that share a scale belong to one token."""
     ranks, changes = LAYOUTS[name]
     run = config(store, precision={"saved_activations": "fp8"}, **changes)
     assert max(run_ranks(errors, ranks, run)) <= 1e-12
@@ -262,7 +262,7 @@ def test_planned_documents_with_experts(
 
 
 def trained(run: RunConfig, planned: bool, steps: int = 3) -> dict[str, torch.Tensor]:
-    """(On each rank) the whole parameters after some steps of AdamW on the same documents."""
+    """(On each rank) full parameters after some AdamW steps on the same documents."""
     with open_mesh(run.parallel, CPU) as mesh:
         parallel = certificate.make_parallel(run, mesh)
         optimizer = build_optimizer(

@@ -1,4 +1,4 @@
-"""What families of models differ in, in layouts: the gradients of one process in fp64."""
+"""Options of model families in parallel layouts: one process's gradients in fp64."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FAMILIES = {
     | {"experts": MOE["experts"] | {"num_shared_experts": 0}}
     | {"router": MOE["router"] | {"gate": "softmax", "normalize": True}},
 }
-"""The options of each family that docs/families.md lists, at the size of these tests."""
+"""Options of each family listed in docs/families.md, at the size of these tests."""
 PLACES: dict[str, tuple[int, dict[str, Any]]] = {
     name: LAYOUTS[name]
     for name in (
@@ -68,7 +68,7 @@ EXPERTS = ("ep2", "ep2-tp2-zero3", "ep2-pp2", "hdp4-ep2-zero2", "whole-tp2")
 
 
 def check(run_ranks: RunRanks, world_size: int, model: dict[str, Any], **settings: Any) -> None:
-    """Hold this layout's steps to those of one process: gradients to 1e-12."""
+    """Compare the layout's steps with one process: gradients to 1e-12."""
     config = run(model, "fp64", **settings)
     for rank, worst in enumerate(run_ranks(errors, world_size, model, config, timeout_s=120.0)):
         for kind, tolerance in (TOLERANCE["fp64"] | {"gradients": 1e-12}).items():

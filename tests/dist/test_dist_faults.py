@@ -1,4 +1,4 @@
-"""The certificate sees faults of the trainer: each is planted, and must show where it belongs."""
+"""The certificate detects planted faults of the trainer, in the right quantity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RunRanks = Callable[..., list[Any]]
 
 @contextmanager
 def gradients_averaged_over_hdp() -> Iterator[None]:
-    """As some data parallelism does it: the sum of ranks' gradients over their number."""
+    """Average gradients over ranks, as some data parallelism does, instead of summing them."""
     whole = Accumulation.train
 
     def train(self: Accumulation, batches: Any, scale: torch.Tensor, *more: Any) -> None:
@@ -35,7 +35,7 @@ def gradients_averaged_over_hdp() -> Iterator[None]:
 
 @contextmanager
 def loads_not_summed_over_tp() -> Iterator[None]:
-    """A balancer that takes a tp rank's tokens for all of them."""
+    """Balance with one tp rank's tokens only."""
     everywhere = Balancer.observed
 
     def observed(self: Balancer) -> torch.Tensor:
@@ -47,7 +47,7 @@ def loads_not_summed_over_tp() -> Iterator[None]:
 
 @contextmanager
 def targets_for_tokens() -> Iterator[None]:
-    """A step that tells the routers the number of targets."""
+    """Pass the number of targets to the routers instead of the number of tokens."""
     targets = property(lambda batch: int((batch.targets_BL != IGNORE).sum()))
     with patch.object(DeviceBatch, "num_tokens", targets):
         yield
@@ -61,7 +61,7 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 
 
 def errors_with(fault: str, config: RunConfig) -> dict[str, tuple[str, float]]:
-    """(On each rank) how far the steps are from those of one process, which the fault spares."""
+    """(On each rank) errors of faulty steps against those of an intact process."""
     with FAULTS[fault]():
         return errors(MOE, config)
 

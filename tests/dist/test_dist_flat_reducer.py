@@ -1,4 +1,4 @@
-"""The flat buckets of ZeRO stage 0, apart from any model."""
+"""Flat gradient buckets of ZeRO stage 0, without a model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ RunRanks = Callable[..., list[Any]]
 
 
 class Branches(nn.Module):
-    """Parameters of different sizes; which ones take part is said at each call."""
+    """Parameters of different sizes; each call selects those that take part."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Branches(nn.Module):
 
 
 def expected(model: Branches, weights: dict[int, float]) -> list[Tensor]:
-    """The gradients of sum over i of weights[i] * (i + 1) * part_i**2."""
+    """Return the gradients of sum over i of weights[i] * (i + 1) * part_i**2."""
     return [
         2 * weights.get(i, 0.0) * (i + 1) * part.detach().double()
         for i, part in enumerate(model.parts)
@@ -81,7 +81,7 @@ def missing(overlap: bool) -> None:
         model = Branches(torch.float64)
         reducer = FlatReducer(lambda: [(list(model.parameters()), mesh.hdp)], mesh.tp, 1, overlap)
         rank = mesh.hdp.rank
-        # Different ones are missing in the last micro-batch, one everywhere, on rank 1 some.
+        # In the last micro-batch, some parameters are missing on one rank and one on both.
         for last, active in ((False, (0, 1, 2)), (True, (0, 2, 4) if rank == 0 else (2, 1))):
             reducer.micro_batch(last)
             model(1.0, active).backward()
@@ -103,7 +103,7 @@ def half() -> list[Tensor]:
             lambda: [(list(model.parameters()), mesh.hdp)], mesh.tp, 2**20, overlap=True
         )
         reducer.micro_batch(last=True)
-        # 1 and three times 2**-9: a sum in bf16 would keep none of the small ones.
+        # 1 and three times 2**-9: a sum in bf16 would lose all small terms.
         weight = 1.0 if mesh.hdp.rank == 0 else 2.0**-9
         model(weight, (0, 1, 2, 3, 4)).backward()
         reducer.finish()

@@ -1,4 +1,4 @@
-"""FP8 states are the same bits in every layout whose groups agree, and move between all layouts."""
+"""FP8 states are bitwise equal in layouts with equal groups, and load in all layouts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KINDS = {
     "muonh": ("muonh", "nearest"),
     "adamh": ("adamh", "nearest"),
 }
-# Every cut of columns, by tp 2, leaves 128, and 8 ranks find rows of experts' down to cut instead.
+# Column shards under tp 2 keep 128 columns, and 8 ranks shard rows of the experts' down instead.
 WIDE = MOE | {
     "width": 48,
     "head_dim": 64,
@@ -62,7 +62,7 @@ def config(layout: dict[str, Any], kind: str, model: dict[str, Any] = WIDE) -> R
 
 
 def decoded(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """This rank's parts of all FP8 states by parameter and key, and of the parameters."""
+    """Return this rank's shards of all FP8 states by parameter and key, and of the parameters."""
     found = {}
     for group in optimizer.param_groups:
         fp8 = group["fp8"]
@@ -78,7 +78,7 @@ def decoded(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 class Alone:
-    """One process's run, which goes on when more steps are asked for; ranks keep it."""
+    """Run of one process, continued on demand when more steps are needed; ranks cache it."""
 
     def __init__(self, run: RunConfig) -> None:
         model = tiny.initialized(run, torch.device("cpu"))
@@ -98,7 +98,7 @@ _ALONE: dict[str, Alone] = {}
 
 
 def alone(run: RunConfig, steps: int) -> dict[str, Tensor]:
-    """Parameters and states after the steps of one process, whatever the layout."""
+    """Return parameters and states after steps of one process, for any layout."""
     key = run.model.model_dump_json() + run.optimizer.model_dump_json()
     if key not in _ALONE:
         _ALONE[key] = Alone(run)
@@ -106,7 +106,7 @@ def alone(run: RunConfig, steps: int) -> dict[str, Tensor]:
 
 
 def wrong(run: RunConfig, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, float]:
-    """What is not, to the bit, the part of one process's; vectors are torch's fused AdamW's."""
+    """Return tensors that differ bitwise from one process's; vectors use torch's fused AdamW."""
     wanted, found = alone(run, steps), decoded(optimizer)
     parameters = {
         name: p
@@ -155,7 +155,7 @@ def save(parallel: Parallel, optimizer: torch.optim.Optimizer, mesh: Any, path: 
 def moved(
     layout: dict[str, Any], model: dict[str, Any], source: Path | None, to: Path, steps: range
 ) -> list[tuple[dict[str, float], dict[str, int]]]:
-    """(On each rank) go on from ``source`` for some steps, and save."""
+    """(On each rank) resume from ``source`` for some steps, and save."""
     found = []
     for kind in KINDS:
         run, converted = config(layout, kind, model), {}
@@ -200,7 +200,7 @@ def test_states_move_between_layouts_without_a_new_rounding(
 
 
 def compared(layout: dict[str, Any], source: Path) -> dict[str, Any]:
-    """Load what other groups have written; how far states are, and what was converted."""
+    """Load a checkpoint with other groups; return errors of states and conversions."""
     found: dict[str, Any] = {}
     for kind in KINDS:
         run = config(layout, kind, MOE)
@@ -256,12 +256,12 @@ def test_rehearsals_and_estimates_count_the_bytes_held(run_ranks: RunRanks, kind
         (report,) = rehearse(run, world_size)
         assert report.bytes_held["optimizer states"] == found
         estimate = RunPlan.of(run, world_size).memory
-        # Counts and exponents of empty or uneven shards aside: those of the first rank.
+        # Except for the sizes of empty or uneven shards, the estimate is that of the first rank.
         assert estimate.optimizer_states == found
 
 
 def placements(layout: dict[str, Any]) -> list[str]:
-    """(On each rank) states that do not lie as their parameters do, with as many rows."""
+    """(On each rank) states whose placement or number of rows differs from their parameter's."""
     off = []
     with begun(config(layout, "adamw")) as (parallel, optimizer, _):
         init_states(optimizer)
@@ -313,13 +313,13 @@ def test_two_resumes_change_no_bit_and_the_run_goes_on_elsewhere(
     run_ranks(launch, 2, compressed(tiny, tmp_path / "parts", {"zero": {"stage": 2}}, *said))
     assert len(rows(tmp_path / "parts")) == 8
     told = [event for event in events(tmp_path / "parts") if event["event"] == "states_converted"]
-    # Columns of 32 and 64 are cut in two by tp alone.
+    # Only tp cuts columns of 32 and 64 in two.
     assert bool(told) == (parallel == {"tp": 2})
 
 
 @pytest.mark.slow
 def test_layouts_are_certified(tiny: Make, tmp_path: Path) -> None:
-    """Columns cut by tp too, where groups are others."""
+    """Includes columns cut by tp, where groups differ."""
     config = tiny("optimizer.states.kind=fp8")
     asked = Verify(config="", layout=("tp=2", "zero.stage=2"), out=tmp_path / "certificate.json")
     report = verified(about(config, asked))

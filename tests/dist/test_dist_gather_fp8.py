@@ -1,4 +1,4 @@
-"""Parameters gathered in FP8: the bits of products that round the whole, in fewer bytes."""
+"""Parameters gathered in FP8: bitwise equal products, fewer bytes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(
 
 
 def steps(config: RunConfig, seen: list[bool] | None = None) -> dict[str, Any]:
-    """(On each rank) three steps on this layout: everything that they computed."""
+    """(On each rank) three steps in this layout: all computed values."""
     with open_mesh(config.parallel, torch.device("cpu")) as mesh:
         batches = [
             tiny.device_batches(8, seed)[mesh.hdp.rank :: mesh.hdp.size] for seed in range(3)
@@ -46,7 +46,7 @@ def steps(config: RunConfig, seen: list[bool] | None = None) -> dict[str, Any]:
 
 
 def different(settings: dict[str, Any], forgetful: bool = False) -> list[str]:
-    """(On each rank) what is not the same to the bit with gathers in FP8."""
+    """(On each rank) quantities that differ bitwise with FP8 gathers."""
     wanted = steps(run("compute", **settings))
     reads = 0
 
@@ -100,7 +100,7 @@ def test_scales_of_the_step_before_are_told_apart(run_ranks: RunRanks) -> None:
 
 
 def compiled_error() -> float:
-    """(On each rank) how far compiled blocks are from eager ones: largest relative error."""
+    """(On each rank) largest relative error of compiled blocks against eager blocks."""
     config, found = run("fp8", "fp32", zero={"stage": 3}), []
     with open_mesh(config.parallel, torch.device("cpu")) as mesh:
         for compiled in (False, True):
@@ -118,7 +118,7 @@ def test_compiled_blocks_read_fp8(run_ranks: RunRanks) -> None:
 
 
 def gathered_bytes(gather: str, stage: int) -> int:
-    """What a rank receives of blocks in the gathers of a step."""
+    """Return the bytes of blocks that a rank receives in the gathers of a step."""
     config = run(gather, hdp=4, zero={"stage": stage})
     (report,) = rehearse(config, 4)
     return sum(
@@ -134,7 +134,7 @@ def test_a_byte_of_a_number_travels() -> None:
         layer: sum(p.numel() for p in block.parameters() if p.dim() == 2)
         for layer, block in model.blocks.items()
     }
-    saved = sum(n for layer, n in numbers.items() if layer != "1")  # 1 computes in bf16
+    saved = sum(n for layer, n in numbers.items() if layer != "1")  # layer 1 computes in bf16
     for stage, last in ((1, 0), (3, numbers["3"])):
         times = (
             1

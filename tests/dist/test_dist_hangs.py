@@ -1,4 +1,4 @@
-"""A rank that does not come to a message: all ranks hear who, over which axis, and end."""
+"""If a rank does not join a collective, all ranks learn the rank and the axis, and end."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ MESSAGES: dict[str, tuple[Callable[[Mesh], None], dict[str, int]]] = {
 
 
 def hang(axis: str, folder: str) -> tuple[list[int], str]:
-    """Rank ``LATE`` sleeps before a message until its own watchdog speaks; the codes it ends with.
+    """Rank ``LATE`` sleeps before a collective until its watchdog reports; return its exit codes.
 
-    The process goes on, and the message comes through after all.
+    The process continues, and the collective completes after all.
     """
     codes: list[int] = []
     spoken = threading.Event()
@@ -88,11 +88,11 @@ def test_the_late_rank_and_the_axis_are_named(run_ranks: Ranks, axis: str) -> No
     for codes, log in answers:
         assert codes == [HUNG]
         assert event["said"] in log
-        assert "test_dist_hangs.py" in log  # the stacks of its threads
+        assert "test_dist_hangs.py" in log  # stacks of its threads
 
 
 def fail(folder: str) -> str:
-    """Rank ``LATE`` ends with an error; the other waits for it."""
+    """Rank ``LATE`` ends with an error while the other rank waits for it."""
     parallel = ParallelConfig.model_validate({"timeout_s": 2, "watch": SHORT})
     spoken = threading.Event()
     try:
@@ -101,9 +101,9 @@ def fail(folder: str) -> str:
             watch.attach(mesh)
             if mesh.rank == LATE:
                 raise MemoryError("no room")
-            spoken.wait(20)  # as if in a message
+            spoken.wait(20)  # simulates waiting in a collective
     except MemoryError:
-        spoken.wait(4)  # the process, and its connections, stay for the other rank
+        spoken.wait(4)  # process and connections stay for the other rank
     return ""
 
 

@@ -1,4 +1,4 @@
-"""The harness fails loudly: a rank that raises, dies or hangs is named."""
+"""The harness reports a rank that raises, dies or hangs."""
 
 import os
 import signal

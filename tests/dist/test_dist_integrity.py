@@ -1,4 +1,4 @@
-"""Damage of each file is seen alike on all ranks, each of which reads its share and no more."""
+"""All ranks report damage of each file alike, and each rank reads only its share."""
 
 import builtins
 import errno
@@ -30,11 +30,11 @@ from test_dist_runs import failing_launch, launch, losses
 
 Ranks = Callable[..., list[Any]]
 Make = Callable[..., RunConfig]
-BLOCK = 4096  # so that a small shard has several blocks
+BLOCK = 4096  # gives a small shard several blocks
 
 
 class Reads:
-    """The bytes that this process reads of each file of a checkpoint."""
+    """Count the bytes that this process reads from each file of a checkpoint."""
 
     def __init__(self, delay_s: float = 0.0) -> None:
         self.bytes: Counter[str] = Counter()
@@ -42,7 +42,7 @@ class Reads:
 
     @contextmanager
     def counted(self) -> Iterator["Reads"]:
-        """Count what is opened for reading by whatever name Python has for that."""
+        """Count files opened for reading through any of Python's functions."""
         real, io_real = builtins.open, Path.open
         builtins.open = self._opening(real)  # type: ignore[assignment]
         Path.open = self._opening(io_real)  # type: ignore[method-assign, assignment]
@@ -65,7 +65,7 @@ class Reads:
                     self.bytes[Path(path).name] += len(data)
                     return data
 
-                # Buffered files take no new attributes: a stand-in passes everything else on.
+                # Buffered files accept no new attributes: a proxy forwards everything else.
                 return _Passing(file, read)
             return file
 
@@ -87,12 +87,12 @@ class _Passing:
 
 
 def state_of(rank: int, fill: float) -> dict[str, torch.Tensor]:
-    """What a rank saves: 40 kB of its own, with one value for each of its elements."""
+    """Return a rank's tensors: 40 kB, each element with its own value."""
     return {f"rank{rank}.{n}": torch.arange(5000.0) * fill + n for n in range(2)}
 
 
 def save(folder: RunFolder, mesh: Mesh, step: int) -> Counter[str]:
-    """Save a checkpoint; what this process read back meanwhile."""
+    """Save a checkpoint; return the bytes that this process read back."""
     said: list[str] = []
 
     def report(kind: str, **details: Any) -> None:
@@ -108,7 +108,7 @@ def save(folder: RunFolder, mesh: Mesh, step: int) -> Counter[str]:
 
 
 def resume(folder: RunFolder, mesh: Mesh) -> str:
-    """What a launch does with a folder: ``loaded``, or the sentence that refuses it."""
+    """Resume like a launch: return ``loaded``, or the sentence of the refusal."""
     try:
         path = from_main_rank(mesh, lambda: checkpoint.choose(folder, "auto"), "choosing")
         problem = integrity.damage_of_contents(path, mesh)
@@ -138,7 +138,7 @@ FAULTS: dict[str, Callable[[Path], Any]] = {
 
 
 def with_every_fault(path: Path) -> dict[tuple[str, str], str]:
-    """What comes of each fault in each file but the list of files."""
+    """Return the outcome of each fault in each file except the list of files."""
     integrity.BLOCK_BYTES = BLOCK
     answers = {}
     with open_mesh(ParallelConfig(timeout_s=60), torch.device("cpu")) as mesh:
@@ -186,7 +186,7 @@ def test_each_fault_in_each_file_is_seen_alike_on_all_ranks(
 
 
 def reads_of_a_resume(path: Path) -> dict[str, Any]:
-    """What this rank reads while a checkpoint is saved, chosen and checked."""
+    """Return this rank's reads while a checkpoint is saved, chosen and checked."""
     integrity.BLOCK_BYTES = BLOCK
     with open_mesh(ParallelConfig(timeout_s=60), torch.device("cpu")) as mesh:
         folder = RunFolder(path)
@@ -224,7 +224,7 @@ def test_saving_reads_nothing_choosing_no_shard_and_each_rank_its_share(
 
 
 def slow(path: Path, delay_s: float) -> dict[str, str]:
-    """Disks of rank 1 (the main rank's, where it works for all) that take longer than a timeout."""
+    """Delay the disk of rank 1 (of the main rank for its own work) beyond the timeout."""
     real_write, real_read = integrity.ShardWriter.write_data, checkpoint.ShardReader.read_data
     real_seal = checkpoint.seal
 
@@ -274,7 +274,7 @@ def test_a_slow_disk_is_not_a_dead_rank(run_ranks: Ranks, tmp_path: Path) -> Non
 
 
 def launch_beside_another_disk(config: RunConfig) -> list[str]:
-    """The shards that this rank copies where links are not possible."""
+    """Return the shards that this rank copies if links are impossible."""
     copied: list[str] = []
     link, copy = os.link, shutil.copyfile
 
@@ -308,7 +308,7 @@ def test_a_parent_on_another_disk_is_copied_by_all_ranks(
 
 
 def version_1(step: Path) -> None:
-    """Write the list of files as earlier versions did: one checksum for a whole file."""
+    """Write the list of files in the format of version 1: one checksum per file."""
     content = json.loads((step / "complete.json").read_text())
     del content["block_bytes"]
     for name, entry in content["files"].items():

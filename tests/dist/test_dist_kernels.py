@@ -1,4 +1,4 @@
-"""All ranks compute with the kernels that the main rank chose, or none of them starts."""
+"""All ranks use the kernels chosen by the main rank, or no rank starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Make = Callable[..., RunConfig]
 
 
 def launch(config: RunConfig, lacking: int | None = None) -> tuple[set[str], str | None]:
-    """Train on this rank; which back ends ran, and the refusal. Rank ``lacking`` has no kernel."""
+    """Train on this rank; return its back ends and the refusal. Rank ``lacking`` has no kernel."""
     import torch
 
     from allometry.configs.errors import UserError

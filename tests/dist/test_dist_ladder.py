@@ -1,4 +1,4 @@
-"""A ladder as a user runs it: whole, interrupted, run again, grown, wrong, and with torchrun."""
+"""A ladder as a user runs it: complete, interrupted, repeated, extended, wrong, with torchrun."""
 
 import json
 import os
@@ -27,7 +27,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 @pytest.fixture
 def ladder(tiny: Make, tmp_path: Path) -> Iterator[Ladder]:
-    """``ladder(key=value)`` writes a small ladder of the tiny run; its file."""
+    """Yield ``ladder(key=value)``, which writes a small ladder of the tiny run; its file."""
     tiny("checkpoint.every_steps=null")
     described = {
         "kind": "ladder",
@@ -87,12 +87,12 @@ def test_ladder_from_nothing_and_once_more(ladder: Ladder, tmp_path: Path) -> No
     assert "4 of 4 runs are done" in call("run", tmp_path / "ladder")
     assert {p: p.read_bytes() for p in runs.glob("*/metrics.jsonl")} == before
 
-    # A rung between and one above: only these are trained, and one branches from an older run.
+    # One rung in between and one above: only these are trained, and one branches from an older run.
     assert "[6/6]" in call("run", ladder(tokens=[5120, 10240, 15360], widths=[16, 32]))
     assert kinds(runs / "w16-d15360-s0") == ["branched", "finished"]
     assert {p: p.read_bytes() for p in before} == before
 
-    # What changes old runs is refused.
+    # Changes to trained runs are refused.
     text = call("run", ladder(set={"optimizer.lr": 0.5}), code=2)
     assert "w16-d5120-s0 was trained with " in text
     assert "\n" not in text.strip()
@@ -102,7 +102,7 @@ def test_ladder_from_nothing_and_once_more(ladder: Ladder, tmp_path: Path) -> No
         facts = json.loads(call(*words, tmp_path / "ladder.yaml", "--json"))
         assert {run["state"] for run in facts["runs"]} == {"changed"}
         assert text.strip().removeprefix("allometry: ") in facts["notes"]
-    # The folder's own description is left as it was, so that it still says what was trained.
+    # The folder's description is unchanged, so that it still describes the trained runs.
     facts = json.loads(call("status", tmp_path / "ladder", "--json"))
     assert {run["state"] for run in facts["runs"]} == {"done"}
 
@@ -129,7 +129,7 @@ def test_interrupted_ladder_goes_on_to_the_same_bits(ladder: Ladder, tmp_path: P
 
 
 def held(action: str, path: Path, folder: Path, step: int) -> tuple["subprocess.Popen[str]", Gate]:
-    """A ladder's process, and the gate at which its first run of so many steps waits."""
+    """Start a ladder; return its process and the gate of its first run with ``step`` steps."""
     gate = Gate(folder, step)
     process = subprocess.Popen(
         command(action, path), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT | gate.environment
@@ -175,7 +175,7 @@ def test_torchrun_and_several_at_a_time(ladder: Ladder, tmp_path: Path) -> None:
     assert {state_of(run).stage for run in plan.runs} == {"done"}
     record = json.loads((plan.rungs[1].folder / "run.json").read_text())
     assert record["layout"]["world_size"] == 2
-    # Two ranks branch to the bits of two ranks that never did; one rank's sums differ in order.
+    # A branch on two ranks equals bitwise a two-rank run; one rank sums in another order.
     branch = plan.rungs[1]
     assert branch.parent is not None
     tree = branch.config.model_dump(mode="json")
@@ -207,13 +207,13 @@ def test_the_whole_story(ladder: Ladder, tmp_path: Path) -> None:
     begun = events(folder / "runs/target-w64-d40960-s0")[0]["time"]
     assert found["time"] < begun
     assert (folder / "fit.json").exists()
-    # Once measured, the prediction stands; a new one says that it came after.
+    # After a measurement the prediction is kept; a new one records that it came later.
     assert json.loads(call("predict", folder, "--json"))["time"] == found["time"]
     later = json.loads(call("predict", folder, "--again", "--json"))
     assert later["target_state"] == "done"
     assert later["time"] > found["time"]
     assert "AFTER" in call("predict", folder)
-    # One of another law than the ladder's stands, and says so.
+    # A prediction by another law than the ladder's is kept, with a note.
     path = ladder(
         widths=[16, 32, 48], tokens=[5120, 10240, 20480], seeds=[0, 1], target=target, law="kaplan"
     )

@@ -1,4 +1,4 @@
-"""The promise itself: any layout computes the gradients of one process, dense and MoE."""
+"""Any layout computes one process's gradients, for dense and MoE models."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def run(
 
 @lru_cache(maxsize=16)
 def alone(model: str, layers: int, dtype: str, second: int) -> certificate.StepsResult:
-    """(On each rank) the steps of one process, which many layouts are compared with."""
+    """(On each rank) steps of one process, compared with many layouts."""
     one = run(json.loads(model), dtype)
     sized = one.model.model_copy(update={"num_layers": layers})
     steps = [tiny.device_batches(count, seed) for seed, count in enumerate((8, second)) if count]
@@ -103,10 +103,10 @@ def alone(model: str, layers: int, dtype: str, second: int) -> certificate.Steps
 
 
 def errors(model: dict[str, Any], config: RunConfig) -> dict[str, tuple[str, float]]:
-    """(On each rank) how far this layout's steps are from those of one process."""
+    """(On each rank) errors of this layout's steps against one process."""
     layers, dtype = config.model.num_layers, config.training.compute_dtype
     with open_mesh(config.parallel, torch.device("cpu")) as mesh:
-        # Sequences; in fp32 what an update leaves is not compared (see TOLERANCE).
+        # Number of sequences; in fp32 the state after an update is not compared (see TOLERANCE).
         second = max(4, 2 * mesh.pp.size * mesh.hdp.size) if dtype == "fp64" else 0
         wanted = alone(json.dumps(model), layers, dtype, second)
         assert wanted.grad_norm[0] > 2 * CLIP, "gradients are clipped"
@@ -134,7 +134,7 @@ def check(
 
 MODELS = {"dense": DENSE, "moe": MOE, "latent": LATENT}
 
-# What is exact in fp64 is the same code in fp32: all of it there, a few of each kind always.
+# fp32 runs the same code as fp64, which is exact: a few cases of each kind by default.
 by_type = pytest.mark.parametrize("dtype", ["fp64", pytest.param("fp32", marks=pytest.mark.slow)])
 
 
@@ -289,7 +289,7 @@ def worst(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> floa
 
 
 def low_precision_error(settings: dict[str, Any]) -> float:
-    """(On each rank) bf16 gradients of this layout against those without sharding."""
+    """(On each rank) bf16 gradients of this layout against an unsharded model."""
     plain, sharded = gradients_of(run(MOE, "bf16"), run(MOE, "bf16", **settings))
     return worst(sharded, plain)
 
@@ -312,8 +312,8 @@ def test_routers_and_experts_in_bf16_when_sharded(
 
 
 def compiled_errors() -> tuple[float, float]:
-    """(On each rank) how far compiled bf16 gradients are from fp32, whole and sharded."""
-    # Compiled code rounds elsewhere and tokens would choose other experts: let them visit all.
+    """(On each rank) errors of compiled bf16 gradients against fp32, unsharded and sharded."""
+    # Compiled code rounds differently, which would change routing: use all experts per token.
     model = MOE | {"experts": MOE["experts"] | {"experts_per_token": 4}}
     whole, sharded = run(model, "bf16"), run(model, "bf16", **zero(1))
     training = whole.training.model_copy(update={"compile": True})
@@ -323,7 +323,7 @@ def compiled_errors() -> tuple[float, float]:
 
 
 def compiled_exchange_error(settings: dict[str, Any]) -> float:
-    """(On each rank) how far compiled gradients in fp32 are from eager ones, of one layout."""
+    """(On each rank) error of compiled fp32 gradients against eager ones, in one layout."""
     eager = run(MOE, "fp32", **settings)
     training = eager.training.model_copy(update={"compile": True})
     exact, compiled = gradients_of(eager, eager.model_copy(update={"training": training}))
@@ -373,7 +373,7 @@ def test_three_axes_at_once(run_ranks: RunRanks, model: dict[str, Any], dtype: s
 
 
 def initial_values(config: RunConfig) -> dict[str, torch.Tensor]:
-    """(On each rank) the whole values of the parameters that this rank has a part of."""
+    """(On each rank) full values of the parameters that this rank stores in part."""
     with open_mesh(config.parallel, torch.device("cpu")) as mesh:
         made = certificate.make_parallel(config, mesh)
         return {name: tiny.whole(p.detach()).clone() for name, p in made.named_parameters()}

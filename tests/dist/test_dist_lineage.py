@@ -1,4 +1,4 @@
-"""Runs on two ranks that begin with one rank's checkpoint: as new runs, and as branches."""
+"""Runs on two ranks that start from a one-rank checkpoint: as new runs and as branches."""
 
 import json
 import os
@@ -25,7 +25,8 @@ SHORT = "training.total_steps=10"
 
 
 def test_a_new_run_begins_on_another_layout(tiny: Make, run_ranks: Ranks, tmp_path: Path) -> None:
-    """With its weights, states and data; killed twice, the other run gone: the same bits."""
+    """Keeps weights, states and data; killed twice and with the first run
+    deleted: the same bits."""
     first = tmp_path / "first"
     run_ranks(launch, 1, tiny(folder=first), 5)
     initial = f"run.initial={{folder: {first}, keep: [weights, optimizer, data]}}"
@@ -97,7 +98,7 @@ def test_what_is_refused_is_refused_by_all_ranks(
 
 
 def refused(config: RunConfig) -> str:
-    """The sentence of a run that one of the ranks is refused."""
+    """Return the refusal sentence of a run on one of the ranks."""
     from allometry.configs.errors import UserError
 
     try:
@@ -108,7 +109,7 @@ def refused(config: RunConfig) -> str:
 
 
 def killed_at(gate: Gate, config: Path) -> None:
-    """Train as a user does, and end the process where it stands."""
+    """Train like a user, and kill the process at the gate."""
     process = subprocess.Popen(
         [sys.executable, "-m", "allometry.launch.train", str(config)],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Local copies on two ranks: what a launch goes on from, and what it never does."""
+"""Local copies on two ranks: copies that a launch resumes from, and copies that it must not use."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def crash(config: RunConfig, step: int) -> None:
-    """A launch that fails on all ranks before ``step``, with its files written (on each rank)."""
+    """(On each rank) a launch that fails before ``step`` after writing its files."""
     from allometry.trainer.loop import Loop
     from allometry.trainer.watch.watchdog import Watchdog
 
@@ -40,7 +40,7 @@ def crash(config: RunConfig, step: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "_take", failing)
-        patch.setattr(Watchdog, "_run", lambda watch: None)  # which ends ranks whose others ended
+        patch.setattr(Watchdog, "_run", lambda watch: None)  # it ends ranks whose peers have ended
         with pytest.raises(ZeroDivisionError):
             launch(config)
 
@@ -55,7 +55,7 @@ def prepared(tiny: Make, folder: Path, layout: dict[str, Any], *more: str) -> Ru
 
 
 def kept(folder: Path) -> Path:
-    """The copies of the only run that has some."""
+    """Return the folder of the only run that has copies."""
     (place,) = (folder.parent / "nodes").iterdir()
     return place
 
@@ -90,12 +90,12 @@ def test_a_run_goes_on_from_its_newest_copy(
 
 
 def gone(place: Path) -> None:
-    """The node of rank 1 is lost."""
+    """Lose the node of rank 1."""
     shutil.rmtree(place / "rank-1")
 
 
 def half(place: Path) -> None:
-    """The last byte of a shard is not there."""
+    """Truncate a shard by one byte."""
     shard = next((place / "rank-1/of-1/step-8").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
 
@@ -136,7 +136,7 @@ def both(place: Path) -> None:
 
 
 def mixed(place: Path) -> None:
-    """Rank 1's copy, and its replica, are of another launch."""
+    """Replace rank 1's copy and its replica by those of another launch."""
     for keeper in (0, 1):
         copy = place / f"rank-{keeper}/of-1/step-8"
         facts = json.loads((copy / "trainer.json").read_text())
@@ -181,7 +181,7 @@ def test_without_a_whole_set_the_checkpoint_serves(
 def test_copies_are_not_used_where_the_run_is_another(
     tiny: Make, run_ranks: Ranks, tmp_path: Path
 ) -> None:
-    """Another layout, a step that is asked for, rows that are gone, a run begun anew."""
+    """Another layout, a requested step, missing rows, or a restarted run."""
     first = tmp_path / "run"
     config = prepared(tiny, first, {"zero": {"stage": 3}})
     run_ranks(crash, 2, config, 9)
@@ -190,7 +190,7 @@ def test_copies_are_not_used_where_the_run_is_another(
     shutil.copytree(place, saved)
 
     def again(harm: Callable[[Path], object], *changes: str, ranks: int = 2) -> dict[str, Any]:
-        """How another launch goes on, of folders as they were."""
+        """Return how another launch continues from the saved folders after ``harm``."""
         before = tmp_path / "before"
         shutil.copytree(first, before)
         shutil.rmtree(place, ignore_errors=True)

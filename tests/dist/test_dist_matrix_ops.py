@@ -1,4 +1,4 @@
-"""Sums and functions of whole matrices over every layout: exact, each once, work shared."""
+"""Sums and functions of full matrices in every layout: exact, once per matrix, shared work."""
 
 # M logical matrices of a parameter
 
@@ -34,7 +34,7 @@ def matrices(parallel: Parallel) -> dict[str, Tensor]:
 
 
 def bend(matrix: Tensor, _: Matrix) -> Tensor:
-    """A function whose value depends on the whole of a matrix."""
+    """Return a function of a matrix that depends on all its elements."""
     return (matrix @ matrix.mT / matrix.norm()) @ matrix
 
 
@@ -118,7 +118,8 @@ def test_sums_and_functions_of_whole_matrices(run_ranks: RunRanks, name: str) ->
 
 
 def order_of_events(buckets: int) -> str:
-    """What happens in an exchange, in order: t(ravel) begins, or a matrix is c(omputed)."""
+    """Return the events of an exchange in order: t(ransfer) starts, or
+    c(omputation) of a matrix."""
     events: list[str] = []
     begin, usual = dist.all_to_all_single, owners.NUM_BUCKETS
 
@@ -148,6 +149,6 @@ def order_of_events(buckets: int) -> str:
 def test_pieces_travel_while_others_are_computed(
     run_ranks: RunRanks, buckets: int, order: str
 ) -> None:
-    """The next bucket comes before one is computed, which leaves before the next is computed."""
+    """The next bucket arrives before a bucket is computed, which is sent before the next."""
     for events in run_ranks(order_of_events, 2, buckets):
         assert re.fullmatch(order, events), events

@@ -1,4 +1,4 @@
-"""What a step holds, counted tensor by tensor, is what the estimate without torch says."""
+"""The memory of a step, counted tensor by tensor, equals the estimate without torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CASES = benchmark().cases()
 
 
 def measured(config: RunConfig) -> Measured:
-    """(On each rank) what two steps held."""
+    """(On each rank) memory of two steps."""
     with open_mesh(config.parallel, torch.device("cpu")) as mesh:
         return probe(config, mesh)
 

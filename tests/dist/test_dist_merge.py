@@ -1,4 +1,4 @@
-"""Merges of a run on two ranks are those of one process."""
+"""Merging a run on two ranks gives the weights of one process."""
 
 from __future__ import annotations
 

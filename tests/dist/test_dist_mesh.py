@@ -36,7 +36,7 @@ def use_a_started_group() -> dict[str, Any]:
         mesh.barrier("the end of the test")
     mesh.close()
     mesh.close()
-    dist.barrier()  # what the caller had started is still there
+    dist.barrier()  # the caller's group still works
     return facts
 
 
@@ -57,7 +57,7 @@ def test_axes_and_helpers(run_ranks: RunRanks) -> None:
 
 @contextmanager
 def environment(port: int) -> Iterator[None]:
-    """What torchrun sets and the harness does not."""
+    """Set the variables that torchrun sets and the harness does not."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         yield
@@ -123,12 +123,12 @@ def sockets() -> int:
 
 
 def sockets_of_a_mesh() -> tuple[int, int, int]:
-    """Those that a mesh of one axis adds, and those that one of gloo's own groups does."""
-    dist.barrier()  # connects the group that was there before
+    """Count sockets added by a mesh with one axis, and by one of gloo's own groups."""
+    dist.barrier()  # connects the existing group
     before = sockets()
     mesh = open_mesh(ParallelConfig(timeout_s=30), CPU)
     added = sockets() - before
-    dist.barrier()  # of the group that was there before: a faster rank would connect to this one
+    dist.barrier()  # of the existing group: a faster rank would connect to this one
     mesh.gather_objects(mesh.rank)
     used = sockets() - before
     eager = dist.new_group(backend="gloo")
@@ -141,14 +141,14 @@ def sockets_of_a_mesh() -> tuple[int, int, int]:
 def test_host_groups_connect_when_ranks_talk(run_ranks: RunRanks) -> None:
     for added, used, theirs in run_ranks(sockets_of_a_mesh, 4):
         assert theirs >= 3, "one for each other rank"
-        # Of the host's two groups and one of a rank alone, connected as gloo usually does it, there
-        # would be more than twice as many.
+        # With gloo's usual connections, the host's two groups and a one-rank group would need more
+        # than twice as many sockets.
         assert added < 2 * theirs
         assert added < used
 
 
 def open_and_close(times: int) -> list[float]:
-    """One after the other over one store, which keeps what earlier groups said of themselves."""
+    """Open and close meshes in turn over one store, which keeps entries of earlier groups."""
     sums = []
     for _ in range(times):
         with open_mesh(ParallelConfig(pp=2, tp=2, timeout_s=30), CPU) as mesh:

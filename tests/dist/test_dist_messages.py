@@ -1,8 +1,8 @@
-"""What ranks really post in a step, without tags, under the rules of an NCCL communicator.
+"""Messages posted by ranks in a step, without tags, under the rules of an NCCL communicator.
 
-gloo does what NCCL does not: it tells messages by tags and does several things at once. So tags
-are taken away, which leaves gloo only the order to go by, and all that ranks post is recorded and
-played through by ``match``, where a communicator does one thing after the other.
+Unlike NCCL, gloo matches messages by tags and runs several operations at once. The test removes the
+tags, so that gloo matches by order, records all posts of all ranks, and replays them with
+``match``, in which a communicator runs one operation after another.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from test_dist_pipeline_hdp import assert_equal_to_one_process, config, errors
 
 RunRanks = Callable[..., list[Any]]
 Recorded = list[tuple[Any, ...]]
-"""("post", number, group, ((way, peer), ...)) and ("wait", number), as plain things."""
+"""("post", number, group, ((way, peer), ...)) and ("wait", number), as plain tuples."""
 
 
 @contextmanager
 def recording() -> Iterator[Recorded]:
-    """Note what this rank posts and waits for, and take tags away."""
+    """Record this rank's posts and waits, and remove tags."""
     events: Recorded = []
-    works: list[Any] = []  # kept, so that no two have one identity
+    works: list[Any] = []  # kept alive, so that ids are unique
     numbers: dict[int, int] = {}
     batch: list[tuple[str, int]] | None = None
 
@@ -89,7 +89,7 @@ def recorded_errors(
 
 
 def programs(of_ranks: list[Recorded]) -> Mapping[tuple[int, int], list[Step]]:
-    """What was recorded as ``match`` takes it; a message is known by its number on its way."""
+    """Convert the records for ``match``; a message is identified by its index between two ranks."""
     made: dict[tuple[int, int], list[Step]] = {}
     for rank, events in enumerate(of_ranks):
         posts: dict[int, Post] = {}
@@ -121,7 +121,7 @@ def test_order_alone_tells_messages_apart(run_ranks: RunRanks, schedule: str) ->
     }
     assert len(kinds) == 4, "two pipelines, and two groups of ranks whose rings meet"
     assert match(played) > 100
-    # The control: on one rank, two messages to the same peer the other way round.
+    # The control: on one rank, two messages to the same peer in reversed order.
     steps = played[0, 0]
     posts = [i for i, step in enumerate(steps) if isinstance(step, Post)]
     first, second = next(

@@ -1,4 +1,4 @@
-"""Monitors on several ranks: the values of one process, and not a bit of training changed."""
+"""Monitors on several ranks give one process's values and do not change training bitwise."""
 
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ MOE = (
 )
 SPHERES = (*MOE, "optimizer={kind: muonh, lr: 0.02}")
 FP8 = ("precision.saved_activations=fp8",)
-# As many sequences on each rank, as rows of experts do not know which of them are filling.
+# The same number of sequences on each rank, because expert rows do not mark padding.
 FP8_ROWS = (
     "precision={saved_activations: fp8, linears: fp8_rowwise}",
     "record.monitors.sequences=4",
@@ -51,7 +51,7 @@ def monitored(config: RunConfig) -> list[dict[str, float]]:
 
 def differences(found: dict[str, float], wanted: dict[str, float], tolerance: float) -> list[str]:
     assert found.keys() == wanted.keys()
-    # A mean of logits of both signs is near zero: it is held against 1, as the logits are.
+    # A mean of logits of both signs is near zero: compare it with 1, the size of the logits.
     return [
         f"{name}: {found[name]} is not {wanted[name]}"
         for name in wanted
@@ -99,8 +99,8 @@ def test_values_do_not_depend_on_the_layout(
     assert any(key.startswith("monitors/singular/") for key in wanted[1])
     assert ("monitors/sphere_drift/hidden" in wanted[0]) == (kind == SPHERES)
     assert ("monitors/fp8_error/hidden" in wanted[0]) == ("fp8" in " ".join(kind))
-    # Singular values are of the second step: their vectors, and Adam where gradients are almost
-    # zero, enlarge what rounding does.
+    # Singular values are from the second step: their vectors, and Adam with gradients near zero,
+    # amplify rounding.
     assert not differences(found[0], wanted[0], 1e-4)
     assert not differences(found[1], wanted[1], 1e-2)
     assert differences(found[1], found[1] | wanted[0], 1e-2), "the comparison can fail"

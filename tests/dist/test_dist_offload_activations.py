@@ -1,4 +1,4 @@
-"""Activations on the host, on ranks: the same bits and bytes, whatever else is distributed."""
+"""Activation offload on ranks: the same bits and bytes with every kind of parallelism."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from thinned import thinned
 
 RunRanks = Callable[..., list[Any]]
 COUNT = 4
-"""Micro-batches of each rank: in a pipeline some of them are in flight at once."""
+"""Micro-batches per rank: in a pipeline some of them are in flight at once."""
 
-SMALL = 400  # bytes: less than any [L, D] of half a sequence, more than what documents hold
+SMALL = 400  # bytes: below any [L, D] of half a sequence, above the document metadata
 MOE = {
     "kind": "moe",
     "first_dense_layers": 1,
@@ -71,7 +71,7 @@ def gradients(made: Parallel, mesh: Mesh, share: float) -> dict[str, Tensor]:
 
 
 def moved(run: RunConfig, share: float = 1.0, losing: bool = False) -> dict[str, Any]:
-    """(On each rank) whether gradients are the same to the bit, and the bytes of each part."""
+    """(On each rank) whether gradients are bitwise equal, and the bytes of each part."""
     with tiny.mesh(run) as mesh:
         made = tiny.parallel(run, mesh)
         expected = gradients(made, mesh, 0.0)
@@ -102,7 +102,7 @@ def check(results: list[dict[str, Any]], *, halves: bool = False) -> None:
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_sharded_parameters_stay(run_ranks: RunRanks, dtype: str, moe: bool) -> None:
-    """Whether parameters are whole, gathered or to be gathered again: the same bytes move."""
+    """Replicated, gathered or regathered parameters: the same bytes are offloaded."""
     plain = run_ranks(moved, 2, config(dtype, moe=moe))
     check(plain)
     for stage in (1, 3):
@@ -112,7 +112,7 @@ def test_sharded_parameters_stay(run_ranks: RunRanks, dtype: str, moe: bool) -> 
 
 
 def test_lost_bytes_are_seen(run_ranks: RunRanks) -> None:
-    """The control: what comes back is what ranks compute with."""
+    """The control: computation uses the bytes that come back."""
     results = run_ranks(moved, 2, config(zero={"stage": 3}), 1.0, True)
     assert not any(found["same"] for found in results)
 
@@ -157,14 +157,14 @@ def test_layouts(run_ranks: RunRanks, layout: str) -> None:
     "moe", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["dense", "moe"]
 )
 def test_schedules_of_many_stages(run_ranks: RunRanks, schedule: str, moe: bool) -> None:
-    """Several stages on a rank, and backwards in two halves."""
+    """Several stages per rank, and backwards in two halves."""
     run = config(pp=2, layers=12, moe=moe, pipeline={"schedule": schedule})
     halves = schedule != "interleaved_1f1b"
     check(run_ranks(moved, 2, run, timeout_s=120.0), halves=halves)
 
 
 def of_every_micro_batch(run: RunConfig) -> dict[str, Any]:
-    """(On each rank) the same, with what ``training.activation_offload`` asks for; two steps."""
+    """(On each rank) the same with ``training.activation_offload``, for two steps."""
     plain = run.model_copy(
         update={"training": run.training.model_copy(update={"activation_offload": 0.0})}
     )
@@ -175,7 +175,7 @@ def of_every_micro_batch(run: RunConfig) -> dict[str, Any]:
         for _ in range(2):
             steps.append(gradients(made, mesh, 0.0))
             allocations.append([store.pool.allocations for store in made.stores])
-        gc.collect()  # torch's halves leave cycles
+        gc.collect()  # torch's split backward leaves cycles
         return {
             "stores": len(made.stores),
             "same": all(torch.equal(s[name], expected[name]) for s in steps for name in expected),
@@ -205,7 +205,7 @@ OF_EVERY: dict[str, dict[str, Any]] = {
     [pytest.param(n, marks=pytest.mark.slow) if "zbv" in n else n for n in OF_EVERY],
 )
 def test_a_share_of_every_micro_batch(run_ranks: RunRanks, name: str) -> None:
-    """Several are in flight in a pipeline; the second step finds the host's memory of the first."""
+    """A pipeline has several in flight; the second step reuses the host memory of the first."""
     results = run_ranks(of_every_micro_batch, 2, config(**OF_EVERY[name]), timeout_s=120.0)
     check(results, halves="zbv" in name)
     for found in results:

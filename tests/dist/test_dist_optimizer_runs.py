@@ -1,4 +1,4 @@
-"""Runs of every optimizer resume to the bit on their layout, and go on in another."""
+"""Runs of every optimizer resume bitwise in their layout, and continue in another layout."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_two_resumes_on_one_layout_change_no_bit(
 @pytest.mark.parametrize(
     ("kind", "layouts"),
     [
-        # Of experts, a router's choice that flips by rounding would show at once: MuonH's updates
-        # are orthogonal in bf16, in whose last places directions without gradient are noise.
+        # With experts, routing that rounding flips would show at once: MuonH's updates are
+        # orthogonal in bf16, whose last bits are noise in directions without a gradient.
         ("muonh", ("hdp2-tp2-zero2", "alone", "pp2-zbv-hdp2-zero1", "hdp2-zero3")),
         ("apollo", ("ep2-tp2-zero1", "alone", "hdp4-ep2-zero3", "pp2-ep2")),
     ],

@@ -1,4 +1,4 @@
-"""Every optimizer updates shards as it updates whole parameters, to the bit."""
+"""Every optimizer updates sharded parameters bitwise as it updates unsharded ones."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def config(layout: dict[str, Any], kind: str) -> RunConfig:
 def take_steps(
     named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: range
 ) -> None:
-    """Optimizer steps on given gradients, which are cut as the parameters are."""
+    """Take optimizer steps on given gradients, sharded like the parameters."""
     for step in steps:
         for name, parameter in named.items():
             whole = 0.01 * given(f"{name} {step}", parameter.shape)
@@ -68,7 +68,7 @@ def rules(run: RunConfig) -> Parameterization:
 
 
 def alone(run: RunConfig, steps: int = STEPS) -> dict[str, nn.Parameter]:
-    """Whole parameters after the steps of one process."""
+    """Return full parameters after the steps of one process."""
     model = tiny.initialized(run, torch.device("cpu"))
     named = {name: p for name, _, _, p in named_parameters(model)}
     optimizer = build_optimizer(named.items(), parameter_specs(model), rules(run), run.optimizer)
@@ -79,10 +79,10 @@ def alone(run: RunConfig, steps: int = STEPS) -> dict[str, nn.Parameter]:
 def difference(
     run: RunConfig, optimizer: torch.optim.Optimizer, before: dict[str, Tensor], steps: int
 ) -> dict[str, float]:
-    """Parameters of which this rank's part is not, to the bit, that of one process, and the errors.
+    """Return errors of parameters whose shard differs bitwise from one process's.
 
-    torch's fused AdamW on a CPU rounds the last elements of a tensor otherwise than the others, so
-    what it updates may differ in the last bit.
+    torch's fused AdamW on a CPU rounds the last elements of a tensor differently from the others,
+    so its parameters may differ in the last bit.
     """
     wanted, wrong = alone(run, steps), {}
     for group in optimizer.param_groups:
@@ -99,7 +99,7 @@ def difference(
 
 @contextmanager
 def begun(run: RunConfig) -> Iterator[tuple[Parallel, torch.optim.Optimizer, Mesh]]:
-    """This rank's part of the model and its optimizer, at the start of a run."""
+    """Yield this rank's part of the model and its optimizer at the start of a run."""
     with tiny.mesh(run) as mesh:
         parallel = tiny.parallel(run, mesh)
         optimizer = build_optimizer(
@@ -124,7 +124,7 @@ def differences(layout: dict[str, Any], kinds: list[str]) -> dict[str, dict[str,
 
 
 ALWAYS = ("zero0", "zero3-4", "ep2-tp2-zero1", "pp2-tp2", "replicas2-zero3")
-"""The others wait for make test-all."""
+"""Layouts that run by default; the others run in make test-all."""
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_given_gradients_give_the_same_bits_in_every_layout(run_ranks: RunRanks,
 
 
 def differences_in_batches(layout: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """With Newton-Schulz as a GPU does it: matrices of a shape in batches of four."""
+    """Newton-Schulz as on a GPU: matrices of one shape in batches of four."""
     usual = newton_schulz.usual_batch
     try:
         newton_schulz.usual_batch = lambda rows, columns, device_type: 4
@@ -161,7 +161,7 @@ def test_batches_of_matrices_give_the_same_bits_in_every_layout(
 
 
 def differences_of_shards(kind: str) -> float:
-    """The largest difference where each rank takes its shards for the matrices."""
+    """Return the largest difference if each rank treats its shards as full matrices."""
     run = config({"zero": {"stage": 3}}, kind)
     with tiny.mesh(run) as mesh:
         parallel = tiny.parallel(run, mesh)
@@ -197,7 +197,7 @@ def save(layout: dict[str, Any], kinds: list[str], folder: Path) -> None:
 def differences_after_loading(
     layout: dict[str, Any], kinds: list[str], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """The same comparison for steps that go on from what another layout has saved."""
+    """Compare steps that continue from another layout's checkpoint."""
     found = {}
     for kind in kinds:
         run = config(layout, kind)

@@ -1,4 +1,4 @@
-"""Keys of overlap, whole experts and gathered parameters: what cannot be is one sentence."""
+"""Keys for overlap, unsharded experts and gathered parameters: invalid values give one sentence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_whole_experts_need_enough_of_them() -> None:
         MOE, 8, ep=4, tp=2, expert_tp=1
     )
     assert "needs experts" in refused(DENSE, 2, tp=2, expert_tp=1)
-    # Widths that tp does not divide are fine then.
+    # Widths that tp does not divide are accepted then.
     odd = MOE | {"experts": MOE["experts"] | {"width": 11}}
     assert "model.experts.width" in refused(odd, 2, tp=2)
     assert Layout.of(run(odd, "fp32", tp=2, expert_tp=1), 2).degrees.expert_ranks == 2

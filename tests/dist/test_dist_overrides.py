@@ -1,5 +1,7 @@
-"""Frozen parameters and multiplied rates on layouts: what one process computes that differentiates
-all of them."""
+"""Frozen parameters and multiplied rates in parallel layouts equal one process.
+
+The one process differentiates all parameters.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ def overridden(model: str, which: str, **settings: Any) -> RunConfig:
 
 @lru_cache(maxsize=8)
 def alone(text: str, second: int) -> certificate.StepsResult:
-    """(On each rank) the steps of one process."""
+    """(On each rank) steps of one process."""
     tree = RunConfig.model_validate_json(text).model_dump(mode="json")
     config = RunConfig.model_validate(tree | {"parallel": {"timeout_s": 60}})
     steps = [tiny.device_batches(count, seed) for seed, count in enumerate((8, second))]
@@ -56,7 +58,7 @@ def alone(text: str, second: int) -> certificate.StepsResult:
 def errors(
     text: str, twin: str | None = None
 ) -> tuple[dict[str, tuple[str, float]], list[str], list[str]]:
-    """(On each rank) how far two steps are from one process's, what changed and what did not."""
+    """(On each rank) errors of two steps against one process; changed and unchanged names."""
     config = RunConfig.model_validate_json(text)
     with open_mesh(config.parallel, torch.device("cpu")) as mesh:
         second = max(4, 2 * mesh.pp.size * mesh.hdp.size)
@@ -75,7 +77,7 @@ def errors(
 
 
 def check(run_ranks: RunRanks, world_size: int, config: RunConfig) -> None:
-    found: dict[str, bool] = {}  # whether the parameter has kept its bits
+    found: dict[str, bool] = {}  # True if the parameter has kept its bits
     for rank, (worst, gradients, same) in enumerate(
         run_ranks(errors, world_size, config.model_dump_json(), timeout_s=120.0)
     ):
@@ -149,7 +151,7 @@ def test_negative_control_another_multiplier(run_ranks: RunRanks) -> None:
 
 
 def against(text: str, optimizer: str) -> float:
-    """(On each rank) how far parameters are from those of one process with another section."""
+    """(On each rank) error of parameters against one process with another optimizer section."""
     tree = RunConfig.model_validate_json(text).model_dump(mode="json")
     other = RunConfig.model_validate(tree | {"optimizer": json.loads(optimizer)})
     worst, _, _ = errors(text, other.model_dump_json())

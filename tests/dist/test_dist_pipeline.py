@@ -1,4 +1,4 @@
-"""Pipelines give the gradients and losses of one process: every schedule, with ZeRO, tied heads."""
+"""Pipelines give one process's gradients and losses: every schedule, with ZeRO and tied heads."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_with_offload_equals_one_process(run_ranks: RunRanks, schedule: str) -> 
 
 
 def average_over_micro_batches(made: Parallel) -> None:
-    """What torch's schedules do unless told otherwise."""
+    """Average over micro-batches, as torch's schedules do by default."""
     execution: Any = made.execution
     make = execution._make_schedule
 
@@ -126,7 +126,7 @@ MISTAKES = {f.__name__: f for f in (average_over_micro_batches, forget_value, fo
 def mistaken_errors(run: RunConfig, mistake: str, shift: bool) -> float:
     with tiny.mesh(run) as mesh:
         made = tiny.parallel(run, mesh)
-        if shift:  # the mirror starts out equal: as if the optimizer had moved the owner
+        if shift:  # the mirror starts out equal: simulate an optimizer update of the owner
             for name, parameter in made.named_parameters():
                 if name == "embedding.weight":
                     parameter.data.mul_(1.5)

@@ -1,6 +1,6 @@
 """Pipelines whose micro-batches differ in shape and number, with rings across them.
 
-Every document is whole on one rank or cut over a ring of both pipelines; gradients are compared
+Every document is on one rank or distributed over a ring of both pipelines; gradients are compared
 with one process that runs the documents one by one.
 """
 
@@ -35,27 +35,27 @@ RunRanks = Callable[..., list[Any]]
 
 
 class Held(NamedTuple):
-    """A micro-batch: documents by number, on a ring of hdp ranks; without documents a dummy."""
+    """Micro-batch: documents by number, on a ring of hdp ranks; without documents a dummy."""
 
     documents: tuple[int, ...]
     ring: tuple[int, ...]
 
 
 Step = tuple[Any, ...]
-"""The arguments of ``orders``."""
+"""Arguments of ``orders``."""
 
 Orders = tuple[tuple[Held, ...], ...]
-"""What each hdp rank runs, in order."""
+"""Micro-batches of each hdp rank, in order."""
 
 
 def orders(counts: Sequence[int], rings: Sequence[int], length: int = 0) -> Orders:
-    """Every hdp rank's micro-batches; those of number ``rings`` hold documents on all ranks.
+    """Return every hdp rank's micro-batches; those at indices ``rings`` share documents.
 
-    Dummies make up for what is short of ``length``.
+    Dummies extend each list to ``length``.
     """
     number = iter(range(1000))
     shared = {
-        # The members of a ring come in any order.
+        # The members of a ring can have any order.
         index: Held((next(number), next(number)), (1, 0) if index % 2 else (0, 1))
         for index in rings
     }
@@ -72,7 +72,7 @@ def orders(counts: Sequence[int], rings: Sequence[int], length: int = 0) -> Orde
 
 
 def document(number: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens and targets of a document of 1 to 13 tokens; some have no target."""
+    """Return tokens and targets of a document of 1 to 13 tokens; some have no target."""
     generator = torch.Generator().manual_seed(1000 * seed + number)
     length = int(torch.randint(1, 14, (), generator=generator))
     stream = torch.randint(tiny.VOCAB, (length + 1,), generator=generator)
@@ -82,7 +82,7 @@ def document(number: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def micro_batch(held: Held, tag: int, rank: int, seed: int, multiple: int) -> tiny.MicroBatch:
-    """What hdp rank ``rank`` has of it, filled up to a multiple of tokens."""
+    """Return hdp rank ``rank``'s part of a micro-batch, padded to a multiple of tokens."""
     whole = [document(number, seed) for number in held.documents]
     lengths = [len(tokens) for tokens, _ in whole]
     n, member = len(held.ring), held.ring.index(rank)
@@ -112,14 +112,14 @@ def micro_batch(held: Held, tag: int, rank: int, seed: int, multiple: int) -> ti
 
 
 def micro_batches(plan: Orders, mesh: Mesh, seed: int) -> list[tiny.MicroBatch]:
-    """This rank's micro-batches; a unit has the same tag on all ranks."""
+    """Return this rank's micro-batches; a unit has the same tag on all ranks."""
     tags = {held: tag for tag, held in enumerate(dict.fromkeys(h for o in plan for h in o))}
     rank = mesh.hdp.rank
     return [micro_batch(held, tags[held], rank, seed, mesh.tp.size) for held in plan[rank]]
 
 
 def config(schedule: str, policy: str = "pipeline_balanced", **options: Any) -> RunConfig:
-    """Whole documents on a pipeline of two; only ``pipeline_balanced`` lets its length vary."""
+    """Return a run on documents, on a pipeline of two; ``pipeline_balanced`` varies its length."""
     given = pipelined.config(2, schedule, layers=4, **options).model_dump()
     del given["data"]["packing"]
     given["data"] |= {"kind": "documents", "max_document_tokens": 16}
@@ -128,7 +128,7 @@ def config(schedule: str, policy: str = "pipeline_balanced", **options: Any) -> 
 
 
 def mixture(schedule: str, **options: Any) -> RunConfig:
-    """The same with experts and both losses of routers."""
+    """Return the same run with experts and both router losses."""
     given = config(schedule, **options).model_dump()
     balance = {"kind": "auxiliary", "coefficient": 0.1}
     given["model"] |= {
@@ -146,7 +146,7 @@ def all_documents(plan: Orders, seed: int) -> Iterator[tuple[int, Tensor, Tensor
 
 
 def train(made: Parallel, mesh: Mesh, plan: Orders, seed: int) -> dict[str, Tensor]:
-    """Gradients of this rank after a step; losses are those of one process."""
+    """Take a step and check its losses against one process; return this rank's gradients."""
     targets = [values for *_, values in all_documents(plan, seed)]
     count = int((torch.cat(targets) != IGNORE).sum())
     batches = micro_batches(plan, mesh, seed)
@@ -172,7 +172,7 @@ def expected_gradients(alone: Transformer, plan: Orders, seed: int) -> dict[str,
 def evaluation_error(
     made: Parallel, alone: Transformer, mesh: Mesh, plan: Orders, seed: int
 ) -> tuple[int, float]:
-    """How many losses this rank sees and the worst error of a micro-batch's sum."""
+    """Return the number of losses on this rank and the worst error of a micro-batch's sum."""
     batches = micro_batches(plan, mesh, seed)
     seen: dict[int, Tensor] = {}
     made.execution.evaluate(batches, seen.__setitem__)
@@ -189,7 +189,7 @@ def evaluation_error(
 
 
 def errors(run: RunConfig, steps: Sequence[Step], held_out: int = 0) -> dict[str, float]:
-    """The worst errors of several steps, with evaluations between of ``held_out`` micro-batches."""
+    """Return worst errors of several steps, with evaluations of ``held_out`` micro-batches."""
     with tiny.mesh(run) as mesh:
         made = tiny.parallel(run, mesh)
         alone = tiny.initialized(run, mesh.device)
@@ -199,7 +199,7 @@ def errors(run: RunConfig, steps: Sequence[Step], held_out: int = 0) -> dict[str
             num_tokens = sum(len(tokens) for _, tokens, _ in all_documents(plan, seed))
             for part in (alone, *made.parts.values()):
                 begin_step(part, num_tokens)
-                for router in routers(part).values():  # even ones would push nothing
+                for router in routers(part).values():  # even loads would have no effect
                     router.load.copy_(torch.arange(1.0, 5.0) / 10.0)
             gradients = train(made, mesh, plan, seed)
             wanted = expected_gradients(alone, plan, seed)
@@ -222,7 +222,7 @@ def assert_equal_to_one_process(of_ranks: Sequence[dict[str, float]]) -> None:
     assert max(errors["loss"] for errors in of_ranks) < 1e-10
 
 
-RINGS = (0, 1, 4, 7)  # the last one is the last micro-batch of the pipeline that has eight
+RINGS = (0, 1, 4, 7)  # the last index is the last micro-batch of the pipeline with eight
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_different_numbers_with_the_other_schedules(run_ranks: RunRanks, schedul
 
 
 def errors_keeping_one(run: RunConfig, steps: Sequence[Step]) -> dict[str, float]:
-    """The same where each schedule is dropped for the next and made again."""
+    """Return the same errors with a schedule cache of one, so that each schedule is rebuilt."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "KEPT_SCHEDULES", 1)
         return errors(run, steps)
@@ -291,7 +291,7 @@ def test_different_numbers_with_experts(run_ranks: RunRanks, schedule: str) -> N
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_shapes_differ(run_ranks: RunRanks, schedule: str) -> None:
-    """One pipeline: another shape for each micro-batch, and for the same one in the next step."""
+    """One pipeline: the shape differs between micro-batches, and between steps."""
     run = config(schedule, "balanced")
     assert_equal_to_one_process(run_ranks(errors, 2, run, [((6,), ())] * 2, 5))
 
@@ -304,13 +304,13 @@ def test_shapes_differ_with_tensor_parallelism(run_ranks: RunRanks, schedule: st
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble"])
 def test_in_lockstep_with_dummies(run_ranks: RunRanks, schedule: str) -> None:
-    """ZeRO 3 gathers inside of a step: equal numbers, and nothing is announced."""
+    """ZeRO 3 gathers within a step: equal numbers of micro-batches, without announcements."""
     run = config(schedule, "balanced", zero=3)
     assert_equal_to_one_process(run_ranks(errors, 4, run, [((6, 4), (0, 2), 6)] * 2, 5))
 
 
 def meet(run: RunConfig, exchanged: bool) -> None:
-    """``exchanged``: the rings 0 and 1 are the other way round in one of the pipelines."""
+    """Train a step; with ``exchanged``, one pipeline runs rings 0 and 1 in reversed order."""
     with tiny.mesh(run) as mesh:
         one, (first, second, *others) = orders((4, 6), (0, 1))
         rings = (second, first) if exchanged else (first, second)
@@ -319,8 +319,8 @@ def meet(run: RunConfig, exchanged: bool) -> None:
 
 @pytest.mark.slow
 def test_rings_in_another_order_get_stuck() -> None:
-    """Tags keep what belongs to one ring from being taken for another's."""
-    pool = harness.RankPool()  # ranks that got stuck are no good for other tests
+    """Tags prevent messages of one ring from being received by another."""
+    pool = harness.RankPool()  # stuck ranks cannot be reused by other tests
     try:
         run = config("1f1b", zero=1)
         pool.run(meet, 4, run, False)

@@ -1,4 +1,4 @@
-"""Reductions begin within a stage's last backward, whatever the schedule, and not before it."""
+"""Reductions begin within a stage's last backward, and not earlier, in every schedule."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ COUNT = 4
 
 
 def events(schedule: str, zero: int, counted: bool) -> tuple[list[str], float]:
-    """(On each rank) begin and end of backwards by stage with what is reduced; and the error.
+    """(On each rank) start and end of backwards by stage, and reductions; and the error.
 
-    "B0" and "b0": a backward of stage 0 with gradients of weights begins and ends; "r": a bucket
-    or a block is reduced.
+    "B0" and "b0": a weight-gradient backward of stage 0 starts and ends; "r": a bucket or a block
+    is reduced.
     """
     run = pipelined.config(2, schedule, zero=zero)
     seen: list[str] = []
@@ -77,7 +77,7 @@ def events(schedule: str, zero: int, counted: bool) -> tuple[list[str], float]:
 
 
 def inside(seen: list[str], stage: str) -> int:
-    """Reductions between begin and end of the stage's last backward."""
+    """Count the reductions between start and end of the stage's last backward."""
     begin = len(seen) - 1 - seen[::-1].index(f"B{stage}")
     end = len(seen) - 1 - seen[::-1].index(f"b{stage}")
     assert begin < end
@@ -100,7 +100,7 @@ def test_of_several_stages(run_ranks: RunRanks, schedule: str) -> None:
     for rank, (seen, error) in enumerate(run_ranks(events, 4, schedule, 0, True)):
         low, high = str(rank // 2), str(rank // 2 + 2)
         assert error < 1e-12
-        # The later stage is done first; its buckets go while the earlier one still computes.
+        # The later stage ends first; its buckets are reduced while the earlier one still computes.
         last_low = len(seen) - 1 - seen[::-1].index(f"B{low}")
         assert "r" in seen[:last_low], seen
         first = seen.index("r")

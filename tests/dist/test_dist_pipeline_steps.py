@@ -1,4 +1,4 @@
-"""Pipelines over several steps, in bf16, with checkpointing and compiled; their measured costs."""
+"""Pipelines over several steps, in bf16, with checkpointing and compilation; measured costs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ RunRanks = Callable[..., list[Any]]
 
 
 def train(run: RunConfig, counts: tuple[int, ...]) -> dict[str, float]:
-    """AdamW steps with other numbers of micro-batches, an evaluation after each, and one before."""
+    """Take AdamW steps with varying numbers of micro-batches, and evaluate
+    before and after each."""
     with tiny.mesh(run) as mesh:
         made = tiny.parallel(run, mesh)
         alone = tiny.initialized(run, mesh.device)
@@ -50,7 +51,7 @@ def train(run: RunConfig, counts: tuple[int, ...]) -> dict[str, float]:
                 worst["gradient"] = max(worst["gradient"], tiny.worst_error(gradients, expected))
                 for optimizer in optimizers:
                     optimizer.step()
-            # More and fewer micro-batches than there are stages.
+            # More and fewer micro-batches than stages.
             for held_out in (1, 5):
                 batches = tiny.micro_batches(held_out, seed=99 + held_out)
                 losses: dict[int, Tensor] = {}
@@ -97,7 +98,7 @@ def test_training_with_changing_batches_and_evaluation(
 
 
 def kept_of_the_head(run: RunConfig, counts: tuple[int, ...], summed: bool) -> list[int]:
-    """How many tensors as large as the head's weight a step keeps for its backwards, by count."""
+    """Count tensors of the head weight's size that a step saves for backward, by micro-batches."""
     with tiny.mesh(run) as mesh:
         made = tiny.parallel(run, mesh)
         for part in made.parts.values():
@@ -129,13 +130,13 @@ CAST_ONCE = "allometry.parallel.execution.cast_once"
 
 
 def cast_weights(run: RunConfig, counts: tuple[int, ...], once: bool) -> list[int]:
-    """How many copies of matrices in blocks a step keeps for its backwards, by count."""
+    """Count copies of block matrices that a step saves for backward, by micro-batches."""
     with tiny.mesh(run) as mesh:
         made = tiny.parallel(run, mesh)
         held = (p for name, p in made.named_parameters() if ".ffn." in name)
         shapes = {(p.to_local() if isinstance(p, DTensor) else p).shape for p in held}
         shapes |= {torch.Size((2 * rows, columns)) for rows, columns in shapes}  # gate and up
-        shapes |= {shape[::-1] for shape in shapes}  # a product keeps the transposed
+        shapes |= {shape[::-1] for shape in shapes}  # a product saves the transposed matrix
         kept: list[int] = []
         for stacked in (s for part in made.parts.values() for s in stacks(part)):
             stacked.plain = not once
@@ -159,7 +160,7 @@ def cast_weights(run: RunConfig, counts: tuple[int, ...], once: bool) -> list[in
 @pytest.mark.parametrize("tp", [1, 2])
 def test_micro_batches_in_flight_share_the_cast_weights(run_ranks: RunRanks, tp: int) -> None:
     run = pipelined.config(2, "gpipe", "bf16", layers=4, tp=tp)
-    matrices = 2 * 2  # gate with up and down, of the feed-forwards of two blocks
+    matrices = 2 * 2  # gate with up, and down, of the feed-forwards of two blocks
     for kept in run_ranks(cast_weights, 2 * tp, run, (2, 4), True):
         assert kept == [matrices, matrices]
     for kept in run_ranks(cast_weights, 2 * tp, run, (2, 4), False):
@@ -167,7 +168,7 @@ def test_micro_batches_in_flight_share_the_cast_weights(run_ranks: RunRanks, tp:
 
 
 def bf16_error(run: RunConfig, count: int, repair: bool) -> dict[str, float]:
-    """Gradients in bf16 against one process in bf16; ``repair`` False: as torch adds them up."""
+    """Compare bf16 gradients with one process in bf16; ``repair`` False: torch's accumulation."""
     with tiny.mesh(run) as mesh:
         made = tiny.parallel(run, mesh)
         kept = Stage.backward_weight_one_chunk
@@ -207,7 +208,7 @@ def test_bf16(run_ranks: RunRanks, schedule: str, zero: int) -> None:
 
 
 def test_gradients_of_weights_do_not_add_up_in_bf16(run_ranks: RunRanks) -> None:
-    """Ranks without the head: the head's own gradient adds up otherwise on one process."""
+    """On ranks without the head: one process accumulates the head's gradient differently."""
     run = pipelined.config(2, "zbv_zero_bubble", "bf16", layers=4, zero=1)
     assert min(f["to one process"] for f in run_ranks(bf16_error, 4, run, 8, True)) < 1e-6
     assert min(f["to one process"] for f in run_ranks(bf16_error, 4, run, 8, False)) > 1e-3
@@ -231,7 +232,7 @@ def test_compiled_blocks(run_ranks: RunRanks) -> None:
 
 
 def held_buffers(run: RunConfig, count: int) -> int:
-    """The most tensors that wait to be computed with, at any forward of two steps."""
+    """Return the largest number of pending input tensors at any forward of two steps."""
     with tiny.mesh(run) as mesh:
         made = tiny.parallel(run, mesh)
         execution: Any = made.execution
@@ -261,7 +262,7 @@ def test_received_tensors_are_held_while_they_are_needed(run_ranks: RunRanks) ->
 
 
 def test_measured_costs() -> None:
-    """Dear layers are seen to be dear, and equal ones are measured once."""
+    """Expensive layers are measured as such, and equal layers are measured once."""
     run = pipelined.config(2, "1f1b", "fp32", layers=4)
     built = []
 

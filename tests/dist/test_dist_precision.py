@@ -1,4 +1,4 @@
-"""FP8 in any layout: the same numbers share a scale, so gradients are those of one process."""
+"""FP8 in any layout: the same numbers share a scale, so gradients equal one process's."""
 
 # B sequences, L tokens in a sequence
 
@@ -80,7 +80,7 @@ def alone(model: str, precision: str) -> certificate.StepsResult:
 
 
 def errors(config: RunConfig) -> dict[str, float]:
-    """(On each rank) how far this layout's losses and gradients are from those of one process."""
+    """(On each rank) errors of this layout's losses and gradients against one process."""
     model, precision = config.model.model_dump_json(), config.precision.model_dump_json()
     with open_mesh(config.parallel, torch.device("cpu")) as mesh:
         batches = tiny.device_batches(8, 0)[mesh.hdp.rank :: mesh.hdp.size]
@@ -137,7 +137,7 @@ def test_with_checkpointing(run_ranks: RunRanks, kind: str) -> None:
 
 @pytest.mark.parametrize("layout", thinned({"hdp=2, zero 3"}, ["hdp=2, zero 3", "pp=2"]))
 def test_products_with_a_scale_for_each_row(run_ranks: RunRanks, layout: str) -> None:
-    """Not tp: a row of what it cuts has its own largest number on each rank."""
+    """Without tp: on each tp rank, part of a row would have its own maximum."""
     ranks, parallel = LAYOUTS[layout]
     check(run_ranks, ranks, run(DENSE, ROWS, **parallel))
 

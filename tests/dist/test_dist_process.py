@@ -1,4 +1,4 @@
-"""Real processes: kill -9 under torchrun, restarts, signals that stop, two runs in one folder."""
+"""Real processes: kill -9 under torchrun, restarts, stop signals, two runs in one folder."""
 
 import json
 import os
@@ -28,14 +28,14 @@ LONG = ("training.total_steps=80", "checkpoint.every_steps=10", "record.display_
 
 
 UNTIL_IT_ENDS = 10_000
-"""So many signals, a hundredth of a second apart."""
+"""Number of signals, a hundredth of a second apart."""
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """``start(config, ranks)``: the command a user types, whom a hang-up reaches (no nohup).
+    """Yield ``start(config, ranks)``, which runs a user's command without nohup.
 
-    Ranks that crash are started again; ``plain``: by torch's torchrun.
+    Crashed ranks are restarted; ``plain``: torch's torchrun.
     """
     hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     started: list[subprocess.Popen[str]] = []
@@ -160,7 +160,7 @@ def test_ranks_end_with_their_launcher(
 def test_fewer_nodes_go_on_with_a_layout_of_their_own(
     tiny: Make, start: Start, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two nodes of one rank each, on loopback, one is lost with its agent."""
+    """Two nodes of one rank each on loopback: one is lost together with its agent."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     auto = f"parallel={{auto: {{cluster: {card(tmp_path / 'card.yaml')}}}}}"
     config = tiny(*LONG, auto if layout == "auto" else "parallel.zero.stage=1")
@@ -174,7 +174,7 @@ def test_fewer_nodes_go_on_with_a_layout_of_their_own(
     gate = Gate(tmp_path / "gate", 26)
     stays = start(config, 2, gate, *options)
     until = time.monotonic() + LIMIT_S
-    while socket.socket().connect_ex(("127.0.0.1", port)):  # the rendezvous is the first one's
+    while socket.socket().connect_ex(("127.0.0.1", port)):  # the first node hosts the rendezvous
         assert time.monotonic() < until
         time.sleep(0.1)
     lost = start(config, 2, gate, *options)
@@ -199,7 +199,7 @@ def free_port() -> int:
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to torchrun and every worker: torchrun gives workers sessions of their own."""
+    """SIGKILL torchrun and every worker: torchrun gives workers their own sessions."""
     import psutil
 
     workers = psutil.Process(process.pid).children(recursive=True)
@@ -216,7 +216,7 @@ def kill_group(process: subprocess.Popen[str]) -> None:
         (1, signal.SIGINT, 2),  # Ctrl-C pressed twice
         (1, signal.SIGHUP, 1),
         (2, signal.SIGUSR1, 1),
-        # As Slurm sends it: to torchrun, and to the ranks, too.
+        # Slurm sends it to torchrun and to the ranks.
         pytest.param(2, signal.SIGTERM, 2, marks=pytest.mark.slow),
         (1, signal.SIGTERM, UNTIL_IT_ENDS),
         (2, signal.SIGTERM, UNTIL_IT_ENDS),
@@ -238,7 +238,7 @@ def test_a_signal_saves_and_ends_cleanly(
     assert f"stopped by {number.name}" in output
     assert "Traceback" not in output
     last = rows(folder)[-1]["step"]
-    # Flags of ranks are read one step later.
+    # Ranks' flags are read one step later.
     assert last in ((11,) if ranks == 1 else (11, 12, 13))
     assert (folder / "latest").read_text().strip() == f"step-{last}"
     assert events(folder)[-1] | {"time": 0} == {
@@ -274,7 +274,7 @@ def test_second_live_run_in_a_folder_is_refused(tiny: Make, start: Start, tmp_pa
 
 
 def test_sums_of_a_run_do_not_depend_on_the_processes(tiny: Make) -> None:
-    """The in-process path the other tests use is the one the command uses."""
+    """The in-process path of other tests is the path of the command."""
     config = tiny()
     train(config, callbacks=[])
     described = json.loads((Path(config.run.folder) / "run.json").read_text())

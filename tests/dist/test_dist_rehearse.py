@@ -1,4 +1,4 @@
-"""What a dry run says of bytes and messages is what ranks hold and send."""
+"""The bytes and messages of a dry run equal those of real ranks."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +22,7 @@ RunRanks = Callable[..., list[Any]]
 
 
 def real_step(config: RunConfig) -> tuple[dict[Collective, int], dict[str, int]]:
-    """(On each rank) the collectives of one step, and what is held after it."""
+    """(On each rank) the collectives of one step, and the memory after it."""
     with open_mesh(config.parallel, torch.device("cpu")) as mesh:
         parallel = tiny.parallel(config, mesh)
         for part in parallel.parts.values():
@@ -65,7 +65,7 @@ def test_collectives_and_bytes_are_those_of_a_real_step(
     config = run(model, "fp32", **settings)
     calls, held = run_ranks(real_step, world_size, config)[0]
     (rehearsed,) = rehearse(config, world_size)
-    # Clipping comes after the step.
+    # Clipping runs after the step.
     scalars = {call for call, _ in rehearsed.collectives if call.bytes == 8}
     wanted = {call: n for call, n in rehearsed.collectives if call not in scalars}
     counted = {call: n for call, n in calls.items() if call not in scalars}
@@ -101,7 +101,7 @@ def test_experts_travel_in_equal_parts() -> None:
     config = run(MOE, "fp32", ep=4)
     (report,) = rehearse(config, 4)
     exchanged = {call: number for call, number in report.collectives if call.kind == "all-to-all"}
-    # Two layers with experts, two micro-batches; rows there and back: counting, forward, backward.
+    # Two MoE layers, two micro-batches; rows in both directions: counting, forward, backward.
     rows = tiny.LENGTH * 2
     assert exchanged[Collective("all-to-all", "ep", 4, rows * 24 * 4, "float32")] == 2 * 2 * 6
 

@@ -1,4 +1,4 @@
-"""Attention over rings of ranks equals that of one process, to the last message."""
+"""Attention over rings of ranks equals one process, with the exact number of messages."""
 
 # T rows, N query heads, K key/value heads, H head width
 
@@ -39,7 +39,7 @@ UNITS: dict[str, list[Unit]] = {
 
 
 def random_rows(lengths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """q, k, v and the gradient of the output, of whole documents one after the other."""
+    """Return q, k, v and the output gradient of documents, one after another."""
     generator = torch.Generator().manual_seed(sum(lengths))
     return tuple(
         torch.randn(sum(lengths), heads, H, generator=generator, dtype=torch.float64).to(dtype)
@@ -48,7 +48,7 @@ def random_rows(lengths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...
 
 
 def alone(lengths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Output and gradients of q, k and v on one process, softmax written out."""
+    """Return output and gradients of q, k and v on one process, with an explicit softmax."""
     q, k, v, grad = random_rows(lengths, dtype)
     inputs = [x[None].requires_grad_() for x in (q, k, v)]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -60,7 +60,7 @@ def alone(lengths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def ring_errors(name: str, dtype_name: str, wrong: str = "", tp: int = 1) -> dict[str, Any]:
-    """This rank's errors against one process: output, gradients, what filling got; its messages."""
+    """Return this rank's errors against one process, gradients of padding, and messages."""
     with open_mesh(ParallelConfig(tp=tp, timeout_s=30), torch.device("cpu")) as mesh:
         return errors_on(mesh, name, getattr(torch, dtype_name), wrong)
 
@@ -122,7 +122,7 @@ def test_rings_equal_one_process(run_ranks: RunRanks, name: str, dtype: str) -> 
 
 
 def test_ranks_are_those_of_the_group(run_ranks: RunRanks) -> None:
-    """With tp, hdp ranks 0 and 1 are ranks 0 and 2, or 1 and 3, of all."""
+    """With tp, hdp ranks 0 and 1 are global ranks 0 and 2, or 1 and 3."""
     for found in run_ranks(ring_errors, 4, "two of two", "float64", "", 2):
         assert found["forward"].hops == 1
         assert found["error"] < TOLERANCE["float64"]
@@ -146,14 +146,15 @@ def test_messages_are_as_many_and_as_long_as_said(
         if unit is None:
             continue
         (ring, lengths), member = unit
-        # Keys and values of all members but the next, which has them already.
+        # Keys and values of all members except the next, which already has its own.
         rows = [len(held(lengths, len(ring), j)) for j in range(len(ring))]
         sent = [n for j, n in enumerate(rows) if j != (member + 1) % len(ring) and n]
         if len(ring) == 1:
             sent = []
         expected = Traffic(len(sent), sum(sent) * 2 * K * H * itemsize)
         assert found["forward"] == found["said"] == expected
-        # The backward: again, and the gradients of all but its own in a type of 4 bytes or more.
+        # Backward: the same again, and gradients of all other members in a dtype of 4 bytes or
+        # more.
         back = [n for j, n in enumerate(rows) if j != member and n]
         more = sum(back) * 2 * K * H * max(itemsize, 4)
         both = Traffic(len(sent) + len(back), expected.bytes + more)
@@ -163,9 +164,9 @@ def test_messages_are_as_many_and_as_long_as_said(
 
 
 def two_units(tags: tuple[int, int]) -> float:
-    """Two members run two units of equal lengths in opposite orders: the error, or inf if it hangs.
+    """Two members run two units of equal lengths in opposite orders; return the error, inf if hung.
 
-    Plans do not do that; if one did, the wrong keys must not be taken.
+    Plans never do that; if one did, the wrong keys must not be used.
     """
     rank, group = dist.get_rank(), dist.new_group(timeout=timedelta(seconds=2))
     lengths = [(16,), (9, 7)] if rank == 0 else [(9, 7), (16,)]
@@ -185,6 +186,6 @@ def two_units(tags: tuple[int, int]) -> float:
 
 def test_units_in_another_order_hang_rather_than_mix(run_ranks: RunRanks) -> None:
     assert run_ranks(two_units, 2, (1, 2)) == [math.inf, math.inf]
-    # Which is the tags' doing: without them numbers would be wrong, and nobody would know.
+    # The tags prevent this: without them the results would be silently wrong.
     mixed = run_ranks(two_units, 2, (1, 1))
     assert all(0.1 < error < math.inf for error in mixed)

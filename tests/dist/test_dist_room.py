@@ -1,4 +1,4 @@
-"""A last checkpoint that one rank cannot write fails on all of them alike."""
+"""If one rank cannot write the last checkpoint, all ranks fail alike."""
 
 import os
 from collections.abc import Callable
@@ -22,7 +22,7 @@ FULL = OSError(28, "No space left on device")
 
 
 def ended(config: RunConfig, rank: int, place: str) -> str:
-    """(On each rank) how a run ends of which one rank's disk is full in one ``place``."""
+    """(On each rank) outcome of a run with one rank's disk full at one ``place``."""
     patches = [patch.object(save, "RETRY_AFTER_S", (0.0,))]
     if int(os.environ["RANK"]) == rank:
         holder = checkpoint if place == "seal" else checkpoint.ShardWriter

@@ -1,4 +1,4 @@
-"""Whole runs on several ranks: resumes on the same layout and on others, and golden losses."""
+"""Runs on several ranks: resumes in the same layout and in others, and golden losses."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_fp32.json"
 
 
 def launch(config: RunConfig, stop_at_step: int | None = None) -> None:
-    """One rank of a run (called on each rank)."""
+    """Run one rank of a run (called on each rank)."""
     import torch
 
     from allometry.trainer.train import train
@@ -59,14 +59,14 @@ def test_a_run_moves_between_layouts(tiny: Make, run_ranks: Ranks, tmp_path: Pat
     moved = losses(tiny(folder=moving))
     assert moved == pytest.approx(losses(straight), rel=1e-5)
     flops = [[row["flops"] for row in rows(folder)] for folder in (moving, tmp_path / "straight")]
-    assert flops[0] == flops[1]  # of the documents of all ranks
+    assert flops[0] == flops[1]  # for the documents of all ranks
     assert moved[:5] != pytest.approx(losses(straight)[1:6], rel=1e-5), "the comparison can fail"
 
 
 def test_a_mixture_changes_while_a_run_moves_between_layouts(
     tiny: Make, run_ranks: Ranks, tmp_path: Path
 ) -> None:
-    """The same samples and what they were before: edited on two ranks, declared on one."""
+    """The same samples as before: edited on two ranks, declared on one."""
     few = ("training.total_steps=8", "checkpoint.every_steps=2", "evaluation.every_steps=4")
     old = "data.replay={ratio: 0.25, sources: [down]}"
     new = "data.replay={ratio: 0.9, sources: [down]}"
@@ -97,9 +97,9 @@ def test_golden_losses(
     world_size: int,
     pytestconfig: pytest.Config,
 ) -> None:
-    """The loss of each step, as recorded when it was last meant to change.
+    """Compare each step's loss with the stored one.
 
-    `pytest tests/dist/test_dist_runs.py -k golden --update-golden` records it anew.
+    `pytest tests/dist/test_dist_runs.py -k golden --update-golden` updates the stored losses.
     """
     config = tiny("training.total_steps=60", folder=tmp_path / "golden")
     run_ranks(launch, world_size, config)

@@ -1,4 +1,4 @@
-"""The test of the machines: all messages arrive, gradients agree, and faults are found."""
+"""Self-test of machines: all messages arrive, gradients agree, and faults are detected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def timed(kinds: tuple[str, ...], ranks: int, broken: str | None) -> dict[str, tuple[int, ...]]:
-    """(On each rank) the ranks at which each kind of message was wrong."""
+    """(On each rank) the ranks with wrong data, by kind of message."""
     config = load("preset:demo")
     messages = [
         Message(kind, "hdp", ranks, size, dtype, per_step=1)
@@ -65,7 +65,7 @@ def test_a_wrong_sum_is_found_where_it_is(run_ranks: RunRanks) -> None:
 
 
 def gradients(preset: str, overrides: list[str], broken: bool) -> tuple[bool, float, str]:
-    """(On each rank) whether the check passed, and its worst."""
+    """(On each rank) whether the check passed, and its worst error."""
     config = load(f"preset:{preset}", overrides)
     small = shrunk(config, dist.get_world_size())
     with open_mesh(small.parallel, CPU) as mesh, pytest.MonkeyPatch.context() as patch:
@@ -90,7 +90,7 @@ def test_gradients_of_a_small_model_in_the_same_layout(
 ) -> None:
     results = run_ranks(gradients, ranks, preset, overrides, False)
     assert all(passed for passed, _, _ in results), results
-    assert len(set(results)) == 1  # what one rank finds, all say
+    assert len(set(results)) == 1  # all ranks report the same result
 
 
 def test_a_rank_that_computes_something_else_is_found(run_ranks: RunRanks) -> None:
@@ -100,7 +100,7 @@ def test_a_rank_that_computes_something_else_is_found(run_ranks: RunRanks) -> No
 
 
 def disk(folder: str) -> tuple[float, float, list[str]]:
-    """(On each rank) the rates of the disk, and what is left there."""
+    """(On each rank) the rates of the disk, and the files left on it."""
     with open_mesh(load("preset:demo").parallel, CPU) as mesh:
         rates = measure_disk(mesh, Path(folder) / "runs" / "one", 3 * 2**20)
         mesh.barrier("looking")

@@ -1,7 +1,7 @@
-"""Runs on a real Slurm of this machine: stopped by a signal or a node, back in the queue, finished.
+"""Runs on a real Slurm on this machine: stopped by a signal or a node, requeued, finished.
 
-Needs root and Debian's Slurm (``apt-get install slurm-wlm munge``). No service of the machine is
-used: daemons are started in a temporary folder, on ports of their own.
+Needs root and Debian's Slurm (``apt-get install slurm-wlm munge``). The test uses none of the
+machine's services: daemons run in a temporary folder, on separate ports.
 """
 
 import json
@@ -63,7 +63,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[Shell]:
-    """``slurm("scontrol", ...)``: what a command says of a cluster of one node, this machine."""
+    """Yield ``slurm("scontrol", ...)``: output of a command on a one-node cluster, this machine."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing or os.geteuid():
         pytest.skip(f"Slurm cannot be started here: not root, or without {', '.join(missing)}")
@@ -112,7 +112,7 @@ def slurm(tmp_path: Path) -> Iterator[Shell]:
 
 
 def job(slurm: Shell, number: int, wanted: str) -> None:
-    """Wait until a job is in a state."""
+    """Wait until a job reaches a state."""
     until = time.monotonic() + 2 * LIMIT_S
     while f"JobState={wanted} " not in (told := slurm("scontrol", "show", "job", str(number))):
         assert time.monotonic() < until, told
@@ -121,7 +121,7 @@ def job(slurm: Shell, number: int, wanted: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(4 * LIMIT_S)  # of which Slurm waits two minutes
+@pytest.mark.timeout(4 * LIMIT_S)  # Slurm waits two minutes of it
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_puts_the_job_back_and_the_branch_waits(
     ladder: Ladder, slurm: Shell, tmp_path: Path, processes: int
@@ -139,7 +139,7 @@ def test_a_signal_puts_the_job_back_and_the_branch_waits(
         assert time.monotonic() < until, "no rank came to the gate"
         time.sleep(0.1)
     slurm("scancel", "--signal=USR1", "1")
-    job(slurm, 1, "PENDING")  # a job that goes back waits for two minutes
+    job(slurm, 1, "PENDING")  # a requeued job waits for two minutes
     first, second = (tmp_path / f"ladder/runs/w16-d{tokens}-s0" for tokens in (5120, 10240))
     assert kinds(first) == ["started", "stopped"]
     assert not second.exists()
@@ -153,7 +153,7 @@ def test_a_signal_puts_the_job_back_and_the_branch_waits(
     assert len(logs) == 2
     assert not any("Traceback" in text for text in logs)
     assert "Restarts=1 " in slurm("scontrol", "show", "job", "1")
-    # Equal to the bit to a ladder that nobody stopped.
+    # Equals bitwise an uninterrupted ladder.
     straight = ladder(
         widths=[16],
         folder=str(tmp_path / "straight"),
@@ -231,12 +231,17 @@ def test_the_example_of_one_run_goes_on_after_a_node_fails(
     gate.open()
     slurm("scontrol", "update", node, "State=RESUME")
     job(slurm, 1, "COMPLETED")
-    assert kinds(Path(config.run.folder)) == ["started", "resumed", "finished"]
+    # Slurm sends SIGTERM before SIGKILL, so the ranks save and stop if they still can.
+    found = kinds(Path(config.run.folder))
+    assert found in (
+        ["started", "resumed", "finished"],
+        ["started", "stopped", "resumed", "finished"],
+    ), found
     assert [row["step"] for row in rows(Path(config.run.folder))] == list(range(1, 21))
 
 
 def rank_status(rank: Path) -> str:
     try:
         return (rank / "status").read_text()
-    except OSError:  # it ended meanwhile
+    except OSError:  # it has ended in the meantime
         return "State:\tZ"

@@ -1,4 +1,4 @@
-"""How many small messages a step sends: what a rank measures goes together."""
+"""Number of small messages in a step: a rank's measurements are sent together."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from test_dist_layouts import DENSE, MOE, run
 RunRanks = Callable[..., list[Any]]
 
 OF_THE_STEP = ("float64", "int32")
-"""Types of what is counted and measured; gradients and activations of these runs are float32."""
+"""Dtypes of counts and measurements; gradients and activations of these runs are float32."""
 
 
 def step_messages(model: dict[str, Any], layout: dict[str, Any]) -> list[Collective]:
-    """The messages of one step of the trainer that carry what is counted or measured."""
+    """Return the messages of one trainer step that carry counts or measurements."""
     config = run(model, "fp32", **layout)
     with tiny.mesh(config) as mesh:
         plan = RunPlan.of(config, mesh.world_size)
@@ -34,7 +34,7 @@ def step_messages(model: dict[str, Any], layout: dict[str, Any]) -> list[Collect
         take = make_train_step(config, plan, parallel, optimizer, schedule, mesh)
         count = plan.micro_batches(1)
         batches = tiny.device_batches(count * mesh.hdp.size)[mesh.hdp.rank :: mesh.hdp.size]
-        take(1, batches)  # a pipeline's ranks meet
+        take(1, batches)  # ranks of a pipeline synchronize
         with StopRequest(mesh, StopSignals()) as stop, CollectiveLog(mesh) as log:
             outcome = take(2, batches)
             stop.agreed()

@@ -31,7 +31,7 @@ GIVEN = (
 
 
 def launch(config: RunConfig, stop_at_step: int | None = None) -> None:
-    """One rank of a run (called on each rank)."""
+    """Run one rank of a run (called on each rank)."""
     import torch
 
     from allometry.trainer.train import train
@@ -48,7 +48,7 @@ SHARDED = pytest.param("parallel.zero.stage=3", marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("layout", [SHARDED, "parallel.tp=2"])
 def test_a_boundary_on_two_ranks(tiny: Make, run_ranks: Ranks, tmp_path: Path, layout: str) -> None:
-    """Resumed at it to the bit, and begun on two ranks and ended on one."""
+    """Resume at the boundary bitwise, and continue from two ranks on one."""
     straight = tiny(*GIVEN, layout, folder=tmp_path / "straight")
     parts = tiny(*GIVEN, layout, folder=tmp_path / "parts")
     moved = tiny(*GIVEN, folder=tmp_path / "moved")

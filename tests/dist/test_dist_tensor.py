@@ -1,4 +1,4 @@
-"""Tensor, sequence and loss parallelism give the gradients and losses of one process."""
+"""Tensor, sequence and loss parallelism give one process's gradients and losses."""
 
 # B sequences, L tokens in a sequence, T = B*L, V vocabulary
 
@@ -31,9 +31,9 @@ EXACT = {"fp64": 1e-10, "fp32": 1e-5}
 
 
 def config(tp: int, dtype: str = "fp64", **options: Any) -> RunConfig:
-    """Heads and hidden width that 4 divides, a vocabulary that nothing does, every scale felt.
+    """Return a run with dimensions that 4 divides, an odd vocabulary and scales that matter.
 
-    ``options``: stage, and what is to be set in the sections model and training.
+    ``options``: ZeRO stage, and keys of the sections model and training.
     """
     given = tiny.config(options.pop("stage", 0), dtype).model_dump()
     for key in ("compile", "activation_checkpointing"):
@@ -48,7 +48,7 @@ def config(tp: int, dtype: str = "fp64", **options: Any) -> RunConfig:
 
 
 def mixture(tp: int, dtype: str = "fp64", latent: bool = False, **options: Any) -> RunConfig:
-    """The same with experts after a dense block: shared ones, and an auxiliary and a z-loss."""
+    """Return the same with experts after a dense block: shared ones, auxiliary and z-loss."""
     experts = {"num_experts": 6, "experts_per_token": 2, "width": 16, "num_shared_experts": 1}
     experts |= {"kind": "latent", "latent_width": 10} if latent else {"kind": "swiglu"}
     balance = {"kind": "auxiliary", "coefficient": 0.1}
@@ -59,7 +59,7 @@ def mixture(tp: int, dtype: str = "fp64", latent: bool = False, **options: Any) 
 
 
 def pairs(count: int) -> list[tiny.MicroBatch]:
-    """Micro-batches of two sequences: gathered tokens must come back in their order."""
+    """Return micro-batches of two sequences: gathered tokens must keep their order."""
     single = tiny.micro_batches(2 * count)
     made = []
     for one, two in zip(single[::2], single[1::2], strict=True):
@@ -75,7 +75,7 @@ def pairs(count: int) -> list[tiny.MicroBatch]:
 
 
 def prepare(model: Transformer, batches: list[tiny.MicroBatch]) -> None:
-    """Give routers the size of the step and an uneven load, as a step before would have."""
+    """Set the routers' step size and an uneven load, as left by a previous step."""
     if routers(model):
         begin_step(model, sum(batch.tokens_BL.numel() for batch in batches))
     for each in routers(model).values():
@@ -83,7 +83,7 @@ def prepare(model: Transformer, batches: list[tiny.MicroBatch]) -> None:
 
 
 def compare(run: RunConfig, mesh: Mesh, twin: RunConfig | None = None) -> dict[str, float]:
-    """Errors of gradients, of their norm and of a held-out loss against one process."""
+    """Return errors of gradients, their norm and a held-out loss against one process."""
     batches = pairs(3 * mesh.hdp.size)
     held_out = replace(batches[0], tokens_BL=batches[0].tokens_BL.flip(1))
     model, sync = tiny.distributed(run, mesh)
@@ -125,7 +125,7 @@ def test_gradients_and_losses_equal_one_process(
 
 
 def chunked_against_whole(kind: str, dtype: str) -> tuple[bool, float]:
-    """Whether losses have the bits of products that are not cut, and how far gradients are off."""
+    """Return whether losses equal unchunked products bitwise, and the error of gradients."""
     make = {"dense": config, "mixture": mixture}[kind]
     made = []
     for overlap in ("off", "chunked"):
@@ -193,7 +193,7 @@ def test_mixtures_of_experts_with_zero(run_ranks: RunRanks, stage: int) -> None:
 
 
 def spread(stage: int, dtype: str = "fp64") -> RunConfig:
-    """Experts on two ep ranks, each cut over two tp ranks."""
+    """Return a run with experts on two ep ranks, each sharded over two tp ranks."""
     given = mixture(2, dtype, stage=stage).model_dump()
     given["parallel"]["ep"] = 2
     return RunConfig.model_validate(given)
@@ -205,7 +205,7 @@ def test_mixtures_of_experts_with_expert_parallelism(run_ranks: RunRanks, stage:
 
 
 def filled(run: RunConfig) -> dict[str, float]:
-    """Errors where sequences of 11 tokens are filled up to 16, against one process without that."""
+    """Return errors with sequences of 11 tokens padded to 16, against one unpadded process."""
     with tiny.mesh(run) as mesh:
         cuts = torch.tensor([0, 7, 11, 16, 23, 27, 32], dtype=torch.int32)
         positions = torch.cat([torch.arange(n) for n in (7, 4, 5)]).expand(2, 16)
@@ -243,14 +243,14 @@ def test_routers_do_not_see_filling(run_ranks: RunRanks) -> None:
 
 @pytest.mark.slow
 def test_compiled_mixtures_of_experts(run_ranks: RunRanks) -> None:
-    # Widths that the grouped kernel takes: the loop that stands in for it cannot be compiled.
+    # Widths that the grouped kernel accepts: its fallback loop cannot be compiled.
     run, twin = (mixture(2, "fp32", width=24, compile=compiled) for compiled in (True, False))
     assert worst(run_ranks(errors, 2, run, twin, timeout_s=280.0)) < EXACT["fp32"]
 
 
 @contextmanager
 def summed_by(function: Callable[..., None]) -> Iterator[None]:
-    """``function`` in place of what sums the gradients of replicated weights over tp."""
+    """Replace the sum over tp of replicated weights' gradients by ``function``."""
     right = reduce.sum_over_tp
     reduce.sum_over_tp = zero.sum_over_tp = function
     try:
@@ -275,7 +275,7 @@ def test_the_comparison_sees_gradients_that_nobody_summed(
 
 
 def seen(run: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """The total, the losses of all tokens and their logits on this rank."""
+    """Return the total, the losses of all tokens and their logits on this rank."""
     with tiny.mesh(run) as mesh:
         model, _ = tiny.distributed(run, mesh)
         return forward(model)
@@ -303,7 +303,7 @@ def test_every_rank_has_all_losses_and_all_logits(run_ranks: RunRanks, tp: int, 
 
 
 def logits_gradient_error(run: RunConfig) -> float:
-    """Through the logits, weighted differently for each column."""
+    """Return the gradient error through the logits, weighted differently for each column."""
     with tiny.mesh(run) as mesh:
         model, sync = tiny.distributed(run, mesh)
         alone = tiny.initialized(run, mesh.device)
@@ -362,13 +362,13 @@ def bf16_errors(run: RunConfig) -> dict[str, float]:
 
 def test_bf16_compute(run_ranks: RunRanks) -> None:
     for of_rank in run_ranks(bf16_errors, 2, config(2, "bf16")):
-        assert of_rank["rows"] == 0.0  # one rank has the row, and zeros take nothing from it
+        assert of_rank["rows"] == 0.0  # one rank stores the row, and adding zeros is exact
         # Sums over ranks are rounded once more than those of one process.
         assert of_rank["to exact"] < 1.5 * of_rank["of one process"]
 
 
 def parts_of_a_pipeline(run: RunConfig) -> list[str]:
-    """What lies on a rank where the embedding or the head is elsewhere."""
+    """Return the parameters on a rank without the embedding or the head."""
     from allometry.models.transformer import Part
     from allometry.parallel.tensor import apply_tensor
 

@@ -1,4 +1,4 @@
-"""A tree of runs as a user trains it: whole, interrupted, grown, wrong."""
+"""A tree of runs as a user trains it: complete, interrupted, extended, wrong."""
 
 import json
 import os
@@ -29,7 +29,7 @@ BRANCHES = (
 
 @pytest.fixture
 def tree(tiny: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Write]:
-    """``tree(key=value)`` writes a small tree of the tiny run; its file."""
+    """Yield ``tree(key=value)``, which writes a small tree of the tiny run; its file."""
     tiny("checkpoint.every_steps=null")
 
     def write(**keys: Any) -> Path:
@@ -83,7 +83,7 @@ def test_tree_from_nothing(shell: Shell, tree: Write, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_tree_interrupted_grown_and_wrong(shell: Shell, tree: Write, tmp_path: Path) -> None:
-    """Stopped in the trunk, it goes on to all branches; a later branch needs the kept step."""
+    """A stopped trunk continues to all branches; a later branch needs the kept step."""
     runs = tmp_path / "tree/runs"
     gate = Gate(tmp_path / "gate", 9)
     process = subprocess.Popen(
@@ -114,7 +114,7 @@ def test_tree_interrupted_grown_and_wrong(shell: Shell, tree: Write, tmp_path: P
     assert [run["state"] for run in facts["runs"]] == ["done"] * 3
     before = {path: path.read_bytes() for path in runs.glob("*/metrics.jsonl")}
 
-    # A branch from a step that the trunk has kept, of a branch; then one it has not.
+    # Branch from a kept step of the trunk and of a branch; then from a step that was not kept.
     twig = {"name": "twig", "parent": "long", "at": 20, "set": {"training.total_steps": 40}}
     grown = tree(branches=[*BRANCHES, twig])
     text = shell.refusal("branch", "--tree", grown)
@@ -131,7 +131,7 @@ def test_tree_interrupted_grown_and_wrong(shell: Shell, tree: Write, tmp_path: P
     assert "[4/4]" in shell("branch", "--tree", tree(branches=[*BRANCHES, again]))
     assert {path: path.read_bytes() for path in before} == before
 
-    # What changes a run that there is, is refused; the folder's description stays.
+    # Changes to an existing run are refused; the folder's description is unchanged.
     text = shell.refusal(
         "branch", "--tree", tree(trunk={"base": "tiny.yaml", "set": {"optimizer.lr": 1}})
     )
@@ -142,7 +142,7 @@ def test_tree_interrupted_grown_and_wrong(shell: Shell, tree: Write, tmp_path: P
 
 @pytest.mark.slow
 def test_tree_on_a_trunk_of_two_ranks(shell: Shell, tree: Write, tmp_path: Path) -> None:
-    """Branches, two at a time, of a run that was trained elsewhere; the trunk keeps its step."""
+    """Branch twice at a time from a run trained elsewhere; the trunk keeps its step."""
     shell("branch", "--tree", tree())
     trunk = shutil.copytree(tmp_path / "tree/runs/trunk", tmp_path / "old")
     shutil.rmtree(trunk / "pins", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The certificate: what it compares, what it refuses, and that it can fail."""
+"""The certificate: its comparisons, its refusals, and a check that it can fail."""
 
 import json
 from collections.abc import Callable
@@ -46,7 +46,7 @@ GOOD = LayoutResult(
 
 
 def with_error(dtype: str, kind: str, error: float) -> dict[str, Any]:
-    """What was compared, with one error that is too large."""
+    """Return compared quantities with one error that is too large."""
     row = GOOD.steps[dtype] | {kind: {"worst": error, "where": "a"}}
     return GOOD.steps | {dtype: row}
 

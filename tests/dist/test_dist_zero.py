@@ -1,4 +1,4 @@
-"""Every ZeRO stage gives the gradients, parameters and losses of one process."""
+"""Every ZeRO stage gives one process's gradients, parameters and losses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -69,7 +69,7 @@ def test_hybrid_sharding_and_offload_equal_one_process(
 
 
 def averaged_error(stage: int) -> float:
-    """The same comparison where somebody forgot that gradients are summed."""
+    """Return the error if gradients are averaged instead of summed."""
     with tiny.mesh() as mesh:
         run = tiny.config(stage, "fp64")
         batches = tiny.micro_batches(2 * mesh.hdp.size)
@@ -93,7 +93,7 @@ def test_the_comparison_sees_averaging(run_ranks: RunRanks, stage: int) -> None:
 
 
 def per_rank_normalised_error() -> float:
-    """The same comparison where each rank divides by its own number of targets."""
+    """Return the error if each rank divides by its own number of targets."""
     with tiny.mesh() as mesh:
         run = tiny.config(0, "fp64")
         batches = tiny.micro_batches(2 * mesh.hdp.size)
@@ -114,7 +114,8 @@ def test_the_comparison_sees_normalisation_by_rank(run_ranks: RunRanks) -> None:
 
 
 def train(stage: int) -> dict[str, float]:
-    """Three clipped AdamW steps, with an evaluation after each: errors against one process."""
+    """Take three clipped AdamW steps, each with an evaluation; return errors
+    against one process."""
     with tiny.mesh() as mesh:
         run = tiny.config(stage, "fp64")
         model, sync = tiny.distributed(run, mesh)
@@ -210,13 +211,13 @@ def test_bf16_compute_with_fp32_reduction(run_ranks: RunRanks, stage: int) -> No
         # Stage 0 runs the same products as one process. FSDP2 also rounds the head's and the
         # blocks' gradients of a micro-batch to bf16, whose unit is 2**-8.
         assert error["to one process"] < (1e-6 if stage == 0 else 2**-8)
-        # The embedding's gradient is not rounded: frequent tokens add up many.
+        # The embedding's gradient is not rounded: frequent tokens add many terms.
         assert error["of the embedding"] < 1e-6
         assert error["to exact"] < 1.1 * error["of one process"]
 
 
 def skipped_block_error(stage: int) -> float:
-    """Rank 0 skips a block: its parameters get no gradient there."""
+    """Rank 0 skips a block, whose parameters then have no gradient on that rank."""
     with tiny.mesh() as mesh:
         run = tiny.config(stage, "fp64")
         batches = tiny.micro_batches(2 * mesh.hdp.size)

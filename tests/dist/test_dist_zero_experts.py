@@ -1,4 +1,4 @@
-"""Fewer experts than ranks: ZeRO shards their rows or columns, and everything else goes on."""
+"""Fewer experts than ranks: ZeRO shards rows or columns of experts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from allometry.parallel import zero
 from thinned import thinned
 
 RunRanks = Callable[..., list[Any]]
-# (D, F): 2 and 4 ranks cut up and gate [F, D] in rows, down [D, F] in columns; or the other way.
+# (D, F): 2 and 4 ranks shard up and gate [F, D] by rows, down [D, F] by columns; or vice versa.
 ROWS, COLUMNS = (21, 20), (24, 10)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero1": (2, {"zero": {"stage": 1}}),
@@ -57,7 +57,7 @@ def config(layout: dict[str, Any], widths: tuple[int, int] = ROWS, experts: int 
 
 
 def step(run: RunConfig, check: Callable[[DTensor], None] | None = None) -> dict[str, float]:
-    """Errors of gradients, of their norm and of initial values against one process."""
+    """Return errors of gradients, their norm and initial values against one process."""
     with tiny.mesh(run) as mesh:
         batches = tiny.micro_batches(2 * mesh.hdp.size)
         sharded, sync = tiny.distributed(run, mesh)
@@ -84,7 +84,7 @@ def step(run: RunConfig, check: Callable[[DTensor], None] | None = None) -> dict
 
 
 def equal_shares(parameter: DTensor) -> None:
-    """Every rank of a copy has as much, and not of the first dimension."""
+    """Assert that all ranks of a replica have equal shards, not of the first dimension."""
     placements = dict(
         zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True)
     )
@@ -129,7 +129,7 @@ def test_with_other_ways_to_cut(
 
 
 def misplaced_error(run: RunConfig) -> dict[str, float]:
-    """The same comparison where a rank takes the rows of another for its own."""
+    """Return the errors if a rank uses another rank's rows."""
     right = zero.sum_over_tp
 
     def exchanged(parameters: Iterator[Tensor], tp: Any) -> None:
@@ -154,7 +154,7 @@ def test_the_comparison_sees_rows_in_another_order(run_ranks: RunRanks) -> None:
 
 @contextmanager
 def three_experts() -> Iterator[None]:
-    """Let what the tests of optimizers share build this file's model."""
+    """Make the shared helpers of the optimizer tests build this file's model."""
     own, optimizers.MOE = optimizers.MOE, model(ROWS)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A tiny model and batches for the ranks: every dimension uneven, every rank another loss count."""
+"""Tiny model and batches for ranks: uneven dimensions, a different loss count on every rank."""
 
 # B sequences, L tokens in a sequence
 
@@ -49,7 +49,7 @@ def config(
     compiled: bool = False,
     zero: dict[str, Any] | None = None,
 ) -> RunConfig:
-    """Rows of 61, 22, 18, 6 and 26: no number of ranks divides them all."""
+    """Return a run with rows of 61, 22, 18, 6 and 26: no number of ranks divides them all."""
     source = {"name": "none", "train": "none"}
     return RunConfig.model_validate(
         {
@@ -77,7 +77,7 @@ def config(
 
 
 def micro_batches(count: int, seed: int = 0, device: str = "cpu") -> list[MicroBatch]:
-    """``count`` sequences of packed documents; 1, 6, 11 ... of 16 targets count, one has none."""
+    """Return ``count`` sequences of packed documents; 1, 6, 11 ... of 16 targets count, or none."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for i in range(count):
@@ -99,7 +99,7 @@ def micro_batches(count: int, seed: int = 0, device: str = "cpu") -> list[MicroB
 
 
 def device_batches(count: int, seed: int = 0) -> list[DeviceBatch]:
-    """The same as the trainer feeds them, of two sources in turn."""
+    """Return the same batches in the trainer's form, alternating between two sources."""
     return [
         DeviceBatch(
             batch.tokens_BL, batch.targets_BL, torch.tensor([place % 2]), batch.documents, place
@@ -109,7 +109,7 @@ def device_batches(count: int, seed: int = 0) -> list[DeviceBatch]:
 
 
 def build(run: RunConfig, part: Part | None = None) -> Transformer:
-    """The model or a part of it without storage, in the type of the run's compute type."""
+    """Build the model or a part of it without storage, in the run's compute dtype."""
     parameterization = Parameterization(run.parameterization, run.model)
     with torch.device("meta"):
         model = build_model(run.model, parameterization, run.training.compute_dtype, part)
@@ -117,7 +117,7 @@ def build(run: RunConfig, part: Part | None = None) -> Transformer:
 
 
 def initialized(run: RunConfig, device: torch.device) -> Transformer:
-    """The same model on one process."""
+    """Return the initialized model on one process."""
     model = build(run)
     materialize(model, device)
     initialize(model, Parameterization(run.parameterization, run.model), SEED)
@@ -125,7 +125,7 @@ def initialized(run: RunConfig, device: torch.device) -> Transformer:
 
 
 def parallel(run: RunConfig, mesh: Mesh) -> Parallel:
-    """This rank's part of the model over ``mesh``, as the trainer makes it."""
+    """Return this rank's part of the model over ``mesh``, built as in the trainer."""
     made = parallelize(lambda part: build(run, part), run, Layout.of(run, mesh.world_size), mesh)
     made.materialize(mesh.device)
     made.initialize(Parameterization(run.parameterization, run.model), SEED)
@@ -133,13 +133,13 @@ def parallel(run: RunConfig, mesh: Mesh) -> Parallel:
 
 
 def distributed(run: RunConfig, mesh: Mesh) -> tuple[Transformer, GradientSync]:
-    """The whole model over a mesh without a pipeline."""
+    """Return the model over a mesh without a pipeline, and its gradient sync."""
     made = parallel(run, mesh)
     return made.parts[0], made.sync
 
 
 def mesh(run: RunConfig | None = None) -> Mesh:
-    """The ranks as ``run`` arranges them, all on the hdp axis without one, on the CPU."""
+    """Open the mesh of ``run`` on the CPU; without a run, all ranks are on the hdp axis."""
     degrees = run.parallel if run is not None else ParallelConfig()
     return open_mesh(degrees.model_copy(update={"timeout_s": 80}), torch.device("cpu"))
 
@@ -155,7 +155,7 @@ def forward_loss(model: nn.Module, batch: MicroBatch) -> Tensor:
 
 
 def backward_alone(model: nn.Module, batches: Sequence[MicroBatch]) -> None:
-    """The gradients of one process that has the whole batch."""
+    """Compute the gradients of one process with the full batch."""
     for batch in batches:
         (forward_loss(model, batch) / global_count(batches)).backward()
 
@@ -163,7 +163,7 @@ def backward_alone(model: nn.Module, batches: Sequence[MicroBatch]) -> None:
 def backward_shared(
     model: nn.Module, sync: GradientSync, batches: Sequence[MicroBatch], mesh: Mesh
 ) -> None:
-    """The gradients of this rank's share of the batch, reduced."""
+    """Compute and reduce the gradients of this rank's share of the batch."""
     mine = batches[mesh.hdp.rank :: mesh.hdp.size]
     for i, batch in enumerate(mine):
         sync.micro_batch(last=i == len(mine) - 1)
@@ -177,7 +177,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def small_activations_go() -> Iterator[list[int]]:
-    """Let offload move what a tiny model keeps; the bytes of each tensor that went."""
+    """Let offload move a tiny model's activations; yields the bytes of each offloaded tensor."""
     defaults, send = ActivationStore.__init__.__kwdefaults__, ActivationStore.send
     usual, moved = dict(defaults), []
 
@@ -195,7 +195,7 @@ def small_activations_go() -> Iterator[list[int]]:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Whole gradients by name; every parameter has one."""
+    """Return full gradients by name; every parameter must have one."""
     whole_gradients = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -208,12 +208,12 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def worst_error(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The largest |got - wanted| / max |wanted| of any tensor."""
+    """Return the largest |got - wanted| / max |wanted| over all tensors."""
     assert got.keys() == wanted.keys(), set(got) ^ set(wanted)
     errors = [
         float((got[name].double() - wanted[name].double()).abs().max())
         / float(wanted[name].double().abs().max())
         for name in wanted
     ]
-    # A NaN is larger than nothing, so max() would pass over it.
+    # max() would ignore a NaN, which compares as false.
     return max(errors) if all(map(math.isfinite, errors)) else math.inf

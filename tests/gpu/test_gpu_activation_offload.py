@@ -1,4 +1,4 @@
-"""Activations in pinned memory of the host: the bits of the GPU, less memory there, no waiting."""
+"""Activations in pinned host memory: bitwise equal, less GPU memory, no host synchronization."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def strictly(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Make waiting of the host an error from the sixth step on; those steps."""
+    """Make host synchronization an error from the sixth step on; return these steps."""
     take, strict = Loop._take, []
 
     def taken(self: Loop, step: int, given: Any) -> None:
@@ -119,7 +119,7 @@ def make(checkpointing: Any) -> Transformer:
 
 
 def step(model: Transformer) -> tuple[dict[str, Tensor], int]:
-    """Gradients of two micro-batches in flight at once, and the peak of what they added."""
+    """Return gradients of two micro-batches in flight at once, and their additional peak memory."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -141,7 +141,7 @@ def step(model: Transformer) -> tuple[dict[str, Tensor], int]:
 def test_the_peak_falls_and_the_host_is_asked_once(checkpointing: str) -> None:
     model, held = make(checkpointing), []
     with algorithms(deterministic=True):
-        step(model)  # libraries' workspaces
+        step(model)  # allocates workspaces of libraries
         wanted, whole = step(model)
         store = apply_offload(model, CUDA, share=1.0)
         for _ in range(4):
@@ -152,7 +152,7 @@ def test_the_peak_falls_and_the_host_is_asked_once(checkpointing: str) -> None:
     assert store.pool.used_bytes == 0
     assert store.bytes_in == store.bytes_out
     away = store.bytes_out / 4
-    # Less the two layers of a micro-batch that come back while another is away.
+    # Minus the two layers of a micro-batch that return while another one is offloaded.
     assert whole - peak > away * (1 - 2 / (LAYERS - 2)) * 0.8, (whole, peak, away)
 
 
@@ -175,12 +175,12 @@ def test_memory_is_pinned_and_copies_have_streams_of_their_own() -> None:
 
 
 def test_copies_run_beside_the_computation() -> None:
-    """The current stream does not wait for a copy that nobody has asked it to wait for."""
+    """The current stream does not wait for a copy unless requested."""
     pool = HostPool(CUDA)
     region = pool.take(2**28)
     source = torch.zeros(2**28, dtype=torch.uint8, device=CUDA)
     out, _ = lanes_of(CUDA)
-    out(source, region.memory)  # the first touches of memory are slow
+    out(source, region.memory)  # first touches of memory are slow
     torch.cuda.synchronize()
     ticket = out(source, region.memory)
     begun = torch.cuda.current_stream().record_event()

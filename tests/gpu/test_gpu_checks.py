@@ -1,4 +1,4 @@
-"""Checks for silent corruption on a GPU: checksums as on a CPU, products, NVML, steps twice."""
+"""Checks for silent corruption on a GPU: checksums as on a CPU, products, NVML, repeated steps."""
 
 from __future__ import annotations
 

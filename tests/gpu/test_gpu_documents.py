@@ -1,4 +1,4 @@
-"""Whole documents on one CUDA device: losses of a CPU, activations on the host, resume."""
+"""Documents on one CUDA device: a CPU's losses, offloaded activations, resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On CUDA: the kernels of FP8 states write the bits of the plain twin on a CPU, and runs resume."""
+"""On CUDA, kernels of FP8 states are bitwise equal to the CPU reference, and runs resume."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def written(x: Tensor, device: torch.device, rounding: str) -> tuple[Encoded, Tensor]:
-    """What is written, twice over so that exponents may stay, and the values it stands for."""
+    """Return the encoding, written twice so that exponents can persist, and its values."""
     kernels = fp8_states.kernels_for(torch.empty(0, device=device)) or dre
     assert (kernels is dre) == (device == CPU)
     rows_R = torch.arange(math.prod(x.shape[:-1]), device=device) + 77

@@ -1,4 +1,4 @@
-"""Groups of NCCL that are bound to a device; one GPU makes a world of one."""
+"""NCCL groups bound to a device, in a world of one GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_bound_communicator_is_split_and_sums() -> None:
         "nccl", store=dist.HashStore(), rank=0, world_size=1, timeout=MINUTE, device_id=device
     )
     try:
-        # A dimension too many, so that there is an axis that is not all ranks.
+        # An additional dimension, so that one axis does not include all ranks.
         groups = open_groups({"pp": 1, "hdp": 1}, device, MINUTE, MINUTE)
         split = dist.split_group(split_ranks=[[0]], timeout=MINUTE, group_desc="alone")
         assert split is not None

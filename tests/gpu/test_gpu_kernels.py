@@ -1,4 +1,4 @@
-"""Kernels on CUDA at 4096 tokens: against the reference, the same bits twice, what auto takes."""
+"""Kernels on CUDA at 4096 tokens: against the reference, bitwise repeatability, choice of auto."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_gradients_of_windows_equal_the_reference(name: str, window: int, case: 
 @pytest.mark.parametrize("case", ["edges", "whole", "concatenated"])
 @pytest.mark.parametrize("name", HALF)
 def test_bits_twice_where_they_are_promised(name: str, case: str) -> None:
-    """Beyond one block of keys: where a kernel adds gradients of queries by atomics, it shows."""
+    """More than one block of keys: atomic additions to the queries' gradients would differ."""
     packed = documents(DOCUMENTS[case])
     skip_unless_able(name, packed is not None, deterministic=True)
     with algorithms(deterministic=True):
@@ -120,7 +120,7 @@ def test_bits_twice_where_they_are_promised(name: str, case: str) -> None:
 
 @pytest.mark.parametrize("name", HALF)
 def test_outputs_repeat_without_the_promise_too(name: str) -> None:
-    """A forward has no sum in any order; whether the gradients repeat is printed, not promised."""
+    """A forward has a fixed order of sums; repeatability of gradients is printed, not required."""
     packed = None if name == "flash" else documents(DOCUMENTS["edges"])
     skip_unless_able(name, packed is not None)
     first = outcome(name, packed, torch.bfloat16)
@@ -186,7 +186,7 @@ def test_auto_measures_and_takes_the_fastest(tiny: Make, packing: str) -> None:
 
 
 def test_cudnn_waits_for_nothing() -> None:
-    """Documents of like length are put together without asking the device."""
+    """Documents of similar length are grouped without a device synchronization."""
     skip_unless_able("cudnn", packed=True)
     packed, qkv = documents(DOCUMENTS["edges"]), inputs(torch.bfloat16)
     attend(*qkv, packed, 0.1, "cudnn").sum().backward()

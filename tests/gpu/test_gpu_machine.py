@@ -1,4 +1,4 @@
-"""On CUDA: pieces of a step are timed and described as a GPU that the planner takes."""
+"""On CUDA, parts of a step are timed and described as a GPU for the planner."""
 
 from __future__ import annotations
 

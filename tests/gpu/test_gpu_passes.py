@@ -1,4 +1,4 @@
-"""On CUDA: products that leave in fp32, the row kernels of the loss, and what the loss keeps."""
+"""On CUDA: products with fp32 output, row kernels of the loss, and tensors saved by the loss."""
 
 from __future__ import annotations
 

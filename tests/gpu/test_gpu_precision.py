@@ -1,4 +1,4 @@
-"""On CUDA: FP8 products against their emulated twins, experts, compiled blocks, and a step."""
+"""On CUDA: FP8 products against emulated references, experts, compiled blocks, and a step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_products_equal_their_twins(recipe: str, gradients: str | None, columns:
         right = fp8.quantise(b, fp8.WEIGHT_BLOCKS[recipe])
         got = fp8.scaled_product(left, right, recipe, torch.bfloat16)
         twin = fp8.emulated_product(left, right, recipe, torch.float32)
-        # One rounding to bf16; sums are kept in fewer bits than fp32 on Hopper.
+        # One rounding to bf16; on Hopper, sums keep fewer bits than fp32.
         assert float((got.float() - twin).abs().max()) <= 2**-7 * float(twin.abs().max())
 
 

@@ -1,4 +1,4 @@
-"""On CUDA: runs trained as one model are the runs that they are on a CPU."""
+"""On CUDA, runs trained as one model equal the same runs on a CPU."""
 
 from __future__ import annotations
 

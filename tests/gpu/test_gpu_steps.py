@@ -1,4 +1,4 @@
-"""On CUDA: steps with graphs and without, steps that wait for nothing, and their kernels' bits."""
+"""On CUDA: steps with and without graphs, steps without synchronization, bits of kernels."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_graphs_give_the_bits_of_kernels_one_by_one(
 def test_a_step_waits_for_nothing(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, model: str, optimizer: str, graphs: str
 ) -> None:
-    """From the sixth step on, when compilers are done, states are made and graphs recorded."""
+    """From the sixth step on, after compilation, state creation and graph capture."""
     take, move, strict = Loop._take, DeviceBatch.of, []
 
     def taken(self: Loop, step: int, given: Any) -> None:
@@ -199,7 +199,7 @@ def test_groups_without_rows_have_gradients_of_zeros(counts: list[int]) -> None:
         assert weight.grad is not None
         return [x.grad.double(), weight.grad.double()]
 
-    for _ in range(3):  # memory that holds something else by then
+    for _ in range(3):  # fills freed memory with NaN
         junk = torch.full((4, 64, 256), float("nan"), device=CUDA, dtype=torch.bfloat16)
         del junk
         found = gradients(grouped_linear, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Optimizer states away from the GPU: every bit as on it, less memory there, locked host memory."""
+"""Optimizer states off the GPU: bitwise equal, less GPU memory, pinned host memory."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_masters_and_gradients_off_the_gpu_give_its_losses(
 
 
 def test_the_gpu_holds_copies_and_buckets_alone(tiny: Make, tmp_path: Path) -> None:
-    """Of 16 bytes a parameter, 2 and what the buckets take; 16 where nothing travels."""
+    """2 of 16 bytes per parameter, and the buckets; 16 without offload."""
     wide = ("model.width=512", "model.ffn_width=2048", "model.num_layers=6", *SHARDED)
     held = {}
     for name, states in (

@@ -1,4 +1,4 @@
-"""On CUDA: numbers of a step are there before a later one has run, and its seconds are its own."""
+"""On CUDA, numbers of a step arrive before a later step has run, with the step's own seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 CYCLES = 1_000_000_000
-"""Of the GPU's clock: some tenths of a second."""
+"""GPU clock cycles: a few tenths of a second."""
 
 
 def test_reading_waits_for_its_own_step() -> None:

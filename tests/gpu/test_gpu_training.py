@@ -1,4 +1,4 @@
-"""On CUDA: gradients and whole runs against a CPU, resume, ZeRO stages, compiled and not."""
+"""On CUDA: gradients and runs against a CPU, resume, ZeRO stages, compiled and eager."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [
 ]
 Make = Callable[..., RunConfig]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-# A head as wide as CUDA's flash kernels like it.
+# A head width that CUDA's flash kernels support.
 MOE = {
     "kind": "moe",
     "vocab_size": 64,
@@ -47,7 +47,7 @@ MOE = {
 SHAPE = ("model.width=128", "model.ffn_width=256", "model.num_heads=4", "model.num_kv_heads=2")
 EXACT = "training.deterministic=true"
 PACKINGS = ("per_document", "concatenated")
-# Largest difference over largest element, of a parameter's gradient. bf16 has 8 bits, and the two
+# Largest difference over largest element of a parameter's gradient. bf16 has 8 bits, and the two
 # devices round at different places of a sum.
 TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}
 
@@ -60,7 +60,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def gradients(config: RunConfig, device: torch.device, position: int = 0) -> dict[str, Tensor]:
-    """The whole gradients of two micro-batches from ``position`` on, put together as a run does."""
+    """Return full gradients of two micro-batches from ``position`` on, computed as in a run."""
     plan = RunPlan.of(config, 1)
     size = plan.micro_batch_sequences
     stream = Stream(config.data, config.run.seed)
@@ -83,7 +83,7 @@ def gradients(config: RunConfig, device: torch.device, position: int = 0) -> dic
 
 
 def worst(some: dict[str, Tensor], others: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest error of a parameter's gradient, over its largest element, and whose it is."""
+    """Return the largest error of a gradient relative to its largest element, and its name."""
     assert some.keys() == others.keys()
     errors = {
         name: float((some[name] - other).abs().max() / other.abs().max())
@@ -115,7 +115,7 @@ def test_stages_equal_stage_0(tiny: Make, dtype: str, stage: int, compiled: str)
     common = (*SHAPE, f"training.compute_dtype={dtype}", f"training.compile={compiled}")
     reference = gradients(tiny(*common), CUDA)
     error, name = worst(gradients(tiny(*common, f"parallel.zero.stage={stage}"), CUDA), reference)
-    # In bf16, stage 0 adds up products in fp32; the others round each to bf16 before.
+    # In bf16, stage 0 accumulates products in fp32; the other stages round each to bf16 first.
     assert error < {"fp32": 1e-6, "bf16": 1e-2}[dtype], name
 
 

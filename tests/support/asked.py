@@ -1,4 +1,4 @@
-"""A command about a configuration that a test has made."""
+"""Commands on a config made by a test."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ C = TypeVar("C", bound=ConfigCommand)
 
 
 def about(config: RunConfig, command: C) -> C:
-    """The command with this configuration, written beside its run's folder, for its CONFIG."""
+    """Return the command with the config, written next to its run folder, as its CONFIG."""
     path = Path(config.run.folder).with_suffix(".yaml")
     path.write_text(dump(config), encoding="utf-8")
     return replace(command, config=str(path))
 
 
 def small_transfer(trials: Path, **options: Any) -> Transfer:
-    """A sweep over two widths of ten steps; its figure is written next to ``trials``."""
+    """Return a sweep over two widths with ten steps; its figure is written next to ``trials``."""
     return Transfer(
         config="",
         sizes="16,32",

@@ -1,4 +1,4 @@
-"""A page in Chromium without a screen, where one is installed."""
+"""Open a page in headless Chromium, if it is installed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def need_browser() -> None:
-    """Skip the test where no browser is installed."""
+    """Skip the test if no browser is installed."""
     if CHROMIUM is None:
         pytest.skip("no chromium here: the report is not opened in a browser")
 
 
 def browse(page: Path, profile: Path, width: int = 1400) -> tuple[str, str]:
-    """Open a page; return its DOM after its scripts ran and what the console said."""
+    """Open a page; return its DOM after running its scripts, and the console messages."""
     assert CHROMIUM is not None
     command = [
         CHROMIUM,
@@ -40,7 +40,8 @@ def browse(page: Path, profile: Path, width: int = 1400) -> tuple[str, str]:
 
 
 def with_script(page: Path, out: Path, script: str) -> Path:
-    """Write a page with a further script at its end, and without a policy that forbids it."""
+    """Write a page with an additional script at its end, without the policy
+    that forbids scripts."""
     start, end = '<meta http-equiv="Content-Security-Policy"', "</body>"
     text = page.read_text()
     before, _, after = text.partition(start)

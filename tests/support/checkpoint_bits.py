@@ -1,4 +1,4 @@
-"""All tensors of a checkpoint, for tests that compare runs bit by bit."""
+"""Read all tensors of a checkpoint, for bitwise comparisons of runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from allometry.configs.run import RunConfig
 
 
 def bits(config: RunConfig, step: int) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whole."""
+    """Return all tensors of a checkpoint, unsharded, by name."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict

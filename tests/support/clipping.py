@@ -1,4 +1,4 @@
-"""Parameters with gradients of several shapes, and the norm of all of them."""
+"""Parameters with gradients of several shapes, and their global norm."""
 
 from __future__ import annotations
 

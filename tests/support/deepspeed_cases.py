@@ -1,4 +1,4 @@
-"""What tests of the deepspeed engine share: when they can run, and runs to compare."""
+"""Shared parts of the tests of the deepspeed engine: requirements, and comparison of runs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ needs_nvme = pytest.mark.skipif(
     reason="DeepSpeed's async_io is not built: allometry doctor --build",
 )
 STEADY = ("optimizer.eps=1e-4", "optimizer.lr=3e-3")
-"""With AdamW's usual epsilon, gradients near zero turn the last bit of a sum into a whole step."""
+"""With AdamW's usual epsilon, gradients near zero turn the last bit of a sum into a full step."""
 
 
 def losses(config: RunConfig) -> list[float]:
-    """The losses of a run, by step."""
+    """Return the losses of a run, by step."""
     return [row["loss"] for row in rows(Path(config.run.folder))]
 
 
 def assert_close(one: RunConfig, other: RunConfig, steps: int = 20) -> None:
-    """All losses of two runs within 1e-6."""
+    """Assert that all losses of two runs agree within 1e-6."""
     assert losses(one) == pytest.approx(losses(other), rel=0, abs=1e-6)
     assert len(losses(one)) == steps

@@ -1,4 +1,4 @@
-"""Small file systems, to be filled."""
+"""Small file systems that a test can fill."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 @contextmanager
 def mounted(place: Path, size: str) -> Iterator[Path]:
-    """Yield ``place`` as a file system of ``size``, as mount spells it; skip the test without."""
+    """Mount a tmpfs of ``size`` (in mount's syntax) and yield ``place``; skip
+    if it cannot mount."""
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
     try:

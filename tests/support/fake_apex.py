@@ -1,4 +1,4 @@
-"""NVIDIA's apex as far as a run calls it, computed by torch on a CPU; it counts its calls."""
+"""Substitute for the parts of NVIDIA's apex that a run calls, in torch, with call counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Counter[str]:
-    """Let ``apex`` and ``amp_C`` be imported, also by who only looks for them; return the calls."""
+    """Make ``apex`` and ``amp_C`` importable, also for find_spec; return the call counts."""
     calls: Counter[str] = Counter()
     place = folder / "apex"
     for package in ("", "optimizers", "normalization"):

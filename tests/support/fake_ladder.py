@@ -1,4 +1,4 @@
-"""A ladder's folder that never trained: runs of several sizes, a fit, a prediction."""
+"""Ladder folder without training: runs of several sizes, a fit, a prediction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fake_runs import chinchilla, fake_run
 
 
 def add_columns(folder: Path, columns: Mapping[str, Any]) -> None:
-    """Give every row of a run further keys: a number, or a function of the step (None: no key)."""
+    """Add keys to every row of a run: a number, or a function of the step (None: no key)."""
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
@@ -31,13 +31,13 @@ def add_columns(folder: Path, columns: Mapping[str, Any]) -> None:
 
 
 def add_event(folder: Path, event: Mapping[str, Any]) -> None:
-    """Append one event."""
+    """Append one event to events.jsonl."""
     with (folder / "events.jsonl").open("a") as file:
         file.write(json.dumps(dict(event)) + "\n")
 
 
 def watched_run(folder: Path, *overrides: str, **options: Any) -> Path:
-    """A run with everything that a report can show: speeds, monitors, an alarm, a forecast."""
+    """Write a run with all contents of a report: speeds, monitors, an alarm, a forecast."""
     fake_run(folder, *overrides, **options)
     columns: dict[str, Any] = {
         "grad_norm": lambda step: 1.0 / step,
@@ -67,7 +67,7 @@ def watched_run(folder: Path, *overrides: str, **options: Any) -> Path:
 
 
 def small_fit(noise: float = 0.01) -> Observations:
-    """Rows of Chinchilla's form with noise."""
+    """Return observations of Chinchilla's form with noise."""
     draw = np.random.default_rng(0)
     rows = [(n, d) for n in (1e6, 3e6, 1e7, 3e7) for d in (1e8, 3e8, 1e9)]
     size, tokens = np.array(rows).T
@@ -79,13 +79,15 @@ def small_fit(noise: float = 0.01) -> Observations:
 
 
 def write_fit(path: Path, observations: Observations, samples: int = 20) -> None:
-    """Fit Chinchilla's law from few starts and write the file, with a bootstrap if asked for."""
+    """Fit Chinchilla's law from a few starts and write the file, with a
+    bootstrap if samples > 0."""
     found = fit(form_named("chinchilla"), observations, FitOptions(starts=16))
     save_fit(path, found, bootstrap(found, samples) if samples else None)
 
 
 def fake_ladder(folder: Path, measured: float | None = 3.05) -> Path:
-    """Four sizes x two horizons, some with equal FLOPs; ladder files beside the runs."""
+    """Write four sizes x two horizons, some with equal FLOPs, and the ladder's
+    files next to them."""
     for width in (16, 32, 64):
         for steps in (40, 80):
             watched_run(

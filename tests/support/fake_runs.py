@@ -1,4 +1,4 @@
-"""Folders of runs that never trained: losses follow a law, all else is as a run writes it."""
+"""Run folders without training: losses follow a law, and all files have a run's format."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.plan import RunPlan
 
 Law = Callable[[float, np.ndarray], np.ndarray]
-"""Loss of N parameters (without embedding and head) after D tokens [T]."""
+"""Function (N, D) -> loss of N parameters (without embedding and head) after D tokens [T]."""
 
 
 def chinchilla(N: float, D_T: np.ndarray) -> np.ndarray:
-    """A law for models of some thousand parameters, between 2 and 6 nats."""
+    """Law for models with a few thousand parameters, between 2 and 6 nats."""
     return 1.5 + 60.0 / N**0.4 + 90.0 / D_T**0.4
 
 
 def description(width: int = 32, **data: Any) -> dict[str, Any]:
-    """A run of 40 steps over two sources, as plain data."""
+    """Return the config of a run of 40 steps over two sources, as plain data."""
     return {
         "run": {"folder": "replaced", "seed": 0},
         "model": {
@@ -63,10 +63,10 @@ def fake_run(
     tokenizer: str = "aaaa",
     ending: str = "finished",
 ) -> RunConfig:
-    """Write the four files of a run that went as ``law`` says.
+    """Write the four files of a run whose losses follow ``law``.
 
-    Held-out losses are the law's plus 0.1 (web) and minus 0.3 (code); training losses the law's
-    times a normal number of spread ``noise`` (by the run's seed). ``stop``: the last step that was
+    Held-out losses are the law's plus 0.1 (web) and minus 0.3 (code); training losses are the law's
+    times a normal number of spread ``noise`` (seeded by the run's seed). ``stop``: the last step
     taken, without a ``finished`` event.
     """
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Farseer's coefficients as its paper has them, as the values of our form."""
+"""Farseer's published coefficients as parameter values of our form."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from allometry.laws.forms.farseer import NAMES, REFERENCE
 
 
 def from_paper(coefficients: Mapping[str, float]) -> dict[str, float]:
-    """Return the values of the paper's a1, α, b1, a2, β, b2, a3, γ, b3."""
+    """Convert the paper's a1, α, b1, a2, β, b2, a3, γ, b3 to our values."""
     values = {}
     for level, a, power, b in NAMES:
         reach = coefficients[a] * REFERENCE ** coefficients[power]

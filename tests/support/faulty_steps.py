@@ -1,4 +1,4 @@
-"""Runs in which the last rank's batch of some steps is bad: its loss is multiplied."""
+"""Runs in which the last rank's batch is bad at some steps: its loss is multiplied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def launch_with_faults(
     stop_at_step: int | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """One rank of a run whose last rank multiplies the losses of step s by ``faults[s]``."""
+    """Run one rank; the last rank multiplies the losses of step s by ``faults[s]``."""
     call = TrainStep.__call__
     last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
 

@@ -1,4 +1,4 @@
-"""Steps of one rule with states in FP8, for the tests of states and of their kernels."""
+"""Optimizer steps of one rule with FP8 states, for tests of states and of their kernels."""
 
 from __future__ import annotations
 

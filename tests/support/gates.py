@@ -1,4 +1,4 @@
-"""Holding a training process at a step, so that no test depends on how long a run takes."""
+"""Pause a training process before a step, so that tests do not depend on a run's duration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ LIMIT_S = 300.0
 
 @dataclass(frozen=True)
 class Gate:
-    """Processes started with ``environment`` wait before training step ``step``.
+    """Gate before training step ``step`` for processes started with ``environment``.
 
-    ``folder`` must be new: a gate is for one start.
+    ``folder`` must be new: a gate serves one start.
     """
 
     folder: Path
@@ -23,14 +23,15 @@ class Gate:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables to be added to the process's own; its children inherit them."""
+        """Return variables to add to the environment of the process and its children."""
         self.folder.mkdir(exist_ok=True)
         here = str(Path(__file__).parent / "gate")
         path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
         return {"PYTHONPATH": path, "GATE_FOLDER": str(self.folder), "GATE_STEP": str(self.step)}
 
     def wait(self, process: subprocess.Popen[str], ranks: int = 1) -> None:
-        """Return when so many processes wait; fail with the output if ``process`` ends before."""
+        """Wait until ``ranks`` processes are at the gate; fail with the output
+        if ``process`` ends."""
         until = time.monotonic() + LIMIT_S
         while len(list(self.folder.iterdir())) < ranks:
             assert process.poll() is None, process.communicate()[0]
@@ -38,5 +39,5 @@ class Gate:
             time.sleep(0.02)
 
     def open(self) -> None:
-        """Let them go on."""
+        """Let the waiting processes continue."""
         (self.folder / "open").touch()

@@ -1,4 +1,4 @@
-"""Tiny random models of each family, as transformers makes and saves them."""
+"""Tiny random models of each family, created and saved by transformers."""
 
 from __future__ import annotations
 
@@ -23,6 +23,32 @@ _QWEN_MOE = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "mlp_only_layers": [0],
+}
+_DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "num_mtp_layers": 0,
+}
+_DEEPSEEK_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "mscale": 0.8,
+    "mscale_all_dim": 1.1,
 }
 _MANY_LAYERS = {"num_hidden_layers": 7}
 _OLMO3_ROPE = {
@@ -86,18 +112,36 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "qwen3_yarn": (
+        "qwen3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 8.0,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.2,
+                "truncate": False,
+            },
+        },
+    ),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "olmo2": ("olmo2", {}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("qwen3_moe", {**_QWEN_MOE, "norm_topk_prob": True}),
+    "deepseek_v3": ("deepseek_v3", {**_DEEPSEEK, "rope_parameters": _DEEPSEEK_ROPE}),
+    "deepseek_v3_full_queries": ("deepseek_v3", {**_DEEPSEEK, "q_lora_rank": None}),
     "qwen3_moe_plain": ("qwen3_moe", {**_QWEN_MOE, "mlp_only_layers": []}),
 }
-"""Name of a case -> family, and what its configuration has besides the common sizes."""
+"""Family of each case, and its config values beyond the common sizes."""
 
 
 def make(case: str, std: float = 0.3, **more: Any) -> Any:
-    """Return a model of transformers whose every weight, norms included, is random."""
+    """Return a transformers model with random weights, norms included; e.g. make("qwen2")."""
     import transformers
 
     family, own = CASES[case]
@@ -113,17 +157,20 @@ def make(case: str, std: float = 0.3, **more: Any) -> Any:
             noise = torch.randn(parameter.shape, generator=generator)
             is_gain = name.endswith("norm.weight")
             parameter.copy_(1 + std * noise if is_gain else std * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
 def save(folder: Path, case: str, **more: Any) -> Path:
-    """Save such a model in ``folder``."""
+    """Save the model of ``make`` in ``folder`` and return the folder."""
     make(case, **more).save_pretrained(folder)
     return folder
 
 
 def logits(folder: Path, tokens_BL: torch.Tensor) -> torch.Tensor:
-    """Return the logits of the model that transformers loads from ``folder``, in fp32."""
+    """Return the fp32 logits of the model that transformers loads from ``folder``."""
     from transformers import AutoModelForCausalLM
 
     model, loading = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""Descriptions of models as their authors published them, and small models of each family."""
+"""Published model configs, and small models of each family."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from allometry.interop.huggingface.families import Family
 
-# As the models' authors published them, less what has no effect.
+# As published by the models' authors, without keys that do not change the model's function.
 LLAMA_2: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "bos_token_id": 1,
@@ -203,6 +203,59 @@ QWEN3_MOE: dict[str, Any] = {
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
+DEEPSEEK_V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "pretraining_tp": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
 PUBLISHED: dict[Family, dict[str, Any]] = {
     "llama": LLAMA_2,
     "qwen2": QWEN2_5,
@@ -213,6 +266,7 @@ PUBLISHED: dict[Family, dict[str, Any]] = {
     "qwen3": QWEN3,
     "mixtral": MIXTRAL,
     "qwen3_moe": QWEN3_MOE,
+    "deepseek_v3": DEEPSEEK_V3,
 }
 DENSE: dict[str, Any] = {
     "kind": "dense",
@@ -246,4 +300,13 @@ MODELS: dict[Family, dict[str, Any]] = {
     "qwen3": {**DENSE, "qk_norm": True, "head_dim": 16},
     "mixtral": MOE,
     "qwen3_moe": {**MOE, "qk_norm": True, "first_dense_layers": 1, "ffn_width": 40},
+    "deepseek_v3": {
+        **{key: value for key, value in MOE.items() if key != "num_kv_heads"},
+        "latent_attention": {
+            **{"q_lora_rank": 12, "kv_lora_rank": 10, "v_head_dim": 6},
+            **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 4},
+        },
+        "experts": {**MOE["experts"], "num_shared_experts": 1},
+        "router": {"gate": "sigmoid", "normalize": True, "balance": {"kind": "bias"}},
+    },
 }

@@ -1,4 +1,4 @@
-"""Finding what would make the host wait for a GPU, in a step that runs on a CPU."""
+"""Detect operations that would make the host wait for a GPU, in a step on a CPU."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Methods that on a CPU read memory without an operator.
+# Methods that read memory on a CPU without an operator.
 _READS = frozenset(
     {"tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__"}
 )
-# Python's numbers, which are copied to a GPU from memory that is not pinned.
+# Functions that copy Python numbers to a GPU from unpinned memory.
 _COPIES = frozenset({"tensor", "as_tensor", "from_numpy"})
-# Operators whose result, or the shape of it, is data.
+# Operators whose result, or its shape, depends on data.
 _OPERATORS = frozenset(
     {
         "_local_scalar_dense",
@@ -40,10 +40,10 @@ _OPERATORS = frozenset(
 
 @contextmanager
 def host_reads(allowed: Iterable[Tensor] = ()) -> Iterator[list[str]]:
-    """Collect where values of tensors come to the host, or from it: "operation at file:line".
+    """Collect transfers of tensor values to or from the host, as "operation at file:line".
 
-    ``allowed``: tensors that are the host's own also where the model is on a GPU. Operators are
-    seen in forward and backward passes and below other functions, also where one reads values
+    ``allowed``: tensors that stay on the host when the model is on a GPU. Operators are observed in
+    forward and backward passes and inside other functions, including operators that read values
     only on a CPU.
     """
     found: list[str] = []

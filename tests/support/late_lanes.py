@@ -1,4 +1,4 @@
-"""A device whose copies run as late as those of a GPU may, with a clock and a log."""
+"""Simulated device whose copies run as late as a GPU permits, with a clock and a log."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Machine:
-    """One device and two engines that copy, ``out`` and ``back``.
+    """Device with two copy engines, ``out`` and ``back``.
 
-    What computes is the process itself, and takes time where ``computes`` says so. A copy moves
-    its bytes when somebody waits for it or for a later one of its lane, no sooner, so whoever reads
-    without waiting reads what was there before. Like a GPU it knows addresses only: memory that was
-    let go meanwhile is an error. Copies of a lane take ``seconds_per_byte``, one after the other.
+    The process itself computes; computation takes simulated time through ``computes``. A copy moves
+    its bytes only when someone waits for it or for a later copy of its lane, so a read without a
+    wait sees the old contents. Like a GPU, the device only knows addresses: using memory that was
+    freed in the meantime is an error. Copies of a lane take ``seconds_per_byte``, one after
+    another.
     """
 
     def __init__(self, seconds_per_byte: float = 0.0) -> None:
@@ -25,18 +26,18 @@ class Machine:
         self.out, self.back = (LateLane(self, name, seconds_per_byte) for name in ("out", "back"))
 
     def computes(self, what: str, seconds: float) -> None:
-        """Let time pass."""
+        """Advance the clock by ``seconds``."""
         self.now += seconds
         self.log.append(what)
 
     @property
     def lanes(self) -> tuple[LateLane, LateLane]:
-        """What ``ActivationStore`` takes."""
+        """Return the two lanes for ``ActivationStore``."""
         return self.out, self.back
 
 
 class LateLane:
-    """A queue of copies."""
+    """Queue of copies."""
 
     def __init__(self, machine: Machine, name: str, seconds_per_byte: float) -> None:
         self.machine, self.name, self._each = machine, name, seconds_per_byte
@@ -55,7 +56,7 @@ class LateLane:
         return ticket
 
     def run_until(self, ticket: LateTicket) -> None:
-        """Run what was queued up to this one."""
+        """Run the queued copies up to and including ``ticket``."""
         while ticket in self._queued:
             each = self._queued.popleft()
             each.target.tensor().copy_(each.source.tensor())
@@ -64,7 +65,7 @@ class LateLane:
 
 @dataclass(frozen=True)
 class Address:
-    """Where bytes lie, without keeping them."""
+    """Location of bytes, without a reference that keeps them alive."""
 
     storage: StorageWeakRef
     start: int
@@ -76,7 +77,7 @@ class Address:
         return cls(storage, tensor.storage_offset(), tensor.numel())
 
     def tensor(self) -> Tensor:
-        """The bytes, if they are still there."""
+        """Return the bytes; AssertionError if they were freed."""
         storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
         assert storage is not None, "memory was let go while a copy used it"
         empty = torch.empty(0, dtype=torch.uint8)
@@ -85,7 +86,7 @@ class Address:
 
 @dataclass(eq=False)
 class LateTicket:
-    """A copy on its way."""
+    """Pending copy."""
 
     lane: LateLane
     source: Address
@@ -94,7 +95,7 @@ class LateTicket:
     waits: int = field(default=0)
 
     def wait(self) -> None:
-        """The device waits: its clock goes on to the end of the copy."""
+        """Make the device wait: its clock advances to the end of the copy."""
         self.waits += 1
         machine = self.lane.machine
         machine.now = max(machine.now, self.done_at)

@@ -1,4 +1,4 @@
-"""What any law must keep: derivatives that are those of its predictions, in any shape."""
+"""Properties of every law: derivatives match predictions, for inputs of any shape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from allometry.laws.observations import Observations
 
 
 def check_slopes(form: Form, values: Mapping[str, float], observations: Observations) -> None:
-    """Assert that a fit's derivatives are central differences of predictions, for sets at once."""
+    """Assert that a fit's derivatives equal central differences of predictions,
+    for several sets."""
     target = predict(form, values, observations)
     rows = Observations({**observations.columns, form.target.name: target}, observations.groups)
     problem = Problem(form, rows)
@@ -37,7 +38,7 @@ def check_slopes(form: Form, values: Mapping[str, float], observations: Observat
 def noisy(
     form: Form, values: Mapping[str, float], rows: Observations, noise: float, seed: int = 0
 ) -> Observations:
-    """Return the rows with a target that the law gives, times exp of normal noise of this size."""
+    """Return the rows with the law's target times exp of normal noise with this deviation."""
     random = np.random.default_rng(seed)
     target = predict(form, values, rows) * np.exp(noise * random.standard_normal(len(rows)))
     return Observations({**rows.columns, form.target.name: target}, rows.groups)

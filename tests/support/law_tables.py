@@ -1,4 +1,4 @@
-"""A table of runs as users have them, under names of their own."""
+"""Table of runs with a user's own column names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAPPED = ("--map", "N=size", "--map", "D=tokens", "--map", "loss=nll")
 
 
 def noisy_table(path: Path) -> Path:
-    """Write rows of Chinchilla's law with some noise; return ``path``."""
+    """Write rows of Chinchilla's law with noise; return ``path``."""
     rng = np.random.default_rng(0)
     lines = ["size,tokens,nll,set"]
     for size in (1e7, 3e7, 1e8, 3e8, 1e9):

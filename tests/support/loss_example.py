@@ -1,4 +1,4 @@
-"""A small loss to compute, and what to compare of it."""
+"""Small loss computation and the quantities to compare."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def example(dtype: torch.dtype, tokens: int = 37, ignored: int = 5) -> tuple[Ten
 
 def results(loss, x, weight, targets, **options):
     total, nll_T = loss(x, weight, targets, **options)
-    # A factor, as the caller divides by the global count.
+    # A factor, because the caller divides by the global count.
     grads = torch.autograd.grad(total * 0.3, (x, weight))
     return total.detach(), nll_T, *grads
 

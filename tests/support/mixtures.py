@@ -1,4 +1,4 @@
-"""A small mixture of experts in several forms, and a step of it, for the tests of models."""
+"""Small mixture-of-experts models in several forms, and a training step, for tests of models."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def tokens(seed: int = 0) -> Tensor:
 
 
 def train(model: Transformer, pieces: int = 1) -> dict[str, Tensor]:
-    """Gradients of one step over the batch in this many micro-batches."""
+    """Return the gradients of one step over the batch in ``pieces`` micro-batches."""
     model.zero_grad()
     for some, targets in zip(tokens().chunk(pieces), tokens(1).chunk(pieces), strict=True):
         (model(some, targets).total / (B * L)).backward()

@@ -1,4 +1,4 @@
-"""A source that is read in windows of several lengths, by its definition: places in plain lists."""
+"""Reference for a source read in windows of several lengths: positions in plain lists."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from allometry.data.shuffle import Shuffle
 def plain_windows(
     key: str, period: int, parts: Sequence[tuple[int, int]], epochs: int
 ) -> list[list[int]]:
-    """The places of each sample's tokens in the source's own line.
+    """Return the positions of each sample's tokens in the source's sequence.
 
-    ``parts``: samples and their length, in order; what they read must lie in ``epochs`` epochs.
+    ``parts``: number of samples and their length, in order; they must fit in ``epochs`` epochs.
     """
     line = list(range(period * epochs))
     bounds = [period * epoch for epoch in range(epochs + 1)]
@@ -35,6 +35,6 @@ def plain_windows(
 
 
 def _windows(bounds: Sequence[int], place: int, length: int) -> tuple[int, int, int]:
-    """The stretch that a place lies in, and the windows that start there."""
+    """Return the epoch that contains a position, and the range of windows that start in it."""
     at = max(k for k, bound in enumerate(bounds) if bound <= place)
     return at, -(-bounds[at] // length), -(-bounds[at + 1] // length)

@@ -1,4 +1,4 @@
-"""The schedule of a mixture that changes, by its definition: one sample after another."""
+"""Reference for the schedule of a changing mixture: one sample after another."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ UNITS = 2**32
 def plain_samples(
     changes: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str], count: int
 ) -> list[tuple[str, int]]:
-    """The source and number of each of ``count`` samples.
+    """Return the source and index of each of ``count`` samples.
 
-    ``changes``: positions and shares, whole multiples of 2**-32; ties go in the order of ``names``.
+    ``changes``: positions and shares, integer multiples of 2**-32; ties follow the order of
+    ``names``.
     """
     given = dict.fromkeys(names, 0)
     owed = dict.fromkeys(names, Fraction(0))
@@ -42,12 +43,12 @@ def plain_samples(
 
 
 def _settled(owed: Mapping[str, Fraction], rate: Mapping[str, Fraction]) -> dict[str, Fraction]:
-    """What a source that stops was owed goes to the others by their shares, rounded down."""
+    """Distribute the deficit of a stopped source over the others by share, rounded down."""
     rest = sum((owed[name] for name, share in rate.items() if not share), Fraction(0))
     kept = {
         name: owed[name] + Fraction(rest * share * UNITS // 1, UNITS) if share else Fraction(0)
         for name, share in rate.items()
     }
-    largest = max(rate, key=lambda name: rate[name])  # the first of them
+    largest = max(rate, key=lambda name: rate[name])  # the first of equal shares
     kept[largest] -= sum(kept.values())
     return kept

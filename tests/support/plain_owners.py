@@ -1,6 +1,7 @@
-"""The plan of an exchange the plain way: all pieces of all matrices, of which a rank takes its own.
+"""Reference for an exchange plan: enumerate all pieces of all matrices, then select a rank's own.
 
-What ``optim/owners.py`` must give without looking at other ranks' pieces; 16 s for 1,024 ranks.
+``optim/owners.py`` must give the same plan without the pieces of other ranks. The reference takes
+16 s for 1,024 ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from allometry.optim.shards import Box, Placed
 
 
 def plain_plan(placed: Sequence[Placed], cost: Cost, rank: int, ranks: int) -> Plan:
-    """What ``plan_exchange`` returns."""
+    """Reference for ``plan_exchange``."""
     matrices = [Matrix(i, e) for i, where in enumerate(placed) for e in range(where.size[0])]
     parts = [plain_parts(placed[matrix.parameter], matrix.expert) for matrix in matrices]
     costs = [cost(*placed[matrix.parameter].size[1:]) for matrix in matrices]
@@ -33,7 +34,7 @@ def plain_plan(placed: Sequence[Placed], cost: Cost, rank: int, ranks: int) -> P
 
 
 def plain_owners(costs: Sequence[float], homes: Sequence[Sequence[int]], ranks: int) -> list[int]:
-    """What ``assign_owners`` returns."""
+    """Reference for ``assign_owners``."""
     loads = [0.0] * ranks
     share = sum(costs) / ranks * (1.0 + 1e-9)
     owners = [0] * len(costs)
@@ -48,7 +49,7 @@ def plain_owners(costs: Sequence[float], homes: Sequence[Sequence[int]], ranks: 
 
 
 def plain_parts(placed: Placed, index: int) -> list[tuple[Box, list[int]]]:
-    """The boxes of one matrix and who holds them."""
+    """Return the boxes of one matrix and the ranks that store each."""
     holders: dict[Box, list[int]] = {}
     for rank, box in enumerate(placed.boxes):
         if box.numel and box.matrices[0] <= index < box.matrices[1]:

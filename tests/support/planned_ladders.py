@@ -1,4 +1,4 @@
-"""Ladders as a test describes them, planned and not trained."""
+"""Ladders described by a test, planned without training."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def planned(base: Path, /, **keys: Any) -> LadderPlan:
 
 
 def per_token(config: RunConfig) -> float:
-    """Model FLOPs of a token of the run's documents."""
+    """Return the model FLOPs of a token of the run's documents."""
     squares = open_stream(config.data, 0).squared_lengths_per_token()
     return DocumentFlops.of(config.model).expected(squares)

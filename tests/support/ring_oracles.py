@@ -1,4 +1,4 @@
-"""What rings of attention must do, written out: the rows of a member, and what it sends."""
+"""Reference for ring attention: the rows of each member and its messages."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from allometry.parallel.hdp.shard import Ints, Ring, chunks
 
 
 def local_positions(lengths: Sequence[int], n: int, member: int) -> tuple[Ints, tuple[int, ...]]:
-    """Return what ``member`` holds of documents that share a ring of ``n``.
+    """Return the rows stored by ``member`` for documents that share a ring of ``n``.
 
-    Each row's place in its document, int64, and the lengths of the runs that attention takes for
-    documents: two for each, either of which may be empty; on a ring of one the document itself.
+    Returns each row's position in its document, int64, and the lengths of the runs that attention
+    treats as documents: two per document, either of which may be empty; on a ring of one, the
+    document itself.
     """
     if n == 1:
         runs = [range(length) for length in lengths]
@@ -27,7 +28,7 @@ def local_positions(lengths: Sequence[int], n: int, member: int) -> tuple[Ints, 
 
 
 class Traffic(NamedTuple):
-    """What one member sends: messages (those without a row are not sent) and their bytes."""
+    """Messages sent by one member, without empty ones, and their bytes."""
 
     hops: int
     bytes: int
@@ -36,9 +37,9 @@ class Traffic(NamedTuple):
 def ring_traffic(
     table: Tensor, features: int, dtype: torch.dtype, *, backward: bool = False
 ) -> Traffic:
-    """Return what the member of ``table`` sends in one attention layer: exact, and pure.
+    """Return the exact number and size of messages in one attention layer for ``table``'s member.
 
-    ``features``: K * H of this rank, keys alone; ``dtype``: theirs.
+    ``features``: K * H of this rank, keys only; ``dtype``: dtype of the keys.
     """
     ring = Ring.of(table)
     sizes = [

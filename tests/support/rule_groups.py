@@ -1,4 +1,4 @@
-"""Parameter groups of one rule and given gradients, for the tests of update rules."""
+"""Parameter groups of one rule and given gradients, for tests of update rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPES = {"square": (16, 16), "tall": (30, 12), "wide": (12, 30), "row": (1, 20)
 
 
 def normal(key: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers that depend on ``key`` and the place alone."""
+    """Return normal numbers that depend only on ``key`` and the position."""
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
@@ -28,14 +28,15 @@ def weights(
 
 
 def give(parameters: Mapping[str, nn.Parameter], step: int, scale: float = 1.0) -> None:
-    """Give each parameter the gradient of this step."""
+    """Set each parameter's gradient for this step."""
     for name, parameter in parameters.items():
         drawn = normal(f"g {name} {step}", tuple(parameter.shape), parameter.dtype)
         parameter.grad = drawn * scale
 
 
 def group(rule: str, parameters: Mapping[str, nn.Parameter], **settings: Any) -> dict[str, Any]:
-    """A group of this rule with the settings it needs; ``settings`` replace the usual ones."""
+    """Return a group of this rule with its required settings; ``settings``
+    override the defaults."""
     usual = {
         "lr": 0.02,
         "weight_decay": 0.0,
@@ -69,7 +70,7 @@ def optimizer(rule: str, parameters: Mapping[str, nn.Parameter], **settings: Any
 def by_singular_values(
     matrix: Tensor, coefficients: tuple[tuple[float, float, float], ...]
 ) -> Tensor:
-    """What Newton-Schulz iterations make of a matrix, worked out on its singular values."""
+    """Apply the polynomials of Newton-Schulz iterations to the singular values of a matrix."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / matrix.double().norm()
     for a, b, c in coefficients:

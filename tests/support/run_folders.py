@@ -1,4 +1,4 @@
-"""Reading a run's folder in tests."""
+"""Read a run folder in tests."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from allometry.trainer.record.columns import COLUMNS
 
 
 def undeclared(keys: Iterable[str]) -> list[str]:
-    """The keys that are not exactly one declared column."""
+    """Return the keys that do not match exactly one declared column."""
     return [key for key in keys if sum(column.names(key) for column in COLUMNS) != 1]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, whose columns must be declared."""
+    """Return the rows of a run's metrics.jsonl; all columns must be declared."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     found: list[dict[str, Any]] = [json.loads(line) for line in lines]
     unknown = undeclared({key for row in found for key in row})
@@ -25,5 +25,5 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's events.jsonl."""
+    """Return the events of a run's events.jsonl."""
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]

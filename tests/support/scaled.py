@@ -1,4 +1,4 @@
-"""A model with a parameter of every role, at multiples of a base, for the tests of scaling."""
+"""Model with a parameter of every role, at multiples of a base, for tests of scaling."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def optimizer(kind: str = "adamw", **changes: Any) -> OptimizerConfig:
 def mixture(
     m: int = 1, depth: int = 1, experts: int = 1, expert_width: int | None = None, **changes: Any
 ) -> MoEModel:
-    """The base with its width, depth and number of experts and visits multiplied.
+    """Return the base with its width, depth and number of experts and top-k multiplied.
 
-    Experts widen with the model unless ``expert_width`` says otherwise.
+    Experts widen with the model unless ``expert_width`` is given.
     """
     return MoEModel.model_validate(
         {

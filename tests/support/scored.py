@@ -1,4 +1,4 @@
-"""A trained tiny run with a tokenizer, and the tiny tasks beside this file, scored by hand."""
+"""Trained tiny run with a tokenizer, and tiny tasks in this folder, scored by a reference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VOCAB = 64
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """Words w0 to w63 with their numbers as ids, of which w0 ends documents."""
+    """Write a tokenizer with words w0 to w63, ids equal to their numbers; w0 ends documents."""
     words = {f"w{number}": number for number in range(VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -36,7 +36,7 @@ def documents() -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def log_likelihoods(folder: Path, step: int) -> list[list[float]]:
-    """Of each document's answers, one word each, by the run's own model: the plain twin."""
+    """Return the log-likelihoods of each document's one-word answers from the run's own model."""
     config = load(folder / "config.yaml")
     weights = CheckpointWeights(folder / "checkpoints" / f"step-{step}")
     model = build_model(config.model, Parameterization.of_run(config), "fp32").eval()

@@ -1,4 +1,4 @@
-"""Writing a checkpoint of given tensors as runs do, without a run."""
+"""Write a checkpoint of given tensors in the format of runs, without a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from allometry.trainer.state.integrity import ShardWriter, seal
 
 
 def write_sealed(path: Path, state: dict[str, Any], mesh: Mesh) -> None:
-    """Write the tensors of all ranks, and the list of files; every rank calls this."""
+    """Write the tensors of all ranks, and the list of files; every rank calls this function."""
     writer = ShardWriter(path)
     dcp.save(state, storage_writer=writer, process_group=mesh.checkpoint_group)
     files = mesh.gather_objects(writer.files)

@@ -1,4 +1,4 @@
-"""The command line in this process: what a command prints, and the sentence of a refused one."""
+"""Run the command line in this process: output of commands, and sentences of refused ones."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from allometry.launch.cli import main
 
 
 class Shell:
-    """Runs the command line in this process."""
+    """Command line that runs in this process."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
 
     def __call__(self, *arguments: object) -> str:
-        """What a command prints; it must succeed."""
+        """Return the output of a command, which must succeed."""
         code, out, err = self._run(arguments)
         assert code == 0, err
         return out
@@ -26,7 +26,7 @@ class Shell:
         return json.loads(self(*arguments, "--json"))
 
     def refusal(self, *arguments: object) -> str:
-        """The one sentence of a command that is refused."""
+        """Return the single sentence of a refused command."""
         code, _, err = self._run(arguments)
         assert code == 2, err
         (line,) = err.strip().splitlines()

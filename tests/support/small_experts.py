@@ -1,4 +1,4 @@
-"""A small mixture of experts that runs of many tests train."""
+"""Small mixture of experts for the training runs of many tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def experts_model(width: int = 32, num_layers: int = 2) -> dict[str, Any]:
-    """The model section: eight experts, a shared one, and a router with a z-loss."""
+    """Return the model section: eight experts, a shared one, and a router with a z-loss."""
     return {
         "kind": "moe",
         "vocab_size": 64,

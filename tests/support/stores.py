@@ -1,4 +1,4 @@
-"""Stores in which every token tells its source, its document and its place."""
+"""Token stores in which every token identifies its source, document and position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from allometry.data.synthetic import write_store
 
 
 def write_two_sources(folder: Path) -> Path:
-    """``code`` and ``prose``, whose tokens count on through a source; some documents are empty."""
+    """Write ``code`` and ``prose`` with consecutive tokens per source; some documents are empty."""
     rng = np.random.default_rng(0)
     for name, first, lengths in (
         ("code", 1, rng.integers(0, 23, 40)),
@@ -26,7 +26,7 @@ def write_two_sources(folder: Path) -> Path:
 
 
 def sources(folder: Path, **weights: float) -> list[dict[str, Any]]:
-    """The sources of a description; ``held``, where it is there, is held out of each."""
+    """Return the config sources; if the store ``held`` exists, it is the held-out data of each."""
     held = {"validation": str(folder / "held")} if (folder / "held.bin").exists() else {}
     return [
         {"name": name, "train": str(folder / name), "weight": weight} | held

@@ -1,4 +1,4 @@
-"""A CUDA graph on a CPU: what a function asks of the device, and the same again without Python."""
+"""CUDA graph on a CPU: record a function's device operations and replay them without Python."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Tape(TorchDispatchMode):
-    """Keeps operators with the very tensors that they read and wrote, as a graph keeps addresses.
+    """Record operators with the tensors that they read and wrote, as a graph keeps addresses.
 
-    ``replay`` runs them again and puts results where they were: what the function computes in
-    Python, or takes from tensors that are new each time, is not seen.
+    ``replay`` runs the operators again and writes results to the recorded tensors. Python
+    computations of the function, and tensors created anew in each call, are not replayed.
     """
 
     def __init__(self) -> None:
@@ -46,17 +46,17 @@ class Tape(TorchDispatchMode):
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             for x in value if isinstance(value, list | tuple) else [value]:
                 if x is not None and storage(x) not in self._made | self._before.keys():
-                    # All of it: tensors that are written one after the other may share it.
+                    # The full storage: tensors written one after another may share it.
                     whole = x.untyped_storage()
                     self._before[storage(x)] = whole, whole.clone()
 
     def undo(self) -> None:
-        """Put back what was written to tensors from outside: recording does nothing."""
+        """Restore tensors from outside that were written: recording must have no effect."""
         for whole, value in self._before.values():
             whole.copy_(value)
 
     def replay(self) -> None:
-        """Run all of it again."""
+        """Run all recorded operators again."""
         with torch.no_grad():
             for function, args, kwargs, fresh in self._steps:
                 again = [x for x in tree_leaves(function(*args, **kwargs)) if isinstance(x, Tensor)]
@@ -65,7 +65,7 @@ class Tape(TorchDispatchMode):
 
 
 def storage(tensor: Tensor) -> int:
-    """Return what tells tensors apart that do not share their memory."""
+    """Return an id that differs between tensors with separate storage."""
     return tensor.untyped_storage()._cdata
 
 

@@ -1,4 +1,4 @@
-"""Large products of cases: a few of each kind always, all of them among the slow tests."""
+"""Large products of cases: a few of each kind run by default, all of them as slow tests."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 
 def thinned(quick: Collection[Hashable], *choices: Sequence[Hashable]) -> list[Any]:
-    """Every combination of the choices as one parameter set; those that are not quick are slow.
+    """Return every combination of the choices as a parameter set; those not in ``quick`` are slow.
 
-    A combination of several choices is a tuple, of one choice the choice itself.
+    A combination of several choices is a tuple; of a single choice, the choice itself.
     """
     all_of = [case if len(choices) > 1 else case[0] for case in product(*choices)]
     unknown = set(quick) - set(all_of)

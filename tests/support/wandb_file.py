@@ -1,4 +1,4 @@
-"""What Weights & Biases keeps of an offline run: records of its log, blocks as LevelDB has them."""
+"""Reader for an offline Weights & Biases run: protobuf records in LevelDB log blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADER, BLOCK = 7, 1 << 15
 
 
 def records(path: Path) -> Iterator[Any]:
-    """The protobuf records of a ``.wandb`` file, in order."""
+    """Yield the protobuf records of a ``.wandb`` file, in order."""
     from wandb.proto import wandb_internal_pb2
 
     data, place, parts = path.read_bytes(), HEADER, b""
@@ -25,7 +25,7 @@ def records(path: Path) -> Iterator[Any]:
         _, length, kind = struct.unpack("<IHB", data[place : place + 7])
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # full record, or its last part
             record = wandb_internal_pb2.Record()
             record.ParseFromString(parts)
             yield record
@@ -33,7 +33,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """The rows that a run logged: by key, and ``_step``, W&B's own count.
+    """Return the logged rows of a run by key, with W&B's own count ``_step``.
 
     W&B's own process may write the end of the file after the run's ``finish`` has returned.
     """
@@ -51,5 +51,5 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 def kinds(path: Path) -> Iterator[tuple[str, Any]]:
-    """The records with their kinds."""
+    """Yield the records with their kinds."""
     return ((record.WhichOneof("record_type"), record) for record in records(path))

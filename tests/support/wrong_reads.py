@@ -1,4 +1,4 @@
-"""Files that are read wrongly though they are whole: one bit of what comes from a file differs."""
+"""Files that are intact but read wrongly: one bit of the data read from a file differs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 
 class _Wrong(io.FileIO):
-    """A file of which the byte at ``at`` is read with another bit."""
+    """File in which the byte at ``at`` is read with one bit flipped."""
 
     def __init__(self, path: Any, at: int, wrong: Callable[[], bool]) -> None:
         super().__init__(path, "rb")
         self._at, self._wrong = at, wrong
 
-    read = io.RawIOBase.read  # by way of readinto, as a buffer reads
+    read = io.RawIOBase.read  # through readinto, like a buffered read
 
     def readinto(self, buffer: Any, /) -> int:
         begun = self.tell()
@@ -36,7 +36,8 @@ class _Wrong(io.FileIO):
 
 @contextmanager
 def wrong_reads(file: Path, at: int, times: int = 1 << 30) -> Iterator[list[int]]:
-    """Read the byte ``at`` of ``file`` wrongly in this process, so often; yields where it was."""
+    """Read the byte ``at`` of ``file`` wrongly ``times`` times in this process;
+    yield the offsets."""
     real, real_of_path = builtins.open, Path.open
     seen: list[int] = []
 

@@ -1,4 +1,4 @@
-"""The campaign of faults: which are known, what counts as passed, and the effective time."""
+"""The fault campaign: known faults, criteria to pass, and the effective time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def done(fault: str, **changes: Any) -> dict[str, Any]:
-    """What a case leaves that passed."""
+    """Return the result of a case that passed."""
     keys = ("code", "orphans", "steps_lost", "rows_differ", "tensors_differ", "healed", "refused")
     return {"fault": fault, "restarts": 1, "felt": 0, **dict.fromkeys(keys, 0), **changes}
 
@@ -99,7 +99,7 @@ def test_effective_time_of_cases_that_are_known(modules: SimpleNamespace) -> Non
     free = time.Way(stall_s=0.0, write_s=0.0, load_s=0.0, every_s=1.0)
     mean = time.mtbf_s()
     assert mean == pytest.approx(11135, abs=1)
-    # Nothing is lost but restarts: the share of time that is left of each, E[max(0, x - r)] / E[x].
+    # Only restarts cost time: the remaining share of each period, E[max(0, x - r)] / E[x].
     found = time.effective(free, None, 600.0, 0.0, 100)["mean"]
     assert found == pytest.approx(2.718281828 ** (-600.0 / mean), abs=2e-3)
     # Stalls take their share, and half an interval is lost with each failure.

@@ -1,4 +1,4 @@
-"""The GPU benchmark: what it keeps from call to call, and what it compares."""
+"""The GPU benchmark: results stored between calls, and its comparisons."""
 
 from __future__ import annotations
 

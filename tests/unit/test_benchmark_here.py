@@ -1,4 +1,4 @@
-"""What the benchmarks of this machine count: scaled seconds, and decisions at a limit, by hand."""
+"""Benchmarks of this machine: scaled seconds, and decisions at a limit, by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of a step's kernels: names are told apart, and the rehearsal runs on a CPU."""
+"""The table of a step's kernels: classification of names, and the rehearsal on a CPU."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def test_shares_add_up_to_the_wall_clock() -> None:
     assert found == pytest.approx({"products": 0.6, "softmax of the head": 0.2, "idle": 0.2})
 
 
+@pytest.mark.slow
 def test_rehearsal() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / ".typing")}
     done = subprocess.run(

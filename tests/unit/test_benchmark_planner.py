@@ -1,4 +1,4 @@
-"""The planner's benchmark: its measures by hand, and its table where the data are."""
+"""The planner's benchmark: its measures by hand, and its table if the data are available."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def test_published_layouts_are_read_and_ordered(benchmark: ModuleType) -> None:
     assert (len(measured.seconds), measured.left_out) == (3419, 63)
     assert measured.low.sum() == 633
     slow = measured.slow > benchmark.SLOW
-    # One source holds nearly all runs that its others prove to be slow.
+    # One source has nearly all runs that other runs of their source prove to be slow.
     assert np.unique(measured.source[slow], return_counts=True)[1].tolist() == [4, 890]
     healthy = measured.take(~slow)
-    # With what is believed before any calibration.
+    # With the constants before any calibration.
     found = benchmark.ranking(healthy, step_time(healthy.cases).seconds)
     assert found["tau"] > 0.6
     assert found["regret"] < 0.05

@@ -1,4 +1,4 @@
-"""The benchmark of precision: its formats are what they are called, and its sums are right."""
+"""The precision benchmark: its formats match their names, and its sums are right."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def folder_of_benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As a script of that folder sees it, on one thread."""
+    """Set the import path of that folder's scripts, on one thread."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -36,7 +36,7 @@ def test_plain_is_e4m3_with_one_scale_for_a_group() -> None:
     scale = groups.abs().amax(1, keepdim=True) / 448.0
     wanted = ((groups / scale).to(torch.float8_e4m3fn).float() * scale).view_as(x)
     found = formats.rounded(x, formats.plain(Table.on(torch.device("cpu"))))
-    # A value halfway between two may go either way.
+    # A value halfway between two can round either way.
     assert torch.isclose(found, wanted, rtol=1e-6, atol=0.0).double().mean() > 0.999
 
 
@@ -50,7 +50,7 @@ def test_expansion_is_better_and_exponents_that_stay_are_better_yet() -> None:
         assert found["expanded m"] < found["plain m"]
     assert ratios["v log-normal, 1.0"] == pytest.approx(2.7, abs=0.1)
     assert ratios["columns, 0.0"] > ratios["columns, 0.3"] > ratios["columns, 0.5"] > 2.0
-    # In wider groups there is less to expand, until plain E4M3 makes zeros of v.
+    # Wider groups leave less to expand, until plain E4M3 rounds elements of v to zero.
     assert 1.9 < ratios["columns, 0.7"] < 2.0
     assert ratios["columns, 1.0"] > 1000.0
     averages = formats.averaged(0.99, 200)
@@ -78,7 +78,8 @@ def test_trials_are_kept_and_summed(tmp_path: Path) -> None:
 
 
 def test_torchao_s_states_are_those_of_its_optimizers() -> None:
-    """With fp32 states it takes the steps of ours; and what a format rounds is what it keeps."""
+    """With fp32 states it takes our steps; and the rounding of a format equals
+    the stored values."""
     torchao = module("contenders.torchao_states")
     if torchao.missing():
         pytest.skip(torchao.missing())

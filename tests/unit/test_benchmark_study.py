@@ -1,4 +1,4 @@
-"""The study of transfer: its rows can be run, its plan adds up, and it goes on where it stopped."""
+"""The study of transfer: its rows run, its plan adds up, and it resumes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POOL = np.random.default_rng(0).integers(0, 512, (400, 33))
 
 @pytest.fixture(autouse=True)
 def folder_of_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a script of that folder sees it."""
+    """Set the import path of that folder's scripts."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
@@ -37,7 +37,7 @@ def families() -> Any:
 
 
 class MadeText:
-    """Random tokens in the place of the corpora."""
+    """Random tokens instead of the corpora."""
 
     tokens = POOL.size
 

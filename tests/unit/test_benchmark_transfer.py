@@ -1,4 +1,4 @@
-"""Benchmarks of parameterizations: what they run exists, and their sums are right."""
+"""Benchmarks of parameterizations: their runs exist, and their sums are right."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def folder_of_benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As a script of that folder sees it, on one thread."""
+    """Set the import path of that folder's scripts, on one thread."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -74,8 +74,8 @@ def tiny(variant: Any, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("part", ["depth", "horizon"])
 def test_a_reading_is_what_training_under_the_other_rule_gives(part: str) -> None:
-    """A factor on every rate only shifts rates: no HyperP rule of depth or of tokens needs to be
-    trained with and without."""
+    """A factor on every rate only shifts rates, so HyperP's rules of depth and tokens need no
+    separate training runs."""
     sweeps = module("contenders.sweeps")
     variant = parts()[part][0]
     (reading,) = variant.readings

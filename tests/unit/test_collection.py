@@ -1,4 +1,4 @@
-"""Every file of tests is run: a folder that pytest passes over would pass unseen."""
+"""Every test file is collected: pytest would silently skip an uncollected folder."""
 
 import re
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-# Files are found as in a run, but not imported: the run of their tests does that.
+# Files are found as in a run, but not imported, because running their tests does that.
 LISTING = """
 import pytest
 

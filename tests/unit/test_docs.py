@@ -1,4 +1,4 @@
-"""The documentation's links lead somewhere, and what it names exists."""
+"""Links of the documentation are valid, and the names in it exist."""
 
 import re
 from pathlib import Path
@@ -43,3 +43,10 @@ def test_page(page: Path) -> None:
 
 def test_there_are_pages() -> None:
     assert {"README.md", "architecture.md", "resume.md"} <= {page.name for page in PAGES}
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    """`make site` refuses a page that is missing there."""
+    pages = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
+    listed = names(r"(?m): ((?:decisions/)?[\w-]+\.md)$", ROOT / "mkdocs.yml")
+    assert sorted(listed) == sorted(pages)

@@ -1,4 +1,4 @@
-"""Files and functions that the guides name exist."""
+"""Files and functions named by the guides exist."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ LINKED = re.compile(r"\[`([a-z_/]+\.py)`\]\([^)]*\)(?:: ((?:`[A-Za-z_.]+`(?:, )?
 
 @cache
 def defined(path: Path) -> frozenset[str]:
-    """Names that a file defines, of methods and fields `Class.name` and `name`."""
+    """Return the names defined in a file; methods and fields as `Class.name` and `name`."""
     found = set()
 
     def visit(body: list[ast.stmt], prefix: str) -> None:
@@ -37,7 +37,7 @@ def defined(path: Path) -> frozenset[str]:
 
 
 def missing(text: str) -> list[str]:
-    """What a page names that is not there."""
+    """Return the names in a page that do not exist."""
     wrong = []
     text = NEW.sub("", text)
     named = [(file, names.split(", ") if names else []) for file, names in NAMED.findall(text)]

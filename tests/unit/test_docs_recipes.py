@@ -1,4 +1,4 @@
-"""The code of docs/extending.md does what the page says."""
+"""The code of docs/extending.md works as described."""
 
 import re
 import sys
@@ -28,20 +28,20 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
 
 
 def blocks(title: str) -> list[str]:
-    """The Python code of a section."""
+    """Return the Python code of a section."""
     section = PAGE.read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
     return [dedent(found) for found in re.findall(r"(?ms)^ *```python\n(.*?)^ *```", section)]
 
 
 def run(code: str, module: ModuleType | None, **more: Any) -> dict[str, Any]:
-    """The names after ``code``, which sees those of a module."""
+    """Return the names after running ``code`` with a module's names."""
     names = {**(vars(module) if module else {}), "__name__": __name__, **more}
     exec(compile(code, str(PAGE), "exec", dont_inherit=True), names)
     return names
 
 
 def value(code: str, module: ModuleType) -> Any:
-    """What an entry of a table is."""
+    """Return the value of a table entry."""
     return run(f"made = (\n{code})", module)["made"]
 
 

@@ -1,4 +1,4 @@
-"""Files stop at 400 lines and functions at 60: split by concept before that."""
+"""Files have at most 400 lines and functions at most 60."""
 
 import ast
 import subprocess

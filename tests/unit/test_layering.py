@@ -1,4 +1,4 @@
-"""Who may import whom: the table of docs/architecture.md, enforced."""
+"""Allowed imports between modules: the table of docs/architecture.md, enforced."""
 
 import ast
 import subprocess
@@ -25,8 +25,8 @@ MAY_IMPORT = {
 MAY_IMPORT["interop"] = {*MAY_IMPORT["trainer"], "trainer"}
 MAY_IMPORT["studies"] = {*MAY_IMPORT["interop"], "interop"}
 MAY_IMPORT["launch"] = {*MAY_IMPORT["studies"], "studies"}
-# Sub-rooms: what of their own room each may import besides itself. The room's own files, which use
-# sub-rooms, lie above them, but for those named here.
+# Sub-rooms and their allowed imports within their room. A room's own files use its sub-rooms and
+# are above them, except for the files named here.
 SUB_ROOM_MAY_IMPORT = {
     "scaling.parameterizations": {"scaling.roles", "scaling.update_rules"},
     "scaling.hdp": {"scaling.count", "scaling.memory", "scaling.saved", "scaling.offload"},
@@ -37,7 +37,9 @@ SUB_ROOM_MAY_IMPORT = {
         *("scaling.hdp", "scaling.context", "scaling.inventory", "scaling.offload"),
         *("scaling.stages", "scaling.update_rules"),
     },
-    "data.select": {"data.store", "data.manifest", "data.special_tokens", "data.tokenizer"},
+    "data.select": {
+        *("data.store", "data.manifest", "data.special_tokens", "data.tokenizer", "data.order"),
+    },
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
     "parallel.hdp": set(),
@@ -74,7 +76,7 @@ WITHOUT_TORCH = ("configs", "scaling", "laws", "data")
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its name without ``allometry.``; a package is its ``__init__``."""
+    """Return every module by its name without ``allometry.``; a package is its ``__init__``."""
     found = {}
     for room in MAY_IMPORT:
         for path in sorted((ROOT / room).rglob("*.py")):
@@ -84,7 +86,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> list[str]:
-    """Everything a file imports, inside of functions too, as written."""
+    """Return all imports of a file as written, including those inside functions."""
     names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -96,7 +98,7 @@ def imported(path: Path) -> list[str]:
 
 
 def arrows() -> dict[str, set[str]]:
-    """Our modules that each of our modules imports."""
+    """Return our modules imported by each of our modules."""
     ours = modules()
     graph = {}
     for module, path in ours.items():
@@ -110,7 +112,7 @@ def arrows() -> dict[str, set[str]]:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Modules that import each other round about, none if there are none."""
+    """Return modules of an import cycle, an empty list if there is none."""
     done: set[str] = set()
 
     def visit(module: str, path: list[str]) -> list[str]:
@@ -128,7 +130,7 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def sub_room(module: str) -> str | None:
-    """The innermost sub-room that a module is of."""
+    """Return the innermost sub-room that contains a module."""
     inside = [r for r in SUB_ROOM_MAY_IMPORT if module == r or module.startswith(f"{r}.")]
     return max(inside, key=len, default=None)
 

@@ -1,4 +1,4 @@
-"""The faults that ``tests/support/mutations`` plants: what the operators find, and that all fit."""
+"""Faults planted by ``tests/support/mutations``: found by operators, and matching the sources."""
 
 from __future__ import annotations
 

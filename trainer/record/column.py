@@ -11,6 +11,7 @@ from allometry.scaling.roles import Role
 
 _VARYING = {
     "SOURCE": r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    "KIND": "natural|rephrased|generated",
     "LAYER": r"\d+",
     "BRANCH": "attention|ffn",
     "ROLE": "|".join(Role),

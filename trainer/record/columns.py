@@ -76,40 +76,42 @@ class FinishedStep:
 
 
 _LOOP = (
-    Column("step", "1", "updates so far, counted from 1", lambda s: s.step),
+    Column(
+        "step", "1", "number of the step, counted from 1, skipped steps included", lambda s: s.step
+    ),
     Column(
         "stage",
         "1",
-        "of a run with stages: the number of the step's own, counted from 1",
+        "number of the step's stage, counted from 1, in a run with stages",
         lambda s: {} if s.stage is None else s.stage,
     ),
     Column(
         "tokens",
         "tokens",
-        "read so far, by all ranks, targets that do not count included",
+        "tokens read so far by all ranks, including targets without loss",
         lambda s: s.tokens,
     ),
     Column(
         "flops",
         "FLOP",
-        "model FLOPs so far: forward and backward, causal attention of each document to itself "
-        "alone (with data.packing: concatenated, of each sequence), no recomputation",
+        "model FLOPs so far: forward and backward passes, with causal attention within each "
+        "document (with data.packing: concatenated, within each sequence), without recomputation",
         lambda s: s.total_flops,
     ),
     Column(
         "loss",
         "nats",
-        "mean over target tokens of the step's global batch, before its update; a skipped step's "
-        "is in its event",
+        "mean loss over the target tokens of the step's global batch, before its update; omitted "
+        "in a skipped step, whose event has it",
         lambda s: {} if s.skipped else s.loss,
     ),
     Column(
         "lr",
         "1",
-        "learning rate that this step used, at the base dimensions; 0 if it was skipped",
+        "learning rate of this step at the base dimensions; 0 in a skipped step",
         lambda s: 0.0 if s.skipped else s.outcome.lr,
     ),
-    Column("s1", "1", "sum of lr over steps, warm-up included", lambda s: s.areas.s1),
+    Column("s1", "1", "sum of lr over all steps so far, warm-up included", lambda s: s.areas.s1),
     Column(
         "s2",
         "1",
@@ -119,45 +121,43 @@ _LOOP = (
     Column(
         "grad_norm",
         "1",
-        "2-norm of the whole gradient before clipping; missing like the loss",
+        "2-norm of the complete gradient before clipping; omitted in a skipped step",
         lambda s: {} if s.skipped else s.grad_norm,
     ),
     Column(
         "skipped",
         "1",
-        "1 in the row of a step that made no update (training.bad_steps, training.skip_steps), "
-        "missing in others",
+        "1 in a step without an update (training.bad_steps, training.skip_steps), else omitted",
         lambda s: 1 if s.skipped else {},
     ),
     Column(
         "tokens_per_s",
         "tokens/s",
-        "of all ranks in this step",
+        "tokens of this step, over all ranks, divided by time_s; omitted in a skipped step",
         lambda s: {} if s.skipped else s.step_tokens / s.seconds,
     ),
     Column(
         "mfu",
         "1",
-        "model FLOPs of this step per second, over the peak of all ranks (run.json: peak)",
+        "model FLOP/s of this step divided by the peak FLOP/s of all ranks (run.json: peak)",
         lambda s: s.flops / s.seconds / s.peak_flops_per_s,
     ),
     Column(
         "peak_bytes",
         "bytes",
-        "most memory of the main rank so far, allocated (GPU) or resident (CPU)",
+        "peak memory of the main rank so far, allocated (GPU) or resident (CPU)",
         lambda s: s.peak_bytes,
     ),
     Column(
         "time_s",
         "s",
-        "from the end of the step before to the end of this one, on the device; evaluation and "
-        "saving do not count",
+        "device time from the previous step's end to this one's, without evaluation and saving",
         lambda s: s.seconds,
     ),
     Column(
         "loss/SOURCE",
         "nats",
-        "the same of a source's targets",
+        "mean loss over the target tokens of a source, as for loss",
         lambda s: {} if s.skipped else s.losses,
     ),
     Column(
@@ -169,20 +169,27 @@ _LOOP = (
     Column(
         "tokens/SOURCE",
         "tokens",
-        "read so far of a source",
+        "tokens of a source read so far",
         lambda s: {name: account.tokens for name, account in s.accounts.items()},
     ),
     Column(
         "unique_tokens/SOURCE",
         "tokens",
-        "of these, read for the first time: by this run and those that it goes on after",
+        "tokens of a source read for the first time, by this run or the runs that it continues",
         lambda s: {name: account.unique_tokens for name, account in s.accounts.items()},
     ),
     Column(
         "epochs/SOURCE",
         "1",
-        "how often a source has been read, by this run and those that it goes on after",
+        "epochs over a source so far, by this run and the runs that it continues",
         lambda s: {name: account.epochs for name, account in s.accounts.items()},
+    ),
+    Column(
+        "kind_tokens/KIND",
+        "tokens",
+        "tokens read so far of natural, rephrased and generated sources; omitted if all are "
+        "natural",
+        lambda s: s.stream.by_kind({name: one.tokens for name, one in s.accounts.items()}),
     ),
     Column(
         "validation/SOURCE",
@@ -193,8 +200,8 @@ _LOOP = (
     Column(
         "forgetting/SOURCE",
         "nats",
-        "of a replayed source: validation/SOURCE less what it was before the first step that "
-        "this run took with data.replay",
+        "validation/SOURCE of a replayed source, minus its value before the first step that this "
+        "run took with data.replay",
         by="evaluate",
     ),
 )
@@ -202,16 +209,16 @@ _LOOP = (
 _ROUTERS = tuple(
     Column(f"router/{layer}{name}", unit, meaning + of, by="balance")
     for name, unit, meaning in (
-        ("max_vio", "1", "(largest - mean) / mean of the experts' loads (arXiv 2408.15664)"),
-        ("entropy", "nats", "of the router's probabilities, mean over tokens"),
-        ("squared_log_z", "1", "squared log of the softmax's sum, mean over tokens"),
-        ("balance", "1", "E x sum of load times mean probability of this step; 1 where even"),
+        ("max_vio", "1", "(maximum - mean) / mean of the experts' loads (arXiv 2408.15664)"),
+        ("entropy", "nats", "entropy of the router's probabilities, mean over tokens"),
+        ("squared_log_z", "1", "squared log of the softmax's denominator, mean over tokens"),
+        ("balance", "1", "E x sum over experts of load x mean probability; 1 for uniform loads"),
         ("auxiliary_loss", "nats", "balance times its coefficient"),
         ("z_loss", "nats", "squared_log_z times its coefficient"),
         (
             "load_correlation",
             "1",
-            "of experts' loads with those of the step before; missing where one of them is even",
+            "correlation of experts' loads with the previous step's; omitted if either is uniform",
         ),
     )
     for layer, of in (("", "; mean over layers"), ("LAYER/", ""))
@@ -220,16 +227,16 @@ _ROUTERS = tuple(
 _PLANS = tuple(
     Column(f"hdp/{name}", unit, meaning, by="record.plans")
     for name, unit, meaning in (
-        ("micro_batches", "1", "of all hdp ranks, dummies among them"),
-        ("waves", "1", "micro-batches of the rank with most"),
-        ("dummies", "1", "micro-batches that count nothing"),
-        ("degree/DEGREE", "1", "documents that so many ranks shared"),
-        ("balance", "1", "planned time of the step over the mean of what ranks are busy"),
-        ("bytes_sent", "bytes", "by rings, forward and backward"),
+        ("micro_batches", "1", "micro-batches of all hdp ranks, dummies included"),
+        ("waves", "1", "maximum number of micro-batches of a rank"),
+        ("dummies", "1", "micro-batches without documents"),
+        ("degree/DEGREE", "1", "documents that DEGREE ranks process together"),
+        ("balance", "1", "planned time of the step divided by the mean busy time of the ranks"),
+        ("bytes_sent", "bytes", "bytes sent in all rings, forward and backward, per tp rank"),
         (
             "offloaded",
             "1",
-            "share of the tokens' activations that plans keep in the host's memory "
+            "fraction of the tokens' activations that plans offload to host memory "
             "(parallel.context.offload)",
         ),
     )
@@ -238,9 +245,9 @@ _PLANS = tuple(
 _OFFLOAD = tuple(
     Column(f"offload/{name}", "bytes", meaning, by="record.rows")
     for name, meaning in (
-        ("bytes_out", "of activations that the main rank sent to the host's memory in this step"),
-        ("bytes_in", "of activations that it fetched back"),
-        ("host_bytes", "of the host's memory that it holds for them, used or not"),
+        ("bytes_out", "activations that the main rank copied to host memory in this step"),
+        ("bytes_in", "activations that the main rank copied back in this step"),
+        ("host_bytes", "host memory allocated for activations by the main rank, used or not"),
     )
 )
 
@@ -250,56 +257,53 @@ _MONITORS = tuple(
         (
             "attention_logit_max/LAYER",
             "1",
-            "largest q·k times its scale, as the softmax sees it, from at most 128 tokens of each "
-            "sequence, evenly spaced back from its last one, over all keys that these see",
+            "maximum scaled q·k before the softmax, over at most 128 query tokens of each "
+            "sequence, evenly spaced back from its last token, and all keys visible to them",
         ),
-        ("attention_logit_max", "1", "the same of all layers"),
-        ("attention_logit_mean/LAYER", "1", "mean of the same"),
+        ("attention_logit_max", "1", "maximum of these logits over all layers"),
+        ("attention_logit_mean/LAYER", "1", "mean of these logits"),
         ("attention_z/LAYER", "1", "mean of (log Σ exp)² of these logits over tokens and heads"),
         (
             "branch_rms/LAYER/BRANCH",
             "1",
-            "what is added to the residual stream, after the residual scale",
+            "RMS of a branch's output, after the residual scale, as added to the residual stream",
         ),
         (
             "outlier_percent/LAYER/BRANCH",
             "%",
-            "of these: elements further than 5 standard deviations of their token from its mean",
+            "elements of this output more than 5 standard deviations from their token's mean",
         ),
-        ("activation_max/LAYER", "1", "largest magnitude of a block's output"),
-        ("activation_max", "1", "the same of all layers"),
-        ("activation_max_layer", "1", "the layer that has it"),
-        ("output/log_z", "1", "mean of log Z of the output over the same tokens as the logits"),
-        ("output/squared_log_z", "1", "mean of its square"),
-        ("grad_rms/ROLE", "1", "of gradients after clipping"),
-        ("grad_l1", "1", "the sum of all their magnitudes"),
-        (
-            "param_rms/ROLE",
-            "1",
-            "of every n-th row of each tensor, 256 rows to 511, before the step",
-        ),
+        ("activation_max/LAYER", "1", "maximum magnitude of a block's output"),
+        ("activation_max", "1", "maximum of activation_max/LAYER over all layers"),
+        ("activation_max_layer", "1", "layer with activation_max, counted from 0"),
+        ("output/log_z", "1", "mean log Z of the output over the tokens of the attention logits"),
+        ("output/squared_log_z", "1", "mean (log Z)² of the output over these tokens"),
+        ("grad_rms/ROLE", "1", "RMS of the gradients after clipping"),
+        ("grad_l1", "1", "sum of the magnitudes of all gradients after clipping"),
+        ("param_rms/ROLE", "1", "RMS of every n-th row of a tensor (256-511 rows) before the step"),
         (
             "update_ratio/ROLE",
             "1",
-            "rms of these rows' change over param_rms: 0 in the last row where the rate ends at 0",
+            "RMS of these rows' update over param_rms; 0 in the last row if the rate ends at 0",
         ),
-        ("sphere_drift/ROLE", "1", "largest of abs(‖W‖ / R - 1), where a rule keeps ‖W‖ at R"),
+        ("sphere_drift/ROLE", "1", "maximum of abs(‖W‖ / R - 1), where a rule keeps ‖W‖ at R"),
         (
             "fp8_error/ROLE",
             "1",
-            "of inputs of products that are read or kept in FP8: rms of the rounding over theirs",
+            "RMS of the rounding error divided by the RMS of the values, for inputs of matrix "
+            "products that are read or saved in FP8",
         ),
-        ("fp8_underflow_percent/ROLE", "%", "of these: elements that became 0"),
-        ("fp8_saturated_percent/ROLE", "%", "of these: elements clipped or in a block not finite"),
+        ("fp8_underflow_percent/ROLE", "%", "elements of these inputs that round to 0"),
+        ("fp8_saturated_percent/ROLE", "%", "elements that are clipped or in a nonfinite block"),
         (
             "clip_rate",
             "1",
-            "share of the steps since the last look, in this launch, whose gradient was clipped",
+            "fraction of steps with clipped gradients since the last measurement of this launch",
         ),
         (
             "singular/PARAMETER",
             "1",
-            "largest singular value of a matrix (of the experts of one: the largest), every "
+            "largest singular value of a matrix (for experts, the maximum over experts), every "
             "record.monitors.singular_values_every_steps steps (1000)",
         ),
     )
@@ -311,10 +315,10 @@ _FORECAST = tuple(
         (
             "loss",
             "expected training loss of the run's last step (docs/forecast.md), or of the last step "
-            "up to which stages differ in their rates alone",
+            "up to which stages differ only in their rates",
         ),
-        ("low", "lower end of its 95 % interval"),
-        ("high", "upper end of its 95 % interval"),
+        ("low", "lower bound of its 95 % interval"),
+        ("high", "upper bound of its 95 % interval"),
     )
 )
 
@@ -324,24 +328,21 @@ _STATES = tuple(
         (
             "error",
             "1",
-            "of this step's rounding to FP8: root of squared errors over squared values of a group "
-            "of 128, root mean square over groups (optimizer.states)",
+            "relative rounding error of this step's FP8 states (optimizer.states): root of squared "
+            "errors over squared values in a group of 128, root mean square over groups",
         ),
-        ("underflow_percent", "%", "of a state's values: those that became zero by it"),
-        (
-            "saturated_percent",
-            "%",
-            "of a state's values: those kept as their group's largest, itself among them",
-        ),
+        ("underflow_percent", "%", "values of a state that this rounding sets to zero"),
+        ("saturated_percent", "%", "values stored as their group's maximum, itself included"),
     )
 )
 
 _RANKS = (
-    Column("ranks/slowest", "1", "rank that waited least for others lately", by="watch.stragglers"),
+    Column("ranks/slowest", "1", "rank that waits least in the last window", by="watch.stragglers"),
     Column(
         "ranks/slowest_percent",
         "%",
-        "so much longer it computed than the median of the others of its stage (CPU alone)",
+        "its excess in computation time over the median of its stage's other ranks (CPU ranks "
+        "only)",
         by="watch.stragglers",
     ),
 )
@@ -349,12 +350,12 @@ _RANKS = (
 _CARDS = tuple(
     Column(f"cards/{name}", unit, meaning, by="record.cards")
     for name, unit, meaning in (
-        ("temperature_c", "°C", "of the hottest GPU"),
-        ("sm_mhz", "MHz", "clock of the slowest GPU"),
-        ("power_w", "W", "of all GPUs together"),
-        ("ecc_corrected", "1", "ECC errors of all GPUs since their drivers started, corrected"),
-        ("ecc_uncorrected", "1", "and those that could not be corrected"),
-        ("throttled", "1", "GPUs that are slowed by heat, power or the board"),
+        ("temperature_c", "°C", "maximum temperature of the GPUs"),
+        ("sm_mhz", "MHz", "minimum SM clock of the GPUs"),
+        ("power_w", "W", "total power of the GPUs"),
+        ("ecc_corrected", "1", "corrected ECC errors of all GPUs since their drivers started"),
+        ("ecc_uncorrected", "1", "uncorrected ECC errors of all GPUs since their drivers started"),
+        ("throttled", "1", "number of GPUs that are slowed by heat, power or the board"),
     )
 )
 

@@ -19,6 +19,7 @@ from allometry.configs.run import RunConfig
 from allometry.data.run_tokenizer import tokenizer_that_agrees
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.stages import place_of
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import Taken, link_files, stored_config
@@ -248,7 +249,7 @@ def _check_model(before: RunConfig, config: RunConfig, key: str) -> tuple[Differ
             f"{key} has another model: {listed}; set these keys to the values there, or leave "
             "run.initial out"
         )
-    forward = [Parameterization.of_run(one).forward for one in (before, config)]
+    forward = [_multipliers(one) for one in (before, config)]
     if forward[0] != forward[1]:
         raise UserError(
             f"parameterization.kind={config.parameterization.kind} multiplies otherwise in the "
@@ -257,6 +258,12 @@ def _check_model(before: RunConfig, config: RunConfig, key: str) -> tuple[Differ
             "bring the weights over with allometry convert, which divides multipliers out"
         )
     return tuple(different)
+
+
+def _multipliers(config: RunConfig) -> ForwardScales:
+    """What the forward pass multiplies, but for ``rope_scaling``'s factor, which may change."""
+    model = config.model.model_copy(update={"rope_scaling": None})
+    return Parameterization.of_run(config.model_copy(update={"model": model})).forward
 
 
 def _check_optimizer(

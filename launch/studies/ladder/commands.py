@@ -11,9 +11,7 @@ from allometry.launch.command import Command, argument, option
 class LadderCommand(Command):
     """Base class of the commands for a ladder."""
 
-    file: str = argument(
-        "a YAML file of kind: ladder, preset:NAME, or a ladder's folder", paths=True
-    )
+    file: str = argument("YAML file of kind: ladder, preset:NAME, or a ladder's folder", paths=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +22,9 @@ class Run(LadderCommand):
     last checkpoint.
     """
 
-    only: str | None = option("rungs, or target; default: rungs, prediction, target")
-    parallel: int | None = option("runs at a time; default: the ladder's", min=1)
-    dry_run: bool = option("print what would be trained, train nothing", False)
+    only: str | None = option("part to run: rungs or target; default: rungs, prediction, target")
+    parallel: int | None = option("number of runs at a time; default: the ladder's", min=1)
+    dry_run: bool = option("print the remaining runs without training", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,4 +44,4 @@ class Predict(LadderCommand):
     The prediction is stored in FOLDER/prediction.json.
     """
 
-    again: bool = option("predict anew, though the target has been trained", False)
+    again: bool = option("repeat the prediction although the target has been trained", False)

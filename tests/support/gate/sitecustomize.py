@@ -1,7 +1,7 @@
-"""Python imports this at its start where ``gates.Gate`` says so: training then waits at a step.
+"""Imported by Python at startup through ``gates.Gate``: training then waits before a step.
 
-The process says that it waits by a file of its id's name, and goes on when the test makes the file
-``open`` or sends it a signal that has a handler.
+The process creates a file named by its process id while it waits, and continues when the test
+creates the file ``open`` or sends a signal that has a handler.
 """
 
 import importlib.abc
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class Hold(importlib.abc.MetaPathFinder):
-    """Changes ``TrainStep`` when its module is imported, and no other import."""
+    """Wrap ``TrainStep`` when its module is imported, and no other module."""
 
     def find_spec(self, name, path, target=None):
         if name != "allometry.trainer.step":

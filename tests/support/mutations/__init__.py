@@ -1,1 +1,1 @@
-"""One-line faults, planted one at a time, and which of them the tests see: see run.py."""
+"""Plant one-line faults one at a time and count the faults that tests detect; see run.py."""

@@ -1,4 +1,4 @@
-"""Which faults are planted: those written by hand, and a sample of all that the operators make."""
+"""Selection of faults to plant: hand-written ones, and a sample of the operators' faults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mutations.planted import PLANTED
 
 @dataclass(frozen=True)
 class Mutant:
-    """A file with one fault; ``before`` and ``after`` are the line that changes, stripped."""
+    """File with one fault; ``before`` and ``after`` are the changed line, stripped."""
 
     file: str
     operator: str
@@ -26,13 +26,13 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """A name that stays the same as long as the line does."""
+        """Return a name that is stable while the line is unchanged."""
         parts = (self.file, self.place, self.before, self.after)
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
 
 
 def written(root: Path) -> tuple[list[Mutant], list[str]]:
-    """Return the faults written by hand, and words for those that fit the sources no more."""
+    """Return the hand-written faults, and messages for those that no longer match the sources."""
     made, stale = [], []
     for plant in PLANTED:
         path = root / plant.file
@@ -47,10 +47,10 @@ def written(root: Path) -> tuple[list[Mutant], list[str]]:
 
 
 def sampled(root: Path, count: int, seed: int, files: list[str] | None = None) -> list[Mutant]:
-    """Return ``count`` faults of the hot path: as many of each file and operator as possible.
+    """Return ``count`` faults of the hot path, balanced over files and operators.
 
-    The order is that of hashes of (seed, file, fault), so an edit of one file leaves the choice in
-    the others as it is.
+    The order is that of hashes of (seed, file, fault), so that an edit of one file does not change
+    the selection in other files.
     """
     piles: dict[str, list[Mutant]] = {}
     for file in files if files is not None else hot_files(root):

@@ -1,4 +1,4 @@
-"""Which files are the hot path, and which tests see a fault in each, the quickest first."""
+"""Files of the hot path, and the tests that cover each, fastest first."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COLD = (
     "*/__init__.py",
     "*cuda*.py",  # needs a GPU
     "parallel/measure.py",  # times layers
-    "*triton*.py",  # likewise
+    "*triton*.py",  # needs a GPU
     "parallel/simulate.py",  # dry runs
     "parallel/overlap_log.py",
 )
@@ -36,7 +36,7 @@ LAYOUTS = "tests/dist/test_dist_layouts.py"
 
 @dataclass(frozen=True)
 class Stage:
-    """Arguments of one pytest call: test files, and a ``-k`` that thins them."""
+    """Arguments of one pytest call: test files, and a ``-k`` expression that selects from them."""
 
     files: tuple[str, ...]
     keyword: str = ""
@@ -46,7 +46,7 @@ class Stage:
         return [*self.files_in(root), *(["-k", self.keyword] if self.keyword else [])]
 
     def files_in(self, root: Path) -> list[str]:
-        """Return the test files that a tree has."""
+        """Return the test files present in a tree."""
         return sorted({str(path.relative_to(root)) for f in self.files for path in root.glob(f)})
 
 
@@ -64,7 +64,7 @@ STAGED = dist("layouts", keyword="gpipe or looped_bfs or interleaved_zero_bubble
 RUNS = unit("trainer/test_trainer_run")
 FROZEN = unit("trainer/*overrides")
 
-# The first pattern that fits a file says what covers it.
+# The first pattern that matches a file determines its tests.
 COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ("models/attention*.py", (unit("models/test_models_attention"), unit("models/test_*"))),
     ("models/grouped.py", (unit("models/test_models_grouped"), unit("models/test_*"))),
@@ -111,7 +111,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         (unit("optim/*build", "scaling/*identity"), unit("optim/*"), FROZEN, dist("optimizers")),
     ),
     (
-        "optim/[eosw]*.py",  # what computes with shards
+        "optim/[eosw]*.py",  # rules that use shards
         (
             unit("optim/*owners", "optim/*matrix_ops", "optim/*rules"),
             dist("matrix_ops", "clip"),
@@ -275,7 +275,7 @@ def hot_files(root: Path) -> list[str]:
 
 
 def stages_of(root: Path, file: str) -> list[Stage]:
-    """Return what is run for a fault in a file: the tests named after it, and those above."""
+    """Return the stages for a fault in a file: the tests named after the file, then COVERING's."""
     room, stem = file.split("/")[0], Path(file).stem
     own = Stage((f"tests/unit/{room}/test_{room}_*{stem}*.py", f"tests/dist/test_dist_{stem}.py"))
     fitting = next(stages for pattern, stages in COVERING if fnmatch(file, pattern))

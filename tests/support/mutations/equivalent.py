@@ -1,4 +1,4 @@
-"""Faults that change nothing that could be seen: by file and line after, with the reason."""
+"""Faults without an observable effect, by file and changed line, with the reason."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "torch.zeros(1, device=mesh.device)",
     ): "connects NCCL, on a GPU alone",
 }
-"""(file, the line with the fault) -> why it computes the same."""
+"""(file, line with the fault) -> reason why the result is the same."""
 
 
 def reason_of(mutant: Mutant) -> str | None:
-    """Return why a fault could not be seen; None: it should be."""
+    """Return why a fault has no observable effect, or None if tests should detect it."""
     return EQUIVALENT.get((mutant.file, mutant.after))

@@ -1,8 +1,8 @@
 """One-line faults of arithmetic and reductions, found in the syntax tree of a source file.
 
-``faults_of(text)`` enumerates every place where one of the operators below applies, in the order of
-the file. A fault is a replacement of a stretch of the source, so that a line is all that changes.
-What only words errors, logs or annotates is left alone, and so are assertions.
+``faults_of(text)`` enumerates all places where one of the operators below applies, in the order of
+the file. A fault replaces a span of the source, so that only one line changes. Code that only
+formats errors, logs or annotates is skipped, and so are assertions.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ RENAMED = {
     "argmax": "argmin",
     "cumsum": "cumprod",
 }
-"""Methods, functions and types that are taken for another; those of modules as attributes."""
+"""Methods, functions and types to exchange for similar ones; functions of modules as attributes."""
 BUILTINS = {"max": "min", "min": "max"}
 DROPPED = frozenset(("clamp", "detach", "abs", "sqrt", "square", "exp", "log", "neg", "roll"))
-"""Methods whose receiver is taken as it is."""
+"""Methods to omit, so that the receiver itself is used."""
 COLLECTIVES = frozenset(
     (
         *("all_reduce", "all_reduce_sum", "reduce_scatter_tensor", "all_gather_into_tensor"),
@@ -62,15 +62,15 @@ AXES = frozenset(
         *("gather", "scatter", "narrow", "index_select", "size"),
     )
 )
-"""Calls whose small integers name a dimension."""
+"""Calls whose small integers are dimensions."""
 SPEED = ("strict", "fused", "foreach", "non_blocking", "fullgraph", "maxsize", "slots", "frozen")
-"""Arguments that change how, or how strictly, the same is computed."""
+"""Arguments that affect speed or strictness, but not the result."""
 QUIET = ("report", "warning", "info", "debug", "UserError", "ValueError", "RuntimeError", "event")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Bytes ``start`` to ``stop`` of a file become ``new``; ``place``: the function they are in."""
+    """Replacement of bytes ``start`` to ``stop`` by ``new``; ``place``: the enclosing function."""
 
     operator: str
     start: int
@@ -115,17 +115,17 @@ class _Finder(ast.NodeVisitor):
         return self._bytes[start:stop].decode()
 
     def _add(self, operator: str, start: int, stop: int, new: str) -> None:
-        if self._places:  # what is outside of functions is constants and tables
+        if self._places:  # code outside functions consists of constants and tables
             self.faults.append(Fault(operator, start, stop, new, ".".join(self._places)))
 
     def _between(self, operator: str, left: ast.expr, right: ast.expr, old: str, new: str) -> None:
-        """Replace the sign between two operands."""
+        """Replace the operator sign between two operands."""
         start, stop = self._span(left)[1], self._span(right)[0]
         offset = self._bytes[start:stop].find(old.encode())
         if offset >= 0:
             self._add(operator, start + offset, start + offset + len(old.encode()), new)
 
-    # What is visited, and what is not.
+    # Nodes to visit and to skip.
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if node.name.startswith("__") and node.name not in ("__init__", "__call__"):
@@ -205,7 +205,7 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _negate(self, test: ast.expr) -> None:
-        if not isinstance(test, ast.Compare):  # those have operators of their own
+        if not isinstance(test, ast.Compare):  # comparisons have their own operators
             self._add("condition negated", *self._span(test), f"(not ({self._text(test)}))")
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
@@ -276,7 +276,7 @@ def _name_of(function: ast.expr) -> str:
 
 
 def _is_value(node: ast.expr) -> bool:
-    """Whether something is a value that a method was called of, rather than a module."""
+    """Return whether a method is called on a value rather than on a module."""
     return not (isinstance(node, ast.Name) and node.id in ("torch", "np", "math", "F", "dist"))
 
 
@@ -290,13 +290,13 @@ def _integer(node: ast.expr) -> int | None:
 
 
 def apply(text: str, fault: Fault) -> str:
-    """Return the file with the fault in it."""
+    """Return the file's text with the fault applied."""
     raw = text.encode()
     return (raw[: fault.start] + fault.new.encode() + raw[fault.stop :]).decode()
 
 
 def changed_line(text: str, fault: Fault) -> tuple[int, str, str]:
-    """Return the number of the first line that changes, and that line before and after."""
+    """Return the number of the first changed line, and the line before and after."""
     before, after = text.splitlines(), apply(text, fault).splitlines()
     number = text.encode()[: fault.start].count(b"\n")
     return number + 1, before[number].strip(), after[number].strip()

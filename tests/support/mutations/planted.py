@@ -1,6 +1,6 @@
-"""Faults written by hand: what a parallel or a numerical step is most likely to get wrong.
+"""Hand-written faults: likely errors of parallel and numerical steps.
 
-Each is a snippet that its file has exactly once, and what takes its place.
+Each is a snippet that occurs exactly once in its file, and its replacement.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ PLANTED = (
     Plant(
         "models/moe.py",
         "biases away from the mean load",
-        "return (wide_E.mean(-1, keepdim=True) - wide_E).sign()",
-        "return (wide_E - wide_E.mean(-1, keepdim=True)).sign()",
+        "wanted_E = (wide_E.mean(-1, keepdim=True) - wide_E).sign()",
+        "wanted_E = (wide_E - wide_E.mean(-1, keepdim=True)).sign()",
     ),
     Plant(
         "models/router.py",

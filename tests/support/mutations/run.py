@@ -1,12 +1,12 @@
-"""Plant one-line faults in the hot path, one at a time, and say how many the tests see.
+"""Plant one-line faults in the hot path, one at a time, and count the faults that tests detect.
 
     PYTHONPATH=tests/support python -m mutations.run --count 100 --jobs 2 --out mutations.json
 
-Each fault is planted in a copy of the tree; the tests that cover its file run in stages, the
-quickest first, until one fails. What was run already (by file, function and line) is not run again
-until its line changes. ``--list`` shows the faults, ``--files`` thins them by pattern, ``--report``
-prints what is known. Faults of ``equivalent.py`` change nothing that could be seen, and count as
-neither killed nor survived.
+Each fault is planted in a copy of the tree; the tests that cover its file run in stages, fastest
+first, until one fails. A fault with a stored result (by file, function and line) runs again only
+when its line changes. ``--list`` prints the faults, ``--files`` selects by pattern, ``--report``
+prints the stored results. Faults of ``equivalent.py`` have no observable effect, and count neither
+as killed nor as survived.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mutations.covering import Stage, hot_files, stages_of
 from mutations.equivalent import reason_of
 
 ROOT = Path(__file__).resolve().parents[3]
-ORDER = ("data", "scaling", "optim", "models", "trainer", "parallel")  # the quickest tests first
+ORDER = ("data", "scaling", "optim", "models", "trainer", "parallel")  # fastest tests first
 LEAST_LIMIT_S = 120.0
 TIMES_BASELINE = 8.0
 TRUSTED_S = 100.0
@@ -96,7 +96,7 @@ class Book:
         fresh.replace(self._path)
 
     def summary(self, mutants: list[Mutant]) -> str:
-        """Say what became of these faults; survivors are named."""
+        """Summarize the results of these faults, with the survivors by name."""
         fates: Counter[str] = Counter()
         lines = []
         for mutant in mutants:
@@ -119,7 +119,7 @@ class Book:
 
 @dataclass
 class Task:
-    """A fault on its way through the stages, in a tree of its own."""
+    """Fault and its remaining stages, in a tree of its own."""
 
     mutant: Mutant
     tree: Path
@@ -133,14 +133,14 @@ class Task:
 
 
 class Runner:
-    """Runs faults in as many trees as ``jobs``; a stage is a fork that has torch imported."""
+    """Run faults in ``jobs`` trees; a stage is a fork of a process that has imported torch."""
 
     def __init__(self, book: Book, jobs: int, until: float, most: int, *, trust: bool) -> None:
         self._book, self._jobs, self._until, self._trust = book, jobs, until, trust
         self._most = most
 
     def run(self, mutants: list[Mutant]) -> None:
-        """Run all that are not in the book."""
+        """Run all faults without a stored result."""
         import hypothesis  # noqa: F401  (imported once, before the forks)
         import pydantic  # noqa: F401
         import pytest  # noqa: F401
@@ -177,7 +177,7 @@ class Runner:
         return task
 
     def _measure(self, stage: Stage) -> float | None:
-        """Seconds of a stage without a fault, taken once; None: it fails, and is left out."""
+        """Return the seconds of a stage without a fault, measured once; None if the stage fails."""
         name = " ".join(stage.arguments(self._clean))
         if name in self._book.baseline:
             return self._book.baseline[name]
@@ -197,7 +197,7 @@ class Runner:
         return self._book.baseline[name]
 
     def _next(self, task: Task) -> bool:
-        """Start the next stage of a fault; False: there is none."""
+        """Start the next stage of a fault; return False if there is none."""
         while task.stages:
             seconds = self._measure(task.stages[0])
             if seconds is None:
@@ -210,7 +210,7 @@ class Runner:
         return False
 
     def _look(self, task: Task) -> tuple[str, str] | None:
-        """Say what became of a fault, once it is known."""
+        """Return the result of a fault once it is known."""
         done, status = os.waitpid(task.child, os.WNOHANG)
         late = not done and time.monotonic() > task.deadline
         if late:
@@ -266,14 +266,14 @@ def _copy_tree(target: Path) -> Path:
 
 
 def _fork(stage: Stage, tree: Path, log: Path) -> int:
-    """Run pytest in a child that leads a process group of its own; return its number."""
+    """Run pytest in a child that leads a process group; return its process id."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         os.setsid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: none outlives the script
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: children end with the script
         with log.open("w") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
@@ -282,15 +282,15 @@ def _fork(stage: Stage, tree: Path, log: Path) -> int:
             "PYTHONPATH": str(tree / ".typing"),
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
-            "CI": "1",  # hypothesis tries the same examples each time
+            "CI": "1",  # makes hypothesis deterministic
         }
         sys.dont_write_bytecode = True
         ours = {str(ROOT), str(ROOT / ".typing"), str(ROOT / "tests/support")}
         paths = [path for path in sys.path if path and str(Path(path).resolve()) not in ours]
-        sys.path[:] = [str(tree), str(tree / ".typing"), *paths]  # as python -m pytest has it
+        sys.path[:] = [str(tree), str(tree / ".typing"), *paths]  # as in python -m pytest
         for name in [n for n in sys.modules if n == "mutations" or n.startswith("mutations.")]:
             del sys.modules[name]
-        # Processes that tests spawn import the main module, which is not theirs.
+        # Processes spawned by tests import the main module, which is not the tests' own.
         sys.modules["__main__"] = ModuleType("__main__")
         words = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=short"]
         code = int(pytest.main([*words, *stage.arguments(tree)]))

@@ -1,4 +1,4 @@
-"""Descriptions that are meant to harm: refused in a sentence, in no time, nothing of them run."""
+"""Hostile configs are refused quickly in one sentence, and no part of them is executed."""
 
 import json
 import time

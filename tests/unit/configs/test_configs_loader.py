@@ -1,4 +1,4 @@
-"""Strictness of the configuration: every mistake names its place, its key and the fix."""
+"""Strictness of the config loader: every error reports the file, the key and the fix."""
 
 import re
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def test_yaml_1_2_numbers(tmp_path: Path) -> None:
     "override", ["parallel.hdp=1e308", "model.num_layers=2147483648", "training.total_tokens=1e30"]
 )
 def test_numbers_beyond_sense_are_refused_shortly(override: str) -> None:
-    """Refused before the plan, whose loops over so many layers would not end."""
+    """Refused before the plan, whose loops over so many layers would never end."""
     text = message(PRESET, override)
     assert override.partition("=")[0] in text
     assert len(text) < 300
@@ -181,7 +181,7 @@ def test_data_are_sequences_unless_their_kind_is_said(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     YAML().dump(tree, path)
     assert load(path).data == data
-    # Places and near misses are found as if the kind stood there.
+    # Locations and similar keys are found as if ``kind`` were given.
     tree["data"]["sequence_lenght"] = tree["data"].pop("sequence_length")
     YAML().dump(tree, path)
     text = message(path)
@@ -293,7 +293,7 @@ def test_a_config_error_is_a_user_error() -> None:
 
 
 def test_a_kind_over_another_says_what_went_with_it(tmp_path: Path) -> None:
-    """Of a file over its base, all keys; of an override, those that the new kind lacks."""
+    """A file over its base loses all keys; an override loses those that the new kind lacks."""
     text = message(write(tmp_path, f"base: {PRESET}\nmodel: {{kind: moe, width: 64}}\n"))
     assert "model lacks vocab_size, num_layers, num_heads, experts; add them; " in text
     lost = "vocab_size, num_layers, num_heads, ffn_width"
@@ -301,12 +301,12 @@ def test_a_kind_over_another_says_what_went_with_it(tmp_path: Path) -> None:
     text = message("preset:moe_demo", "model.kind=dense", "model.ffn_width=-1")
     assert "; model.kind=dense replaced another kind and its " in text
     assert "experts" in text.rpartition(" its ")[2]
-    # Where the mistake is in another section, nothing is said of this one.
+    # An error in another section is reported without this one.
     assert "replaced" not in message(PRESET, "schedule.kind=cosine", "model.width=a")
 
 
 def test_every_list_shows_its_form() -> None:
-    """Wherever a description takes a list: none is left to pydantic's words of tuples."""
+    """No list of a config is described in pydantic's words for tuples."""
     for root, whole in ((RunConfig, RUN_LISTS), (LadderConfig, LADDER_LISTS)):
         assert {".".join(path) for path in lists(root, ())} >= whole
         for path in lists(root, ()):
@@ -327,7 +327,7 @@ LADDER_LISTS = {
 
 
 def lists(root: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Where lists may stand in a description, outside of items of lists."""
+    """Yield the paths of lists in a config, outside items of lists."""
     for key, field in root.model_fields.items():
         if "tuple[" in str(field.annotation):
             yield (*path, key)

@@ -1,4 +1,4 @@
-"""Descriptions of hardware: all that ship are read, and a mistake is one sentence."""
+"""Hardware configs: all shipped files load, and an error is one sentence."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def test_numbers_are_in_their_units(name: str) -> None:
     if "fp8" in gpu.peak_flops:
         assert gpu.peak_flops["fp8"] == pytest.approx(2 * gpu.peak_flops["bf16"], rel=0.001)
     assert 0.2e12 < gpu.peak_flops["bf16"] / gpu.power_w < 3e12
-    assert 60 < gpu.peak_flops["bf16"] / gpu.memory_bandwidth < 350  # FLOPs a byte
-    assert 0.01 < gpu.memory_bytes / gpu.memory_bandwidth < 0.06  # seconds to read all of it
+    assert 60 < gpu.peak_flops["bf16"] / gpu.memory_bandwidth < 350  # FLOPs per byte
+    assert 0.01 < gpu.memory_bytes / gpu.memory_bandwidth < 0.06  # seconds to read the full memory
     assert 100 < gpu.power_w < 2000
     assert 500 * nodes <= host.power_w < 10000 * nodes
     assert 3e-6 < found.inside.latency_s <= found.across.latency_s < 1e-3
     assert 1e9 < host.disk_bandwidth < host.bandwidth < gpu.memory_bandwidth
-    # 28 bytes a parameter, of memory that a CPU has
+    # 28 bytes per parameter, at a CPU's memory bandwidth
     assert 0.1e12 < 28 * host.adam_rate / max(nodes, 1) < 2e12
 
 
@@ -82,7 +82,7 @@ def test_every_number_says_where_it_is_from(name: str) -> None:
             told = False
         elif key not in ("name", "generation", "gpus_per_node", "nics_per_node"):
             assert told, f"{name}: {key} has no source"
-            told = key == "memory_bytes"  # and its bandwidth, from one line
+            told = key == "memory_bytes"  # reported in one line with its bandwidth
 
 
 def leaves(kind: type[BaseModel]) -> Iterator[str]:

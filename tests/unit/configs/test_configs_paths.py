@@ -1,4 +1,4 @@
-"""``~`` and variables in paths mean what they mean in a shell, or are refused."""
+"""``~`` and variables in paths are expanded as in a shell, or refused."""
 
 import os
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from allometry.launch.command import _made, _parameters
 from allometry.launch.report.commands import WriteReport
 from allometry.launch.runs.commands import Prepare
 
-# Texts of a description that are no paths: names, patterns and lines of scripts.
+# Text keys of a config that are not paths: names, patterns and lines of scripts.
 NO_PATHS = {"name", "resume", "project", "entity", "law", "loss", "schedule", "sources"}
 NO_PATHS |= {
     "data",
@@ -94,7 +94,7 @@ def test_a_folder_whose_name_holds_a_dollar_is_meant_as_it_is(
 
 
 def _texts(model: type[BaseModel], seen: set[type[BaseModel]]) -> list[tuple[str, str, Any]]:
-    """(section, key, type) of what may be text without being one of a few words."""
+    """Return (section, key, type) of keys that accept arbitrary text."""
     if model in seen:
         return []
     seen.add(model)
@@ -161,7 +161,7 @@ def test_paths_on_the_command_line(home: Path) -> None:
 
 
 def test_no_argument_that_is_a_path_is_forgotten() -> None:
-    """Texts that commands take as paths are marked; all others are words and numbers."""
+    """Arguments that commands use as paths are marked; all others are words and numbers."""
     marked = {
         f"{command.__name__}.{name}"
         for command, _ in (
@@ -171,6 +171,7 @@ def test_no_argument_that_is_a_path_is_forgotten() -> None:
         if _paths(command, name)
     }
     assert marked == {
+        *("Adopt.shards", "Adopt.validation", "Betr.targets"),
         *("Prepare.inputs", "Fit.sources", "Compare.sources", "Predict.arguments"),
         *("IsoFlop.sources", "Sweeps.sources", "MixBest.fits", "MixCritical.sources"),
         "MixFilterRate.fits",

@@ -1,4 +1,4 @@
-"""Stages of a configuration: what they make of the run, and mistakes in one sentence each."""
+"""Stages of a config: the resulting run, and one sentence per error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_each_stage_is_an_ordinary_run(tmp_path: Path) -> None:
 
 
 def test_what_a_stage_may_change_is_there_to_be_changed() -> None:
-    """``optimizer.overrides`` comes with the settings of single parameters."""
+    """``optimizer.overrides`` contains the settings of single parameters."""
     for section, keys in MAY_CHANGE.items():
         models = _models_at(RunConfig, (section,))
         known = {key for model in models for key in model.model_fields}

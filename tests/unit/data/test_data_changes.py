@@ -1,4 +1,4 @@
-"""A mixture that changes: replay in steps and ramps, edits in mid-run, at any position."""
+"""Changing mixtures: replay in steps and ramps, edits during a run, at any position."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_schedule_is_the_definition_at_any_position(
 @settings(max_examples=120)
 @given(changing(), st.integers(1, 3000))
 def test_counts_stay_near_the_sum_of_the_shares(changes: list[Change], beyond: int) -> None:
-    """However often they change; a source that stops takes along what it was owed."""
+    """For any number of changes; a stopped source transfers its deficit."""
     changes = [c for c in changes if all(c.shares.values())] or [
         Change(0, shares([1.0] * 4), LENGTH)
     ]
@@ -111,7 +111,7 @@ def test_an_edit_keeps_the_past_and_resumes_change_nothing(
     before, after = ChangingMixture(past, NAMES), ChangingMixture(edited, NAMES)
     np.testing.assert_array_equal(before.sources(0, position), after.sources(0, position))
     assert after.shares(position) == ChangingMixture(wanted, NAMES).shares(position)
-    # A resume further on with the same file, and one that had no edit, change nothing.
+    # A later resume with the same file, or without an edit, changes nothing.
     assert followed(edited, wanted, position + later) == edited
     once = followed(past, past, 0)
     assert followed(once, once, position) == once
@@ -125,7 +125,7 @@ def test_an_edit_may_order_and_add_sources() -> None:
         ("c", "b", "a")[s] for s in new.sources(0, 7)[0]
     ]
     assert new.counts(407)[0] == 200
-    # Order alone is no change.
+    # A different order of sources is not a change.
     assert followed(past, declared(config(b=1, a=1)), 7) == past
 
 
@@ -151,12 +151,12 @@ def test_replay_in_steps_and_ramps() -> None:
     mixture = ChangingMixture(changes, ("a", "b"))
     assert mixture.shares(99)["b"] == 0.5
     assert mixture.shares(100)["b"] == pytest.approx(0.1)
-    assert mixture.shares(2000)["b"] == pytest.approx(0.1)  # 20,000 tokens: not there yet
+    assert mixture.shares(2000)["b"] == pytest.approx(0.1)  # 20,000 tokens: before the change
     assert mixture.shares(4001)["b"] == pytest.approx(0.5, abs=0.8 / STAIRS)
     assert mixture.shares(6001)["b"] == pytest.approx(0.9)
     ramp = mixture.counts(6001) - mixture.counts(2001)
     assert ramp[1] == pytest.approx(4000 * 0.5, abs=4)
-    # From one stair to the next nothing is rounded away.
+    # Counts are not rounded between steps of a ramp.
     assert mixture.counts(2001)[1] == pytest.approx(50 + 1901 * 0.1, abs=1)
 
 
@@ -212,4 +212,4 @@ def test_shares_that_do_not_sum_are_refused(weights: tuple[float, ...]) -> None:
 @pytest.mark.parametrize("weights", [(7, 2), (0.33, 0.33, 0.33), (1, 0.1), (0.7, 0.3), (0.4,)])
 def test_weights_that_are_meant_are_not(weights: tuple[float, ...]) -> None:
     check_sum(config(**dict(zip(NAMES, weights, strict=False))))
-    check_sum(config({"ratio": 0.5, "sources": ["a"]}, a=0.5, b=0.3))  # relative in any case
+    check_sum(config({"ratio": 0.5, "sources": ["a"]}, a=0.5, b=0.3))  # relative in both cases

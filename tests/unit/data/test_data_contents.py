@@ -1,4 +1,4 @@
-"""Token files that changed after they were prepared, and ids that no embedding has."""
+"""Token files changed after preparation, and token ids without an embedding."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ Make = Callable[..., RunConfig]
 
 
 def recorded(folder: Path, *, sampled: bool = True) -> TokenStore:
-    """A store of 3 MB with a manifest."""
+    """Return a store of 3 MB with a manifest."""
     write_random_store(folder / "x", 1_500_000, 1000)
     files = {}
     for path in (folder / "x.bin", folder / "x.idx"):
@@ -66,7 +66,7 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
 def test_an_id_that_no_sample_saw(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a large store without a manifest: training ends in a sentence, not an IndexError."""
+    """In a large store without a manifest, training ends with a sentence, not an IndexError."""
     monkeypatch.setattr("allometry.data.store._SCAN_TOKENS", 1000)
     monkeypatch.setattr("allometry.data.store._SAMPLE_BLOCKS", 1)
     monkeypatch.setattr("allometry.data.store._BLOCK_TOKENS", 1000)

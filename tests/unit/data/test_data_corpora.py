@@ -98,7 +98,7 @@ def test_folders_patterns_and_undecodable_files(tmp_path: Path) -> None:
     assert [document.text for document in documents] == ["a", "b", "c"]
     assert skipped == {"hidden (name begins with a dot)": 1}
     assert texts(f"{tmp_path}/**/*.txt") == ["b", "c"]
-    assert texts(f"{tmp_path}/s*") == ["c"]  # a folder is searched through, however it is named
+    assert texts(f"{tmp_path}/s*") == ["c"]  # a folder is searched, whatever its name
     assert texts(f"{tmp_path}/**") == ["a", "b", "c"]
     with pytest.raises(UserError, match="has no files"):
         open_corpus(f"{tmp_path}/*.parquet", "text")
@@ -149,7 +149,7 @@ def test_damaged_compressed_files(tmp_path: Path, ending: str, name: str) -> Non
     path.write_bytes(data[:-20])
     documents, skipped = read(path, on_bad_line="skip")
     assert skipped == {"file is damaged": 1}
-    assert (len(documents) > 10_000) == (name == "a.jsonl")  # lines before the damage are good
+    assert (len(documents) > 10_000) == (name == "a.jsonl")  # lines before the damage are read
     path.write_bytes(b"x" * 50)
     with pytest.raises(UserError, match=rf"not the \.{ending} file that its name says"):
         read(path)
@@ -188,7 +188,7 @@ def test_parquet_columns_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_one_rule_in_every_format(tmp_path: Path) -> None:
-    """Null is left out and counted; what is not UTF-8 stops, or is left out and counted."""
+    """Null is skipped and counted; invalid UTF-8 raises, or is skipped and counted."""
     not_utf8 = pa.Array.from_buffers(
         pa.string(), 2, pa.array([b"good", b"\xe9"], pa.binary()).buffers()
     )
@@ -293,7 +293,7 @@ def test_docstrings_of_a_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small standard library."""
+    """Return a small standard library."""
     files = {
         "b.py": '"""Same words."""\n',
         "a.py": '"""Same words."""\ndef f():\n    """Other words."""\n',

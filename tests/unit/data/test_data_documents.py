@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain_pieces(store: TokenStore, name: str, limit: int) -> Iterator[tuple[int, Piece]]:
-    """The endless line by the definition: where each piece begins, its tokens and its targets."""
+    """Reference for the endless sequence: start, tokens and targets of each piece."""
     place = 0
     for epoch in itertools.count():
         for document in permutation(f"{SEED}:{name}:{epoch}", store.num_documents):
@@ -128,7 +128,7 @@ def test_every_document_of_an_epoch_comes_once_and_whole(
             expected += [piece for piece in cut if piece[1] + 1 < size]
         assert served[: len(expected)] == expected
         del served[: len(expected)]
-    # The last window may begin pieces of the epoch that follows.
+    # The last window may begin pieces of the following epoch.
     assert sum(size for _, _, size in served) <= length + limit
 
 
@@ -180,7 +180,7 @@ def test_each_pair_of_neighbours_is_a_target_once_an_epoch(folder: Path) -> None
     }
     assert set(counted) >= expected
     assert len(set(counted)) == len(expected)
-    assert counted[: len(expected)] == list(dict.fromkeys(counted))  # then the next epoch begins
+    assert counted[: len(expected)] == list(dict.fromkeys(counted))  # followed by the next epoch
 
 
 def test_parts_of_a_piece_are_read_alone(folder: Path) -> None:
@@ -232,7 +232,7 @@ def test_validation_is_the_documents_as_stored(tmp_path: Path, caplog: Any) -> N
         found = stream.validation_pieces(99)
     assert "has 3 sequences of 4 tokens, fewer than the 99" in caplog.text
     assert list(found) == ["code", "prose"]
-    # Five tokens are cut into four and a rest that predicts nothing; so is a document of one.
+    # Five tokens become a piece of four and a remainder without targets; so does a document of one.
     expected = [([10, 11, 12, 13], [11, 12, 13, 14]), ([30, 31, 32, 33], [31, 32, 33, IGNORE])]
     for source, pieces in enumerate(found.values()):
         assert contents(pieces) == expected
@@ -247,7 +247,7 @@ def test_held_out_documents_are_spread_evenly(tmp_path: Path) -> None:
     write_store(tmp_path / "code", [[1, 2, 3]])
     write_store(tmp_path / "held", [[k, k + 1] for k in range(100, 200, 2)] + [[7]] * 20)
     stream = DocumentStream(config(tmp_path, 12, 4, code=1), 0)
-    # 120 tokens are 10 windows; a document of one token has nothing to predict.
+    # 120 tokens are 10 windows; a document of one token has no target.
     chosen = [tokens[0] for tokens, _ in contents(stream.validation_pieces(2)["code"])]
     assert chosen == [104, 114, 124, 134, 144, 154, 164, 174, 184, 194]
     write_store(tmp_path / "held", [[1], [2], [3, 4]])
@@ -276,14 +276,14 @@ def test_a_stream_of_the_kind_that_is_asked_for(folder: Path) -> None:
 
 
 def test_ten_thousand_documents_are_found_without_reading_them(tmp_path: Path) -> None:
-    """The store's tokens are a hole in a file; a loop over documents would take seconds."""
+    """The tokens are a hole in a sparse file; a loop over documents would take seconds."""
     lengths = np.random.default_rng(0).geometric(1 / 800, 200_000)
     write_index(tmp_path / "many.idx", "uint16", lengths)
     with (tmp_path / "many.bin").open("wb") as file:
         file.truncate(2 * int(lengths.sum()))
     stream = DocumentStream(config(tmp_path, 8192, 100_000, many=1), 0)
-    stream.pieces(0, 1)  # the permutation of the epoch
-    begin = time.process_time()  # others may use the processor, too
+    stream.pieces(0, 1)  # computes the epoch's permutation
+    begin = time.process_time()  # independent of other load
     pieces = stream.pieces(1000, 1000)
     taken = time.process_time() - begin
     assert len(pieces) > 9000

@@ -1,4 +1,4 @@
-"""Each epoch reads a source's windows, and its documents, in an order of its own."""
+"""Each epoch reads a source's windows, and its documents, in a different order."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LENGTH, WINDOWS, EPOCHS = 4, 40, 5
 
 @pytest.fixture
 def store(tmp_path: Path) -> TokenStore:
-    write_store(tmp_path / "store", [[1] * 16] * 10)  # windows lie in the same places each epoch
+    write_store(tmp_path / "store", [[1] * 16] * 10)  # windows have fixed positions in all epochs
     return TokenStore(tmp_path / "store")
 
 
 def windows(order: DocumentOrder, epoch: int) -> tuple[int, ...]:
-    """The windows of an epoch in the order in which they are read, from 0."""
+    """Return the windows of an epoch in reading order, numbered from 0."""
     samples = range(epoch * WINDOWS, (epoch + 1) * WINDOWS)
     return tuple(order.window(sample, LENGTH) - epoch * WINDOWS for sample in samples)
 

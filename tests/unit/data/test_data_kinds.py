@@ -1,4 +1,4 @@
-"""What kind a file is, and that nothing a user named is left out without a word."""
+"""Detection of file kinds; files named by the user are never skipped silently."""
 
 import gzip
 import io
@@ -95,7 +95,7 @@ def test_what_is_no_text_is_refused_or_counted(tmp_path: Path, name: str) -> Non
         ("é".encode("latin-1"), "text"),
         ("“é”\x1b[0m\ttab\f".encode("cp1252"), "text"),
         ("a \x01 in UTF-8 é".encode(), "text"),
-        (b"x" * 65_535 + "é\x01".encode(), "text"),  # the first block ends in a letter
+        (b"x" * 65_535 + "é\x01".encode(), "text"),  # the first block ends within a letter
         (b"\r\n", "text"),
     ],
 )
@@ -134,7 +134,7 @@ def test_files_of_settings_in_a_folder_stop_it_or_are_left_out(tmp_path: Path) -
 
 
 def test_links(tmp_path: Path) -> None:
-    """Links are followed, round about too; each file is read once; a link to nothing is named."""
+    """Links are followed, cyclic ones too; each file is read once; broken links are reported."""
     real = tmp_path / "real"
     other = tmp_path / "other"
     for folder in (real, other):
@@ -178,7 +178,7 @@ def test_hidden_files(tmp_path: Path) -> None:
 
 
 def test_unreadable_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modes do not bind root, so the refusal of the system is planted."""
+    """File modes do not apply to root, so the test simulates the refusal."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "closed.txt").write_text("b")

@@ -1,4 +1,4 @@
-"""What `prepare` says of what it leaves out."""
+"""Messages of `prepare` about skipped input."""
 
 import json
 from dataclasses import replace
@@ -87,7 +87,7 @@ def test_a_separator_or_key_without_a_use_is_said(
     assert "a: --separator='\\\\n\\\\n' stands in none of the text files" in literal
     assert r"in bash, $'\n' is a line end" in literal
     assert "stands in none" not in said(separator="\n\n")
-    assert "stands in none" not in said(separator="zzz", max_documents=1)  # not all was read
+    assert "stands in none" not in said(separator="zzz", max_documents=1)  # only part was read
     lines = (f"b={tmp_path / 'b.jsonl'}",)
     assert "--separator='x' has no use" in said(inputs=lines, separator="x")
     assert "has no use" not in said(inputs=(*small.inputs, *lines), separator="\n\n")

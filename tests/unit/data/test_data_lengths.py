@@ -1,4 +1,4 @@
-"""Stages with samples of other lengths: nothing is lost or comes twice, and the ledger is exact."""
+"""Stages with different sample lengths: no token is lost or repeated, and the ledger is exact."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @st.composite
 def plans(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """Stages: how many samples, how long, with which weights and cut."""
+    """Draw stages: number of samples, length, weights and document limit."""
     return [
         {
             "samples": draw(st.integers(1, 40)),
@@ -64,7 +64,7 @@ def staged(folder: Path, plan: list[dict[str, Any]], kind: str) -> list[DataStag
 
 
 def read(stream: Stream | DocumentStream, position: int) -> tuple[list[int], list[int]]:
-    """Tokens and targets of one sample."""
+    """Return the tokens and targets of one sample."""
     if isinstance(stream, Stream):
         batch = stream.batch(position, 1)
         return batch.tokens_BL.reshape(-1).tolist(), batch.targets_BL.reshape(-1).tolist()
@@ -116,7 +116,7 @@ def test_every_token_is_read_once_an_epoch_whatever_the_lengths(
         mine = [counts[token] for token in set(seen[name])]
         assert account.tokens == len(seen[name])
         assert account.unique_tokens == len(mine)
-        if account.epochs < 1:  # before it is through, tokens come again in overhangs alone
+        if account.epochs < 1:  # before one epoch, only overlaps repeat tokens
             assert account.tokens - account.unique_tokens <= overhang
         if kind == "documents":
             assert not mine or max(mine) - account.epochs < 1.5
@@ -138,7 +138,7 @@ def test_stages_of_one_length_are_one_run(folder: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["sequences", "documents"])
 def test_a_length_that_is_edited_in_is_the_one_that_was_declared(folder: Path, kind: str) -> None:
-    """The bits of a run that knew it from the start, by way of a checkpoint's JSON; a child too."""
+    """Equals bitwise a run declared so from the start, through a checkpoint's JSON; a child too."""
     first = {"samples": 17, "length": 8, "limit": 11, "weights": (3, 1)}
     second = {"samples": 30, "length": 30, "limit": 7, "weights": (1, 1)}
     known = staged(folder, [first, second], kind)
@@ -147,14 +147,14 @@ def test_a_length_that_is_edited_in_is_the_one_that_was_declared(folder: Path, k
     state = json.loads(json.dumps(before.state(17)))
     resumed = open_stream(known[1].data, SEED, known).resumed(state, 17).in_stage(1)
     assert resumed.mixture.changes == declared.mixture.changes
-    old = {key: value for key, value in state.items() if key != "parts"}  # as they were written
+    old = {key: value for key, value in state.items() if key != "parts"}  # as in older checkpoints
     old["mixture"] = [{k: c[k] for k in ("position", "shares")} for c in state["mixture"]]
     older = open_stream(known[1].data, SEED, known).resumed(old, 17).in_stage(1)
     for position in (17, 18, 40):
         assert read(resumed, position) == read(declared, position)
         assert read(older, position) == read(declared, position)
     assert resumed.accounts(45) == declared.accounts(45)
-    # A run of its own that goes on after this one reads what it has left, at a length of its own.
+    # A child run reads the remaining tokens, at its own length.
     state = json.loads(json.dumps(declared.state(40)))
     ancestor = {"run": "r", "data": declared.fingerprints(), "reading": state}
     child = open_stream(described(folder, first | {"length": 5}, kind), SEED).after([ancestor])

@@ -19,7 +19,7 @@ POSITIONS = st.one_of(st.integers(0, 200), st.integers(0, 10**12))
 
 
 def plain_schedule(units: tuple[int, ...], count: int) -> list[tuple[int, int]]:
-    """The definition: sort samples by due time, as exact fractions."""
+    """Reference: sort samples by due time, as exact fractions."""
     due = []
     for source, unit in enumerate(units):
         for j in range(count + len(units)):
@@ -116,7 +116,7 @@ def test_change_of_weights_in_mid_run_continues_the_counts() -> None:
 def test_keys_order_fractions_exactly(a: tuple[int, int], b: tuple[int, int], near: bool) -> None:
     if near:  # the hardest case: as close as the denominators allow
         b = (a[0] * b[1] // a[1] + 1, b[1])
-    assume(b[0] < 2**63)  # numerators are int64: below 2**62 for the most samples a call may ask
+    assume(b[0] < 2**63)  # numerators are int64: below 2**62 for the largest allowed call
     whole, fraction = _exact_order(np.array([a[0], b[0]]), np.array([a[1], b[1]]))
     keys = list(zip(whole.tolist(), fraction.tolist(), strict=True))
     exact = [Fraction(*a), Fraction(*b)]

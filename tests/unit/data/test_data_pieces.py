@@ -1,4 +1,4 @@
-"""Long documents are encoded in pieces, with the tokens of the whole."""
+"""Long documents encoded in pieces have the tokens of the complete text."""
 
 import json
 import random
@@ -21,7 +21,7 @@ LETTERS = "abcdefg"
 
 
 def prose(characters: int, seed: int = 0) -> str:
-    """Words, numbers, marks, indented lines, and words of another script without spaces."""
+    """Return words, numbers, punctuation, indented lines, and words of a script without spaces."""
     rng = random.Random(seed)
     parts: list[str] = []
     size = 0
@@ -39,7 +39,7 @@ def byte_bpe() -> Tokenizer:
 
 
 def digits_by_three() -> Tokenizer:
-    """A split like Llama 3's: punctuation with the line ends after it, digits in threes."""
+    """Split like Llama 3: punctuation with the following line ends, digits in threes."""
     pattern = (
         r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
@@ -59,7 +59,7 @@ def digits_by_three() -> Tokenizer:
 
 
 def no_split() -> Tokenizer:
-    """Like Llama 2's: a space in front, spaces as letters, merges over the whole text."""
+    """Tokenizer like Llama 2: a leading space, spaces as letters, merges over the full text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -119,7 +119,7 @@ def test_pieces_have_the_tokens_of_the_whole(made: Callable[[], Tokenizer]) -> N
 
 @pytest.mark.usefixtures("short_spans")
 def test_cutting_anywhere_would_not_do() -> None:
-    """The control: the middle of the window is no place to cut."""
+    """The control: cutting in the middle of the window gives other tokens."""
     encode = encoder(byte_bpe())
     text = prose(90_000, seed=1)
     plain = [text[at : at + 6000] for at in range(0, len(text), 6000)]
@@ -185,7 +185,8 @@ def test_stretches_are_the_text() -> None:
 def test_a_long_file_is_never_encoded_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its tokens and bytes are those of the same text in one JSON line, and of the text itself."""
+    """Its tokens and bytes equal those of the same text in one JSON line, and
+    of the text itself."""
     monkeypatch.setattr("allometry.data.corpora._BLOCK_BYTES", 10_001)
     text = prose(60_000, seed=3)
     (tmp_path / "long.txt").write_text("\ufeff" + text, encoding="utf-8", newline="")

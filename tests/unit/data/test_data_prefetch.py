@@ -20,7 +20,7 @@ def test_works_ahead_but_not_further_than_depth() -> None:
     while len(fetched) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
-    assert fetched == [0, 1, 2, 3]  # three ready and one waiting for room
+    assert fetched == [0, 1, 2, 3]  # three ready, and one waiting for space
     assert next(items) == 0
     items.close()
 

@@ -92,7 +92,7 @@ def test_manifest_tells_what_is_there(corpus: Path, prepared: Path) -> None:
     for split, record in web.splits.items():
         store = TokenStore(prepared / f"web.{split}")
         assert (record.documents, record.tokens) == (store.num_documents, store.num_tokens)
-        assert record.largest_id == store._tokens.max()
+        assert record.largest_id == store._tokens.tokens(0).max()
         for name, file in record.files.items():
             data = (prepared / name).read_bytes()
             assert file.bytes == len(data)
@@ -164,7 +164,7 @@ def test_what_is_named_and_would_be_found_is_the_same(
         replace(request_, end_of_document="<x>")
     (prepared / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
     with pytest.raises(UserError, match="eos_token of"):
-        prepare(found, quiet=True)  # now another would be found
+        prepare(found, quiet=True)  # now detection would choose another
     (prepared / "tokenizer_config.json").unlink()
 
 
@@ -225,7 +225,7 @@ def test_interrupted_preparation_leaves_nothing(
             prepare(small, quiet=True)
     assert contents(Path(small.out)) == {}
 
-    with monkeypatch.context() as patch:  # killed between two renames: nothing is cleaned up
+    with monkeypatch.context() as patch:  # killed between two renames: no cleanup
         renamed: list[Path] = []
         rename = room.os.replace
 
@@ -305,7 +305,7 @@ def test_given_tokenizer(small: PrepareRequest, tmp_path: Path) -> None:
     document = TokenStore(Path(small.out) / "a.train").read(0).tolist()
     assert document[-1] == end
     text = Tokenizer.from_file(path).decode(document[:-1])
-    assert text == (tmp_path / "a.txt").read_text()  # not cut to the tokenizer's three tokens
+    assert text == (tmp_path / "a.txt").read_text()  # not truncated to the tokenizer's three tokens
     check_tokenizer(path, [str(Path(small.out) / "a.train")])
 
 
@@ -374,7 +374,7 @@ def test_tokenizer_that_does_not_match(prepared: Path, tmp_path: Path, caplog: A
         check_tokenizer(path, [prefix])
     assert prefix in str(error.value)
     assert path in str(error.value)
-    same = tmp_path / "same.json"  # equal content, written otherwise
+    same = tmp_path / "same.json"  # equal content, formatted differently
     same.write_text(json.dumps(json.loads((prepared / "tokenizer.json").read_text()), indent=1))
     check_tokenizer(str(same), [prefix])
     check_tokenizer(None, [prefix])

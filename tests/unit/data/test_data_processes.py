@@ -1,4 +1,4 @@
-"""Processes end with those that started them, where these asked for it."""
+"""Child processes end with their parent if requested."""
 
 from __future__ import annotations
 

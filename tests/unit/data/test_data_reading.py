@@ -1,4 +1,4 @@
-"""The ledger of what was read, sources that run dry, and going on after another run."""
+"""The ledger of read tokens, exhausted sources, and continuation after another run."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_shuffle_has_an_inverse(size: int, key: str) -> None:
 @settings(max_examples=60)
 @given(st.integers(1, 600), st.integers(0, 2**20))
 def test_unique_tokens_are_counted_exactly(folder: Path, length: int, seed: int) -> None:
-    """Every token of the store is another one, so that the set of what was read says it."""
+    """Every token of the store is unique, so the set of tokens read is the reference."""
     stream = Stream(config(folder, length, code=1), seed)
     seen: set[int] = set()
     samples = 2 * -(-stream.stores[0].num_tokens // length) + 2
@@ -119,7 +119,7 @@ def test_a_child_goes_on_after_its_ancestors(folder: Path, kind: str) -> None:
         before = alone.accounts(11)["code"]
         assert account.tokens == whole.tokens - before.tokens
         assert account.unique_tokens == whole.unique_tokens - before.unique_tokens
-    # A grandchild counts from the furthest of them; its own checkpoints know where it began.
+    # A grandchild counts from the furthest ancestor; its own checkpoints store its start.
     later = through_json(child.state(9))
     again = open_stream(only, SEED).after([ancestor | {"reading": later}, ancestor])
     assert again.starts.tolist() == [20]
@@ -142,10 +142,10 @@ def test_what_cannot_be_gone_on_with_is_said(folder: Path, tmp_path: Path) -> No
     data = SequenceData.model_validate({"sequence_length": 16, "sources": renamed})
     with pytest.raises(UserError, match=r"'other'.* under the name 'code'"):
         Stream(data, SEED).after([ancestor])
-    # What was named and never read is no matter.
+    # A source that was declared and never read has no effect.
     unread = ancestor | {"reading": parent.state(0)}
     assert Stream(data, SEED).after([unread]).starts.tolist() == [0]
-    # Another corpus begins at its beginning.
+    # A different corpus starts at its beginning.
     assert Stream(config(folder, prose=1), SEED).after([ancestor]).starts.tolist() == [0]
 
 
@@ -165,7 +165,7 @@ def test_a_source_that_runs_dry_is_named_before_the_run(tmp_path: Path) -> None:
     twice.check_run(300)
     with pytest.raises(UserError, match=r"max_epochs=1\.5"):
         twice.check_run(302)
-    # What ancestors have read counts, and what an edit leaves does.
+    # Tokens read by ancestors count, and the remainder after an edit.
     parent = {"run": "r", "data": stream.fingerprints(), "reading": stream.state(100)}
     with pytest.raises(UserError, match="500 tokens of it after the 510 that runs before"):
         Stream(config(tmp_path, 10, max_epochs=1, code=1, prose=1), SEED).after(
@@ -193,7 +193,7 @@ def test_a_source_that_was_read_may_not_vanish(folder: Path) -> None:
     kept = Stream(config(folder, code=1, prose=0), SEED).resumed(state, 10)
     assert kept.samples(10, 20)[0].tolist() == [0] * 20
     assert kept.ledger(30)["prose"] == 80
-    # One that was named and never read may.
+    # A source that was declared and never read is allowed.
     unread = through_json(Stream(config(folder, code=1, prose=0), SEED).state(10))
     Stream(config(folder, code=1), SEED).resumed(unread, 10)
 
@@ -208,7 +208,7 @@ def test_a_source_that_was_read_may_not_vanish(folder: Path) -> None:
 def test_samples_that_are_passed_over_are_never_read(
     folder: Path, position: int, samples: int, later: int, more: int
 ) -> None:
-    """The stream goes on as it would have after them, and nothing of them is in the ledger."""
+    """The stream continues as if it had read the skipped samples, but the ledger omits them."""
     weights = {"code": 3.0, "prose": 1.0}
     for data in (config(folder, **weights), documents(folder, 16, 24, **weights)):
         plain = open_stream(data, SEED)

@@ -1,4 +1,4 @@
-"""Scores beside a store, and the stream over what a selection keeps of it."""
+"""Scores stored next to a store, and the stream over a selection of it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_scores_that_are_not_of_the_store_are_refused(folder: Path) -> None:
 
 
 def plain_kept(values: list[float], lengths: list[int], keep: float, side: str) -> list[int]:
-    """The documents by the definition, one after the other."""
+    """Reference: rank the documents and keep them one after another."""
     scored = [d for d, value in enumerate(values) if value == value]
     ranked = sorted(scored, key=lambda d: (-values[d] if side == "top" else values[d], d))
     total = sum(lengths[d] for d in scored)
@@ -141,7 +141,7 @@ def test_ties_go_by_number_and_shares_are_of_tokens() -> None:
 def test_the_stream_is_that_of_a_store_of_the_kept_documents(
     folder: Path, tmp_path: Path, kind: str, side: str
 ) -> None:
-    """Bit by bit, with the same ledger: nothing but the documents kept is known to the stream."""
+    """Equal bitwise and with the same ledger: the stream only knows the kept documents."""
     store = TokenStore(folder / "code")
     select = Select(scores=str(scores_path(folder / "code", "luck")), keep=0.4, side=side)
     kept = select_documents(store, select, "code").documents

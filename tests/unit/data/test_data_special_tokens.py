@@ -27,7 +27,7 @@ from allometry.data.tokenizer import check_tokenizer, difference, read_tokenizer
 
 END, UNKNOWN, PAD = "</s>", "<unk>", "<pad>"
 SPECIAL = [UNKNOWN, END, PAD]
-# Spelled often and whole, so that what learns from text learns the special tokens' names.
+# Special tokens' names occur often in the text, so that trained tokenizers learn them.
 CORPUS = ["the end </s> of a <pad> line , <unk> and </s></s> <s> again, ünïcode </s>"] * 20
 
 
@@ -100,7 +100,7 @@ def unflagged(values: dict[str, Any]) -> None:
 
 
 def unlisted(values: dict[str, Any]) -> None:
-    """Of the special tokens, only the model's vocabulary knows."""
+    """Remove the special tokens from the list; only the model's vocabulary has them."""
     values["added_tokens"] = [t for t in values["added_tokens"] if t["content"] not in SPECIAL]
 
 
@@ -108,8 +108,8 @@ SPELLED = (
     "a </s> b",
     "</s>",
     "</s></s> <pad><unk> <|im_start|> x",
-    "word</s>word  </s> the end</S>",  # what the normalizer makes of capitals
-    "＜/s＞ wide",  # and NFKC of wide letters
+    "word</s>word  </s> the end</S>",  # the normalizer changes capitals
+    "＜/s＞ wide",  # NFKC changes wide letters
     "<tool> </s> <last>",
 )
 
@@ -160,7 +160,7 @@ def test_the_end_stands_once_and_last(kind: str, tmp_path: Path) -> None:
     request = PrepareRequest(
         (f"a={tmp_path / 'in.jsonl'}",),
         str(tmp_path / "out"),
-        tokenizer=str(tmp_path),  # the folder will do
+        tokenizer=str(tmp_path),  # a folder is accepted
         validation_fraction=0.0,
         processes=1,
     )
@@ -209,7 +209,7 @@ def test_a_letter_cannot_end_documents(tmp_path: Path) -> None:
 def test_files_beside_name_the_end(name: str, tmp_path: Path) -> None:
     path = made("bpe", tmp_path / "tokenizer.json")
     tokenizer, other = load_tokenizer(path), tmp_path / name
-    assert find_end_of_document(str(path), tokenizer, None)[0] == END  # the one known name
+    assert find_end_of_document(str(path), tokenizer, None)[0] == END  # the only known name
     other.write_text(json.dumps({"eos_token": {"content": "<|im_start|>", "lstrip": False}}))
     expected = ("<|im_start|>", tokenizer.token_to_id("<|im_start|>"))
     assert find_end_of_document(str(path), tokenizer, None) == expected
@@ -237,7 +237,7 @@ def test_what_does_not_change_ids_is_no_difference(tmp_path: Path) -> None:
         return {**json.loads(json.dumps(one)), **parts}
 
     model = one["model"]
-    old = {**model, "merges": [" ".join(pair) for pair in model["merges"]]}  # as it was written
+    old = {**model, "merges": [" ".join(pair) for pair in model["merges"]]}  # in the older format
     del old["ignore_merges"], old["byte_fallback"]
     tool = [{**t, "lstrip": True} if t["content"] == "<tool>" else t for t in one["added_tokens"]]
     more = {**one["added_tokens"][0], "id": 900, "content": "<|more|>"}

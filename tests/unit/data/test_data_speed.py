@@ -1,4 +1,4 @@
-"""Floors, generous, in time of the processor, as others may use it too; see benchmarks/data.py."""
+"""Generous lower bounds of speed in CPU time, independent of other load; see benchmarks/data.py."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Squared lengths of documents as they are expected against those that a run reads."""
+"""Expected squared document lengths against those that a run reads."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain_line(store: TokenStore, key: str) -> Iterator[tuple[int, bool]]:
-    """The endless line by the definition: each token and whether it ends its document."""
+    """Reference for the endless sequence: each token, and whether it ends its document."""
     for epoch in itertools.count():
         for document in permutation(f"{key}:{epoch}", store.num_documents):
             tokens = store.read(int(document)).tolist()
@@ -97,7 +97,7 @@ def test_documents_are_runs_of_the_flat_tokens(folder: Path, length: int) -> Non
     assert set(range(0, 9 * length, length)) <= set(documents.cu_lengths.tolist())
     starts = np.flatnonzero(documents.positions_BL.reshape(-1) == 0)
     np.testing.assert_array_equal(starts, documents.cu_lengths[:-1])
-    # Inside a run every target counts and is the next token: nothing crosses documents.
+    # Within a run every target counts and is the next token: targets never cross documents.
     flat, targets = batch.tokens_BL.reshape(-1), batch.targets_BL.reshape(-1)
     for begin, end in itertools.pairwise(documents.cu_lengths.tolist()):
         np.testing.assert_array_equal(targets[begin : end - 1], flat[begin + 1 : end])
@@ -129,7 +129,7 @@ def test_each_token_is_a_target_once_an_epoch(folder: Path) -> None:
         order.read(place, ends[k : k + 1])
     first, after = ends
     expected = np.full(store.num_tokens, 8)
-    expected[first - 1] -= 1  # the line's first token has none before it
+    expected[first - 1] -= 1  # the first token has no predecessor
     expected[after - 1] += 1
     np.testing.assert_array_equal(found, expected)
 
@@ -155,7 +155,7 @@ def test_another_source_does_not_change_a_source(folder: Path) -> None:
 
 
 def test_order_is_pinned() -> None:
-    """Changing this order changes every run's data: a new format version, not a new constant."""
+    """A change of this order changes every run's data and needs a new format version."""
     assert permutation("0:code:0", 12).tolist() == [1, 0, 2, 5, 7, 4, 6, 10, 8, 11, 9, 3]
     for count in (1, 2, 3, 64, 65, 1000):
         assert sorted(permutation("k", count).tolist()) == list(range(count))

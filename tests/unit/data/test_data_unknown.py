@@ -1,4 +1,4 @@
-"""Text that a tokenizer has no token for is counted and named, and bytes are spelled as text."""
+"""Text without a token is counted and reported, and bytes are spelled as text."""
 
 import json
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def knowing_bytes(values: dict[str, Any]) -> None:
 
 
 def plain_bytes(values: dict[str, Any]) -> None:
-    """Bytes are added tokens as well, which no flag keeps from being found in text."""
+    """Make the bytes added tokens too, which are found in text whatever their flags."""
     for token in values["added_tokens"]:
         token["special"] = token["content"] == END
 
@@ -81,7 +81,7 @@ ALL_BYTES = pre_tokenizers.ByteLevel.alphabet()
 DROPPED = "text that the tokenizer does not know, dropped"
 REPLACED = "text that the tokenizer does not know, became <unk>"
 KINDS: dict[str, tuple[Callable[[], Tokenizer], str | None, int, list[str]]] = {
-    # What makes it, under which reason it counts what of "the ω end ω☃", and which parts.
+    # Constructor, reason, number of skipped parts of "the ω end ω☃", and these parts.
     "bpe": (bpe, DROPPED, 3, ["'ω'", "'☃'"]),
     "byte level without some bytes": (lambda: bpe(["a"]), DROPPED, 7, ["'ω'", "'☃'"]),
     "bpe with a token": (
@@ -114,7 +114,7 @@ def test_text_without_a_token_is_counted_and_named(kind: str, tmp_path: Path) ->
     assert source["skipped"] == ({} if reason is None else {reason: 2 * count})
     assert source["skipped_places"] == ({} if reason is None else {reason: parts})
     assert reason is None or (f"{reason}" in report.text and parts[0] in report.text)
-    # Counting changes no id: they are the library's.
+    # Counting does not change ids, which equal the library's.
     plain = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     store = TokenStore(tmp_path / "out" / "a.train")
     ids = plain.encode("the ω end ω☃", add_special_tokens=False).ids
@@ -172,5 +172,5 @@ def test_names_come_from_each_process_alike(tmp_path: Path) -> None:
         manifests.append(prepare(request, quiet=True))
     assert manifests[0].sources == manifests[1].sources
     assert manifests[0].sources["a"].skipped == {DROPPED: 24 * 3000}
-    # Not only of the first text that holds some.
+    # From all texts, not only from the first with an unknown part.
     assert manifests[0].sources["a"].skipped_places[DROPPED] == [repr(one) for one in "αβγδε"]

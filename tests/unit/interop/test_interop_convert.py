@@ -1,94 +1,34 @@
-"""Runs and Hugging Face folders: the same function on both sides, and nothing half done."""
+"""Runs and Hugging Face folders compute the same function, and a conversion is never partial."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from allometry.configs.errors import UserError
-from allometry.configs.loader import dump, load, validate
-from allometry.configs.run import RunConfig
-from allometry.configs.source import Tree
+from allometry.configs.loader import load
 from allometry.interop.huggingface.config import differences
 from allometry.interop.huggingface.convert import export_hf, import_hf
 from allometry.interop.huggingface.families import TRAITS
 from allometry.interop.huggingface.model import read_model
-from allometry.interop.huggingface.weights import CheckpointWeights, write_checkpoint
-from allometry.models.build import build_model
+from allometry.interop.huggingface.weights import CheckpointWeights
 from allometry.models.init import initialize
-from allometry.scaling.parameterization import Parameterization
-from allometry.trainer.state.folder import RunFolder
-from allometry.trainer.state.integrity import damage, seal
+from allometry.trainer.state.integrity import damage
 from allometry.trainer.train import train
 from deepspeed_cases import STEADY, assert_close, needs_deepspeed
 from hf_models import CASES, logits, save
+from hf_runs import TOKENS, Make, config_for, largest, our_logits, random_run
 from run_folders import rows
 
-Make = Callable[..., RunConfig]
-TOKENS = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
 MUP = "parameterization={kind: mup, base_width: 8, base_head_dim: 4}"
-
-
-def config_for(tiny: Make, folder: Path, *overrides: str) -> RunConfig:
-    """A run of three steps that trains the model in ``folder``."""
-    values = tiny("training.total_steps=3", "schedule.warmup_steps=0", *overrides).model_dump(
-        mode="json"
-    )
-    values["model"] = read_model(folder)[1].model_dump(mode="json")
-    return validate(Tree(values))
-
-
-def our_model(config: RunConfig, step: Path) -> torch.nn.Module:
-    rules = Parameterization(config.parameterization, config.model)
-    model = build_model(config.model, rules, "fp32").eval()
-    weights = CheckpointWeights(step)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights.read(name))
-    return model
-
-
-@torch.no_grad()
-def our_logits(config: RunConfig, step: Path) -> Tensor:
-    logits_BLV = our_model(config, step)(TOKENS)
-    assert isinstance(logits_BLV, Tensor)
-    return logits_BLV
-
-
-def random_run(config: RunConfig, *steps: int) -> Path:
-    """A run folder with checkpoints of the same random weights, norms included."""
-    rules = Parameterization(config.parameterization, config.model)
-    model = build_model(config.model, rules, "fp32")
-    initialize(model, rules, seed=5)
-    generator = torch.Generator().manual_seed(9)
-    state = {}
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        state[name] = parameter.detach() + (0.3 * noise if parameter.dim() == 1 else 0)
-    folder = RunFolder(config.run.folder)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for step in steps or (4,):
-        path = folder.checkpoints / f"step-{step}"
-        path.mkdir(parents=True)
-        facts = {"step": step, "position_sequences": 8 * step, "flops": 0, "areas": {}}
-        seal(path, step, write_checkpoint(path, shapes, state.__getitem__), facts)
-    folder.config.write_text(dump(config))
-    folder.latest.write_text(path.name + "\n")
-    return folder.path
-
-
-def largest(one: Tensor, other: Tensor) -> float:
-    return (one - other).abs().max().item()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_of_fresh_models_agree_absolutely(case: str, tiny: Make, tmp_path: Path) -> None:
-    """With weights as they are usually drawn (σ 0.02); the others here are larger, to show more."""
+    """With usual initial weights (σ 0.02); other tests use larger ones to show differences."""
     source = save(tmp_path / "hf", case, std=0.02)
     config = config_for(tiny, source)
     import_hf(source, config, tmp_path / "run")
@@ -118,7 +58,7 @@ def test_there_and_back(case: str, tiny: Make, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     for name in before:
         if TRAITS[report.family].gain_offset and name.endswith("norm.weight"):
-            # One added, and taken away: what was below the last digit of the sum is gone.
+            # 1 is added and subtracted: digits below the last one of the sum are lost.
             assert largest(before[name], after[name]) <= 2**-23
         else:
             assert torch.equal(before[name], after[name]), name
@@ -127,7 +67,7 @@ def test_there_and_back(case: str, tiny: Make, tmp_path: Path) -> None:
 
 
 def test_gemmas_scale_of_scores_is_folded(tiny: Make, tmp_path: Path) -> None:
-    """As 27B has it: 168, where heads are 128 wide."""
+    """As in Gemma 27B: 168, with heads of width 128."""
     source = save(tmp_path / "hf", "gemma3_text", query_pre_attn_scalar=10)
     config = config_for(tiny, source)
     report = import_hf(source, config, tmp_path / "run", check=True)
@@ -176,7 +116,7 @@ def test_a_run_exported(family: str, mup: bool, tiny: Make, tmp_path: Path) -> N
     theirs = logits(tmp_path / "hf", TOKENS)
     ours = our_logits(config, folder / "checkpoints" / "step-4")
     assert largest(ours, theirs) <= 1e-5 * theirs.abs().max()
-    if mup:  # what is folded matters: without it the functions differ
+    if mup:  # folding matters: without it the functions differ
         plain = our_logits(tiny(*RUNS[family]), folder / "checkpoints" / "step-4")
         assert largest(plain, theirs) > 1e-2 * theirs.abs().max()
 

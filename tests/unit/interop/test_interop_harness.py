@@ -1,4 +1,4 @@
-"""Scores by the lm-evaluation-harness are those that the run's own model gives."""
+"""Scores of the lm-evaluation-harness equal those of the run's own model."""
 
 import json
 import math
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> Path:
-    """A run that has learnt something of counting."""
+    """Return a run that has partly learned to count."""
     config = tiny(
         f"data.tokenizer={write_tokenizer(tmp_path)}",
         "training.total_steps=60",
@@ -78,7 +78,7 @@ def test_scores_are_our_own_likelihoods(
         > found[60, "counting_words", "perplexity"]["value"]
     )
 
-    # What was evaluated is not evaluated again; another place of the same files is the same task.
+    # Evaluated tasks are not repeated; the same files in another folder are the same task.
     moved = shutil.copytree(TASKS, tmp_path / "moved")
     before = (run / "scores.jsonl").read_bytes()
     shell("evaluate", run, "--tasks", moved, *options)
@@ -88,7 +88,7 @@ def test_scores_are_our_own_likelihoods(
 def test_a_group_has_a_score_of_its_own(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mean over the documents of both tasks, and only one request for each."""
+    """The mean over the documents of both tasks, with one request per document."""
     from lm_eval.api.group import Group
 
     load = harness._load

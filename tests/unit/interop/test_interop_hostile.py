@@ -1,4 +1,4 @@
-"""Folders of Hugging Face models that somebody has planted: refused in a sentence."""
+"""Hostile Hugging Face model folders are refused in one sentence."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Names and descriptions: what corresponds, and a sentence for everything that does not."""
+"""Names and configs: correspondences, and one sentence for unsupported values."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch
 from pydantic import TypeAdapter
 
 from allometry.configs.errors import UserError
+from allometry.configs.loader import load
 from allometry.configs.model import DenseModel, ModelConfig, MoEModel
 from allometry.interop.huggingface.config import (
     Text,
@@ -26,8 +27,9 @@ from allometry.interop.huggingface.names import (
 )
 from allometry.scaling.count import count_parameters
 from allometry.scaling.inventory import inventory
-from allometry.scaling.parameterization import ForwardScales
+from allometry.scaling.parameterization import ForwardScales, Parameterization
 from hf_published import (
+    DEEPSEEK_V3,
     GEMMA_3,
     LLAMA_2,
     MISTRAL,
@@ -87,7 +89,36 @@ def test_sizes_are_those_of_the_published_models() -> None:
     assert counted["llama"] == 6_738_415_616
     assert counted["mistral"] == 7_241_732_096
     assert counted["qwen2"] == 494_032_768
+    assert counted["qwen3"] == 596_049_920
     assert counted["gemma3_text"] == 999_885_952
+    assert counted["mixtral"] == 46_702_792_704
+    assert counted["qwen3_moe"] == 30_532_122_624
+    # DeepSeek's tensors have a bias for each expert of 58 routers, which are no parameters of ours.
+    assert counted["deepseek_v3"] + 58 * 256 == 671_026_419_200
+    assert count_parameters(from_hf(DEEPSEEK_V3, "x")[1]).active == 37_552_282_624
+
+
+@pytest.mark.parametrize(
+    ("preset", "family", "total"),
+    [
+        ("llama3_2_1b", "llama", 1_235_814_400),
+        ("qwen2_5_0_5b", "qwen2", 494_032_768),
+        ("qwen3_0_6b", "qwen3", 596_049_920),
+        ("olmo2_1b", "olmo2", 1_484_916_736),
+        ("gemma3_1b", "gemma3_text", 999_885_952),
+        ("moe_deepseek_v3", "deepseek_v3", 671_026_404_352),
+    ],
+)
+def test_presets_have_the_sizes_of_the_published_models(
+    preset: str, family: Family, total: int
+) -> None:
+    config = load(f"preset:{preset}")
+    assert choose_family(config.model) == family
+    assert count_parameters(config.model).total == total
+    # Nothing is multiplied that weights of the family lack.
+    assert not folds(config.model, Parameterization.of_run(config).forward)
+    if family in ("qwen2", "qwen3", "gemma3_text"):
+        assert not differences(config.model, from_hf(PUBLISHED[family], "x")[1])
 
 
 @pytest.mark.parametrize(
@@ -213,9 +244,11 @@ def test_equal_gates_are_equal() -> None:
 
 
 def tensors(family: Family) -> dict[str, torch.Tensor]:
-    """Our parameters, each number its own."""
+    """Return our parameters and biases of routers with random values."""
     generator = torch.Generator().manual_seed(0)
-    return {s.name: torch.randn(s.shape, generator=generator) for s in inventory(model(family))}
+    specs = [c.spec for c in counterparts(model(family), family)]
+    assert [s for s in specs if not s.name.endswith("router.bias")] == [*inventory(model(family))]
+    return {s.name: torch.randn(s.shape, generator=generator) for s in specs}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -229,7 +262,7 @@ def test_split_and_join_are_inverse(family: Family) -> None:
     for counterpart in wanted:
         name = counterpart.spec.name
         joined = counterpart.join(places[name], theirs.__getitem__)
-        if counterpart.offset:  # rounded where it was taken away
+        if counterpart.offset:  # rounded when it was subtracted
             assert torch.equal(joined, counterpart.kept(ours[name], torch.float32))
             assert (joined - ours[name]).abs().max() <= 2**-23
         else:

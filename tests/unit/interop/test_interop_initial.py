@@ -1,4 +1,4 @@
-"""Runs that begin with a Hugging Face model, by ``run.initial`` or by ``allometry convert``."""
+"""Runs that start from a Hugging Face model, by ``run.initial`` or ``allometry convert``."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ MUP = "parameterization={kind: mup, base_width: 8, base_head_dim: 2}"
 
 @pytest.fixture
 def model(tiny: Make, tmp_path: Path) -> Path:
-    """A run of three steps as a Hugging Face folder."""
+    """Return a run of three steps as a Hugging Face folder."""
     folder = run(tiny(*LENGTH, folder=tmp_path / "first"), stop_at_step=3)
     export_hf(folder, tmp_path / "hf", optimizer_state=True)
     return tmp_path / "hf"
@@ -50,13 +50,13 @@ def test_it_is_what_a_conversion_gives(
     config = tiny(*LENGTH, *parameterization, section, folder=tmp_path / "new")
     run(config, stop_at_step=1)
     shutil.copytree(model, tmp_path / "kept")
-    shutil.rmtree(model)  # it is needed no more
+    shutil.rmtree(model)  # no longer needed
     run(config, stop_at_step=2)
     new = run(config)
     (tmp_path / "kept").rename(model)
     plain = tiny(*LENGTH, *parameterization, folder=tmp_path / "converted")
     import_hf(model, plain, tmp_path / "converted")
-    # The explicit key may be there as well, if it says what is so.
+    # The explicit key is accepted if it agrees.
     converted = run(tiny(*LENGTH, *parameterization, section, folder=tmp_path / "converted"))
     assert losses(new) == losses(converted)
     origins = [json.loads((f / "run.json").read_text())["origin"] for f in (new, converted)]

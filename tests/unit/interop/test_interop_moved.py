@@ -1,4 +1,4 @@
-"""A run's folder is complete: copied elsewhere, without its data, it exports as it would have."""
+"""A run folder is complete: a copy elsewhere, without its data, exports the same files."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def write_tokenizer(folder: Path, **beside: Any) -> Path:
 
 
 def trained(tiny: Make, **data: Any) -> Path:
-    """A run of one step in ``work/runs/one``, the working directory being ``work``."""
+    """Return a run of one step in ``work/runs/one``, with ``work`` as the working directory."""
     text = json.dumps([SOURCE]).replace('"', "")
     more = [f"data.{key}={value}" for key, value in data.items()]
     length = ["training.total_steps=2", "schedule.warmup_steps=0"]
@@ -173,7 +173,7 @@ def test_an_import_says_whether_data_and_model_agree(work: Path, tiny: Make) -> 
     whole = (work / "hf" / "tokenizer.json").read_text()
     (work / "hf" / "tokenizer.json").write_text(json.dumps(other))
     with pytest.raises(UserError, match=r"tokens/tokenizer.json is another .*pre_tokenizer"):
-        import_hf("hf", config, "no")  # found beside the token files, though not named
+        import_hf("hf", config, "no")  # found next to the token files without being named
     (work / "hf" / "tokenizer.json").write_text(whole)
     (work / "tokens" / "manifest.json").unlink()
     notes = import_hf("hf", config, "unknown").notes

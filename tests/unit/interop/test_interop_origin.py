@@ -1,4 +1,4 @@
-"""Runs of ours that come back: muP as muP, with the optimizer's states, and with their origin."""
+"""Re-imported runs of ours: muP stays muP, with optimizer states and the origin."""
 
 import json
 from collections.abc import Callable
@@ -118,7 +118,7 @@ def test_states_of_the_optimizer_come_back(tiny: Make, tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert tensors(tmp_path / "fresh" / "checkpoints" / "step-0", OPTIMIZER) == {}
 
-    # The first step is the one that the run would have taken on these documents.
+    # The first step equals the step that the run would have taken on these documents.
     other = load(file, ["optimizer.kind=muon"])
     with pytest.raises(UserError, match=r"optimizer\.kind='muon' differs from 'adamw'"):
         train(other, device=CPU, callbacks=[])
@@ -164,7 +164,7 @@ def test_states_that_do_not_fit_are_refused(tiny: Make, tmp_path: Path) -> None:
         config = run_of(tiny, tmp_path / "new", *more)
         with pytest.raises(UserError, match=said):
             import_hf(tmp_path / source, config, out, optimizer_state=True)
-    import_hf(tmp_path / "full", run_of(tiny, out), out)  # weights alone
+    import_hf(tmp_path / "full", run_of(tiny, out), out)  # weights only
     with pytest.raises(UserError, match=r"step-0 holds none; leave the option out"):
         export_hf(out, tmp_path / "no", optimizer_state=True)
 
@@ -186,7 +186,7 @@ def test_origin_and_documents_that_are_read_again(tiny: Make, tmp_path: Path) ->
         said = [event for event in events(tmp_path / name) if event["event"] == "same_documents"]
         assert [event["sources"] for event in said] == ([told] if told else [])
     assert "origin" not in json.loads((run / "run.json").read_text())
-    # The run before the one before counts as well, and a branch has its parent's origin.
+    # The grandparent counts as well, and a branch has its parent's origin.
     export_hf(tmp_path / "other", tmp_path / "hf-other")
     config = run_of(tiny, tmp_path / "third", "run.seed=3")
     import_hf(tmp_path / "hf-other", config, tmp_path / "third")
@@ -215,12 +215,12 @@ def test_sources_go_on_after_the_run_that_weights_come_from(tiny: Make, tmp_path
     child = run_of(tiny, tmp_path / "child", wanted)
     import_hf(tmp_path / "hf", child, tmp_path / "child")
     trained(child, stop=2)
-    trained(child)  # a resume knows it from its own checkpoint
+    trained(child)  # a resume reads it from its own checkpoint
     here = read_facts(tmp_path / "child" / "checkpoints" / "step-4")["reading"]
     assert here["starts"] == {name: read["samples"] for name, read in there.items()}
     for name, read in here["ledger"].items():
         assert read["samples"] == there[name]["samples"] + read["tokens"] // 32
-        assert read["unique_tokens"] == read["tokens"]  # not one of them was read by the parent
+        assert read["unique_tokens"] == read["tokens"]  # the parent read none of them
         assert read["epochs"] > there[name]["epochs"]
     said = [event["event"] for event in events(tmp_path / "child")]
     assert said.count("sources_continued") == 1

@@ -1,4 +1,4 @@
-"""Our torchrun: what it tries again, and what it tells the ranks that it starts again."""
+"""Our torchrun: retries, and the message to restarted ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: separate processes, exit codes, one sentence for errors."""
+"""The command line in separate processes: exit codes, one sentence per error."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def allometry(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def sentence(done: subprocess.CompletedProcess[str]) -> str:
-    """The one sentence of a refused command."""
+    """Return the single sentence of a refused command."""
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     (line,) = done.stderr.strip().splitlines()
@@ -51,7 +51,7 @@ def test_help_answers_at_once() -> None:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
 
-    seconds = []  # of the processor, which do not depend on what else runs here
+    seconds = []  # CPU seconds, independent of other load
     for _ in range(5):
         begun = spent()
         done = allometry("--help")
@@ -90,7 +90,7 @@ def test_dry_run_of_many_ranks_lists_what_they_hold_and_send(tiny: Make) -> None
     text = planned(config, 64).text
     assert "pp=1, hdp=32, tp=2" in text
     assert "rank 0 (stage 0) calls in a step" in text
-    assert text.count("parameters") == 2  # of the model; bytes of the one memory number
+    assert text.count("parameters") == 2  # of the model; the memory is in bytes
     assert "; fits 80 GB: yes" in text
     large = config.model_copy(
         update={"model": config.model.model_copy(update={"vocab_size": 2**30})}
@@ -278,7 +278,7 @@ def test_segments_of_gpu_memory_grow_unless_the_user_says(monkeypatch: pytest.Mo
             patch.setenv(name, "max_split_size_mb:64")
             assert start.settle_cuda_allocator(gpu=True) == "max_split_size_mb:64"
             assert sum(name in os.environ for name in names) == 1
-    monkeypatch.setenv(names[0], "")  # so that it is as it was afterwards
+    monkeypatch.setenv(names[0], "")  # so that it is restored afterwards
     del os.environ[names[0]]
     assert start.settle_cuda_allocator(gpu=True) == "expandable_segments:True"
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

@@ -1,4 +1,4 @@
-"""Commands are dataclasses: their fields are the options, and one place prints what they report."""
+"""Commands are dataclasses: their fields are the options, and one function prints reports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ALL += [(name, *entry, ("ladder",)) for name, entry in LADDER.items()]
 
 
 def own_fields(command: type[Any]) -> Iterator[Field[Any]]:
-    """The fields of a command, those of a group of options among them."""
+    """Yield the fields of a command, including those of groups of options."""
     hints = get_type_hints(command)
     for field in fields(command):
         if is_dataclass(hints[field.name]):
@@ -93,7 +93,7 @@ def arguments_of(tree: ast.AST) -> set[str]:
 
 
 def prints(node: ast.AST) -> bool:
-    """Whether it prints a report: to standard output, whatever is asked for."""
+    """Return whether a node prints a report to standard output."""
     if isinstance(node, ast.Attribute):
         return node.attr == "echo"
     called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
@@ -126,7 +126,7 @@ def test_sub_rooms_do_not_import_each_other() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Options of several commands."""
+    """Options shared by several commands."""
 
     most: int = option("at most", 3, min=1)
     names: tuple[str, ...] = option("names", (), "--name")

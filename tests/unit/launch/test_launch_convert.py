@@ -1,4 +1,4 @@
-"""``allometry convert`` as a user meets it: every wrong request is one sentence."""
+"""``allometry convert``: every wrong request gives one sentence."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def refused(said: str, source: Path, **more: Any) -> None:
 
 @pytest.fixture
 def trained(tiny: Make) -> Path:
-    """A run of one step."""
+    """Return a run of one step."""
     config = tiny(*ONE)
     train(config, device=CPU, callbacks=[])
     return Path(config.run.folder)
@@ -164,7 +164,7 @@ def test_training_does_not_begin_where_a_conversion_was_refused(tiny: Make, tmp_
     with pytest.raises(UserError, match=r"out: the conversion of .*hf into it was refused"):
         train(config, device=CPU, callbacks=[])
     assert [path.name for path in out.iterdir()] == ["conversion_refused.json"]
-    (tmp_path / "out.partial" / "checkpoints").mkdir(parents=True)  # a conversion that was killed
+    (tmp_path / "out.partial" / "checkpoints").mkdir(parents=True)  # a killed conversion
     (out / "conversion_refused.json").unlink()
     with pytest.raises(UserError, match=r"into it runs or was interrupted .*random weights"):
         train(config, device=CPU, callbacks=[])
@@ -174,7 +174,7 @@ def test_training_does_not_begin_where_a_conversion_was_refused(tiny: Make, tmp_
     converted(Convert(source=source, out=out, config=str(file)))
     assert not (out / "conversion_refused.json").exists()
     assert train(config, device=CPU, callbacks=[]).step == 1
-    refused("is not empty", source, out=out, config=str(file))  # a run is there, and goes on
+    refused("is not empty", source, out=out, config=str(file))  # an existing run, which continues
     assert not (out / "conversion_refused.json").exists()
 
 

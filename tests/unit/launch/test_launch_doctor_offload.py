@@ -1,4 +1,4 @@
-"""What the doctor measures for optimizer states away from the device, and what it keeps."""
+"""Measurements by the doctor for offloaded optimizer states, and their storage."""
 
 import json
 import platform

@@ -1,4 +1,4 @@
-"""examples/continual from its command to its result, with runs that are far too short."""
+"""Run examples/continual from its command to its result, with very short runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_example_describes_runs() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_example_is_stopped_and_goes_on_to_its_result(tmp_path: Path) -> None:
-    """From a folder that is not the repository's; a third time nothing is trained."""
+    """From a folder other than the repository's; a third call trains nothing."""
     words = [sys.executable, "-u", str(EXAMPLE / "run.py"), "--out", "made", "--widths", "16"]
     words += ["--trunk-steps", "60", "--steps", "20", "--skip", "0", "--rise", "100"]
     words += ["--bound", "0.15"]
@@ -56,7 +56,7 @@ def test_the_example_is_stopped_and_goes_on_to_its_result(tmp_path: Path) -> Non
 
     said = run()
     result = json.loads((out / "result.json").read_text())
-    assert list(result["held out"]) == ["r=0.75"]  # one size, of which none is held out
+    assert list(result["held out"]) == ["r=0.75"]  # one size, none held out
     assert result["law"]["rows"] == 5 * 10
     replay = result["check"]["replay"]
     assert 0.0 < replay < 0.75

@@ -1,4 +1,4 @@
-"""Figures as data: what of a panel is seen, how panels share rows, how branches lie on trunks."""
+"""Figures as data: visible range of a panel, rows of panels, branches drawn from trunks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``allometry forecast`` on folders of runs that went as a law says."""
+"""``allometry forecast`` on run folders whose losses follow a law."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ranks that are forked, when started again, by a process that has imported what they do."""
+"""Restarted ranks are forked from a process that has imported their modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# What the agent does, in a process of its own, as it becomes the parent of orphans.
+# The agent's actions, in a separate process, because it adopts orphans.
 AGENT = """
 import json, os, sys, time
 from pathlib import Path

@@ -35,7 +35,7 @@ PLAN = Plan(
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Step 3 without a pipeline, step 5 with one of two stages; a last line that is torn."""
+    """Return a folder with step 3 without a pipeline, step 5 with two stages, and a torn line."""
     recorder = Recorder(RunFolder(tmp_path))
     for step, pp in ((3, 1), (5, 2)):
         degrees = Degrees(pp=pp, hdp=3, tp=1, ep=1, replicas=1)
@@ -69,9 +69,9 @@ def test_the_last_step_and_a_pipeline(run: Path) -> None:
     assert "step 5, aligned: 3 hdp ranks x 2 pipeline ranks (1f1b), 2 waves" in text
     assert "2 dummies" in text
     assert str(out) in text
-    # Stage 0 runs both forwards (0.1 + 0.15 s), stage 1 unit 2's once it is done with unit 0.
-    # F0 [0, .1] F2 [.1, .25] on stage 0; F0 [.1, .2] B0 [.2, .4] F2 [.4, .55] B2 [.55, .85] on
-    # stage 1; B0 [.4, .6] B2 [.85, 1.15] on stage 0.
+    # Stage 0 runs both forwards (0.1 + 0.15 s), stage 1 runs unit 2's after unit 0. F0 [0, .1] F2
+    # [.1, .25] on stage 0; F0 [.1, .2] B0 [.2, .4] F2 [.4, .55] B2 [.55, .85] on stage 1; B0 [.4,
+    # .6] B2 [.85, 1.15] on stage 0.
     assert "1.15 s" in text
 
 
@@ -91,7 +91,7 @@ def test_what_is_drawn() -> None:
     by_colour = {colour: 0 for colour, _ in boxes}
     for (colour, _), rectangles in boxes.items():
         by_colour[colour] += len(rectangles)
-    # The ring is run forward and backward by both members, single units by one, dummies by two.
+    # Both members run the ring forward and backward, one rank runs single units, two run dummies.
     assert sorted(by_colour.values()) == [4, 4, 4]
     grey = (0.6, 0.6, 0.6)
     assert boxes[grey, 0.55] == [(0.3, 0.304, 1.0), (0.6, 0.604, 2.0)]

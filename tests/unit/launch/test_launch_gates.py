@@ -1,4 +1,4 @@
-"""suggest, coordcheck and transfer as a user meets them."""
+"""The commands suggest, coordcheck and transfer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MUP = ("parameterization={kind: mup, base_width: 16, embedding_std: 1.0}",)
 
 
 def facts_of(report: Report) -> Any:
-    """What --json would print."""
+    """Return the facts printed by --json."""
     return json.loads(json.dumps(report.facts))
 
 
@@ -273,7 +273,7 @@ def test_transfer_names_what_a_regime_holds_fixed(tiny: Make, tmp_path: Path) ->
 
 @pytest.mark.parametrize("regime", ["I", "II", "III"])
 def test_gates_grow_a_family_as_its_regime_does(tiny: Make, tmp_path: Path, regime: str) -> None:
-    """Without an axis: widths in regime I, experts with all that grows along in II and III."""
+    """Default axes: widths in regime I, experts with all dependent sizes in II and III."""
     model = MIXED % (tiny().model.vocab_size, EXPERTS)
     base = "base_width: 32, base_experts: 4, base_experts_per_token: 1, base_expert_width: 16"
     config = tiny(f"model={model}", f"parameterization={{kind: mssp, regime: {regime}, {base}}}")

@@ -1,4 +1,4 @@
-"""Figures of coordcheck and transfer, what they say when stopped, and of depth without a rule."""
+"""Figures of coordcheck and transfer, messages of stopped commands, and depth without a rule."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MUP = ("parameterization={kind: mup, base_width: 16, embedding_std: 1.0}",)
 
 
 def panels_of(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Panel]:
-    """What a gate draws from now on; it is drawn as well."""
+    """Return the list of panels drawn by a gate from now on."""
     seen: list[Panel] = []
 
     def draw(figure: Figure, out: Path) -> None:
@@ -41,7 +41,7 @@ def panels_of(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Panel
 
 
 def series_of(panel: Panel, name: str) -> dict[str, Series]:
-    """What is drawn under a name, by style."""
+    """Return the series drawn under a name, by style."""
     return {series.style: series for series in panel.series if series.name == name}
 
 
@@ -103,7 +103,7 @@ def test_the_figure_of_a_check(tiny: Make, tmp_path: Path, monkeypatch: pytest.M
 
 
 def stop_after(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C once so many trials of a sweep have begun."""
+    """Raise Ctrl-C when ``number`` trials of a sweep have begun."""
     begun: list[Trial] = []
     train = TransferSweep.loss
 

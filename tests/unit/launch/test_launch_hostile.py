@@ -1,4 +1,4 @@
-"""Files that commands are given, damaged in many ways: each is read or refused in a sentence."""
+"""Input files of commands, damaged in many ways, are read or refused in one sentence."""
 
 import json
 import struct
@@ -82,7 +82,7 @@ def config_beside(folder: Path) -> Path:
 
 
 def scores_beside(path: Path) -> None:
-    """A damaged record of scores, or damaged scores beside a record, of a store that is whole."""
+    """Try a damaged record of scores, or damaged scores with a valid record, of a valid store."""
     write_store(path.parent / "x", [[1, 2], [3]])
     store, text = TokenStore(path.parent / "x"), path.read_bytes()
     numbers = path.with_suffix(".npy")
@@ -120,7 +120,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 }
 
 
-SLOW = ("hardware", "tree", "ladder")  # YAML as that of a run
+SLOW = ("hardware", "tree", "ladder")  # YAML like a run's
 
 
 @pytest.mark.parametrize("what", thinned(set(READERS) - set(SLOW), list(READERS)))

@@ -1,4 +1,4 @@
-"""The commands about laws, as a user meets them: what they print, refuse and write."""
+"""The commands about laws: output, refusals and files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shell import Shell
 
 QUICK = ("--starts", "48", "--bootstraps", "20")
 SIZES = {16: 5200, 32: 20_640, 48: 46_320, 64: 82_240}
-"""Parameters without embedding and head of the ladder's widths."""
+"""Parameters of the ladder's widths without embedding and head."""
 
 
 @pytest.fixture
@@ -27,7 +27,8 @@ def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
 
 @pytest.fixture(scope="module")
 def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four sizes, one with two seeds, and three horizons that follow ``chinchilla`` exactly."""
+    """Return four sizes, one with two seeds, and three horizons that follow
+    ``chinchilla`` exactly."""
     root = tmp_path_factory.mktemp("ladder")
     for width in SIZES:
         for steps in (40, 80, 160):
@@ -85,7 +86,7 @@ def test_a_ladder_is_fitted_held_out_stored_and_predicted_from(
 def test_what_fit_says_in_words(shell: Shell, table: Path, tmp_path: Path) -> None:
     text = shell("fit", "chinchilla", table, *MAPPED, "--out", tmp_path / "f.json")
     assert text.startswith("chinchilla: loss = E + A/N^alpha + B/D^beta\nfitted to 15 rows of 15")
-    assert "nats per token" not in text  # a table may have any unit
+    assert "nats per token" not in text  # a table can have any unit
     assert sum(line.endswith("  unit of the data") for line in text.splitlines()) == 3  # E, A, B
     assert "loss (unit of the data)" in shell("predict", tmp_path / "f.json", "N=1e8", "D=1e9")
     assert "the sum over rows of Huber's loss (delta 0.001) of log residuals" in text
@@ -103,7 +104,7 @@ def test_what_fit_says_in_words(shell: Shell, table: Path, tmp_path: Path) -> No
 
 
 def test_tables_fit_88_columns(shell: Shell, fit_file: Path) -> None:
-    """The widest numbers there are: intervals on both sides, exponents of two digits."""
+    """With the widest numbers: intervals on both sides, exponents of two digits."""
     text = shell("optimum", fit_file, "--flops", "1.2345e21,1.2345e-3")
     rows = text.splitlines()[:4]
     assert rows[0].split()[:2] == ["FLOPs", "N"]
@@ -175,7 +176,7 @@ def test_what_data_cannot_identify_is_named(shell: Shell, tmp_path: Path) -> Non
 
 def test_curves_of_runs_and_tables_are_fitted(shell: Shell, tmp_path: Path) -> None:
     def law(N: float, D_T: np.ndarray) -> np.ndarray:
-        return 2.0 + 3.0 / np.sqrt(D_T)  # of S1 where the rate is constant
+        return 2.0 + 3.0 / np.sqrt(D_T)  # S1 at a constant rate
 
     constant = "schedule={kind: constant, warmup_steps: 0}"
     for seed in (0, 1):
@@ -222,7 +223,7 @@ def test_groups_are_left_out_by_name(shell: Shell, ladder: Path) -> None:
 
 
 def curve_fit(shell: Shell, ladder: Path) -> Path:
-    """A fit of a law of curves, made once."""
+    """Return a fit of a law of curves, made once."""
     path = ladder / "curve.json"
     if not path.exists():
         run = ladder / "runs/w16-40-0"

@@ -1,4 +1,4 @@
-"""Laws in two steps through the commands: the best rates of sweeps, scores at predicted losses."""
+"""Two-step laws through the commands: best rates of sweeps, scores at predicted losses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def best(size: float, tokens: float) -> tuple[float, float]:
 
 @pytest.fixture
 def sweeps(tmp_path: Path) -> Path:
-    """Nine grids of rate and batch, bowls around the law's optima; one of them at its edge."""
+    """Return nine grids of rate and batch, bowls around the law's optima; one at its edge."""
     lines = ["N,D,lr,B,loss"]
     for size in SIZES:
         for tokens in TOKENS:
@@ -120,7 +120,7 @@ def test_step_laws_grid_through_the_command(shell: Shell) -> None:
 
 @pytest.fixture
 def steps(shell: Shell, tmp_path: Path) -> tuple[Path, Path]:
-    """The fits of a loss and of an error to one table."""
+    """Return the fits of a loss and of an error to one table."""
     rng = np.random.default_rng(0)
     lines = ["N,D,loss,error"]
     for size in (1e7, 3e7, 1e8, 3e8):
@@ -179,7 +179,7 @@ def test_scores_that_cannot_be_had_are_one_sentence(shell: Shell, steps: tuple[P
 
 
 def test_checkpoints_are_averaged_before_a_law_of_scores(shell: Shell, tmp_path: Path) -> None:
-    """The OLMo ladder's second step: five checkpoints a row, the first tenth of a run left out."""
+    """The OLMo ladder's second step: five checkpoints per row, without the first tenth of a run."""
     rng = np.random.default_rng(0)
     lines = ["run,D,loss,accuracy"]
     for run, end in (("a", 2.9), ("b", 2.5)):
@@ -220,10 +220,10 @@ def test_sweeps_have_laws_with_intervals_and_what_they_are_worth(
     assert at["B"]["low"] <= at["B"]["value"] * (1 + 1e-9)
     worth = facts["excess"]
     assert len(worth["the laws of the other sizes"]) == 9
-    # The nearest run of an unbroken sweep is the best one; Step Law is of other optima.
+    # In a complete sweep the best run is the nearest; Step Law describes other optima.
     own = [v for name, v in worth["the laws of the other sizes"].items() if "6.4e+10" not in name]
     assert max(own) < 1e-4 < 1e-3 < max(worth["Step Law"].values())
-    # Rates from -2 to 2 octaves around: min(0.006 u^2 + its best batch, 0.01) in the mean.
+    # Rates from -2 to 2 octaves around: min(0.006 u^2 + its best batch, 0.01) on average.
     u = np.arange(-1.8, 2.3, 0.5)
     batch = 0.004 * min(abs(np.arange(-2.0, 2.1) - 0.3)) ** 2
     losses = np.minimum(0.006 * u**2 + batch, 0.01)

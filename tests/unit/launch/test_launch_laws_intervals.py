@@ -1,4 +1,4 @@
-"""What the commands say of how sure a law is: intervals, their parts, open parameters."""
+"""Uncertainty in the output of law commands: intervals, their parts, unidentified parameters."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_value_at_the_edge_of_its_interval_is_said(shell: Shell, tmp_path: Pat
 def test_what_data_hardly_say_is_noted(shell: Shell, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lines = ["N,D,loss"]
-    for size in (1e8 / 1.1, 1e8, 1.1e8):  # hardly different, and with noise
+    for size in (1e8 / 1.1, 1e8, 1.1e8):  # nearly equal, and with noise
         for tokens in np.geomspace(1e9, 1e11, 6):
             loss = 1.8 + 480 / size**0.35 + 2000 / tokens**0.37 + 0.003 * rng.standard_normal()
             lines.append(f"{size},{tokens},{loss}")

@@ -1,4 +1,4 @@
-"""What the commands about laws say of options and rows that are written otherwise."""
+"""Messages of law commands about misspelled options and rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def runs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """A fit of a mixture's law."""
+    """Return a fit of a mixture law."""
     shares_n = np.linspace(0.05, 0.95, 12)
     loss = 2.0 + np.exp(0.5 * shares_n - 1.2 * (1 - shares_n))
     rows = Observations.of({"a": shares_n, "b": 1 - shares_n, "loss": loss})
@@ -67,7 +67,7 @@ def test_a_text_that_is_no_assignment_is_told_the_form_of_its_option(
 
 
 def sweep(runs: Path) -> Path:
-    """Three sizes with a bowl over lr and B each."""
+    """Return three sizes, each with a bowl over lr and B."""
     size, lr, batch = (
         x.ravel()
         for x in np.meshgrid([1e7, 1e8, 1e9], 2.0 ** np.arange(-12, -5), 2.0 ** np.arange(14, 20))
@@ -150,7 +150,7 @@ def test_a_parameter_at_a_bound_is_warned_of_by_what_predicts(
     for asked in (("predict", kept, "N=1e10", "D=1e11"), ("optimum", kept, "--flops", "1e19")):
         assert warning in shell(*asked)
         assert any(warning in one for one in shell.json(*asked)["warnings"])
-    # A constant at 0 is said otherwise, by the fit.
+    # The fit reports a constant at 0 in another message.
     small = written(tmp_path / "small.csv", {"N": n, "D": d, "loss": 480 / n**0.35 + 99 / d**0.37})
     shell("fit", "chinchilla", small, *quick, "--hold-out", "none", "--out", kept)
     assert "outside of what the law allows" not in shell("predict", kept, "N=1e10", "D=1e11")

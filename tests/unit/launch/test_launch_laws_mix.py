@@ -25,7 +25,7 @@ def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
 
 
 class Exact:
-    """A mixing law as it was drawn from."""
+    """Mixing law with its true coefficients."""
 
     def __init__(self, slopes: tuple[float, ...]) -> None:
         self.slopes = np.array(slopes)
@@ -37,7 +37,7 @@ class Exact:
 
 @pytest.fixture
 def fits(shell: Shell, tmp_path: Path) -> dict[str, Path]:
-    """Fits of mixing laws of two validation losses over three domains."""
+    """Return fits of mixing laws of two validation losses over three domains."""
     rng = np.random.default_rng(0)
     shares_nK = rng.dirichlet(np.ones(3), 40)
     lines = [",".join([*DOMAINS, *SLOPES])]
@@ -85,7 +85,7 @@ def test_weights_and_bounds_move_the_best_mixture(shell: Shell, fits: dict[str, 
 
 
 def test_shares_beyond_those_that_were_run_are_not_searched(shell: Shell, tmp_path: Path) -> None:
-    """A law of runs with at most 40 % of a says nothing of 100 %."""
+    """A law fitted to runs with at most 40 % of a cannot predict 100 %."""
     lines = ["a,b,c,loss"]
     for a, b in ((0.1, 0.3), (0.2, 0.2), (0.3, 0.5), (0.4, 0.3), (0.25, 0.65), (0.35, 0.1)):
         loss = 1.5 + np.exp(-2 * a - b)
@@ -97,12 +97,12 @@ def test_shares_beyond_those_that_were_run_are_not_searched(shell: Shell, tmp_pa
     assert facts["shares"]["a"]["share"] == pytest.approx(0.4)
     assert any("a is at the largest share that was run, 0.4" in w for w in facts["warnings"])
     beyond = shell.json("mix", "best", file, "--most", "a=0.9")
-    assert beyond["shares"]["a"]["share"] == pytest.approx(0.8)  # b and c had 0.1 at least
+    assert beyond["shares"]["a"]["share"] == pytest.approx(0.8)  # b and c had at least 0.1
     assert any("a=0.8 is outside of the fitted range" in w for w in beyond["warnings"])
 
 
 def chemistry(shell: Shell, folder: Path) -> dict[str, Path]:
-    """Fits to the ratios of 2406.01375's table 5, by the law in r alone."""
+    """Return fits to the ratios of 2406.01375's table 5, by the law in r alone."""
     path = law_data("published_tables") / "published.json"
     table = json.loads(path.read_text(encoding="utf-8"))["dcpt_table5_chemistry_qwen1.5-1.8B_D10B"]
     files = {}
@@ -163,8 +163,9 @@ def shares_table(tmp_path: Path) -> Path:
 MAPPED = ("--map", "r=share", "--map", "D=tokens", "--map", "dloss=general-2.86")
 
 
+@pytest.mark.slow
 def test_the_critical_ratio_of_a_later_horizon(shell: Shell, shares_table: Path) -> None:
-    """The whole of 2407.17467 on made curves: rises by share, ratios by horizon, a later one."""
+    """All of 2407.17467 on synthetic curves: rises by share, ratios by horizon, a later one."""
     asked = ("mix", "critical", shares_table, *MAPPED, "--tokens", "5e9,20e9")
     facts = shell.json(*asked, "--bootstraps", 10)
     for one in facts["ratios"]:

@@ -1,4 +1,4 @@
-"""``allometry optimum``: exponents of the best N and D, by fits and by published coefficients."""
+"""``allometry optimum``: exponents of the best N and D, from fits and published coefficients."""
 
 from __future__ import annotations
 

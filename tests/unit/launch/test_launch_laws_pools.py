@@ -29,7 +29,7 @@ def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
 
 
 def drawn(path: Path, law: str, values: dict[str, float], columns: dict[str, list[float]]) -> Path:
-    """A table of a law's losses with noise of 0.1 %."""
+    """Write a table of a law's losses with noise of 0.1 %."""
     rows = Observations.of(columns)
     loss_n = predict(form_named(law), values, rows)
     loss_n = loss_n * (1 + 1e-3 * np.random.default_rng(0).standard_normal(len(loss_n)))

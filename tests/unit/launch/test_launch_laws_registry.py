@@ -1,4 +1,4 @@
-"""What laws there are, as commands and the page list them, and predictions without a fit."""
+"""The list of laws in commands and in the docs, and predictions without a fit."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_registry_is_listed(shell: Shell) -> None:
 
 
 def page_line(form: Form) -> str:
-    """A law's line in the table of docs/laws.md."""
+    """Return a law's line in the table of docs/laws.md."""
     cells = [f"`{form.name}`", form.target.name, reads(form), f"`{form.equation}`", form.source]
     return "| " + " | ".join(cells) + " |"
 

@@ -1,4 +1,4 @@
-"""``allometry mix RUNS``: the ratio of replay from simulated runs whose truth is known."""
+"""``allometry mix RUNS``: the ratio of replay from simulated runs with a known truth."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GENERAL = {
     **{"alpha": 0.34, "beta": 0.4, "eta": 0.5, "gamma": 0.8, "eps": 0.1},
 }
 START = 0.05
-"""What the general loss before lies below that after, with 50 % replay."""
+"""Difference of the general loss before training and after it, with 50 % replay."""
 SIZES, HORIZONS = (1e6, 4e6, 1.6e7), np.geomspace(2e6, 4e7, 8)
 REPLAYS = (0.0, 0.1, 0.25, 0.5, 0.75)
 TARGET = {"N": 1.6e7, "D": 4e7}
@@ -58,7 +58,7 @@ def table(
     folder: Path, noise: float = 5e-4, seed: int = 0, *, sizes: tuple[float, ...] = SIZES,
     replays: tuple[float, ...] = REPLAYS, horizons: np.ndarray = HORIZONS,
 ) -> Path:  # fmt: skip
-    """Runs of simulated D-CPT losses; the luck of a run stays with it."""
+    """Write runs of simulated D-CPT losses; the noise of a run is the same at all horizons."""
     rng, lines = np.random.default_rng(seed), ["N,D,r,domain,general,start"]
     for N in sizes:
         for replay in replays:
@@ -87,7 +87,7 @@ def test_the_ratio_of_simulated_runs_is_found_with_both_losses(
     asked = ("mix", table(tmp_path), "--rise", 4, "--bootstraps", 25)
     facts = shell.json(*asked, "--out", picture)
     exact = best(4)
-    assert 0.3 < exact < 0.95  # the bound decides
+    assert 0.3 < exact < 0.95  # the bound is active
     assert facts["share"]["value"] == pytest.approx(exact, abs=0.02)
     assert facts["share"]["low"] - 0.005 <= exact <= facts["share"]["high"] + 0.005
     assert facts["share"]["high"] - facts["share"]["low"] < 0.1
@@ -119,7 +119,7 @@ def test_a_larger_and_longer_run_is_predicted(shell: Shell, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_intervals_hold_the_true_ratio_about_as_often_as_they_say(tmp_path: Path) -> None:
-    """95 % intervals of 12 draws of the runs: fewer than 9 inside has a chance of 2e-4."""
+    """95 % intervals of 12 draws of the runs: fewer than 9 inside has probability 2e-4."""
     exact, inside = best(4), 0
     for seed in range(12):
         read = replay_table([table(tmp_path, seed=seed)])
@@ -138,7 +138,7 @@ def test_the_critical_ratio_by_both_laws(shell: Shell, tmp_path: Path) -> None:
     for one in facts["critical"]["cmr"]:
         rise = truth(GENERAL, one["N"], TARGET["D"], 1 - shares) - start_of(one["N"])
         exact = float(shares[rise <= 0.08].max())
-        # CMR takes the rise as linear between the shares that were run.
+        # CMR assumes a linear rise between the measured shares.
         assert one["ratio"] == pytest.approx(exact, abs=0.04), one
     assert facts["critical"]["d_cpt"]["bounded"]
     assert facts["critical"]["d_cpt"]["ratio"] == pytest.approx(exact, abs=0.02)
@@ -205,7 +205,7 @@ def test_what_is_no_run_is_one_sentence(shell: Shell, tmp_path: Path) -> None:
 
 
 def cpt(folder: Path, replay: float, width: int, *more: str, before: float | None = 2.5) -> None:
-    """A run that goes on with web and replays code, whose losses are those of the laws."""
+    """Write a continued run on web that replays code, with losses that follow the laws."""
 
     def law(N: float, D_T: np.ndarray) -> np.ndarray:
         return 2.0 + 3.0 / N**0.3 + 20.0 * (1.1 - replay) ** -0.2 / D_T**0.4
@@ -294,7 +294,7 @@ def test_more_than_two_sources_have_the_shares_of_the_least_domain_loss() -> Non
 def test_branches_of_a_real_trunk(
     shell: Shell, tiny: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """Rows begin where the branch does, and the trunk is left out."""
+    """Rows begin at the branch, and the trunk is omitted."""
     trunk, stable = tmp_path / "runs" / "trunk", "schedule={kind: constant, warmup_steps: 3}"
     config = tiny(stable, "checkpoint.keep_steps=[8]", "data.sources.0.weight=0",
                   "training.total_steps=8", folder=trunk)  # fmt: skip
@@ -309,7 +309,7 @@ def test_branches_of_a_real_trunk(
     facts = shell.json("mix", tmp_path / "runs", "--rise", 80, "--bootstraps", 0)
     assert (facts["new"], facts["old"]) == (["up"], ["down"])
     assert [facts["frontier"][0]["share"], facts["frontier"][-1]["share"]] == [0.2, 0.9]
-    assert facts["at"]["D"] == 8 * 256  # of the branch alone
+    assert facts["at"]["D"] == 8 * 256  # of the branch only
     assert facts["rows"] == 3 * 8
     events = (tmp_path / "runs" / "b0.5" / "events.jsonl").read_text().splitlines()
     (before,) = [e for e in map(json.loads, events) if e["event"] == "held_out_before"]

@@ -1,4 +1,4 @@
-"""``allometry plan``: what it answers, writes and refuses."""
+"""``allometry plan``: answers, files and refusals."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_written_file_names_a_file_of_a_user_beside_it(tmp_path: Path) -> None
 
 
 def test_files_of_a_user_are_not_written_over(tmp_path: Path) -> None:
-    """Neither the run that is planned nor another file; an earlier plan is."""
+    """Neither the planned run nor another file is overwritten; an earlier plan is."""
     mine, out = tmp_path / "mine.yaml", tmp_path / "layout.yaml"
     mine.write_text("base: preset:demo\n")
     for _ in range(2):

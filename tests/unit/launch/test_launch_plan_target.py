@@ -1,4 +1,4 @@
-"""The cheapest size, tokens and layout for a loss, by a law that is known exactly."""
+"""The cheapest size, tokens and layout for a target loss, by an exactly known law."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_tokens_reach_the_loss_exactly(law: Fit) -> None:
         1 / TRUE["beta"]
     )
     assert tokens == pytest.approx(by_hand, rel=1e-3)
-    assert plan_target.tokens_for(law, 1e7, 2.4) is None  # too small at any number
+    assert plan_target.tokens_for(law, 1e7, 2.4) is None  # too small at any number of tokens
 
 
 def test_sizes_are_ordered_by_gpu_hours_and_count_as_the_law_does(law: Fit) -> None:

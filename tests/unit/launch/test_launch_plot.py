@@ -1,4 +1,4 @@
-"""``allometry plot``: what it names and draws of runs of every shape."""
+"""``allometry plot``: labels and figures for runs of every shape."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ONE_STEP = ("training.total_steps=1", "schedule.warmup_steps=0")
 
 
 def branch(folder: Path, trunk: Path, step: int) -> Path:
-    """A run that says it branched there."""
+    """Write a run whose record names its parent and step."""
     fake_run(folder, "training.total_steps=80")
     record = json.loads((folder / "run.json").read_text())
     record["parent"] = {"folder": str(trunk), "step": step}
@@ -93,4 +93,4 @@ def test_losses_that_are_not_finite(tmp_path: Path) -> None:
     json.dumps(report.facts, allow_nan=False)
     assert report.facts["runs"][0]["last_loss"] is None
     panel = plot._figure([read_run(tmp_path / "a")], ("a",)).panels[0]
-    assert not panel.y_log  # a logarithmic axis would hide the losses below 0
+    assert not panel.y_log  # a logarithmic axis would hide negative losses

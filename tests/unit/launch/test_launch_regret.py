@@ -1,4 +1,4 @@
-"""What ``allometry transfer`` says of a regret, and how it ends."""
+"""The regret in ``allometry transfer``: output and exit codes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ MUP = "parameterization={kind: mup, base_width: 16, embedding_std: 1.0}"
 def basin(
     monkeypatch: pytest.MonkeyPatch, *, shift: float, depth: float, luck: float = 0.0
 ) -> list[Trial]:
-    """Losses of all sweeps from now on: vertices move by ``shift`` octaves a doubling, and by
-    ``luck`` from seed to seed. Returns the trials that are trained."""
+    """Simulate the losses of all sweeps: vertices move by ``shift`` octaves per doubling, and by
+    ``luck`` between seeds. Returns the list of trained trials."""
     trained: list[Trial] = []
 
     def loss(_: TransferSweep, trial: Trial) -> float:
@@ -44,7 +44,7 @@ def basin(
 
 
 def transfer(folder: Path, *options: str) -> tuple[int, str]:
-    """The code and the text of the command, over widths 16 to 64."""
+    """Return the exit code and the text of the command over widths 16 to 64."""
     done = CliRunner().invoke(
         app,
         [
@@ -128,7 +128,7 @@ def test_options_reach_the_sweep(
 def test_a_regret_is_held_against_anothers(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """16 times as large the other's is enough, and with luck in the seeds nothing is."""
+    """Passes if the other regret is 16 times as large; with noisy seeds it stays undecided."""
     tiny()
     kept = str(tmp_path / "sp.jsonl")
     basin(monkeypatch, shift=-0.4, depth=0.2)

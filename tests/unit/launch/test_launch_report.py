@@ -1,4 +1,4 @@
-"""The report as a user meets it: the command, its page and pictures, its refusals."""
+"""The report: the command, its page and pictures, its refusals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALL = ("runs", "loss", "fits", "isoflop", "transfer", "sources", "forecast", "st
 
 
 class Elements(HTMLParser):
-    """Start tags with their attributes, and the text of the page."""
+    """Collect start tags with their attributes, and the text of the page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_a_hostile_name_is_text(tmp_path: Path) -> None:
     elements = Elements(page)
     assert not elements.named("img")
     assert HOSTILE in elements.text
-    assert len(elements.named("script")) == 3  # the figures, plotly.js and the page's own
+    assert len(elements.named("script")) == 3  # the figures, plotly.js and the page's script
     assert "alert(1)" not in page.replace("&lt;script&gt;alert(1)", "")
     data = figures(page)
     names = {trace["name"] for one in data.values() for trace in one["data"]}
@@ -172,7 +172,7 @@ def test_runs_that_have_not_begun_are_named(tmp_path: Path) -> None:
 
 
 def test_of_several_what_is_no_run_is_left_out(tmp_path: Path) -> None:
-    """As a shell makes them of runs/*."""
+    """As a shell expands runs/*."""
     place = tmp_path / "runs"
     for name in ("a", "b", "c"):
         fake_run(place / name)
@@ -188,7 +188,7 @@ def test_of_several_what_is_no_run_is_left_out(tmp_path: Path) -> None:
     assert f"{place}/a is left out: it has no row yet." in report.text
     with pytest.raises(UserError, match=r"none of the 2 that are named is a run; .*/plots is left"):
         written(WriteReport(runs=(place / "plots", place / "notes.txt"), out=tmp_path / "n.html"))
-    with pytest.raises(UserError, match="absent is not a folder"):  # a slip of the pen
+    with pytest.raises(UserError, match="absent is not a folder"):  # a typo
         written(WriteReport(runs=(place / "b", place / "absent"), out=tmp_path / "n.html"))
 
 
@@ -201,7 +201,7 @@ def test_plot_leaves_out_what_is_no_run(tmp_path: Path) -> None:
     assert [Path(run["folder"]).name for run in report.facts["runs"]] == ["a", "b"]
     assert f"left out: {tmp_path}/runs/plots holds no config.yaml" in report.text
     (tmp_path / "runs/a/metrics.jsonl").write_text("{broken\n{}\n")
-    with pytest.raises(UserError, match=r"runs/a/metrics\.jsonl"):  # damaged, not left out
+    with pytest.raises(UserError, match=r"runs/a/metrics\.jsonl"):  # damaged, not skipped
         plotted(Plot(runs=paths, out=tmp_path / "loss.png"))
 
 

@@ -1,4 +1,4 @@
-"""The report in a browser: every figure is drawn, nothing is asked for, boxes hide runs."""
+"""The report in a browser: every figure is drawn, no request is sent, boxes hide runs."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def test_boxes_hide_a_run_everywhere(page: Path, tmp_path: Path) -> None:
     answer = re.search(r'data-seen="([^"]*)"', dom)
     assert answer
     seen = json.loads(answer[1].replace("&quot;", '"'))
-    assert sum(count > 0 for count in seen["before"]) >= 5  # figures that show run 0
+    assert sum(count > 0 for count in seen["before"]) >= 5  # figures with run 0
     assert set(seen["after"]) == {0}
     assert seen["others"] > 0
     assert seen["rows"] == 0
     assert set(seen["layers"]) == {"recorded", None}
-    assert seen["chosen"] == 5  # of seven runs, the two named w64 were left
+    assert seen["chosen"] == 5  # of seven runs, except the two named w64

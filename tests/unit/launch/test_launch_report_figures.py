@@ -1,4 +1,4 @@
-"""What the report's figures hold: the numbers of runs, fits and sweeps, thinned and named."""
+"""Data of the report's figures: numbers of runs, fits and sweeps, thinned and labelled."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_colours_are_hues_for_few_and_sizes_for_many() -> None:
     sizes = [3.0, 1.0, 2.0] * 4
     many = colours(sizes)
     assert len(set(many)) == 12
-    by_size = sorted(range(12), key=lambda place: sizes[place])  # of equal ones the first is first
+    by_size = sorted(range(12), key=lambda place: sizes[place])  # the first among equal sizes
     lightness = [sum(int(many[p][i : i + 2], 16) for i in (1, 3, 5)) for p in by_size]
     assert lightness == sorted(lightness)
 
@@ -130,7 +130,7 @@ def test_a_run_that_is_not_finished_has_no_measured_star(tmp_path: Path) -> None
 
 
 def test_how_the_last_launch_ended_is_said(tmp_path: Path) -> None:
-    """A launch that began again is not as the one before it ended."""
+    """A restarted launch does not report the end of the previous one."""
     folder = watched_run(tmp_path / "a")  # finished at step 40
 
     def state(*events: dict[str, Any]) -> str:
@@ -222,7 +222,7 @@ def test_plotly_takes_every_figure(tmp_path: Path) -> None:
     assert len(figures) >= 8
     for panel, legend in [(panel, one.legend) for one in figures for panel in one.panels]:
         spec = specification(panel, legend=legend)
-        graph_objects.Figure(spec)  # raises for a key or value that plotly does not know
+        graph_objects.Figure(spec)  # raises for a key or value unknown to plotly
         json.dumps(spec, allow_nan=False)
         assert len(spec["data"]) == len(panel.series)
     with pytest.raises(ValueError, match="colour"):
@@ -244,7 +244,7 @@ def test_what_is_not_finite_is_null() -> None:
     panel = Panel(title="", x_label="", y_label="", series=(series,))
     spec = specification(panel, legend=False)
     assert spec["data"][0]["y"] == [None, 0.123457]
-    assert spec["data"][0]["mode"] == "markers"  # one point is no line
+    assert spec["data"][0]["mode"] == "markers"  # one point is not a line
 
 
 def test_forgetting_begins_at_nothing_and_the_ledger_is_a_table(tmp_path: Path) -> None:
@@ -266,8 +266,8 @@ def test_forgetting_begins_at_nothing_and_the_ledger_is_a_table(tmp_path: Path) 
     assert curve.y.tolist() == [0, 0.2, 0.4]
     (table,) = mixture.ledger(shown).tables
     assert table.rows == (
-        ("a", "web", "7.68k", "75.0%", "5k", "1.54", "0.994", "0.966"),
-        ("a", "code", "2.56k", "25.0%", "2.56k", "0.512", "1.000", "1.000"),
+        ("a", "web", "natural", "7.68k", "75.0%", "5k", "1.54", "0.994", "0.966"),
+        ("a", "code", "natural", "2.56k", "25.0%", "2.56k", "0.512", "1.000", "1.000"),
     )
     assert "no run replays" in str(mixture.forgetting(inputs(_other(tmp_path))).absent)
 

@@ -34,7 +34,7 @@ def test_a_fit_is_drawn_with_its_band_and_target(tmp_path: Path) -> None:
     assert set(by_title) == {"chinchilla over N", "measured against predicted", "residuals"}
     law = by_title["chinchilla over N"].series
     bands = [one for one in law if one.style == "band"]
-    assert len(bands) == 3  # one for each D
+    assert len(bands) == 3  # one per D
     for band in bands:
         assert band.low is not None
         assert band.high is not None
@@ -205,7 +205,7 @@ def test_sweeps_of_files(tmp_path: Path) -> None:
     (panel,) = section.figures[0].panels
     lines = [one for one in panel.series if one.style == "joined"]
     stars = [one for one in panel.series if one.style == "star"]
-    assert [len(one.x) for one in lines] == [5, 5]  # diverged; and a rate that one seed lacks
+    assert [len(one.x) for one in lines] == [5, 5]  # diverged; and a rate missing for one seed
     assert [math.log2(one.x[0]) for one in stars] == pytest.approx([-6.25, -5.75])
     assert "t.jsonl, width 64: 1 rates are left out, as not all seeds have them." in section.notes
     assert any("drifts over width by 0.50 octaves" in note for note in section.notes)
@@ -230,13 +230,13 @@ def test_sweeps_among_runs(tmp_path: Path) -> None:
     (panel,) = section.figures[0].panels
     assert panel.series[0].x.tolist() == pytest.approx([0.005, 0.01, 0.02])
     assert panel.series[1].x.tolist() == pytest.approx([0.01])
-    # Runs that were stopped early are not compared with whole ones.
+    # Stopped runs are not compared with complete ones.
     for stopped in ("stopped", "checkpoint_failed"):
         events = folders[4] / "events.jsonl", folders[5] / "events.jsonl"
         for path in events:
             path.write_text(json.dumps({"event": stopped, "step": 40}) + "\n")
         assert transfer.transfer(inputs(*folders)).absent is not None
-    # Two rates are no sweep, nor are three runs that differ in more than the rate.
+    # Two rates are not a sweep, nor are three runs that differ in more than the rate.
     assert transfer.transfer(inputs(*folders[:4])).absent is not None
     fake_run(tmp_path / "wide", "optimizer.lr=0.02", width=64)
     assert transfer.transfer(inputs(*folders[:4], tmp_path / "wide")).absent is not None
@@ -245,7 +245,7 @@ def test_sweeps_among_runs(tmp_path: Path) -> None:
 def test_trials_that_are_damaged(tmp_path: Path) -> None:
     path = trial_file(tmp_path / "t.jsonl", [(32, -5.0, 0, 2.0)])
     with path.open("a") as file:
-        file.write('{"size": 32')  # a line that is being written
+        file.write('{"size": 32')  # an incomplete line
     assert read_trials(path).losses == {32: {-5.0: {0: 2.0}}}
     path.write_text('{"axis": "width"}\n{"size": 32}\n')
     with pytest.raises(ValueError, match=r"t\.jsonl, line 2, is no trial"):

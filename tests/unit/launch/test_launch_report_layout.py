@@ -1,4 +1,4 @@
-"""The report's page at several widths: rows are full, tables fit, nothing is blank or covered."""
+"""The report's page at several widths: rows are full, tables fit, no part is blank or covered."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ MANY = ", ".join(
 
 
 def odd_runs(place: Path) -> Path:
-    """Runs of one step, of one row, with a branch, many sources, long names, and one diverged."""
+    """Write runs with one step, one row, a branch, many sources, long names, and divergence."""
     one = ("training.total_steps=1", "schedule.warmup_steps=0")
     watched_run(place / "one-step", *one)
     fake_run(place / "one-row", "record.every_steps=40", "evaluation.every_steps=40")
@@ -86,7 +86,7 @@ def odd_runs(place: Path) -> Path:
 
 
 def many_slices() -> Observations:
-    """A fit with as many curves as are drawn, each named in the legend."""
+    """Return a fit with the maximum number of curves, each named in the legend."""
     size, tokens = (grid.ravel() for grid in np.meshgrid(10.0 ** np.arange(4, 9), SLICES_OF))
     loss = 1.7 + 400.0 / size**0.34 + 410.0 / tokens**0.28
     return Observations.of(
@@ -128,6 +128,6 @@ def test_nothing_is_blank_cut_or_covered(
     found: dict[str, Any] = json.loads(html.unescape(answer[1]))
     assert found.pop("width") == width
     assert found.pop("panels") > 5
-    if width < NARROW:  # there a table may be moved to the side
+    if width < NARROW:  # a table may scroll sideways there
         del found["tables"]
     assert not any(found.values()), found

@@ -1,4 +1,4 @@
-"""``allometry runs`` and ``allometry branch``: states, trees, pins and what is refused."""
+"""``allometry runs`` and ``allometry branch``: states, trees, pins and refusals."""
 
 import fcntl
 import json
@@ -63,7 +63,7 @@ def run(config: RunConfig, stop: int | None = None) -> Path:
 
 @pytest.fixture(scope="module")
 def stable(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A trunk that keeps step 8 and was stopped there, to be copied."""
+    """Return a trunk that keeps step 8 and was stopped there, to be copied."""
     folder = tmp_path_factory.mktemp("stable")
     path = folder / "run.yaml"
     path.write_text(json.dumps(SMALL))
@@ -89,11 +89,11 @@ def test_states_are_what_the_folders_say(shell: Shell, tmp_path: Path) -> None:
     fake_run(tmp_path / "alive", ending="started")
     folder = RunFolder(tmp_path / "alive")
     folder.claim()
-    # A run that was resumed after it ended, and died, has not ended.
+    # A finished run that was resumed and then died has not ended.
     fake_run(tmp_path / "again")
     with open(tmp_path / "again" / "events.jsonl", "a") as file:
         file.write(json.dumps({"time": 0, "event": "resumed", "step": 20}) + "\n")
-    # A process that is gone holds nothing, whatever its lock file says.
+    # A dead process holds no lock, whatever its lock file contains.
     (tmp_path / "cut" / "run.lock").write_text(
         f"process 999999999 on {socket.gethostname()} since Thu"
     )
@@ -155,7 +155,7 @@ def test_last_row_of_long_and_torn_rows(tmp_path: Path) -> None:
 
 
 def test_branch_by_reference_trained_and_listed(shell: Shell, tiny: Make, tmp_path: Path) -> None:
-    """The whole life: described, pinned, kept by the trunk's retention, trained, listed, let go."""
+    """Full life of a branch: configured, pinned, kept by retention, trained, listed, released."""
     quick = ("checkpoint.every_steps=2", "checkpoint.keep_last=1")
     trunk_config = tiny(
         "schedule={kind: constant, warmup_steps: 3}", *quick, folder=tmp_path / "runs" / "trunk"
@@ -286,7 +286,8 @@ def test_refusals_leave_nothing(shell: Shell, trunk: Path, tmp_path: Path) -> No
 
 
 def test_a_branch_says_what_it_changes(shell: Shell, trunk: Path) -> None:
-    """Keys are named by themselves; that a schedule counts from the branch is said by people."""
+    """Keys are declared automatically; a schedule counted from the branch is
+    declared by the user."""
     words = ("--set", "optimizer.lr=1e-3", "--set", "data.sources.1.weight=0.5")
     named = ("--set", "run.parent.changes=[schedule]", "--set", "schedule.kind=cosine")
     said = shell("branch", trunk, "--at", 8, *words, *named)

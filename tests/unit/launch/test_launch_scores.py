@@ -1,4 +1,4 @@
-"""scores.jsonl: how ``allometry evaluate`` writes it, and what laws and reports read in it."""
+"""scores.jsonl: written by ``allometry evaluate``, read by laws and reports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shell import Shell
 
 
 class FakeHarness:
-    """Answers what a test says, and remembers the models that it was asked about."""
+    """Return given answers, and record the evaluated models."""
 
     version = "lm_eval 0"
     asked: Sequence[str] = ()
@@ -98,7 +98,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 def test_each_checkpoint_once(shell: Shell, run: Path) -> None:
     words = ("evaluate", run, "--tasks", "a,b", "--end-of-document", "w0")
     with open(run / "scores.jsonl", "w") as file:
-        file.write('{"task": "torn"')  # by a launch that was killed
+        file.write('{"task": "torn"')  # by a killed launch
     said = shell.json(*words, "--checkpoints", "all")["scores"]
     assert [(row["step"], row["task"]) for row in said] == [
         (15, "a"), (15, "b"), (20, "a"), (20, "b"),
@@ -229,7 +229,8 @@ def test_a_report_shows_scores_and_what_was_forgotten(tmp_path: Path) -> None:
 def test_scores_go_with_the_steps_they_are_of(
     tiny: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """A branch has its trunk's up to where it branches; a run that goes back loses later ones."""
+    """A branch includes its trunk's scores up to the branch; a run that goes
+    back drops later ones."""
     config = tiny("schedule={kind: constant, warmup_steps: 3}", folder=tmp_path / "trunk")
     train(config, device=torch.device("cpu"), callbacks=[])
     (tmp_path / "trunk" / "scores.jsonl").write_text(

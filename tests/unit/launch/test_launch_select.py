@@ -1,4 +1,4 @@
-"""``allometry select``: looking at scores, and importing them."""
+"""``allometry select``: inspect and import scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``allometry transfer --engine stacked`` as a user meets it."""
+"""The command ``allometry transfer --engine stacked``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MUP = ("parameterization={kind: mup, base_width: 16, embedding_std: 1.0}",)
 
 
 def facts_of(report: Report) -> Any:
-    """What --json would print."""
+    """Return the facts printed by --json."""
     return json.loads(json.dumps(report.facts))
 
 

@@ -1,4 +1,4 @@
-"""``allometry suggest`` says what was measured of a rate's transfer, and where nothing was."""
+"""``allometry suggest`` reports measurements of a rate's transfer, and missing ones."""
 
 from __future__ import annotations
 

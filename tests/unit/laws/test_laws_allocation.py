@@ -54,7 +54,7 @@ def test_kaplan_in_closed_form() -> None:
 
 
 def test_kappa_keeps_the_shares_of_its_inner_sum(found: Fit) -> None:
-    """A power of a sum is least where the sum is."""
+    """A power of a sum is minimal where the sum is."""
     values = {"E": 1.7, "A": 2e3, "B": 3e4, "a": 0.5, "b": 0.55, "kappa": 0.7}
     inner = {"E": 0.0, "A": 2e3, "B": 3e4, "alpha": 0.5, "beta": 0.55}
     size = searched_size(Kappa(), values, 1e20, 6e20)
@@ -77,8 +77,8 @@ def test_intervals_hold_the_truth_and_extrapolation_is_said(found: Fit) -> None:
 
 
 def test_exponents_are_those_of_closed_forms(found: Fit) -> None:
-    """β/(α+β) of Chinchilla's law (arXiv 2203.15556, equation 4); of kappa's inner sum the same;
-    Farseer's exponent is none, but a slope between budgets."""
+    """β/(α+β) of Chinchilla's law (arXiv 2203.15556, equation 4), and the same for kappa's inner
+    sum; Farseer has no fixed exponent, but a slope between budgets."""
     alpha, beta = (found.values[name] for name in ("alpha", "beta"))
     for flops in (1e18, 1e24):
         best = compute_optimal(found, flops)

@@ -1,4 +1,4 @@
-"""Rows that are no measurements of their own are grouped or named; units that are others, too."""
+"""Rows that are not independent are grouped or reported; so are deviating units."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_billions_are_told_from_parameters(values: list[float], words: str | Non
 
 
 def test_compute_beyond_its_range_is_told_where_its_parts_are_within_theirs() -> None:
-    n, d = np.geomspace(1e7, 1e9, 8), np.geomspace(1e11, 1e9, 8)  # of one compute, nearly
+    n, d = np.geomspace(1e7, 1e9, 8), np.geomspace(1e11, 1e9, 8)  # of nearly equal compute
     n, d = np.concatenate([n, n, n]), np.concatenate([d, 2 * d, 4 * d])
     found = fit(FORM, Observations.of({"N": n, "D": d, "loss": law(n, d)}))
     (above,) = found.warnings_for(Observations.of({"N": [8e8], "D": [3e11]}))

@@ -79,7 +79,7 @@ def test_a_mixture_of_experts_says_what_laws_of_it_need(tmp_path: Path) -> None:
 def test_a_run_that_was_trained_is_a_row_like_the_others(tiny: Callable[..., RunConfig]) -> None:
     config = tiny(
         "training.total_steps=8", "record.every_steps=4", "data.packing=concatenated"
-    )  # so that FLOPs are those of whole sequences
+    )  # so that FLOPs are those of full sequences
     train(config)
     found = from_runs([config.run.folder])
     parameters = count_parameters(config.model)

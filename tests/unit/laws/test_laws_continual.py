@@ -23,7 +23,7 @@ from law_data import law_data
 
 
 class Line:
-    """Predicts low + slope x of one column."""
+    """Model that predicts low + slope x of one column."""
 
     def __init__(self, column: str, low: float, slope: float) -> None:
         self.column, self.low, self.slope = column, low, slope
@@ -114,7 +114,7 @@ def test_critical_shares_between_those_that_were_run() -> None:
 
 
 def test_a_critical_ratio_from_curves_to_a_later_horizon() -> None:
-    """The whole of 2407.17467 on made curves: rises by share, ratios by horizon, a later one."""
+    """All of 2407.17467 on synthetic curves: rises by share, ratios by horizon, a later one."""
     random = np.random.default_rng(0)
     tokens = np.geomspace(0.2e9, 10e9, 40)
     fits = {}

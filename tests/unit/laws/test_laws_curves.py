@@ -63,7 +63,7 @@ def test_noisy_losses_are_averaged_in_stretches(tmp_path: Path) -> None:
 
 
 def change(folder: Path, step: int, key: str, value: float | None) -> None:
-    """Write another value into the row of a step."""
+    """Replace a value in the row of a step."""
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[step - 1][key] = value
@@ -79,13 +79,13 @@ def test_a_loss_that_is_no_positive_number_is_refused(
 ) -> None:
     for name in ("a", "b"):
         fake_run(tmp_path / name)
-    change(tmp_path / "b", 2, "loss", value)  # in the warm-up, which no law reads
+    change(tmp_path / "b", 2, "loss", value)  # in the warm-up, which laws ignore
     assert curves_from_runs([tmp_path], bins=6).groups.count("b") == 6
     change(tmp_path / "b", 10, "loss", value)
     sentence = rf"b/metrics\.jsonl, step 10: the training loss of the mixture is {said}, and .*mend"
     with pytest.raises(UserError, match=sentence):
         curves_from_runs([tmp_path], bins=6)
-    assert len(from_runs([tmp_path])) == 2  # the held-out loss at the end is as it was
+    assert len(from_runs([tmp_path])) == 2  # the final held-out loss is unchanged
     change(tmp_path / "b", 40, "loss", value)
     with pytest.raises(UserError, match=f"step 40: the training loss of the mixture is {said}"):
         from_runs([tmp_path], loss="train")
@@ -114,7 +114,7 @@ def test_rates_that_were_hardly_recorded_are_refused(tmp_path: Path) -> None:
     exact = curves_from_runs([tmp_path / "a"], bins=None, planned=planned)
     np.testing.assert_array_equal(exact.curves["a"].rates, rates)
     np.testing.assert_array_equal(exact["step"], [16, 32, 40])
-    rates = rates * 1.01  # not what was recorded: back to lines, which do not do
+    rates = rates * 1.01  # not as recorded: falls back to straight lines, which do not fit
     with pytest.raises(UserError, match="do not tell those between"):
         curves_from_runs([tmp_path / "a"], planned=planned)
 

@@ -1,4 +1,4 @@
-"""Two steps to a benchmark: on the over-training runs, and on rows of known laws."""
+"""Two steps to a benchmark score: on the over-training runs, and on rows of known laws."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
 from law_data import law_data
 
-LEAST_SQUARES = FitOptions(loss="square")  # the paper's
+LEAST_SQUARES = FitOptions(loss="square")  # as in the paper
 CORPORA = ("rpj", "rw_original", "c4_original")
 
 
@@ -32,7 +32,7 @@ def runs(corpus: str) -> Observations:
 
 
 def chain(corpus: str) -> tuple[Chain, Observations]:
-    """The paper's procedure: five small runs for the loss, one of 1.4B more for the error."""
+    """The paper's procedure: five small runs for the loss, and one of 1.4B for the error."""
     rows = runs(corpus)
     small = ((rows["multiple"] == 1) & (rows["N"] < 5e8)) | (
         (rows["multiple"] == 16) & (rows["N"] < 2e7)
@@ -45,7 +45,8 @@ def chain(corpus: str) -> tuple[Chain, Observations]:
 
 
 def relative_errors(corpus: str) -> dict[tuple[float, float], tuple[float, float]]:
-    """Percent by (billions of parameters, multiple of 20 tokens): of the loss, of the error."""
+    """Return errors in percent of (loss, error), by (billions of parameters, multiple of 20
+    tokens)."""
     steps, large = chain(corpus)
     loss = 100.0 * np.abs(steps.loss.predict(large) / large["loss"] - 1.0)
     error = 100.0 * np.abs(steps.predict(large) / large["error"] - 1.0)
@@ -55,14 +56,14 @@ def relative_errors(corpus: str) -> dict[tuple[float, float], tuple[float, float
 
 def test_five_small_runs_predict_the_long_and_the_large_one() -> None:
     found = relative_errors("rpj")
-    assert found[1.4, 32.0][0] <= 0.75  # the paper says 0.7 % for both
+    assert found[1.4, 32.0][0] <= 0.75  # 0.7 % in the paper for both
     assert found[6.9, 1.0][0] <= 0.75
-    assert found[1.4, 32.0][1] <= 3.7  # and 3.6 %, 0.05 % of the mean error over 17 tasks
+    assert found[1.4, 32.0][1] <= 3.7  # 3.6 % in the paper, 0.05 % of the mean error over 17 tasks
     assert found[6.9, 1.0][1] <= 0.1
 
 
 # Measured with this procedure, percent of the loss and of the error. RedPajama alone would flatter
-# the law: six points for three or four coefficients are luck as much as law.
+# the law: with six points for three or four coefficients, a good fit is partly luck.
 MEASURED = {
     "rpj": {(1.4, 1.0): (0.11, 0.71), (1.4, 32.0): (0.71, 3.64), (6.9, 1.0): (0.73, 0.05)},
     "rw_original": {(1.4, 1.0): (0.56, 0.42), (1.4, 16.0): (0.01, 5.62), (6.9, 1.0): (1.62, 2.94)},
@@ -84,7 +85,7 @@ def test_fits_of_five_runs_are_certain_where_they_may_be() -> None:
         assert step.certificate.agreeing >= 0.9 * step.certificate.finished
         assert not step.certificate.unidentified
         assert not step.certificate.at_bounds
-    # Every prediction here leaves the fitted range, and says so.
+    # Every prediction here leaves the fitted range, and warns about it.
     warnings = steps.warnings_for(large)
     assert any(words.startswith("N=6.889e+09") for words in warnings)
 
@@ -98,7 +99,7 @@ def test_blind_starts_end_where_a_curve_fit_from_the_papers_grid_does() -> None:
 
 
 def synthetic(number: int, noise: float, seed: int) -> tuple[Observations, Observations]:
-    """Rows of a law of losses and of a law of errors, with noise; and a row far above."""
+    """Return rows of a law of losses and of a law of errors, with noise; and a far larger row."""
     truth = {"E": 1.8, "a": 210.0, "b": 370.0, "eta": 0.136}
     score = {"epsilon": 0.86, "k": 2.2, "gamma": 0.71}
     random = np.random.default_rng(seed)
@@ -139,7 +140,7 @@ def test_a_sigmoid_holds_far_into_both_tails() -> None:
 
 
 def accuracies(top: float, noise: float = 0.01) -> Observations:
-    """Checkpoints of which only the lower half of the rise from chance, 0.25, is seen."""
+    """Return checkpoints that show only the lower half of the rise from chance, 0.25."""
     loss = np.linspace(0.9, 1.6, 24)
     accuracy = 0.25 + (top - 0.25) / (1.0 + np.exp(6.0 * (loss - 0.8)))
     accuracy += noise * np.random.default_rng(0).standard_normal(len(loss))
@@ -148,7 +149,7 @@ def accuracies(top: float, noise: float = 0.01) -> Observations:
 
 @pytest.mark.parametrize("top", [0.9, 1.4])
 def test_an_accuracy_ends_between_chance_and_one(top: float) -> None:
-    """Even where the data, by themselves, point far above 1."""
+    """Even if the data alone suggest far more than 1."""
     form = form_named("downstream_sigmoid")
     everywhere = Observations.of({"loss": [1e-6, 0.1, 0.4, 3.0, 9.0]})
     for fixed in ({}, {"chance": 0.25}):

@@ -1,4 +1,4 @@
-"""Resampled fits: the same as fits to the resampled rows, and intervals that cover."""
+"""Bootstrap fits equal fits to the resampled rows, and intervals cover."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORM = Chinchilla()
 def ladder(
     seed: int, sizes: int = 8, horizons: int = 8, seeds: int = 1, noise: float = 3e-3
 ) -> Observations:
-    """Runs of a ladder; seeds of one rung are a group."""
+    """Return the runs of a ladder; seeds of one rung form a group."""
     n, d = np.meshgrid(np.geomspace(1e7, 1e9, sizes), np.geomspace(1e9, 4e10, horizons))
     n, d = np.repeat(n.ravel(), seeds), np.repeat(d.ravel(), seeds)
     clean = predict(FORM, TRUE, Observations.of({"N": n, "D": d}))
@@ -53,7 +53,8 @@ def test_weights_are_repeated_rows(found: Fit) -> None:
 
 
 def test_rows_of_a_group_are_drawn_together() -> None:
-    """Groups of equal copies: one copy's bootstrap; taken apart, they look far surer."""
+    """Groups of equal copies: one copy's bootstrap; ungrouped, intervals would
+    be far too narrow."""
     once = ladder(0, 6, 6)
     rows = np.repeat(np.arange(36), 9)
     together = once.take(rows)
@@ -99,7 +100,7 @@ def test_what_cannot_be_resampled_is_refused(found: Fit) -> None:
 
 
 def coverage(simulations: int, samples: int, **shape: int) -> dict[str, float]:
-    """How often 95 % intervals hold the truth: of parameters, of the loss, of a new run's loss."""
+    """Return coverage of 95 % intervals: of parameters, of the loss, of a new run's loss."""
     truth = predict(FORM, TRUE, TARGET)[0]
     draw = np.random.default_rng(0)
     hits = dict.fromkeys([*TRUE, "loss", "new run"], 0)
@@ -116,7 +117,7 @@ def coverage(simulations: int, samples: int, **shape: int) -> dict[str, float]:
 
 
 def test_intervals_cover_in_a_few_simulations() -> None:
-    """20 simulations at 95 %: fewer than 16 hits have a chance of .3 %; all must not be hits."""
+    """20 simulations at 95 %: fewer than 16 hits have probability .3 %; not all may be hits."""
     rates = coverage(20, 100)
     assert min(rates.values()) >= 16 / 20, rates
     assert np.mean(list(rates.values())) < 1.0, rates

@@ -1,4 +1,4 @@
-"""The fit: known optima are found, from anywhere, and what cannot be found is said."""
+"""The fit finds known optima from any start, and reports parameters that it cannot find."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRUE = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
 
 
 class Line(Form):
-    """y = a + b·x, compared as it is; ``a`` at most 10."""
+    """y = a + b·x, with plain residuals; ``a`` at most 10."""
 
     name = "line"
     equation = "y = a + b*x"
@@ -61,7 +61,7 @@ def measured(
 
 
 def besiroglu() -> Observations:
-    """The 240 points of arXiv 2404.10102: digitised ones but for the five highest losses."""
+    """Return the 240 digitised points of arXiv 2404.10102, without the five highest losses."""
     with (law_data("chinchilla_epoch") / "svg_extracted_data.csv").open() as file:
         rows = list(csv.DictReader(file))
     n = np.array([float(row["Model Size"]) for row in rows])
@@ -73,7 +73,7 @@ def besiroglu() -> Observations:
 
 def check_besiroglu(found: Fit) -> None:
     assert found.objective <= 0.0010184
-    assert found.objective == pytest.approx(0.00101827, abs=5e-9)  # the paper's, as printed
+    assert found.objective == pytest.approx(0.00101827, abs=5e-9)  # as printed in the paper
     assert found.values["alpha"] == pytest.approx(0.347, abs=0.002)
     assert found.certificate.gradient_norm < 1e-8
     assert found.certificate.starts == 4500
@@ -113,13 +113,13 @@ def test_published_values_have_the_objectives_that_were_computed_for_them() -> N
         for name, values in Chinchilla.published.items()
     }
     assert found["hoffmann"] == pytest.approx(0.00412, abs=5e-6)
-    assert 0.00101827 < found["besiroglu"] < 0.00104  # rounded as the paper prints them
+    assert 0.00101827 < found["besiroglu"] < 0.00104  # rounded as printed in the paper
 
 
 def test_standard_errors_of_the_240_points_are_the_papers() -> None:
     """Besiroglu et al.: A 124.58, B 1293.23, E .03, α .02, β .02.
 
-    The last three are printed to .01, half of which is allowed, and .001 for our samples.
+    The last three are printed to .01; half of it is the tolerance, plus .001 for our samples.
     """
     found = bootstrap(fit(Chinchilla(), besiroglu()), 1000)
     errors = dict(zip(found.names, found.values_BP.std(axis=0), strict=True))
@@ -309,7 +309,7 @@ def test_fewer_different_rows_than_parameters_are_refused() -> None:
     rows = measured(Chinchilla(), TRUE)
     with pytest.raises(UserError, match="5 parameters to fit and the observations only 4 rows"):
         fit(Chinchilla(), rows.take([0, 1, 8, 15]))
-    with pytest.raises(UserError, match="only 4 rows"):  # seeds are no new rows
+    with pytest.raises(UserError, match="only 4 rows"):  # seeds do not count as rows
         fit(Chinchilla(), rows.take([0, 1, 8, 15, 0, 1, 8, 15]))
     assert fit(Chinchilla(), rows.take([0, 1, 8, 15, 22])).objective < 1e-12
 
@@ -325,7 +325,7 @@ def test_losses_that_have_no_log_are_refused() -> None:
 
 
 def test_predictions_without_a_log_end_a_search_and_not_the_fit() -> None:
-    """A form that is negative for most starts: these have no objective, the others go on."""
+    """If a form is negative at most starts, these have no objective and the others continue."""
 
     class Difference(Line):
         residual = "log"

@@ -1,4 +1,4 @@
-"""Intervals beyond the data hold the law's own error, as held-out folds show it."""
+"""Intervals beyond the data include the law's own error, estimated from held-out folds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOISE = 3e-3
 
 
 def rows(seed: int, bend: float = 0.0, size: int = 6) -> Observations:
-    """Runs of the law, whose losses lie above it by ``bend`` for each square of a factor e of C."""
+    """Return runs whose losses exceed the law by ``bend`` times the squared log of compute."""
     n, d = np.meshgrid(np.geomspace(1e7, 1e9, size), np.geomspace(1e8, 2e10, size))
     return bent(n.ravel(), d.ravel(), bend, np.random.default_rng(seed))
 
@@ -57,7 +57,7 @@ def test_a_law_that_is_wrong_is_widened_until_it_covers() -> None:
 
 
 def test_a_law_that_is_right_is_covered_and_hardly_widened() -> None:
-    """20 simulations at 95 %: fewer than 16 hits of a target have a chance of .3 %."""
+    """20 simulations at 95 %: fewer than 16 hits of a target have probability .3 %."""
     target, hits, ratios = bent(*TARGETS, 0.0, None), np.zeros(3), []
     for seed in range(20):
         whole = bootstrap(fit(FORM, rows(seed)), 60)
@@ -70,7 +70,7 @@ def test_a_law_that_is_right_is_covered_and_hardly_widened() -> None:
 
 
 def test_one_or_two_folds_do_not_say_that_a_law_is_right() -> None:
-    """Nine runs and six parameters leave two folds, which can tell no error of the form."""
+    """Nine runs and six parameters leave two folds, too few to estimate an error of the form."""
     for seed in range(4):
         few = fit(form_named("kappa"), rows(seed, size=3))
         found = form_error(few)
@@ -155,7 +155,7 @@ def test_laws_without_a_far_end_have_none() -> None:
 
 
 def test_held_out_rows_say_how_many_intervals_held() -> None:
-    """95 % of 36 rows by simulation: fewer than 29 have a chance of .1 %; not all in every one."""
+    """95 % of 36 rows by simulation: fewer than 29 have probability .1 %; not all in every one."""
     covered = []
     for seed in range(3):
         sampled = bootstrap(fit(FORM, rows(seed)), 100)
@@ -173,7 +173,7 @@ def test_held_out_rows_say_how_many_intervals_held() -> None:
 
 
 def test_chinchillas_own_points_beyond_the_fitted_compute() -> None:
-    """Up to the quantiles of compute the law is fitted; the rows above lie in their intervals."""
+    """The law is fitted up to quantiles of compute; the rows above are inside their intervals."""
     points = read_table(
         law_data("chinchilla_epoch") / "svg_extracted_data.csv",
         ["N", "D", "loss"],

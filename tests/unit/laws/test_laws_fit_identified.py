@@ -1,4 +1,4 @@
-"""Parameters that the data leave open are named; a constant at 0 is none of them."""
+"""Parameters that the data do not identify are reported; a constant at 0 is identified."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_constant_that_goes_to_0_is_no_reason_to_refuse() -> None:
     held = fit(Chinchilla(), rows, FitOptions(fixed={"E": 0.0}))
     assert held.objective == pytest.approx(found.objective, rel=1e-6)
     assert held.vanished == held.unidentified == ()
-    # A coefficient that goes to 0 leaves its exponent open.
+    # A coefficient that goes to 0 does not identify its exponent.
     alone = fit(Chinchilla(), Observations.of({"N": n, "D": d, "loss": 20 / n**0.2}))
     assert "beta" in alone.unidentified
     with pytest.raises(UserError, match=r"cannot identify .*beta"):
@@ -43,7 +43,7 @@ def test_a_constant_that_goes_to_0_is_no_reason_to_refuse() -> None:
 
 
 def test_what_noise_leaves_open_is_named() -> None:
-    """All runs at 20 tokens for each parameter: N and D say the same."""
+    """All runs at 20 tokens per parameter: N and D are proportional."""
     n = np.geomspace(1e7, 1e9, 16)
     draw = np.random.default_rng(0)
     clean = predict(Chinchilla(), TRUE, Observations.of({"N": n, "D": 20 * n}))

@@ -1,4 +1,4 @@
-"""Held-out errors are those of fits that never saw the rows; forms compete by them."""
+"""Held-out errors come from fits without the rows; forms are ranked by them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHINCHILLA = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
 
 
 def runs(form: Form, values: dict[str, float], noise: float = 1e-3) -> Observations:
-    """36 runs in 6 groups of one size each."""
+    """Return 36 runs in 6 groups of one size each."""
     n, d = np.meshgrid(np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e12, 6), indexing="ij")
     rows = Observations.of({"N": n.ravel(), "D": d.ravel()})
     loss = predict(form, values, rows) * np.exp(np.random.default_rng(0).normal(0.0, noise, 36))
@@ -110,7 +110,7 @@ def test_a_group_without_which_nothing_can_be_fitted_is_left_out_with_a_note() -
 def test_the_other_objective_is_held_out_too() -> None:
     rows = runs(Chinchilla(), CHINCHILLA)
     loss = rows["loss"].copy()
-    loss[[3, 20]] *= 1.2  # outliers: Huber's loss hears little of them
+    loss[[3, 20]] *= 1.2  # outliers, to which Huber's loss is robust
     rows = Observations({**rows.columns, "loss": loss}, rows.groups)
     (one,) = compare([Chinchilla()], rows, FitOptions(starts=64), by="N")
     assert one.held_out is not None
@@ -121,7 +121,7 @@ def test_the_other_objective_is_held_out_too() -> None:
 
 
 def test_a_fragile_law_is_marked_and_stands_after_the_others() -> None:
-    """Without the largest of three sizes, two remain, which do not tell E, A and alpha apart."""
+    """Without the largest of three sizes, two remain, which do not identify E, A and alpha."""
     rows = runs(Chinchilla(), CHINCHILLA)
     three = rows.take(np.isin(rows.groups, ["1e+07", "2e+08", "1e+10"]))
     assert len(three) == 18
@@ -133,7 +133,7 @@ def test_a_fragile_law_is_marked_and_stands_after_the_others() -> None:
 
 
 def test_a_law_whose_held_out_fit_goes_to_a_bound_is_fragile() -> None:
-    """Without the largest runs, whose losses lie high, E is 0."""
+    """Without the largest runs, whose losses are high, E is 0."""
     n, d = np.meshgrid(np.geomspace(1e7, 1e9, 5), np.geomspace(1e9, 1e11, 5))
     n, d = n.ravel(), d.ravel()
     loss = 30 / n**0.2 + 60 / d**0.2 - 0.1

@@ -1,4 +1,4 @@
-"""Forecasts of curves that obey a known law: errors, intervals, what cannot be known."""
+"""Forecasts of curves that follow a known law: errors, intervals, unknowable cases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from allometry.laws.forms.tissue import Tissue
 from allometry.laws.observations import LearningRates, Observations
 
 PEAK, WARMUP, STEPS, MEMORY = 2e-3, 50, 2000, 200.0
-LAW = {"L0": 2.4, "A": 0.9, "C": 0.35, "alpha": 0.45}  # a whole decay gains some 5 %
+LAW = {"L0": 2.4, "A": 0.9, "C": 0.35, "alpha": 0.45}  # a full decay gains about 5 %
 
 
 def rates(kind: str, steps: int = STEPS) -> LearningRates:
@@ -85,7 +85,7 @@ def test_intervals_cover_at_their_rate(kind: str, share: float, noise: float) ->
     exact = truth(rates(kind))[-1]
     found = [forecast([run(kind, share, noise, seed)], rates(kind)) for seed in range(40)]
     covered = np.mean([f.low <= exact <= f.high for f in found])
-    assert covered >= 0.9  # 95 % and the error of 40 draws
+    assert covered >= 0.9  # 95 %, with the error of 40 draws
     width = np.mean([f.high - f.low for f in found])
     spread = np.std([f.loss for f in found])
     assert spread < width < 0.1 * exact
@@ -103,7 +103,7 @@ def test_no_decay_seen_leaves_its_gain_to_the_prior() -> None:
     none = forecast([run("constant", noise=0.005)], rates("constant", 2 * STEPS))
     assert not any("prior" in warning for warning in none.warnings)
     assert (none.high - none.low) < 0.4 * (blind.high - blind.low)
-    # Both no gain at all and twice the prior's are inside.
+    # Includes both no gain and twice the prior's gain.
     assert blind.low < none.loss * 0.93
     assert blind.high > none.loss * 0.995
 
@@ -131,7 +131,7 @@ def test_outliers_move_a_forecast_little() -> None:
     found = forecast([Curve("spikes", clean.steps_n, spoiled, clean.rates)], clean.rates)
     assert found.loss == pytest.approx(forecast([clean], clean.rates).loss, rel=5e-3)
     harmed = clean.losses_n.copy()
-    harmed[700:] *= 1.05  # no outlier: a run that went wrong must be seen
+    harmed[700:] *= 1.05  # not an outlier: a failed run must be detected
     worse = forecast([Curve("harmed", clean.steps_n, harmed, clean.rates)], clean.rates)
     assert worse.loss > 1.01 * found.loss
 
@@ -159,7 +159,7 @@ def test_rows_are_averaged_evenly_and_the_beginning_is_left_out() -> None:
 
 
 def test_of_few_rows_only_the_first_tenth_is_left_out() -> None:
-    few = run("constant", skip=80)  # 25 rows, of which 19 are after the first quarter
+    few = run("constant", skip=80)  # 25 rows, 19 of them after the first quarter
     rows = average([few])
     assert len(rows.loss_n) == 23
     assert rows.loss_n[0] == few.losses_n[2]  # the row of step 240

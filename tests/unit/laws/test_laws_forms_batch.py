@@ -57,8 +57,8 @@ def test_published_batches_and_rates_are_those_of_the_planner() -> None:
 
 
 def test_streams_are_worth_what_the_authors_page_prints() -> None:
-    # https://parscale-parallel-scaling-law.hf.space: a 2.8B model of 4 streams is worth 4.33B of
-    # one, 3.4B of two and 2.38B of eight; k follows from the first.
+    # https://parscale-parallel-scaling-law.hf.space: a 2.8B model with 4 streams equals 4.33B with
+    # one, 3.4B with two and 2.38B with eight; k follows from the first.
     k = (4.33 / 2.8 - 1.0) / math.log(4.0)
     four = stream_factor(k, 4.0)
     assert 2.8 * four / stream_factor(k, 2.0) == pytest.approx(3.4, abs=0.01)

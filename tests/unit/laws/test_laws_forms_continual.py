@@ -1,4 +1,4 @@
-"""Laws of continual pretraining: published numbers, parameters found again, shares checked."""
+"""Laws of continual pretraining: published numbers, recovered parameters, checked shares."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_slopes() -> None:
 
 
 def test_d_cpt_is_found_again() -> None:
-    """Predictions are what noise leaves certain; exponents trade against scales."""
+    """Predictions are certain up to noise; exponents trade off against scales."""
     found = fit(D_CPT, noisy(D_CPT, TRUE, grid(), 0.002), FitOptions(starts=32))
     assert found.certificate.agreeing >= 2
     assert not found.certificate.at_bounds
@@ -85,7 +85,7 @@ def test_the_cross_domain_law_predicts_a_domain_that_it_has_not_seen() -> None:
     found = fit(law, noisy(law, true, seen, 0.002), FitOptions(starts=24))
     assert found.certificate.agreeing >= 2
     assert np.abs(found.predict(unseen) / predict(law, true, unseen) - 1.0).max() < 0.003
-    # The law without K cannot tell domains apart.
+    # The law without K cannot distinguish domains.
     plain = fit(D_CPT, noisy(law, true, seen, 0.002), FitOptions(starts=16))
     assert np.abs(plain.predict(unseen) / predict(law, true, unseen) - 1.0).max() > 0.01
 
@@ -112,7 +112,7 @@ def test_published_critical_ratios(size: str, share: float) -> None:
 def test_critical_ratios_are_found_again() -> None:
     law = form_named("cmr_critical")
     for true in law.published.values():
-        tokens = Observations.of({"D": np.geomspace(4e9, 20e9, 15)})  # where all are above 0
+        tokens = Observations.of({"D": np.geomspace(4e9, 20e9, 15)})  # where all are positive
         shares = predict(law, true, tokens)
         shares += 0.001 * np.random.default_rng(0).standard_normal(15)
         found = fit(law, Observations.of({**tokens.columns, "R": shares}), FitOptions(starts=32))
@@ -134,7 +134,7 @@ def test_a_rise_that_turns_is_found_again() -> None:
 
 @pytest.mark.parametrize("size", ["460M", "940M", "1.6B", "3.1B"])
 def test_the_domain_loss_by_share_of_table_2(size: str) -> None:
-    """2407.17467, table 2: four shares predict the least to .01 % (paper: .06 %)."""
+    """2407.17467, table 2: four shares predict the minimum to .01 % (paper: .06 %)."""
     path = law_data("published_tables") / "published.json"
     table = json.loads(path.read_text(encoding="utf-8"))["cmr_table2_domain_loss"]
     rows = Observations.of({"r": table["R"], "loss": table[size]})

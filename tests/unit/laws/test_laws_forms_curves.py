@@ -1,4 +1,4 @@
-"""Laws of whole curves: their sums against plain loops, known coefficients found again."""
+"""Laws of full curves: their sums against plain loops, known coefficients recovered."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_areas_are_those_of_the_running_sums(kind: str, memory: float) -> None:
 
 
 def plain_multi_power(values: dict[str, float], curve: np.ndarray, step: int, first: int) -> float:
-    """The sum over events, step by step."""
+    """Sum over events, step by step."""
     gain = 0.0
     for k in range(first, step + 1):
         before = curve[k - 2] if k > 1 else 0.0
@@ -83,7 +83,7 @@ def test_grouped_events_are_close_to_every_event(kind: str, warmup: bool) -> Non
     rows = bare(kind, every=240)
     first = 1 if warmup else WARMUP + 1
     plain = [plain_multi_power(POWER, rates(kind), int(step), first) for step in rows["step"]]
-    # Steps of the climb change their rate by far more than a group's mean can stand for.
+    # Steps of the ramp change the rate too much to be replaced by a group's mean.
     share = (2.5e-3 if warmup else 5e-4) * POWER["B"] * PEAK
     np.testing.assert_allclose(predict(form, POWER, rows), plain, rtol=0, atol=share)
 

@@ -1,4 +1,4 @@
-"""The dense laws' values, derivatives and what they refuse."""
+"""Values, derivatives and refusals of the dense laws."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FORMS = [Chinchilla(), Kappa(), Farseer(), Kaplan(), KaplanTrajectory()]
 
 
 def by_hand(name: str, n: float, d: float, s: float) -> float:
-    """The equations as they are printed, one row at a time."""
+    """Return the printed equations, one row at a time."""
     v = VALUES[name]
     if name == "chinchilla":
         return v["E"] + v["A"] / n ** v["alpha"] + v["B"] / d ** v["beta"]

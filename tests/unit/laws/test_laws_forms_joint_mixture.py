@@ -1,4 +1,4 @@
-"""Laws of N, D and all shares: by hand, beyond the sizes that were run, and the best mixture."""
+"""Laws of N, D and all shares: by hand, beyond the measured sizes, and the best mixture."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAWS = {"mixing_additive": ADDITIVE, "mixing_joint": JOINT}
 
 
 class Exact:
-    """A law with its true values."""
+    """Law with its true values."""
 
     def __init__(self, name: str) -> None:
         self.form, self.values = form_named(f"{name}:{OVER}"), LAWS[name]
@@ -41,7 +41,7 @@ class Exact:
 
 
 def runs() -> Observations:
-    """14 mixtures at three sizes and three horizons."""
+    """Return 14 mixtures at three sizes and three horizons."""
     drawn = np.random.default_rng(0).dirichlet(np.ones(3), 11)
     shares = np.vstack([drawn, np.eye(3) * 0.7 + 0.1]).tolist()
     scales = [(n, d) for n in (4e7, 1.6e8, 6e8) for d in (1e9, 8e9, 6e10)]

@@ -1,4 +1,4 @@
-"""Mixing laws: their parameters found again, shares checked, RegMix's runs ranked."""
+"""Mixing laws: recovered parameters, checked shares, ranking of RegMix's runs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_parameters_are_found_again() -> None:
 
 
 def test_intervals_cover_at_their_rate() -> None:
-    """80 simulated sets of runs: 95 % intervals hold the truth about as often as they say."""
+    """80 simulated sets of runs: 95 % intervals cover the truth at about their rate."""
     covered, of_predictions = dict.fromkeys(TRUE, 0), 0.0
     rows = mixtures(60, seed=5)
     exact = predict(LAW, TRUE, rows)
@@ -141,8 +141,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_regmix_ranks_of_1b_runs_from_1m_runs() -> None:
-    """Pile-CC's loss of 64 runs of 1B parameters, by a law of 512 runs of 1M (2407.01492: 97.12
-    with LightGBM, 88.0 with a linear model)."""
+    """Rank 64 runs of 1B parameters by Pile-CC's loss, with a law of 512 runs of 1M (2407.01492:
+    97.12 with LightGBM, 88.0 with a linear model)."""
     target = "metric/the_pile_pile_cc_val_loss"
     train = regmix("train_mixture_1m.csv", "train_pile_loss_1m.csv")
     test = regmix("test_mixture_1B.csv", "test_pile_loss_1B.csv")
@@ -153,7 +153,7 @@ def test_regmix_ranks_of_1b_runs_from_1m_runs() -> None:
     found = fit(law, rows, FitOptions(starts=16))
     assert found.certificate.agreeing == 16
     assert spearman(found.predict(test), test[target]) >= 97.1
-    # A linear model in the same columns, so that the bar is seen to tell laws apart.
+    # A linear model in the same columns shows that the bound separates laws.
     shares = np.stack([train[domain] for domain in domains], axis=1)
     weights = np.linalg.lstsq(shares, train[target], rcond=None)[0]
     linear = np.stack([test[domain] for domain in domains], axis=1) @ weights
@@ -164,7 +164,7 @@ def test_regmix_ranks_of_1b_runs_from_1m_runs() -> None:
     ("name", "at_1m", "at_1b"), [("exponential", 97, 93), ("implicit", 98, 93)]
 )
 def test_regmix_ranks_over_all_validation_sets(name: str, at_1m: int, at_1b: int) -> None:
-    """The mean over all 13, not the best one: 1B ranks of some sets are not those of 1M."""
+    """Mean over all 13 sets, not the best one: some sets rank differently at 1B and 1M."""
     train = regmix("train_mixture_1m.csv", "train_pile_loss_1m.csv")
     tests = [regmix(f"test_mixture_{size}.csv", f"test_pile_loss_{size}.csv") for size in SIZES]
     domains = [name for name in train.columns if not name.startswith("metric/")]

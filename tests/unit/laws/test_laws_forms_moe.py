@@ -1,4 +1,4 @@
-"""Laws of mixtures against their papers' statements, and on Clark's routed models."""
+"""MoE laws against statements of their papers, and on Clark's routed models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def leverage(activation: float, granularity: float, flops: float) -> float:
 
 def test_leverage_is_what_the_paper_says() -> None:
     assert leverage(0.031, 12, 1e22) == pytest.approx(7.24, abs=0.005)  # "more than 7 times"
-    best = 2.0 ** (-LING["beta"] / (2.0 * LING["gamma"]))  # whatever A and C
+    best = 2.0 ** (-LING["beta"] / (2.0 * LING["gamma"]))  # for any A and C
     assert best == pytest.approx(11.3, abs=0.05)  # "about 12"
     assert leverage(0.031, best, 1e22) == max(
         leverage(0.031, g, 1e22) for g in (2.0, 8.0, best, 16.0, 64.0)
@@ -51,7 +51,7 @@ def test_experts_saturate_between_their_limits() -> None:
 
 
 def routed(router: str) -> Observations:
-    """The last evaluation of each run of this router and of the dense ones beneath (E = 1)."""
+    """Return the last evaluation of each run with this router and of the dense runs (E = 1)."""
     last: dict[str, dict[str, str]] = {}
     with gzip.open(law_data("routing_clark") / "curves.csv.gz", "rt") as file:
         for row in csv.DictReader(file):
@@ -80,7 +80,7 @@ def test_small_routed_models_predict_the_largest(router: str, mean: float, large
     assert len(rows) in (56, 58, 59)
     small = rows["N"] < 1e9
     found = fit(Clark(), rows.take(small), FitOptions(loss="square"))
-    assert found.certificate.agreeing >= 0.9 * found.certificate.finished  # blind starts
+    assert found.certificate.agreeing >= 0.9 * found.certificate.finished  # uninformed starts
     assert not found.certificate.at_bounds
     require_identified(found)
     large = rows.take(~small)
@@ -98,7 +98,7 @@ def test_routed_coefficients_of_all_sizes() -> None:
 
 
 def test_dense_models_alone_do_not_say_what_experts_do() -> None:
-    # E = 1 everywhere leaves b, c, E_start and E_max free.
+    # E = 1 everywhere does not identify b, c, E_start and E_max.
     rows = Observations.of(
         {
             "N": [1e7, 2e7, 4e7, 8e7, 1.6e8, 3.2e8, 6.4e8],
@@ -119,5 +119,5 @@ def test_finer_experts_help_less_and_less() -> None:
     gains = -np.diff(predict(Granularity(), values, rows))
     assert (gains > 0.0).all()
     assert (np.diff(gains) < 0.0).all()
-    # (g/G^gamma) alone moves: the gain of a doubling shrinks by 2^gamma.
+    # Only (g/G^gamma) changes: the gain of a doubling shrinks by 2^gamma.
     np.testing.assert_allclose(gains[:-1] / gains[1:], 2.0 ** values["gamma"])

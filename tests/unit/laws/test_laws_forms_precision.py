@@ -1,4 +1,4 @@
-"""Laws of precision: where more tokens harm, and what bits are worth."""
+"""Laws of precision: where more tokens harm, and the value of bits."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_full_precision_is_the_whole_model_and_fewer_bits_a_smaller_one() -> Non
     assert full == pytest.approx(2.0 + 400.0 / 1e9**0.34 + 1500.0 / 1e10**0.33)
     size = 1e9 * (1.0 - np.exp(-2.0))
     assert four == pytest.approx(2.0 + 400.0 / size**0.34 + 1500.0 / 1e10**0.33)
-    assert not PrecisionEffective.published  # from memory: no numbers to trust
+    assert not PrecisionEffective.published  # from memory: no reliable numbers
 
 
 def test_one_format_does_not_say_what_bits_do() -> None:

@@ -1,4 +1,4 @@
-"""The quality-quantity law: against its definition epoch by epoch, pools mixed, found again."""
+"""The quality-quantity law: against its definition by epochs, mixed pools, recovered."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TWO_TRUE = {**ONE_TRUE, "b_poor": 0.12, "tau_poor": 6.0}
 def by_epochs(
     seen: float, pools: list[float], b: list[float], tau: list[float], d: float, scale: float
 ) -> float:
-    """Return the law as 2404.07177 states it, one epoch after the other."""
+    """Return the law as stated in 2404.07177, one epoch after another."""
     total = sum(pools)
     f = [pool / total for pool in pools]
     taus = [t / part for t, part in zip(tau, f, strict=True)]
@@ -41,7 +41,7 @@ def by_epochs(
 
 @pytest.mark.parametrize("epochs", [0.25, 1.0, 1.5, 2.0, 7.3, 10.0])
 def test_it_is_the_definition(epochs: float) -> None:
-    # Beside a row of many epochs, which others are computed with.
+    # Together with a row of many epochs, because rows are computed jointly.
     rows = Observations.of({"D": [1e7 * epochs, 3e8], "good": [1e7, 1e7]})
     expected = [by_epochs(seen, [1e7], [0.2], [3.0], 0.1, 1e5) for seen in rows["D"]]
     assert predict(ONE, ONE_TRUE, rows) == pytest.approx(expected, rel=1e-13)

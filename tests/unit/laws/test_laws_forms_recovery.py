@@ -1,4 +1,4 @@
-"""Known coefficients are found again from blind starts; each form holds for complex values."""
+"""Known coefficients are recovered from uninformed starts; each form accepts complex values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIXTURES = [
 SIZES, TOKENS = (4e7, 1.3e8, 4e8, 1.2e9), (2e9, 8e9, 3e10, 1.2e11)
 BITS = [(1, 2), (2, 1), (2, 3), (3, 2), (4, 3), (5, 6)]
 
-# Coefficients as published where a set is given; the others are of the size that papers report.
+# Published coefficients if available; the others have the order of reported ones.
 TRUTH: dict[str, dict[str, float]] = {
     "over_training": {"E": 1.8, "a": 210.0, "b": 370.0, "eta": 0.136},
     "downstream_error": {"epsilon": 0.86, "k": 2.2, "gamma": 0.71},
@@ -64,7 +64,7 @@ TRUTH: dict[str, dict[str, float]] = {
 
 
 def rows(names: tuple[str, ...], *axes: object) -> dict[str, list[float]]:
-    """Columns of the product of axes; an axis may itself hold tuples of several columns."""
+    """Return columns of the product of axes; an axis can contain tuples of several columns."""
     flat = [
         [x for part in point for x in (part if isinstance(part, tuple) else (part,))]
         for point in product(*axes)  # type: ignore[call-overload]
@@ -109,7 +109,7 @@ DESIGN: dict[str, dict[str, list[float]]] = {
 
 
 def truly(name: str, noise: float = 0.0, seed: int = 0) -> tuple[Form, Observations]:
-    """The form, and rows of its design that follow its truth but for a relative noise."""
+    """Return the form, and rows of its design that follow the truth up to relative noise."""
     form = form_named(name)
     bare = Observations.of(DESIGN[name])
     exact_n = predict(form, TRUTH[name], bare)
@@ -134,12 +134,12 @@ def test_blind_starts_find_known_coefficients_again(name: str) -> None:
 def test_noise_moves_coefficients_no_further_than_intervals_say(name: str) -> None:
     form, observations = truly(name, noise=1e-3, seed=1)
     found = fit(form, observations, FitOptions(loss="square", starts=64))
-    assert found.certificate.agreeing >= 5  # on exact rows the least objective is rounding
+    assert found.certificate.agreeing >= 5  # on exact rows the minimum is rounding error
     exact_n = predict(form, TRUTH[name], observations)
     error_n = np.abs(found.predict(observations) / exact_n - 1.0)
-    # A mean of n rows of noise 1e-3 leaves less than that noise on the fitted surface.
+    # With n rows of noise 1e-3, the error of the fitted surface is below that noise.
     assert np.sqrt(np.mean(error_n**2)) < 1e-3
-    assert error_n.max() > 0.0  # the noise was there
+    assert error_n.max() > 0.0  # the noise had an effect
     drawn = bootstrap(found, samples=100)
     apart = [
         parameter.name
@@ -150,7 +150,7 @@ def test_noise_moves_coefficients_no_further_than_intervals_say(name: str) -> No
 
 
 def _within(value: float, interval: tuple[float, float]) -> bool:
-    # Percentiles of few rows are narrow: half as much again on each side.
+    # Percentiles of few rows are narrow: add half the width on each side.
     low, high = interval
     return low - 0.5 * (high - low) <= value <= high + 0.5 * (high - low)
 

@@ -1,4 +1,4 @@
-"""The data-constrained law: unit values, its pieces, parameters found again."""
+"""The data-constrained law: unit values, its parts, recovered parameters."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_useful_parameters_are_the_optimum_of_the_plain_law() -> None:
     loss = values["A"] / around ** values["alpha"]
     loss += values["B"] / (size * tokens / around) ** values["beta"]
     assert around[loss.argmin()] == pytest.approx(size, rel=1e-3)
-    # More parameters than the tokens can use change nothing in the end.
+    # More parameters than the tokens support have no effect in the limit.
     rows = Observations.of({"N": [size * 1e5, size * 1e6], "D": [tokens] * 2, "U": [tokens] * 2})
     large = predict(LAW, {**C4, **values}, rows)
     assert large[0] == pytest.approx(large[1], rel=1e-12)
@@ -95,7 +95,7 @@ def test_parameters_are_found_again() -> None:
 
 
 def in_two_stages(rows: Observations, max_epochs: float = np.inf) -> tuple[Fit, Fit]:
-    """As the paper fits: the law of unique data first, whose values the second fit keeps."""
+    """Fit as in the paper: first the law of unique data, whose values the second fit keeps."""
     epochs_n = rows["D"] / rows["U"]
     options = FitOptions(starts=32)
     unique = fit(form_named("unique_data_tied"), rows.take(epochs_n <= 1.0), options)
@@ -104,7 +104,7 @@ def in_two_stages(rows: Observations, max_epochs: float = np.inf) -> tuple[Fit, 
 
 
 def rows_of_two_kinds() -> Observations:
-    """The first stage's law knows no surplus parameters: its runs have ample unique tokens."""
+    """The first stage's law has no surplus parameters: its runs have ample unique tokens."""
     N, D = (m.ravel() for m in np.meshgrid((1e8, 3e8, 1e9, 3e9), np.geomspace(1e9, 1e11, 8)))
     ample, repeated = {"N": N, "D": D, "U": np.full(len(N), 1e12)}, repeated_runs()
     repeated = repeated.take(repeated["D"] > repeated["U"])
@@ -121,7 +121,8 @@ def test_two_stages_find_them_too() -> None:
 
 
 def test_two_stages_and_the_best_epochs_through_the_commands(shell: Shell, tmp_path: Path) -> None:
-    """--fix takes the file of the first stage; optimum then says how often U tokens are read."""
+    """--fix takes the first stage's file; optimum then returns the number of
+    epochs over U tokens."""
     rows, table = rows_of_two_kinds(), tmp_path / "runs.csv"
     lines = [",".join(f"{rows[name][i]}" for name in ("N", "D", "U", "loss")) for i in range(77)]
     table.write_text("\n".join(["N,D,U,loss", *lines]))
@@ -152,7 +153,7 @@ def test_two_stages_and_the_best_epochs_through_the_commands(shell: Shell, tmp_p
 
 
 def test_the_best_epochs() -> None:
-    """2305.16264's example allots 6.34B parameters and 9.7 epochs; the law's optimum is flat."""
+    """2305.16264's example uses 6.34B parameters and 9.7 epochs; the law's optimum is flat."""
     flops = 6 * 6.34e9 * 242e9
     best = best_share(LAW, C4, flops, others={"U": 25e9})
     assert pytest.approx(flops, rel=1e-12) == best.N * best.D * 6
@@ -173,8 +174,8 @@ def scores(predicted: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
 
 
 def test_on_the_printed_runs() -> None:
-    """296 runs of 2305.16264's notebook: the published coefficients rank them (R² .788, 9.7 %); a
-    blind two-stage fit to the 202 of up to 44 epochs follows them."""
+    """296 runs of 2305.16264's notebook: the published coefficients rank them (R² .788, 9.7 %); an
+    uninformed two-stage fit to the 202 runs of up to 44 epochs predicts them."""
     with (law_data("datablations") / "parametric_fit_296.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     rows = Observations.of(

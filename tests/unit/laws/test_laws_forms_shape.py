@@ -1,4 +1,4 @@
-"""Laws by width and depth: by hand, told from Chinchilla's, from run folders, the best shape."""
+"""Laws by width and depth: by hand, against Chinchilla's, from run folders, the best shape."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEPTH = {"E": 1.7, "A": 30.0, "G": 1.2, "B": 1500.0, "alpha": 0.7, "gamma": 1.0,
 
 
 def shapes(layers: tuple[int, ...] = (4, 8, 16, 32)) -> Observations:
-    """Every width at every depth, at three horizons; N = 12 width² layers."""
+    """Return every width at every depth, at three horizons; N = 12 width² layers."""
     grid = np.meshgrid((256, 512, 1024, 2048), layers, (2e9, 1e10, 6e10))
     width, depth, tokens = (axis.ravel().astype(float) for axis in grid)
     columns = {"width": width, "layers": depth, "D": tokens, "N": 12 * width**2 * depth}

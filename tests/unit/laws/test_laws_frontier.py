@@ -1,4 +1,4 @@
-"""D-CPT fits to both losses: which rows the law can describe, and what is held out of them."""
+"""D-CPT fits to both losses: rows that the law can describe, and held-out rows."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ GENERAL = {
 DOMAIN = {**GENERAL, "E": 1.1, "B": 40.0, "eta": 0.2}
 SHARES, HORIZONS = (1.0, 0.9, 0.75, 0.5, 0.25), np.geomspace(4e6, 4e7, 8)
 RISE = 0.2
-"""By which the general loss without replay rises from the first horizon to the last."""
+"""Rise of the general loss without replay, from the first horizon to the last."""
 
 
 def rows() -> Observations:
-    """Losses of the law, but for the general one without replay, which rises with D."""
+    """Return the law's losses, except the general loss without replay, which rises with D."""
     r, D = (one.ravel() for one in np.meshgrid(SHARES, HORIZONS, indexing="ij"))
     full = np.full(len(r), 1e6)
     law, losses = form_named("d_cpt"), {}
@@ -65,7 +65,7 @@ def test_what_no_replay_forgets_does_not_bend_the_law_at_other_ratios() -> None:
 
 
 def test_the_critical_share_is_the_largest_within_the_bound_and_not_the_best() -> None:
-    """Where a little replay helps the new domain, too, the two differ."""
+    """They differ if a little replay also lowers the loss of the new domain."""
     general, domain = np.array([2.0, 2.1, 2.2, 2.5]), np.array([3.0, 2.5, 2.4, 2.45])
     losses = {"general": general, "domain": domain}
     drawn = {"general": np.stack([general] * 2), "domain": np.stack([domain] * 2)}

@@ -1,4 +1,4 @@
-"""Why seeds of one cell are one group: intervals, where a law is a little wrong in each cell."""
+"""Intervals with seeds of a cell grouped, if the law is slightly wrong in each cell."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from allometry.laws.registry import form_named
 LAW = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
 TARGET = Observations.of({"N": [1e10], "D": [2e11]})
 TRIALS = 100
-"""Of which a true 95 % interval covers 90 or more with a probability of 0.99."""
+"""A true 95 % interval covers 90 or more of them with probability 0.99."""
 
 
 def covered(cell_spread: float, *, by_run: bool) -> int:
-    """How often, of ``TRIALS``, the 95 % interval of a larger run's loss holds the truth."""
+    """Count the 95 % intervals of a larger run's loss that cover the truth, of ``TRIALS``."""
     form = form_named("chinchilla")
     cells = [(size, ratio) for size in np.geomspace(1e7, 3e9, 6) for ratio in (5, 20, 80)]
     rows = [

@@ -23,7 +23,7 @@ LOPSIDED = {"E": 1.8, "A": 30.0, "B": 1e6, "alpha": 0.2, "beta": 0.6}
 
 
 def profiles(width: float, shift: float = 0.0, law: dict[str, float] = TRUE) -> Observations:
-    """Noise-free IsoFLOP rows at three budgets, ``width`` of ln N to each side of the optimum."""
+    """Return exact IsoFLOP rows at three budgets, ``width`` of ln N on each side of the optimum."""
     columns: dict[str, list[float]] = {"N": [], "D": [], "loss": []}
     for flops in (1e19, 1e20, 1e21):
         best = searched_size(Chinchilla(), law, flops / 6, flops)
@@ -45,7 +45,7 @@ def test_narrow_parabolas_find_the_optimum() -> None:
 
 
 def test_wide_parabolas_are_biased_without_any_noise() -> None:
-    """The documented caveat, where N and D have different exponents."""
+    """The documented caveat, for N and D with different exponents."""
     for profile in isoflop_optima(profiles(2.0, law=LOPSIDED)):
         exact = searched_size(Chinchilla(), LOPSIDED, profile.flops / 6, profile.flops)
         assert abs(profile.N / exact - 1.0) > 0.1
@@ -99,7 +99,7 @@ def test_trimming_takes_the_bias_of_wide_profiles_away() -> None:
 
 
 def test_tokens_at_a_vertex_are_those_that_runs_near_it_had() -> None:
-    """FLOPs that are counted are not 6 N D: here small models spend more for each parameter."""
+    """Counted FLOPs differ from 6 N D: small models spend more per parameter here."""
     rows = profiles(0.1)
     counted = 6 * rows["N"] * rows["D"]
     tokens = rows["D"] / (1 + (1e8 / rows["N"]) ** 0.3)
@@ -133,7 +133,7 @@ def test_intervals_hold_the_truth_at_their_rate() -> None:
 
 
 def test_residuals_of_one_size_move_together() -> None:
-    """Three seeds that share their luck are one measurement, not three."""
+    """Three seeds with the same noise are one measurement, not three."""
     exact = profiles(0.7)
     luck = np.random.default_rng(0).normal(0.0, 2e-3, len(exact))
     one = Observations.of({**exact.columns, "loss": exact["loss"] * np.exp(luck)})

@@ -1,4 +1,4 @@
-"""Predictions of a ladder's target: their interval, their file, what they say of themselves."""
+"""Predictions of a ladder's target: their interval, file and messages."""
 
 import json
 import time
@@ -75,7 +75,7 @@ def test_open_parameters_are_said_not_refused_and_have_no_interval(tmp_path: Pat
     assert "hardly identify" in text
     known = prediction(rungs(2e-2, span=2.0))
     assert text in known.warnings
-    assert known.low is not None  # by folds
+    assert known.low is not None  # from folds
     one_horizon = rungs(1e-3).take(rungs(1e-3)["D"] < 6e5)
     found = prediction(one_horizon)
     assert any("cannot identify" in warning for warning in found.warnings)

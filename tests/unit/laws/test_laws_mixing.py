@@ -1,4 +1,4 @@
-"""The best mixture of fitted laws, against optima that are known."""
+"""The best mixture of fitted laws, against known optima."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DOMAINS = ("web", "code", "books")
 
 
 class Quadratic:
-    """Least at a given mixture."""
+    """Quadratic law with its minimum at a given mixture."""
 
     def __init__(self, best: tuple[float, ...], level: float = 2.0) -> None:
         self.best, self.level = best, level
@@ -30,7 +30,7 @@ class Quadratic:
 
 
 class Exponential:
-    """c + exp(t r), known coefficients."""
+    """c + exp(t r) with known coefficients."""
 
     def __init__(self, c: float, *t: float) -> None:
         self.c, self.t = c, t
@@ -63,7 +63,7 @@ def test_bounds_bind() -> None:
 
 
 def test_two_exponentials_against_their_stationary_point() -> None:
-    # Equal slopes: -4 exp(-4 r) = -2 exp(-2 (1 - r)), with the third domain useless to both.
+    # Equal slopes: -4 exp(-4 r) = -2 exp(-2 (1 - r)); the third domain lowers neither loss.
     laws = {"a": Exponential(1.0, -4.0, 0.0, 0.0), "b": Exponential(1.5, 0.0, -2.0, 0.0)}
     found = optimal_mixture(laws, DOMAINS)
     share = (math.log(2.0) + 2.0) / 6.0
@@ -160,7 +160,7 @@ def test_what_cannot_be_asked(change: dict[str, object], words: str) -> None:
 
 
 def test_a_bound_on_another_loss_binds() -> None:
-    """The least of one loss with another at most so much: the two are quadratics, the end known."""
+    """Minimize one loss with a bound on another: both are quadratics with a known solution."""
     laws = {"domain": Quadratic((1.0, 0.0, 0.0)), "general": Quadratic((0.0, 1.0, 0.0))}
     options = {"weights": {"domain": 1.0, "general": 0.0}, "bounds": {"general": 2.5}}
     found = optimal_mixture(laws, DOMAINS, **options)

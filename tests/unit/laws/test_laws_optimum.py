@@ -1,4 +1,4 @@
-"""The optimum of a sweep against parabolas that are known."""
+"""The optimum of a sweep against known parabolas."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_drift_and_its_interval() -> None:
     sweeps = {32: sweep([-7.0, -6.8]), 64: sweep([-6.6, -6.4]), 128: sweep([-6.2, -6.0])}
     assert drift(sweeps) == pytest.approx(0.8, abs=1e-9)
     low, high = drift_interval(sweeps)
-    # Every resample shifts all sizes alike, as seeds are shared.
+    # Every resample shifts all sizes alike, because they share seeds.
     assert low == pytest.approx(0.8, abs=1e-9)
     assert high == pytest.approx(0.8, abs=1e-9)
     assert sweeps[32].spread() == pytest.approx(0.2, abs=1e-9)
@@ -80,7 +80,7 @@ def test_the_exponent_of_the_best_rate_and_its_interval() -> None:
     }
     assert exponent(power) == pytest.approx(-0.32, abs=1e-9)
     assert exponent_interval(power) == pytest.approx((-0.32, -0.32), abs=1e-9)
-    # Seeds that disagree on the slope, -0.6 and -0.2: the interval reaches from one to the other.
+    # Seeds with different slopes, -0.6 and -0.2: the interval spans both.
     apart = {32: sweep([-6.0, -6.0]), 64: sweep([-6.6, -6.2])}
     assert exponent(apart) == pytest.approx(-0.4, abs=1e-9)
     assert exponent_interval(apart) == pytest.approx((-0.6, -0.2), abs=1e-9)
@@ -90,7 +90,7 @@ def test_the_exponent_of_the_best_rate_and_its_interval() -> None:
 
 
 def test_a_vertex_that_no_loss_can_have_is_none() -> None:
-    """Beside the best rate a run diverged to finite weights: the vertex would be at -1560."""
+    """A run next to the best rate diverged to a finite loss: the vertex would be at -1560."""
     found = quadratic_optimum([-7.0, -6.5, -6.0], [1e4, 8.0, 9.0])
     assert (found.log2_lr, found.loss) == (-6.5, 8.0)
     assert found.problem == "a neighbour of the best rate is no part of a bowl"

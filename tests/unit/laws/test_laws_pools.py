@@ -1,4 +1,4 @@
-"""Which pools at a budget, and how much to keep: published and computed numbers."""
+"""Choice of pools at a budget, and the share to keep: published and computed numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def law(pools: tuple[str, ...] = POOLS) -> QualityPools:
 
 
 def test_the_best_sets_of_four_equal_pools() -> None:
-    """Computed for this law apart from this code, by budgets of 1 to 200 pools' tokens."""
+    """Computed for this law independently of this code, by budgets of 1 to 200 pools' tokens."""
     budgets = (1e7, 4e7, 1e8, 2e8, 5e8, 2e9)
     found = choose_pools(law(), TRUE, SIZES, budgets)
     assert [len(one.best.pools) for one in found] == [1, 1, 2, 2, 3, 3]
@@ -79,7 +79,7 @@ def test_what_cannot_be_chosen_from() -> None:
         choose_pools(law(), TRUE, SIZES | {"p1": -1.0}, [1e8])
     with pytest.raises(UserError, match="reads all pools 2500 times"):
         choose_pools(law(), TRUE, SIZES, [1e11])
-    # Sets that would be read too often are left out, and the others still compared.
+    # Sets with too many repetitions are excluded, and the others are still compared.
     (one,) = choose_pools(law(), TRUE, SIZES, [2e10])
     assert one.epochs <= 1000
 

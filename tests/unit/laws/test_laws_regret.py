@@ -1,4 +1,4 @@
-"""What a transferred rate costs, against losses whose regret is known."""
+"""The regret of a transferred rate, for losses with a known regret."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from allometry.laws.regret import (
 
 GRID = tuple(np.arange(-8.0, -1.9, 0.5).tolist())
 DEPTH = 0.08
-"""Nats that a rate an octave from the best one loses."""
+"""Loss increase in nats at a rate one octave from the best one."""
 
 
 def bowl(
@@ -31,19 +31,19 @@ def bowl(
     floors: list[float] | None = None,
     rates: tuple[float, ...] = GRID,
 ) -> Sweep:
-    """floor + depth (rate - vertex)², a column for each seed."""
+    """Return floor + depth (rate - vertex)², a column per seed."""
     x, v = np.array(rates)[:, None], np.array(vertices)[None, :]
     return Sweep(rates, np.array(floors or [2.5] * len(vertices)) + depth * (x - v) ** 2)
 
 
 def test_the_regret_of_parabolas_is_their_curvature_times_the_squared_drift() -> None:
-    """With the same seeds' shifts at both sizes, the drift δ of each is the same and so is c δ²."""
+    """With the same shifts of seeds at both sizes, each drift is δ, and the regret is c δ²."""
     base, target = bowl([-5.3, -5.1, -4.9]), bowl([-6.1, -5.9, -5.7])
     found = regret(base, target)
     assert found.log2_lr == pytest.approx(-5.1)
     assert found.nats == pytest.approx(DEPTH * 0.8**2, abs=1e-12)
     assert found.percent == pytest.approx(100 * found.nats / found.best)
-    # The mean over seeds of a bowl with vertices v_s has its floor var(v) c higher.
+    # The mean over seeds of a bowl with vertices v_s has a floor higher by var(v) c.
     assert found.best == pytest.approx(2.5 + DEPTH * np.var([-0.2, 0.0, 0.2]), abs=1e-12)
     assert found.nats_interval == pytest.approx((found.nats, found.nats), abs=1e-9)
     assert found.verdict(0.5) == "missed"  # 2 %
@@ -51,7 +51,7 @@ def test_the_regret_of_parabolas_is_their_curvature_times_the_squared_drift() ->
 
 
 def test_the_interval_is_the_jackknifes() -> None:
-    """Where only the target's vertex differs between seeds: θ_i = c (δ - mean of the others)²."""
+    """If only the target's vertex differs between seeds: θ_i = c (δ - mean of the others)²."""
     shifts = np.array([-0.3, 0.0, 0.3])
     found = regret(bowl([-5.0] * 3), bowl((-5.5 + shifts).tolist()))
     without = np.array([DEPTH * (0.5 - shifts[[j for j in range(3) if j != i]].mean()) ** 2
@@ -78,7 +78,7 @@ def test_seeds_that_disagree_decide_nothing() -> None:
 
 def test_a_flat_basin_drifts_without_regret() -> None:
     flat = 0.001
-    rising = [2.4, 2.5, 2.6]  # what a seed's losses have in common is no luck of a rate
+    rising = [2.4, 2.5, 2.6]  # offsets common to all losses of a seed do not affect the rate
     base = bowl([-4.1, -4.0, -3.9], depth=flat, floors=rising)
     target = bowl([-6.2, -6.0, -5.8], depth=flat, floors=rising)
     assert drift({16: base, 128: target}) == pytest.approx(2.0)
@@ -90,7 +90,7 @@ def test_a_flat_basin_drifts_without_regret() -> None:
 
 @pytest.mark.parametrize("noise", [0.002, 0.008])
 def test_intervals_hold_the_regret_about_as_often_as_they_say(noise: float) -> None:
-    """Of 200 made sweeps of three seeds, whose true regret is 0.02 nats."""
+    """Of 200 simulated sweeps of three seeds, whose true regret is 0.02 nats."""
     random, truth = np.random.default_rng(0), DEPTH * 0.5**2
     held = missed = 0
     for _ in range(200):
@@ -113,7 +113,7 @@ def test_the_loss_between_rates() -> None:
     for place in (-7.8, -6.1, -5.3, -4.9, -2.2):
         assert loss_at(quadratic, place) == pytest.approx(2.5 + DEPTH * (place + 5.3) ** 2)
     other = Sweep(GRID, (2.5 + 0.1 * np.abs(x + 5.0) ** 3)[:, None])
-    for n, rate in enumerate(GRID):  # through every point, and continuous there
+    for n, rate in enumerate(GRID):  # passes through every point, and is continuous there
         assert loss_at(other, rate) == pytest.approx(other.losses_RS[n, 0])
         for beside in (rate - 1e-9, rate + 1e-9):
             if GRID[0] <= beside <= GRID[-1]:
@@ -158,7 +158,7 @@ def test_regrets_are_of_all_sizes_but_the_first() -> None:
 
 
 def test_a_share_of_anothers_regret() -> None:
-    """0.16 of it is at most a fifth and 0.36 is not; what seeds do not tell is undecided."""
+    """0.16 of it is at most a fifth and 0.36 is not; ambiguous seeds are undecided."""
     ours, theirs = bowl([-5.0] * 3), (bowl([-5.0] * 3), bowl([-6.0] * 3))
     assert against((ours, bowl([-5.4] * 3)), theirs) == "met"
     assert against((ours, bowl([-5.6] * 3)), theirs) == "missed"
@@ -178,7 +178,7 @@ def test_verdicts_and_intervals() -> None:
     assert verdict((0.51, 0.9), 0.5) == "missed"
     assert verdict((0.1, 0.9), 0.5) == "undecided"
     assert verdict((math.nan, math.nan), 0.5) == "undecided"
-    values = np.array([1.0, 2.0, 6.0])  # of a mean the jackknife's error is s / √n
+    values = np.array([1.0, 2.0, 6.0])  # the jackknife's error of a mean is s / √n
     low, high = jackknife(lambda seeds: float(values[list(seeds)].mean()), 3, 3.0)
     reach = 4.302653 * values.std(ddof=1) / math.sqrt(3)
     assert (low, high) == pytest.approx((3.0 - reach, 3.0 + reach), rel=1e-6)

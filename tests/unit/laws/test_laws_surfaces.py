@@ -1,4 +1,4 @@
-"""Optima of sweeps against bowls that are known, and on Step Law's grid."""
+"""Optima of sweeps against known bowls, and on Step Law's grid."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BATCHES = 2.0 ** np.arange(15.0, 22.0)
 def bowl(
     lr_best: float, batch_best: float, noise: float = 0.0, seed: int = 0, rho: float = -0.4
 ) -> dict[str, np.ndarray]:
-    """Columns of a full grid over a bowl, in octaves, of least loss 2.5."""
+    """Return columns of a full grid over a bowl, in octaves, with minimum loss 2.5."""
     lr, batch = (grid.ravel() for grid in np.meshgrid(RATES, BATCHES))
     u, v = np.log2(lr / lr_best), np.log2(batch / batch_best)
     p, q = 0.006, 0.004
@@ -65,7 +65,7 @@ def test_the_optimum_of_a_bowl_is_exact() -> None:
 
 
 def test_the_form_fitted_by_the_engine_has_the_same_optimum() -> None:
-    # So wide a window weighs all runs but little differently; the engine weighs them the same.
+    # So wide a window weights all runs almost equally; the engine gives the same result.
     rows = Observations.of(bowl(1.7e-3, 3.1e5, noise=2e-3))
     by_engine = fit(HyperparameterSurface(), rows, FitOptions(loss="square")).values
     direct = fit_surface(rows, within=1e6)
@@ -76,7 +76,7 @@ def test_the_form_fitted_by_the_engine_has_the_same_optimum() -> None:
 
 
 def test_noise_does_not_flatten_the_bowl() -> None:
-    # Runs chosen by their own losses would be the lucky ones: a third of the curvature goes.
+    # Selecting runs by their own losses would prefer lucky ones and lose a third of the curvature.
     found = [fit_surface(Observations.of(bowl(1.7e-3, 3.1e5, 6e-3, seed))) for seed in range(40)]
     curvature = np.mean([surface.curvature["lr"] for surface in found if surface.curvature])
     assert curvature == pytest.approx(0.006, rel=0.1)
@@ -91,7 +91,7 @@ def test_noise_does_not_flatten_the_bowl() -> None:
 def test_a_cubic_does_not_lean_where_a_parabola_does() -> None:
     columns = bowl(1.7e-3, 3.1e5)
     u = np.log2(columns["lr"] / 1.7e-3)
-    columns["loss"] = columns["loss"] + 0.0012 * u**3  # steeper towards high rates, as real ones
+    columns["loss"] = columns["loss"] + 0.0012 * u**3  # steeper towards high rates, like real ones
     rows = Observations.of(columns)
     by_parabola, by_cubic = (fit_surface(rows, order=order).best["lr"] for order in (2, 3))
     assert math.log2(by_parabola / 1.7e-3) < -0.05
@@ -186,8 +186,9 @@ def test_intervals_cover_what_they_say_under_noise() -> None:
         inside["exponent"] += low <= -0.7 <= high
         low, high = law.rate.predict_interval(N=3e9, D=2e11)
         inside["prediction"] += low <= law_of_sweeps(3e9, 2e11)[0] <= high
-    # Percentiles of some forty runs: of 100 data sets at three levels of noise 88 to 93 had single
-    # optima inside, 92 to 97 the law's. Of 40 trials at 0.88, fewer than 30 is one in 100.
+    # Percentiles of about forty runs: in 100 data sets at three noise levels, 88 to 93 covered
+    # single optima, and 92 to 97 the law's. Of 40 trials at 0.88, fewer than 30 has probability
+    # 0.01.
     assert inside["optimum"] >= 30
     assert inside["exponent"] >= 33
     assert inside["prediction"] >= 33
@@ -242,7 +243,7 @@ def dense_grid() -> Observations:
 def test_step_law_is_near_the_best_run_of_every_cell() -> None:
     excess = 100.0 * np.array(list(nearest_excess(dense_grid(), step_law).values()))
     assert len(excess) == 17
-    assert excess.mean() <= 0.10  # the paper says 0.09 %
+    assert excess.mean() <= 0.10  # 0.09 % in the paper
     assert excess.mean() == pytest.approx(0.096, abs=0.001)
     assert excess.max() == pytest.approx(0.310, abs=0.001)
 
@@ -269,7 +270,7 @@ def test_our_own_law_of_the_grid_beside_step_law() -> None:
     for found, name, published in ((law.rate, "a", -0.713), (law.batch, "b", 0.571)):
         low, high = found.interval(name)
         assert low < published < high
-    # The rate's exponent of D is the one that parabolas do not confirm: 0.17 to 0.26, not 0.307.
+    # Parabolas do not confirm the rate's exponent of D: 0.17 to 0.26, not 0.307.
     low, high = law.rate.interval("b")
     assert 0.1 < low < high < 0.307
     octaves = np.array(list(law.octaves_from(step_law).values()))
@@ -277,7 +278,7 @@ def test_our_own_law_of_the_grid_beside_step_law() -> None:
     assert np.abs(octaves).max() < 0.6
 
 
-# Window and order were chosen with these numbers in sight: they hold the code, not the law.
+# Window and order were chosen knowing these numbers: the test checks the code, not the law.
 @pytest.mark.parametrize(("order", "mean", "largest"), [(2, 0.145, 0.310), (3, 0.088, 0.234)])
 def test_a_size_that_the_law_has_not_seen_is_met_as_well(
     order: Literal[2, 3], mean: float, largest: float

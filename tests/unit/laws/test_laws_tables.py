@@ -84,7 +84,7 @@ def test_columns_are_mapped_computed_and_chosen(table: Path) -> None:
 def test_names_with_other_signs_are_columns_by_themselves_or_in_backticks(table: Path) -> None:
     mapping = {"N": "`Model Size` * 1", "D": "`Training FLOP`/(6*N)", "M": "D/N"}
     found = read_table(table, ["N", "D", "M"], mapping=mapping)
-    np.testing.assert_array_equal(found["M"], [10, 10, 20, 10])  # the column called so
+    np.testing.assert_array_equal(found["M"], [10, 10, 20, 10])  # the column with this name
     np.testing.assert_allclose(found["D"], [1e7, 2e7, 4e7, 4e7], rtol=1e-15)
     mapping["M"] = "(D/N)"
     np.testing.assert_allclose(read_table(table, ["M"], mapping=mapping)["M"], [10, 10, 20, 10])
@@ -221,7 +221,7 @@ def test_conditions_are_joined_and_read_lists_and_functions() -> None:
     assert met("set in ('C4', 'Pile')") == [0, 1, 3]
     assert met("set not in ['C4', 'Pile']") == [2]
     assert met("N in (1e6, 1e8)") == [0, 2]
-    assert met("N not in (1e6, 1e8)") == [1]  # a missing number is neither
+    assert met("N not in (1e6, 1e8)") == [1]  # a missing number matches neither
     assert met("set == 'C4' or loss < 2.5") == [0, 2, 3]
     assert met("set == 'C4' and loss > 2.5") == [0]
     assert met("loss < 1.5 or loss > 2.5 and set != 'C4'") == [1, 3]

@@ -1,6 +1,6 @@
-"""What a sum over experts weighs, as their number grows: gates of HyperP and rules of MSSP."""
+"""Weights of the sum over experts as their number grows: gates of HyperP and rules of MSSP."""
 
-# T tokens, E experts, k visits, N width, M experts over those at the base
+# T tokens, E experts, k experts per token, N width, M number of experts relative to the base
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rms(x: Tensor) -> float:
 
 
 def mixed(gate: str, k: int) -> float:
-    """RMS of a sum over k experts whose outputs are independent normal numbers."""
+    """Return the RMS of a sum over k experts whose outputs are independent normal numbers."""
     generator = torch.Generator().manual_seed(k)
     config = RouterConfig.model_validate({"gate": gate})
     logits_TE = 0.2 * torch.randn(256, 128, generator=generator)
@@ -45,7 +45,7 @@ def test_gates_under_a_root_keep_the_size_of_a_sum_of_experts(k: int) -> None:
 
 
 REGIMES = {
-    # width, experts, visits and expert width over their values at the base, for a scale s
+    # width, experts, top-k and expert width relative to the base, for a scale s
     "I": lambda s: (s, 1, 1, s),
     "II": lambda s: (s, s, s, 1),
     "III": lambda s: (s, s, s, s),
@@ -54,7 +54,7 @@ WIDTH, EXPERTS, EXPERT_WIDTH = 32, 32, 8
 
 
 def grown(regime: str, s: int, visits: int) -> tuple[MoEModel, Parameterization]:
-    """A model of one block, s times the base, and MSSP's rules for it."""
+    """Return a one-block model, s times the base, and MSSP's rules for it."""
     width, experts, k, expert_width = REGIMES[regime](s)
     model = MoEModel.model_validate(
         {
@@ -84,7 +84,7 @@ def grown(regime: str, s: int, visits: int) -> tuple[MoEModel, Parameterization]
 
 @torch.no_grad()
 def slope_at_the_start(regime: str, visits: int, scales: list[int], kept: bool = True) -> float:
-    """The power of s in the RMS of the routed sum; without ``kept``, as muP would start experts."""
+    """Return the power of s in the RMS of the routed sum; ``kept`` False: muP's expert init."""
     sizes = []
     for s in scales:
         model, rules = grown(regime, s, visits)
@@ -112,7 +112,7 @@ def slope_at_the_start(regime: str, visits: int, scales: list[int], kept: bool =
 def test_sums_over_more_experts_keep_their_size(regime: str, visits: int) -> None:
     scales = [1, 2, 4]
     assert slope_at_the_start(regime, visits, scales) == pytest.approx(0.0, abs=0.15)
-    # The control: with experts drawn apart and no root of M, averages shrink.
+    # The control: with independent experts and without the root of M, averages shrink.
     drawn_apart = slope_at_the_start(regime, visits, scales, kept=False)
     assert drawn_apart == pytest.approx(-0.5, abs=0.15)
 

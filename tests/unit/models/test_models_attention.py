@@ -1,4 +1,4 @@
-"""Every attention back end that runs on a CPU against the softmax written out."""
+"""Every attention back end that runs on a CPU against an explicit softmax."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from allometry.scaling.attention import BACKENDS, AttentionCall, choose_backend
 from allometry.trainer.deterministic import algorithms
 
 B, L, H = 2, 12, 8
-LENGTHS = [5, 0, 6, 1, 12, 0]  # empty documents and one of a single token among them
+LENGTHS = [5, 0, 6, 1, 12, 0]  # includes empty documents and one of a single token
 
 
 def documents(lengths: list[int] = LENGTHS) -> Documents:
@@ -89,7 +89,7 @@ def test_future_and_other_documents_have_no_effect(backend, packed):
     after = attend(q, k, v, packed_documents, 0.4, backend)
     assert torch.equal(before[0, :7], after[0, :7])
     assert torch.equal(before[1], after[1])
-    # The document [5, 11) feels it, and the token alone at 11 takes the new value.
+    # The document [5, 11) changes, and the single token at 11 takes the new value.
     assert (before[0, 7:] != after[0, 7:]).all()
 
 
@@ -173,7 +173,7 @@ def test_attention_runs_what_was_chosen(monkeypatch, dtype, packed):
 
 
 def test_what_is_installed_is_a_constant_of_compiled_code(monkeypatch):
-    """The choice is traced; whether a package is there must not be."""
+    """The choice is traced; the test for installed packages must not be."""
     here = next(b for b in BACKENDS if b.name == "packed")._replace(package="math")
     monkeypatch.setattr("allometry.scaling.attention.BACKENDS", (here,))
     torch._dynamo.reset()
@@ -193,7 +193,7 @@ def test_blocks_join_to_the_whole(packed, monkeypatch):
 
 
 class TestVarlenKernel:
-    """What is called on CUDA, seen through stand-ins for the libraries."""
+    """Arguments of the CUDA kernels, checked with substitutes for the libraries."""
 
     @pytest.fixture(autouse=True)
     def _forget(self):

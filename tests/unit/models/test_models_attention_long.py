@@ -1,4 +1,4 @@
-"""Attention at 4096 tokens with many documents: block edges, single tokens, one that fills all."""
+"""Attention at 4096 tokens with many documents: block edges, single tokens, one full-length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from allometry.models.attention_flex import BLOCK, document_mask
 from allometry.models.documents import Documents
 
 L, H = 4096, 8
-# Ends at the edges of kernels' blocks (64, 128) and one to either side, and single tokens there.
+# Document ends at kernel block edges (64, 128) and one position before or after, with single
+# tokens.
 EDGES = (64, 64, 128, 127, 1, 1, 127, 129, 256, 63, 65, 1, 1, 1, 125, 1000, 384, 512)
 CASES = {
     "edges": (*EDGES, L - sum(EDGES)),
@@ -62,7 +63,7 @@ def test_gradients_equal_the_reference(backend: str, case) -> None:
 
 
 def test_flex_has_the_outputs_of_the_reference(case) -> None:
-    """Outputs alone: torch's flex_attention has no backward on a CPU."""
+    """Outputs only: torch's flex_attention has no backward on a CPU."""
     packed, expected = case
     q, k, v = (x.detach() for x in inputs(torch.float64))
     o_BLNH = attend(q, k, v, packed, 0.3, "flex")
@@ -79,7 +80,7 @@ def test_a_boundary_one_token_off_is_seen(case) -> None:
 
 
 def test_cudnns_batches_of_like_length(case) -> None:
-    """How documents are put together for cuDNN, with the CPU's kernel in its place."""
+    """Grouping of documents for cuDNN, with the CPU's kernel as a substitute."""
     packed, expected = case
     q, k, v = inputs(torch.float64)
     kernels = attention_packed.CUDNN._replace(
@@ -118,7 +119,7 @@ def test_documents_are_sorted_once_and_forgotten_with_their_batch() -> None:
 
 @pytest.mark.parametrize("lengths", [*CASES.values(), (300, 84), (5, 250, 129)], ids=str)
 def test_blocks_of_the_flex_mask(lengths: tuple[int, ...]) -> None:
-    """Listed blocks are those with a pair to be seen; those without a mask are seen wholly."""
+    """Listed blocks contain a visible pair; blocks without a mask are fully visible."""
     packed = documents(lengths)
     size = sum(lengths)
     mask = document_mask(packed.positions_BL)
@@ -151,7 +152,8 @@ def test_the_flex_mask_of_two_sequences() -> None:
 
 
 def test_flex_is_traced_whole() -> None:
-    """The mask is made within compiled code; torch's eager kernel runs, as a CPU may have none."""
+    """The mask is built in compiled code; torch's eager kernel runs, for CPUs
+    without a compiler."""
     packed = documents((200, 56, 1, 255), sequences=2)
     q, k, v = (x.detach().view(2, 256, -1, H) for x in inputs(torch.float64, 512))
     torch._dynamo.reset()

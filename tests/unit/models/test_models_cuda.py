@@ -1,4 +1,4 @@
-"""On CUDA: every back end against the reference, and the model against itself on a CPU."""
+"""On CUDA: every back end against the reference, and the model against its CPU result."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_every_number_is_near_its_own(block: fp8.Block, dtype: torch.dtype) -> N
     error = (fp8.dequantise(small, block, torch.float32) - x).abs()
     rows, columns = block[0] or 150, block[1] or 200
     scales = small.scales.repeat_interleave(rows, 1)[:, :150].repeat_interleave(columns, 2)
-    # Half a unit in the last place: 3 or 2 bits, and the smallest numbers' fixed steps.
+    # Half a unit in the last place: 3 or 2 bits, and the fixed step of the smallest numbers.
     bits, least = (2**-4, 2**-10) if dtype == fp8.E4M3 else (2**-3, 2**-17)
     assert bool((error <= x.abs() * bits * 1.001 + least * scales[..., :200] * 1.001).all())
 
@@ -83,7 +83,7 @@ def test_rows_do_not_know_each_other() -> None:
 
 
 def plain_product(a: fp8.Quantised, b: fp8.Quantised, recipe: str) -> Tensor:
-    """Each quantised number by its scale in fp64, block by block, then the sum."""
+    """Return the sum over quantised numbers times scales in fp64, block by block."""
     sides = []
     for side, block in ((a, fp8.ACTIVATION_BLOCKS[recipe]), (b, fp8.WEIGHT_BLOCKS[recipe])):
         values = side.values.double().clone()
@@ -184,7 +184,7 @@ def test_grouped_products_equal_those_of_each_group(recipe: str, counts: list[in
 
 
 def scaled_mm(a: Tensor, b: Tensor, **given: Any) -> Tensor:
-    """What torch._scaled_mm documents and checks on CUDA, and what it computes."""
+    """Reference with the documented checks and result of torch._scaled_mm on CUDA."""
     assert a.stride(1) == 1 == b.stride(0)
     assert a.stride(0) > 1 < b.stride(1)
     assert not any(size % 16 for size in (a.shape[1], *b.shape))
@@ -233,7 +233,7 @@ def test_the_kernel_is_given_what_it_takes(
 
 
 def test_torchs_own_product_of_numbers_under_one_scale() -> None:
-    """torch has that kernel for CPUs too."""
+    """torch has this kernel for CPUs too."""
     a, b = torch.randn(48, 512), torch.randn(256, 512)
     sides = fp8.quantise(a, (None, None)), fp8.quantise(b, (None, None))
     got = fp8._on_cuda(*sides, "fp8_tensorwise", torch.bfloat16, fast=False)

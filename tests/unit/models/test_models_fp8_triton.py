@@ -1,6 +1,6 @@
-"""Rounding to FP8 in one pass, run by Triton's interpreter, against torch's operators.
+"""Rounding to FP8 in one pass, in Triton's interpreter, against torch's operators.
 
-Triton decides at its import whether it interprets, so that the tests run in a process of their own.
+Triton selects the interpreter when it is imported, so the tests run in a separate process.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def test_in_the_interpreter():
 
 
 def spread(rows, columns, dtype):
-    """Numbers of all sizes, a row of zeros, ties, and what is not finite in rows of their own."""
+    """Return numbers of all sizes, a row of zeros, ties, and rows with non-finite values."""
     torch.manual_seed(0)
     x = torch.randn(rows, columns) * torch.logspace(-9, 9, rows)[:, None]
     x[:, ::3] *= torch.logspace(-4, 0, len(x[0, ::3]))
     x[1] = 0.0
-    x[2] = (torch.arange(columns) - columns / 2) / 16.0  # among them halves of a step
+    x[2] = (torch.arange(columns) - columns / 2) / 16.0  # includes halves of a step
     x[2, 0] = 448.0
     x[3, 1], x[4, 2] = float("inf"), float("nan")
     x[5, :4] = -0.0
@@ -107,7 +107,7 @@ def test_behind_a_norm(dtype, block):
     torch.testing.assert_close(made.scale, root, rtol=1e-6, atol=0)
     wide = x.double()
     exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
-    # One rounding to bf16; in fp32 those of sum, root, quotient and two products.
+    # One rounding to bf16; in fp32, the roundings of sum, root, quotient and two products.
     step = 2**-8 if dtype == torch.bfloat16 else 5 * 2**-24
     assert float(((made.y.double() - exact).abs() / exact.abs()).max()) <= step
     assert made.y.dtype == dtype
@@ -126,7 +126,7 @@ def test_behind_swiglu(dtype, block):
     made = fp8_triton.swiglu(gate_up, block)
     gate, up = gate_up.chunk(2, -1)
     wanted = F.silu(gate) * up
-    # An exponential may differ in its last bit, and what is rounded after it in one step.
+    # An exponential may differ in its last bit, and later roundings by one step.
     step = 2**-7 if dtype == torch.bfloat16 else 2**-20
     assert float(((made.h - wanted).float().abs() / wanted.float().abs()).max()) <= step
     assert float((made.h == wanted).float().mean()) > (0.99 if dtype == torch.bfloat16 else 0.3)
@@ -135,7 +135,7 @@ def test_behind_swiglu(dtype, block):
 
 
 def check_small(whole, small, block):
-    """What the next product reads is its twin's of the same numbers."""
+    """Check that the next product reads the same numbers as the reference."""
     assert (small is None) == (block is None)
     if small is not None:
         scale_dtype = torch.bfloat16 if block == fp8.SAVED else torch.float32
@@ -161,7 +161,7 @@ MODELS = {
     [("dense", "fp8_rowwise"), ("experts", "compute"), ("experts", "fp8_rowwise")],
 )
 def test_a_step_of_a_model(name, linears, monkeypatch):
-    """And what norms and SwiGLU have rounded is not rounded again."""
+    """Values rounded by norms and SwiGLU are not rounded again."""
     from allometry.models import fp8_triton
 
     shape = {"vocab_size": 32, "width": 32, "num_layers": 1, "num_heads": 2, "qk_norm": True}
@@ -176,7 +176,7 @@ def test_a_step_of_a_model(name, linears, monkeypatch):
     )
     for kernel in ("torch", "triton"):
         made = build_model(model, rules, "fp32")
-        initialize(made, rules, seed=1)  # with 0, a number lies 1e-7 from a tie and goes either way
+        initialize(made, rules, seed=1)  # with 0, a number is 1e-7 from a tie
         use_precision(made, PrecisionConfig(saved_activations="fp8", linears=linears))
         use_kernels(made, quantise=kernel)
         begin_step(made, 16)
@@ -189,7 +189,7 @@ def test_a_step_of_a_model(name, linears, monkeypatch):
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
     assert float(torch.cosine_similarity(found[0][1], found[1][1], 0)) > 0.9999
     by_itself = [shape for shape in alone[:forward] if len(shape) == 2 and shape[0] == 16]
-    # Attention's output; of experts the router's input, and tokens where scales are other ones.
+    # Attention's output; for experts the router's input, and tokens with different scales.
     assert len(by_itself) == (1 if name == "dense" else 2 + (linears != "compute")), by_itself
 
 

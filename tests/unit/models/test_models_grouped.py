@@ -1,4 +1,4 @@
-"""Grouped products against a loop over groups, and rows on their way to the groups and back."""
+"""Grouped products against a loop over groups, and rows permuted to the groups and back."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_equals_the_loop(counts, dtype, tolerance):
 
 
 def test_every_type_takes_the_path_it_should(monkeypatch):
-    """Kernel for aligned single precision, loops for the rest: half, on a CPU, by rounded rows."""
+    """Aligned fp32 uses the kernel, the rest loops; 16-bit on a CPU rounds the rows."""
     calls: list[torch.dtype] = []
     kernel = torch._grouped_mm
     monkeypatch.setattr(torch, "_grouped_mm", lambda x, *a: calls.append(x.dtype) or kernel(x, *a))
@@ -76,7 +76,7 @@ def test_rows_are_rounded_up_to_few_numbers():
 
 
 def test_half_products_on_a_cpu_are_of_few_shapes():
-    """oneDNN keeps code for each shape: with the counts themselves, memory grows step by step."""
+    """oneDNN caches code per shape: with the exact counts, memory would grow every step."""
     shapes: set[tuple[torch.Size, ...]] = set()
 
     class Shapes(TorchDispatchMode):
@@ -156,7 +156,7 @@ def test_half_rows_are_added_in_fp32():
 @pytest.mark.parametrize(("T", "k", "experts"), [(0, 2, 5), (1, 1, 1), (64, 3, 3), (500, 4, 37)])
 def test_counting_gives_the_order_of_a_stable_sort(T, k, experts):
     scores = torch.rand(T, experts, generator=torch.Generator().manual_seed(T))
-    scores[:, 1::5] *= 0.01  # some experts have no visit
+    scores[:, 1::5] *= 0.01  # some experts receive no token
     chosen = scores.topk(k).indices
     counted, by_sort = sorted_by_counting(chosen, experts), sorted_by_sort(chosen, experts)
     for name, one, other in zip(Sorting._fields, counted, by_sort, strict=True):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# The interpreter is chosen where kernels are defined, so this test has a process of its own.
+# The interpreter is selected when kernels are defined, so this test uses a separate process.
 INTERPRETED = """
 import torch
 from allometry.models.grouped_cuda import zero_empty_groups_

@@ -1,4 +1,4 @@
-"""Initial values: the same bits in every layout."""
+"""Initial values are bitwise the same in every layout."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_from_the_meta_device_the_same_bits():
 
 @pytest.fixture
 def fake_world():
-    """Yield a function that makes this process rank r of a world that does not exist."""
+    """Yield a function that makes this process rank r of a simulated world."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     def start(rank: int, world_size: int) -> None:

@@ -1,4 +1,4 @@
-"""The small modules: types, rotary positions, norm."""
+"""The small modules: dtypes, rotary positions, norm."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_nothing_looks_alive_before_initialisation(module):
 
 
 def test_torch_recognises_the_layers():
-    """Tensor-parallel styles take nn.Linear and nn.Embedding only, and print them."""
+    """Tensor-parallel styles accept only nn.Linear and nn.Embedding, and print them."""
     linear, embedding = Linear(HIDDEN), Embedding(TABLE, torch.float32)
     assert isinstance(linear, torch.nn.Linear)
     assert isinstance(embedding, torch.nn.Embedding)
@@ -57,7 +57,7 @@ def test_a_weight_is_cast_once_and_gets_the_gradient_of_each_use():
     with cast_once(linear, torch.bfloat16):
         sums = [linear(part).sum() for part in x]
         assert linear.stacked.copy is not None
-        for total in sums:  # one backward after the other through the one cast
+        for total in sums:  # one backward after another through the single cast
             total.backward()
     assert torch.equal(linear.weight.grad, expected)
     with torch.no_grad():
@@ -80,9 +80,9 @@ def test_norm_rounds_once_in_bf16():
     wide = x.double()
     exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     exact = (exact * norm.weight.bfloat16().double()).bfloat16()
-    # fp32 inside: only ties may fall to the other side.
+    # fp32 inside: only ties may round differently.
     assert (norm(x) != exact).float().mean() < 1e-3
-    # The negative control: in bf16 throughout, a rounding in the middle shows.
+    # The negative control: bf16 throughout shows an intermediate rounding.
     narrow = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.bfloat16()
     assert (narrow != exact).float().mean() > 0.1
 
@@ -100,7 +100,7 @@ def test_rotation_is_a_complex_product():
     positions_BL = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1000, 7]])
     angles = rotary_angles(positions_BL, 8, 100.0, torch.float64)[:, :, None]
     got = rotate(x_BLNH, angles.cos(), angles.sin())
-    # Pair i is (x[i], x[i + H/2]), turned by position * theta^(-2i/H).
+    # Pair i is (x[i], x[i + H/2]), rotated by position * theta^(-2i/H).
     pairs = torch.complex(x_BLNH[..., :4], x_BLNH[..., 4:])
     frequencies = torch.tensor([100.0 ** (-2 * i / 8) for i in range(4)], dtype=torch.float64)
     turn = torch.exp(1j * positions_BL[:, :, None, None] * frequencies)

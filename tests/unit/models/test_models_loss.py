@@ -1,4 +1,4 @@
-"""The chunked loss against its full-logits twin."""
+"""The chunked loss against the full-logits reference."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_without_gradients_only_the_loss(monkeypatch):
 
 
 def test_backward_in_two_halves_is_backward():
-    """As pipelines do that take the gradients of inputs and of weights one after the other."""
+    """As in pipelines that compute gradients of inputs and of weights separately."""
     expected = results(reference_cross_entropy, *example(torch.float64))
     x, weight, targets = example(torch.float64)
     total, _ = linear_cross_entropy(x, weight, targets)
@@ -178,7 +178,7 @@ def test_a_sum_over_calls_is_the_gradient_of_the_whole(order, split):
             )[0]
             continue
         total = totals.pop(-number - 1)
-        if split:  # for the inputs first, as schedules do that split backward
+        if split:  # inputs first, as in schedules with a split backward
             (mine.grad,) = torch.autograd.grad(total, mine, factor, retain_graph=True)
             (grad_weight,) = torch.autograd.grad(total, weight, factor)
             weight.grad = grad_weight if weight.grad is None else weight.grad + grad_weight
@@ -222,7 +222,7 @@ def test_calls_of_one_sum_have_one_factor():
     first.backward()
     with pytest.raises(RuntimeError, match="differentiated with different factors"):
         (2 * second).backward()
-    # What was interrupted is no part of what begins.
+    # Interrupted work does not affect the next forward.
     total()
     gradient_sum.begin()
     weight.grad = None
@@ -253,7 +253,7 @@ def test_bf16_keeps_fp32_where_it_matters():
     got = results(linear_cross_entropy, x16, weight32, targets, chunk_tokens=64)
     assert [t.dtype for t in got] == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
     assert relative(got[0], exact[0]) < 1e-3
-    # 64 chunks added up in bf16 would be off by several per cent.
+    # 64 chunks accumulated in bf16 would be wrong by several per cent.
     assert relative(got[3], exact[3]) < 1e-2
     assert relative(got[2], exact[2]) < 3e-2
 
@@ -285,11 +285,11 @@ def test_chunks_at_large_vocabularies_stay_small():
 
 
 def test_peak_memory_below_a_tenth_of_full_logits():
-    """A smaller twin of the 128k x 4k case, which benchmarks/loss_memory.py measures."""
+    """A smaller version of the 128k x 4k case measured by benchmarks/loss_memory.py."""
     command = [sys.executable, "benchmarks/loss_memory.py", "--json"]
     sizes = ["--vocabulary", "32768", "--tokens", "4096", "--width", "32"]
     done = subprocess.run(command + sizes, cwd=ROOT, capture_output=True, text=True, check=True)
     row = json.loads(done.stdout.splitlines()[-1])
-    assert row["full_mib"] > 1.9 * 32768 * 4096 * 4 / 2**20  # the measurement sees the logits
+    assert row["full_mib"] > 1.9 * 32768 * 4096 * 4 / 2**20  # the measurement includes the logits
     assert row["ratio"] < 0.1
     assert row["gradient_error"] < 1e-6

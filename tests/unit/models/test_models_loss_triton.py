@@ -1,6 +1,6 @@
-"""The row kernels of the loss, run by Triton's interpreter, against the fp64 twin from full logits.
+"""Row kernels of the loss in Triton's interpreter, against the fp64 full-logits reference.
 
-Triton decides at its import whether it interprets, so that the tests run in a process of their own.
+Triton selects the interpreter when it is imported, so the tests run in a separate process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The module as the interpreter runs it on a CPU, taken for every loss."""
+    """Return the module in the interpreter on a CPU, used for every loss."""
     from allometry.models import loss_triton as module
 
     monkeypatch.setattr(module, "BLOCK", 16)  # several blocks in a row of 61, the last one short
@@ -78,7 +78,7 @@ def test_gradient_of_half_logits_is_rounded_once(kernels, logit_scale, z_loss):
 
 
 class Alone:
-    """One of two parts, whose exchanges bring what the other part found."""
+    """One of two parts, whose exchanges return the other part's results."""
 
     def __init__(self, first, columns, other):
         self.first, self.columns, self._other = first, columns, list(other)

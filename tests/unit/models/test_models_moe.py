@@ -66,7 +66,7 @@ def test_experts_start_different_and_with_their_own_fan_in():
 
 
 def plain(ffn: MoEFeedForward, config: MoEModel, x_BLD: Tensor) -> Tensor:
-    """The mixture from its weights: one token and one expert at a time."""
+    """Compute the mixture from its weights: one token and one expert at a time."""
 
     def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         z = gate @ x
@@ -123,7 +123,7 @@ def test_equals_the_formulas(form, dtype, tolerance):
         grads = {name: parameter.grad for name, parameter in ffn.named_parameters()}
         results.append({"y": y.detach(), "x": x.grad, **grads})
     assert_same(results[1], {n: g.double() for n, g in results[0].items()}, tolerance)
-    if form == "sqrt":  # the control: the same weights under another gate are another function
+    if form == "sqrt":  # the control: the same weights with another gate give another function
         other = config.model_copy(
             update={"router": config.router.model_copy(update={"gate": "softmax"})}
         )
@@ -163,11 +163,11 @@ def test_types_in_bf16():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_micro_batches_change_nothing(form):
-    """Losses of the routers included: every form but latent has one."""
+    """Includes router losses, which every form except latent has."""
     whole, cut = small(form), small(form)
     assert_same(train(whole), train(cut, pieces=2), 1e-10)
     if form != "latent":
-        begin_step(cut, B * L // 2)  # the control: a wrong size of the step is felt
+        begin_step(cut, B * L // 2)  # the control: a wrong step size changes the result
         other = train(cut, pieces=2)
         name = "blocks.1.ffn.router.weight"
         assert (other[name] - train(whole)[name]).abs().max() > 1e-6
@@ -222,7 +222,7 @@ def test_the_end_of_a_step_moves_load_and_bias():
 
 @pytest.mark.parametrize("kind", ["bias", "auxiliary"])
 def test_balance_evens_out_the_load(kind):
-    """From a router that prefers two experts; the gradient is that of its losses alone."""
+    """From a router that prefers two experts; the gradient comes from its losses only."""
     balance = {"rate": 0.02} if kind == "bias" else {"coefficient": 3.0}
     changes = {"router": {"gate": "sigmoid", "balance": {"kind": kind, **balance}}}
     config, model = described(**changes), small(dtype="fp32", **changes)
@@ -272,7 +272,7 @@ def test_record():
 
 
 def test_routers_do_not_see_filling():
-    """A sequence that is filled up is the sequence itself, in gradients and statistics."""
+    """A padded sequence has the same gradients and statistics as the sequence itself."""
     changes = {
         "router": {"balance": {"kind": "auxiliary", "coefficient": 0.3}, "z_loss": 0.1},
         "z_loss": 0.0,
@@ -282,7 +282,7 @@ def test_routers_do_not_see_filling():
     positions = torch.arange(L).expand(B, L)
     keeps = torch.zeros(B, L, dtype=torch.bool)
     cuts = [0]
-    for row in range(B):  # other numbers of tokens in each sequence, the rest a document of its own
+    for row in range(B):  # different numbers of tokens; the padding is its own document
         kept = L - 1 - row
         keeps[row, :kept] = True
         cuts += [row * L + kept, (row + 1) * L]

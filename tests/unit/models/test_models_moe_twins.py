@@ -88,7 +88,7 @@ NAMES = {
 
 
 def renamed(model: nn.Module) -> dict[str, Tensor]:
-    """The state as transformers names it: gate and up of the experts are one tensor there."""
+    """Rename the state as in transformers, where gate and up of the experts are one tensor."""
     state = {}
     own = dict(model.state_dict())
     for name in list(own):

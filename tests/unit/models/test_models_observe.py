@@ -1,4 +1,4 @@
-"""What an observer adds up, against the definitions written out."""
+"""Statistics of the observer against their definitions."""
 
 # B sequences, L tokens, D width, N heads, Q queries
 
@@ -41,7 +41,7 @@ def small(**changes: Any) -> Transformer:
 
 
 def packed() -> Documents:
-    """Documents of 5 and 7 tokens, then one of 12; the last two tokens do not count."""
+    """Return documents of 5 and 7 tokens, then one of 12; the last two tokens do not count."""
     positions = torch.cat([torch.arange(5), torch.arange(7), torch.arange(12)]).view(B, L)
     counted = torch.ones(B, L, dtype=torch.bool)
     counted[1, -2:] = False
@@ -67,7 +67,7 @@ def seen(observer: Observer, layer: int) -> dict[str, float]:
 
 @torch.no_grad()
 def logits(model: Transformer, layer: int, documents: Documents | None) -> Tensor:
-    """Attention logits [B, N, L, L] of a layer, -inf where a key is not seen, from q and k."""
+    """Return the attention logits [B, N, L, L] of a layer from q and k, -inf if masked."""
     kept: list[Tensor] = []
     attention = model.blocks[str(layer)].attention
     core = attention.core
@@ -126,7 +126,7 @@ def test_branches_and_stream(norms: str) -> None:
         block.ffn_post_norm.register_forward_hook(lambda m, i, y: kept.update(ffn=y)),
         block.register_forward_hook(lambda m, i, y: kept.update(stream=y[0])),
     ]
-    # A token of one large entry: (|x| - mean)/sigma of 48 numbers can be at most 6.9.
+    # A token with one large entry: (|x| - mean)/sigma of 48 numbers is at most 6.9.
     block.ffn.down.weight.zero_()
     block.ffn.down.weight[7] = 100.0
     found = seen(observed(model, documents), 0)

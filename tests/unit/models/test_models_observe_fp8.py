@@ -1,4 +1,4 @@
-"""What an observer says of FP8: error, underflow and saturation by role."""
+"""FP8 statistics of the observer: error, underflow and saturation by role."""
 
 from typing import Any
 

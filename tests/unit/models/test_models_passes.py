@@ -1,4 +1,4 @@
-"""How many kernels and products a compiled block is: each pass over the activations is one."""
+"""Number of kernels and products in a compiled block: each pass over activations is one kernel."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MODEL = DenseModel(
 
 
 def counts(dtype: str) -> list[tuple[int, int]]:
-    """Products, and fused kernels, of forward and backward."""
+    """Return the numbers of products and of fused kernels, in forward and backward."""
     torch._dynamo.reset()
     rules = Parameterization(StandardParameterization(), MODEL)
     model = build_model(MODEL, rules, dtype)
     initialize(model, rules, seed=0)
     block = model.blocks["0"]
     block.compile(fullgraph=True)
-    # Longer than what attention does in products of its own.
+    # Longer than the inputs for which attention uses its own products.
     x_BLD = torch.randn(1, 1280, 64, dtype=model.compute_dtype).requires_grad_()
     geometry = model._geometry(torch.zeros(1, 1280, dtype=torch.long), None)
 
@@ -46,6 +46,7 @@ def counts(dtype: str) -> list[tuple[int, int]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the kernels of a CPU")
 def test_passes_of_a_compiled_block() -> None:
     """norm | qkv | split, qk-norm, rotation | attention | o | add, norm | gate, up | SwiGLU | down

@@ -1,4 +1,4 @@
-"""Several weights as one product: the same numbers, gradients to each, nothing kept for nothing."""
+"""Several weights as one product: equal numbers, separate gradients, minimal saved tensors."""
 
 from __future__ import annotations
 

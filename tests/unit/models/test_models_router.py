@@ -37,7 +37,8 @@ def tokens(seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def plain(made: Router, x_TD: Tensor) -> list[dict[int, float]]:
-    """For each token, weights by expert: one token and one expert at a time, in Python floats."""
+    """Return each token's weights by expert, one token and one expert at a
+    time, in Python floats."""
     config = made.config
     result = []
     for x in x_TD.tolist():
@@ -74,7 +75,7 @@ def assert_equals_plain(made: Router, x_TD: Tensor) -> None:
 @pytest.mark.parametrize("groups", [(1, None), (4, 2), (2, 1), (8, 4)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_equals_a_loop_over_tokens(gate, groups, bias):
-    """(8, 4): groups of one expert, which are as good as that one."""
+    """(8, 4): groups of one expert are equivalent to that expert."""
     for normalize in (False, True) if gate in ("softmax", "sigmoid") else (False,):
         made = router(
             gate=gate,
@@ -83,7 +84,7 @@ def test_equals_a_loop_over_tokens(gate, groups, bias):
             groups_per_token=groups[1],
             balance=BiasBalance() if bias else NoBalance(),
         )
-        made.bias.copy_(torch.linspace(-0.3, 0.3, E))  # no effect but with the bias balance
+        made.bias.copy_(torch.linspace(-0.3, 0.3, E))  # only the bias balance uses it
         assert_equals_plain(made, tokens())
 
 
@@ -101,7 +102,7 @@ def test_the_bias_selects_and_never_weighs():
 
 def test_a_token_stays_in_its_groups():
     made = router(gate="sigmoid", num_groups=4, groups_per_token=2, balance=BiasBalance())
-    # With scores below zero a masked expert must still lose against a visible one.
+    # With negative scores a masked expert must still rank below an unmasked one.
     made.bias.fill_(-5.0)
     _, experts_Tk, *_ = made(tokens())
     assert all(len({e // 2 for e in row}) <= 2 for row in experts_Tk.tolist())
@@ -171,7 +172,7 @@ def shares(logits_TE: Tensor, gate: str) -> Tensor:
 
 
 def written_out(made: Router, x_TD: Tensor, mix_Tk: Tensor, scale: float, own_load: bool) -> Tensor:
-    """Gradient of scale x task + auxiliary loss + z-loss for the whole batch, by autograd."""
+    """Return the gradient of scale x task + auxiliary loss + z-loss for the full batch."""
     config = made.config
     weight = made.weight.detach().clone().requires_grad_()
     logits_TE = x_TD @ weight.T
@@ -196,7 +197,7 @@ def written_out(made: Router, x_TD: Tensor, mix_Tk: Tensor, scale: float, own_lo
 @pytest.mark.parametrize("pieces", [1, 4])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_losses_gradient_is_that_of_the_whole_batch(gate, scale, pieces, recompute):
-    """Whatever the loss's scale and the number of micro-batches, also when recomputed."""
+    """For any loss scale and number of micro-batches, also with recomputation."""
     made = router(gate=gate, z_loss=0.03, balance=AuxiliaryBalance(coefficient=0.7))
     made.load.copy_(torch.arange(1.0, E + 1) / torch.arange(1.0, E + 1).sum())
     x_TD, mix_Tk = tokens(), tokens(2)[:, :K]
@@ -224,7 +225,7 @@ def test_each_loss_alone_and_none():
         torch.testing.assert_close(made.weight.grad, expected, rtol=1e-9, atol=1e-16)
     for balance in (NoBalance(), BiasBalance()):
         made = router(balance=balance)
-        made.tokens.fill_(float("nan"))  # nobody needs it then
+        made.tokens.fill_(float("nan"))  # unused then
         (made(x_TD).gates_Tk * none).sum().backward()
         assert not made.weight.grad.any()
 
@@ -263,7 +264,7 @@ def test_no_tokens():
 
 @pytest.mark.parametrize("gate", GATES)
 def test_what_is_not_counted_leaves_no_trace(gate):
-    """Gradients of both losses and all statistics are those of the counted tokens alone."""
+    """Gradients of both losses and all statistics equal those of the counted tokens alone."""
     options = {"balance": AuxiliaryBalance(coefficient=0.3), "z_loss": 0.1, "gate": gate}
     made, alone = router(**options), router(**options)
     counted_T = torch.arange(T) % 3 > 0
@@ -285,7 +286,7 @@ def test_what_is_not_counted_leaves_no_trace(gate):
 
 
 def test_the_best_are_those_of_a_stable_sort():
-    """Ties, infinities and NaN included, which the steps after a fault may bring."""
+    """Includes ties, infinities and NaN, which can follow a faulty step."""
     drawn = torch.randint(5, (200, 12), generator=torch.Generator().manual_seed(1)).double()
     drawn[::7, 3:9] = float("-inf")
     drawn[::11, 5] = float("nan")
@@ -297,7 +298,7 @@ def test_the_best_are_those_of_a_stable_sort():
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid", "sqrt"])
 def test_compiled_it_is_the_same_without_scatters(gate):
-    """The compiled form of choosing and weighting is written otherwise, to be one pass."""
+    """The compiled form of selection and weighting is different code, to be a single pass."""
     torch._dynamo.reset()
     balance = BiasBalance(rate=1e-3)
     spec = matrix("router", Role.ROUTER, 12, 8)

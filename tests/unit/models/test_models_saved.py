@@ -1,4 +1,4 @@
-"""What a model keeps for backward in FP8, and its gradients."""
+"""FP8 tensors saved for backward, and their gradients."""
 
 # B sequences, L tokens in a sequence, T = B*L, D width, F hidden width
 
@@ -42,7 +42,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-# ------------------------------------------------------------------ what is kept
+# ------------------------------------------------------------------ saved tensors
 
 
 def two(dtype: torch.dtype = torch.float32) -> tuple[Stacked, list[Tensor]]:
@@ -80,7 +80,7 @@ def test_the_norm_equals_its_plain_twin() -> None:
     norm.saves = True
     y = norm(x)
     got = torch.autograd.grad(y, [x, norm.weight], grad)
-    # The norm as a product of its kept input and a number of each row, and that number's own part.
+    # The norm as a product of its saved input and a number per row, plus that number's gradient.
     scale = (x.detach().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     unit, weighted = rounded(x) * scale, grad * norm.weight.detach()
     expected = scale * (weighted - unit * (unit * weighted).mean(-1, keepdim=True))
@@ -140,7 +140,7 @@ def text() -> tuple[Tensor, Tensor]:
 
 
 def step(model: Transformer) -> tuple[Tensor, Tensor]:
-    """The loss, and all gradients in one row."""
+    """Return the loss, and all gradients in one row."""
     with cast_once(model, model.compute_dtype):
         loss = model(*text()).total / (B * L)
         loss.backward()
@@ -173,7 +173,7 @@ def test_recipes_stay_near(model: dict[str, Any], recipe: Any) -> None:
 
 
 def kept_bytes(model: Transformer) -> int:
-    """What waits for the backward of one block, parameters and rotary tables aside."""
+    """Return the bytes saved for one block's backward, without parameters and rotary tables."""
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, Tensor] = {}
     block = model.blocks["1"]
@@ -197,7 +197,7 @@ def kept_bytes(model: Transformer) -> int:
     return sum(t.untyped_storage().nbytes() for at, t in found.items() if at not in owned)
 
 
-# As COAT counts: F = 8/3 D, as many heads of keys as of queries; U is one activation in bf16.
+# As in COAT: F = 8/3 D, as many key heads as query heads; U is one activation in bf16.
 WIDE = {**DENSE, "width": 192, "num_heads": 3, "num_kv_heads": 3, "ffn_width": 512}
 MIXTURES: dict[str, tuple[dict[str, Any], float]] = {
     "4 experts of 2/3 D": ({"num_experts": 4, "width": 128}, 12.0),
@@ -215,7 +215,7 @@ MIXTURES: dict[str, tuple[dict[str, Any], float]] = {
         17.7,
     ),
 }
-"""Experts, 2 for each token, and the most that a layer may keep, in U."""
+"""Experts, 2 per token, and the largest number of U that a layer may save."""
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -246,7 +246,7 @@ def test_bytes_of_a_layer_of_experts(name: str) -> None:
 @pytest.mark.parametrize("recipe", ["compute", "fp8_rowwise", "fp8_blockwise"])
 @pytest.mark.parametrize("latent", [False, True])
 def test_kept_tokens_have_the_bits_of_kept_rows(recipe: Any, latent: bool) -> None:
-    """Rows that travel, as between ranks, are kept as they arrive."""
+    """Rows exchanged between ranks are saved as received."""
     experts = {**MOE["experts"], **({"kind": "latent", "latent_width": 32} if latent else {})}
     model = {**MOE, "experts": experts}
     found = []
@@ -296,7 +296,14 @@ def test_offload_changes_no_bit_and_moves_fp8() -> None:
 
 
 @pytest.mark.parametrize("model", [DENSE, MOE], ids=lambda m: m["kind"])
-@pytest.mark.parametrize("recipe", ["compute", "fp8_rowwise", "fp8_tensorwise"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param("compute", marks=pytest.mark.slow),
+        "fp8_rowwise",
+        pytest.param("fp8_tensorwise", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_blocks_are_whole(model: dict[str, Any], recipe: Any) -> None:
     torch._dynamo.reset()
     precision = PrecisionConfig(saved_activations="fp8", linears=recipe)

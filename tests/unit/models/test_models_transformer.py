@@ -1,4 +1,4 @@
-"""The whole model: contract, causality, documents, and two independent implementations."""
+"""The full model: contract, causality, documents, and two independent implementations."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_a_document_is_as_if_alone():
             continue
         alone_LV = model(tokens().flatten()[None, start:stop])[0]
         torch.testing.assert_close(packed_BLV[start:stop], alone_LV, rtol=1e-10, atol=1e-12)
-        if start % L:  # the negative control: without documents the neighbours are felt
+        if start % L:  # the negative control: without documents, neighbours have an effect
             assert (whole_BLV[start:stop] - alone_LV).abs().max() > 1e-3
 
 
@@ -190,7 +190,7 @@ def plain_attention(
     model: DenseModel,
     scales: ForwardScales,
 ) -> Tensor:
-    """One head and one query of a document at a time."""
+    """Compute one head and one query of a document at a time."""
     width, half, windowed = model.head_width, model.rotary_width // 2, model.windowed(layer)
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -225,7 +225,7 @@ def plain_attention(
 
 
 def plain(state: dict[str, Tensor], model: DenseModel, scales: ForwardScales) -> Tensor:
-    """Logits [T, V] from the formulas: one document, one head, one query at a time."""
+    """Return logits [T, V] from the formulas: one document, one head, one query at a time."""
     T_tokens = tokens().flatten()
     bounds = documents().cu_lengths.tolist()
 
@@ -287,7 +287,7 @@ def plain(state: dict[str, Tensor], model: DenseModel, scales: ForwardScales) ->
     ids=["plain", "tied", "qk_norm", "bias", "after", "both", "windows", "local", "partial"],
 )
 def test_equals_the_formulas(options):
-    """Logits, loss and every gradient, with each multiplier away from one."""
+    """Logits, loss and every gradient, with each multiplier different from one."""
     config = DenseModel(**SMALL, **options, z_loss=1e-2)
     scales = ForwardScales(embedding=3.0, residual=0.7, attention=0.3, output=0.5)
     model = Transformer(config, scales, torch.float64).double()
@@ -368,10 +368,10 @@ def test_dropout_in_training_only():
     assert torch.equal(model(tokens()), without(tokens()))
 
 
-# aot_eager traces all that inductor would, and compiles nothing.
+# aot_eager traces everything that inductor traces, and compiles no code.
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
 def test_equal_blocks_compile_whole(backend):
-    """With and without documents, whose number may change without compiling again."""
+    """With and without documents, whose number may change without recompilation."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""The loss where each rank holds some columns of the vocabulary, against the full-logits twin."""
+"""The loss with the vocabulary's columns divided over ranks, against full logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loss_example import example, relative, results
 
 
 class Parts:
-    """A vocabulary cut in ``count`` parts, each worked on by a thread: an exchange that waits."""
+    """Vocabulary divided into ``count`` parts, each on a thread: a synchronous exchange."""
 
     def __init__(self, size: int, count: int):
         self.columns = -(-size // count)
@@ -94,7 +94,7 @@ def test_parts_of_the_vocabulary_in_bf16():
 
 
 def test_compiled_parts_of_the_vocabulary_equal_the_twin():
-    # One part, as the compiler is not to be entered by two threads at once.
+    # One part, because two threads must not enter the compiler at once.
     expected = results(reference_cross_entropy, *example(torch.float32), z_loss=1e-2)
     got = results_in_parts(1, torch.float32, compiled=True, chunk_tokens=64, z_loss=1e-2)
     for some, other in zip(got, expected, strict=True):

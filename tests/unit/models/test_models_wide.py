@@ -1,4 +1,4 @@
-"""What stays fp32 while activations are bf16: scores of attention, their log-sum-exp."""
+"""Values kept in fp32 with bf16 activations: attention scores and their log-sum-exp."""
 
 import math
 
@@ -14,7 +14,7 @@ BF16 = torch.bfloat16
 
 @pytest.mark.parametrize("backend", ["reference", "blocked", "packed"])
 def test_scores_are_not_rounded_to_bf16(backend: str) -> None:
-    """Scores of 256 and 257: bf16 has no 257, and would see two equal keys."""
+    """Scores of 256 and 257: bf16 cannot represent 257, and would give two equal keys."""
     query, keys = torch.tensor([16.0, 1.0]), torch.tensor([[16.0, 0.0], [16.0, 1.0]])
     q_BLNH = query.expand(1, 2, 1, 2).to(BF16)
     k_BLKH = keys.view(1, 2, 1, 2).to(BF16)
@@ -34,7 +34,7 @@ def test_log_sum_exp_of_packed_documents_is_wide() -> None:
         q = q_TNH.to(dtype)
         _, lse_NT = packed_attention(q, q, q, cuts, 0.4)
         assert lse_NT.dtype == wide
-        first = 0.4 * q.double().square().sum(2).T  # a token that sees itself alone
+        first = 0.4 * q.double().square().sum(2).T  # a token that attends only to itself
         for token in (0, 3):
             error = (lse_NT[:, token].double() - first[:, token]).abs().max()
             assert error < (1e-4 if dtype is BF16 else 1e-12)

@@ -1,17 +1,18 @@
-"""Sliding windows of attention, each back end against the definition; frequencies of positions."""
+"""Sliding windows of attention, each back end against the definition; rotary frequencies."""
 
 # B sequences, L tokens, N query heads, K key/value heads, H head width
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from allometry.configs.decoder import RopeScaling
+from allometry.configs.decoder import RopeScaling, YarnScaling
 from allometry.configs.model import DenseModel
 from allometry.models.attention import attend, backend_of
 from allometry.models.documents import Documents
@@ -37,7 +38,7 @@ def documents() -> Documents:
 
 
 def by_definition(q: Tensor, k: Tensor, v: Tensor, packed: Documents | None, window: int) -> Tensor:
-    """One query and one head at a time: the last ``window`` keys of its document."""
+    """Compute one query and one head at a time: the last ``window`` keys of its document."""
     made = torch.zeros_like(q)
     for b in range(2):
         for i in range(L):
@@ -62,7 +63,7 @@ def test_each_back_end_is_the_definition(window: int, packed: bool) -> None:
         got = outcome(attend(*qkv, within, 0.3, backend, window=window), qkv)
         for one, other in zip(got, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    # torch has no backward of flex_attention for a CPU.
+    # torch's flex_attention has no backward on a CPU.
     alone = [x.detach() for x in qkv]
     got_BLNH = attend(*alone, within, 0.3, "flex", window=window)
     torch.testing.assert_close(got_BLNH, expected[0], rtol=1e-12, atol=1e-12)
@@ -145,6 +146,29 @@ def test_yarn_ramps_between_its_bounds() -> None:
         for s in (None, chosen)
     )
     assert scaled.cos_BL1h == pytest.approx(plain.cos_BL1h * attention_factor(chosen))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"factor": 4.0},
+        {"factor": 40.0, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+        {"factor": 8.0, "attention_factor": 1.3},
+        {"factor": 1.0},
+    ],
+)
+def test_yarn_is_that_of_transformers(values: dict[str, Any]) -> None:
+    """``_compute_yarn_parameters``, which computes in fp32."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    chosen = scaling(kind="yarn", original_length=4096, **values)
+    theirs = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 4096}
+    config = LlamaConfig(head_dim=128, rope_parameters=theirs | values)
+    inverse_h, factor = ROPE_INIT_FUNCTIONS["yarn"](config, CPU)
+    torch.testing.assert_close(frequencies(128, 1e4, chosen, CPU).float(), inverse_h)
+    assert isinstance(chosen, YarnScaling)
+    assert attention_factor(chosen) == pytest.approx(factor, rel=1e-12)
 
 
 @pytest.mark.parametrize(

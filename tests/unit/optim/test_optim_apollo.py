@@ -24,7 +24,7 @@ KINDS = ["apollo", "apollo_mini"]
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """apollo_torch.apollo, without what its neighbours import (bitsandbytes)."""
+    """Import apollo_torch.apollo without its siblings' dependencies (bitsandbytes)."""
     pytest.importorskip("transformers", reason="apollo-torch imports transformers")
     spec = importlib.util.find_spec("apollo_torch")
     if spec is None:
@@ -38,7 +38,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def use_our_projections(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the package's projectors draw what ours would; it numbers parameters from 1."""
+    """Make the package's projectors draw our numbers; it numbers parameters from 1."""
     projector = sys.modules[package.GradientProjector.__module__].GradientProjector
     names = list(SHAPES)
     original = projector.__init__
@@ -102,7 +102,7 @@ def test_twenty_steps_equal_the_package(
     )
     for step in range(STEPS):
         for parameters in (ours, theirs, other):
-            give(parameters, step, scale=1e-2 * (1 + step % 3))  # growth that is limited
+            give(parameters, step, scale=1e-2 * (1 + step % 3))  # growth is limited
         for each in (mine, reference, control):
             each.step()
     for name in shapes:
@@ -132,7 +132,7 @@ def test_the_norm_grows_by_no_more_than_the_limit(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", KINDS)
 def test_growth_is_limited_against_the_last_norm_that_was_not_zero(rule: str) -> None:
-    """An expert without tokens for a step or two does not begin anew with any step it likes."""
+    """An expert that was without tokens for a step or two has a limited step afterwards."""
     rank = 1 if rule == "apollo_mini" else 2
     moments = Moments.zeros((6, 10), rank, torch.zeros(()))
     drawn = projection("w", 0, 0, (rank, 6), 0, torch.zeros(()))
@@ -199,7 +199,7 @@ def test_each_expert_of_a_stack_is_a_matrix_of_its_own(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", KINDS)
 def test_what_has_no_gradient_at_first_is_not_frozen(rule: str) -> None:
-    """The package would let its update grow from a norm of zero by 1% a step."""
+    """The package would let its update grow from a norm of zero by 1% per step."""
     parameters = weights({"hidden": (4, 9), "experts": (2, 4, 9)})
     mine = optimizer(rule, parameters)
     give(parameters, 0)

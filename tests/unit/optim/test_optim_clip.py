@@ -35,7 +35,7 @@ def test_below_the_limit_and_without_one_nothing_changes() -> None:
 
 
 def test_small_and_many_gradients_do_not_vanish() -> None:
-    # In bf16 a sum of squares stalls at 256 terms of one; it must be taken wider.
+    # In bf16 a sum of squares stalls at 256 terms of one; it needs a wider dtype.
     parameter = nn.Parameter(torch.zeros(100_000, dtype=torch.bfloat16))
     parameter.grad = torch.ones_like(parameter)
     assert float(clip_by_global_norm([parameter], None)) == pytest.approx(100_000**0.5, rel=1e-6)
@@ -59,7 +59,7 @@ def test_a_bad_gradient_shows_in_the_norm() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_norm_that_is_not_finite_changes_no_gradient(bad: float) -> None:
-    """So that one bad gradient does not spread to all, and shows where it came from."""
+    """One bad gradient must not spread to all, and must show its origin."""
     parameters, original = with_gradients(scale=10.0), with_gradients(scale=10.0)
     for each in (parameters, original):
         each[1].grad[3] = bad  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Updates one step late: a plain loop beside them, the overlap, and what a save may not change."""
+"""Updates one step late: a plain loop as reference, overlap, and saves without side effects."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def delayed(
 
 
 def loss_of(parameters: Mapping[str, Tensor], step: int) -> Tensor:
-    """A loss with a gradient that depends on where it is taken."""
+    """Return a loss whose gradient depends on the parameters."""
     x = normal(f"x {step}", (16, 40), parameters["norm"].dtype) * parameters["norm"]
     return ((x @ parameters["up"].T).tanh() @ parameters["down"].T).square().mean()
 
@@ -46,7 +46,7 @@ def differentiate(parameters: Mapping[str, nn.Parameter], step: int) -> None:
 
 
 def plain(rule: str, kinds: type[torch.optim.Optimizer]) -> list[dict[str, Tensor]]:
-    """What is computed with after each step, of a loop that holds each update back for a step."""
+    """Return the parameters after each step of a loop that delays each update by one step."""
     ahead = weights(SHAPES, torch.float64)
     groups = [group(rule, ahead, lr=0.0, weight_decay=0.1)]
     if kinds is torch.optim.AdamW:
@@ -61,7 +61,7 @@ def plain(rule: str, kinds: type[torch.optim.Optimizer]) -> list[dict[str, Tenso
         seen = {name: each.clone().requires_grad_() for name, each in now.items()}
         gradients = torch.autograd.grad(loss_of(seen, step), list(seen.values()))
         norm = torch.stack([g.norm() for g in gradients]).norm()
-        now = {name: each.detach().clone() for name, each in ahead.items()}  # all before this one
+        now = {name: each.detach().clone() for name, each in ahead.items()}  # all earlier updates
         for each, gradient in zip(ahead.values(), gradients, strict=True):
             each.grad = gradient * min(1.0, CLIP / (float(norm) + 1e-6))
         optimizer.param_groups[0]["lr"] = 0.02 * rate
@@ -78,7 +78,7 @@ def plain(rule: str, kinds: type[torch.optim.Optimizer]) -> list[dict[str, Tenso
 def test_it_is_a_plain_loop_that_holds_each_update_back_for_a_step(
     tmp_path: Path, rule: str, kind: type[torch.optim.Optimizer], states: Any, saves: bool
 ) -> None:
-    """In fp64, with clipping and other rates each step, and with a save after every one."""
+    """In fp64, with clipping and changing rates, and with a save after each step."""
     states = states | ({"nvme": str(tmp_path)} if states else {})
     parameters = weights(SHAPES, torch.float64)
     optimizer = delayed(rule, parameters, **states)
@@ -100,7 +100,7 @@ def test_it_is_a_plain_loop_that_holds_each_update_back_for_a_step(
 
 @pytest.mark.parametrize("at", range(len(RATES)))
 def test_what_is_stored_is_all_there_is(at: int, tmp_path: Path) -> None:
-    """A fresh optimizer that is filled with it goes on to the bit, wherever states were."""
+    """A new optimizer filled with the stored state continues bitwise, for any place of states."""
     runs = []
     for place in ("straight", "resumed"):
         parameters = weights(SHAPES)
@@ -130,7 +130,7 @@ def test_what_is_stored_is_all_there_is(at: int, tmp_path: Path) -> None:
 
 
 def test_the_host_updates_while_the_next_step_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host so slow that each update ends only when the next backward has: none waits for it."""
+    """On a host so slow that each update ends after the next backward, no backward waits."""
     computed, order = threading.Semaphore(0), []
     update = RuleOptimizer.step
 

@@ -1,4 +1,4 @@
-"""The FP8 format of states: what it keeps of numbers, and that bits depend on nothing else."""
+"""The FP8 format of states: its precision, and bits that depend on the numbers only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rounded(x: Tensor, dither: Dither | None = None) -> Tensor:
 
 
 def absmax(x: Tensor, group: int = 128) -> Tensor:
-    """Plain E4M3 with a scale for each group."""
+    """Round to plain E4M3 with a scale per group."""
     groups = x.view(-1, group)
     scale = (groups.abs().amax(1, keepdim=True) / 448.0).clamp(min=1e-45)
     return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).view_as(x)
@@ -41,7 +41,7 @@ def error(x: Tensor, to: Tensor) -> float:
 def moments(
     rows: int = 256, columns: int = 1024, seed: int = 0, spread: float = 0.3
 ) -> tuple[Tensor, Tensor]:
-    """Adam's after 60 steps on gradients whose size differs from column to column."""
+    """Return Adam's moments after 60 steps with gradient sizes that differ by column."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.exp(spread * torch.randn(columns, generator=generator)) * 1e-3
     m, v = torch.zeros(rows, columns), torch.zeros(rows, columns)
@@ -64,7 +64,7 @@ def published(x_GW: Tensor) -> Tensor:
 
 
 def test_it_is_the_published_map() -> None:
-    """Rounding to the nearest value differs from rounding powers where these are near a tie."""
+    """Rounding to the nearest value differs from rounding powers only near a tie."""
     x = moments()[0].view(-1, 128)
     ours, theirs = rounded(x), published(x)
     near = (ours - theirs).abs() <= 1e-6 * theirs.abs()
@@ -73,7 +73,7 @@ def test_it_is_the_published_map() -> None:
 
 
 def log_normal(seed: int) -> tuple[Tensor, Tensor]:
-    """Moments without a history: v log-normal element by element, m normal beside it."""
+    """Return moments without a history: v log-normal per element, m normal."""
     generator = torch.Generator().manual_seed(seed)
     v = torch.exp(torch.randn(256, 1024, generator=generator)) * 1e-6
     return torch.randn(256, 1024, generator=generator) * (v * (0.1 / 1.9)).sqrt(), v
@@ -86,13 +86,13 @@ DRAWN = {
     "columns apart by 0.5": lambda seed: moments(seed=seed, spread=0.5),
     "columns apart by 0.7": lambda seed: moments(seed=seed, spread=0.7),
 }
-"""Synthetic states, and how much of the error must go: half, but where groups are the widest."""
+"""Synthetic states, and the required reduction of the error: half, except for the widest groups."""
 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("drawn_from", DRAWN)
 def test_expansion_at_least_halves_the_error_of_updates(drawn_from: str, seed: int) -> None:
-    """MSE of m / sqrt(v), as in the paper's table 1; what a wide group leaves is 1.96 to 1.98."""
+    """MSE of m / sqrt(v), as in the paper's table 1; a wide group reduces it by 1.96 to 1.98."""
     m, v = DRAWN[drawn_from](seed)
     exact = m / v.sqrt()
 
@@ -118,7 +118,7 @@ def test_zeros_cost_nothing(every: int) -> None:
     if every > 1:
         assert error(rounded(m), m) < 0.02
         with_zeros = m.clone()
-        with_zeros[m == 0.0] = 1e-30  # as COAT's kernel sees a zero
+        with_zeros[m == 0.0] = 1e-30  # COAT's kernel replaces zeros by this
         assert error(rounded(with_zeros), m) > 3 * error(rounded(m), m)
 
 
@@ -171,7 +171,7 @@ def test_the_exponent_is_the_largest_that_covers_a_group() -> None:
 
 
 def test_a_group_decays_with_its_average() -> None:
-    """With gradients of zero v shrinks by beta2 in each step, less than a bf16 number can."""
+    """With zero gradients v shrinks by beta2 in each step, less than a bf16 number can."""
     v = moments(4, 256)[1]
     kept = encoded(v)
     start = dre.decode(kept, TABLE)

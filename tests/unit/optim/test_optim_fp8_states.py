@@ -54,7 +54,7 @@ def test_updates_are_near_those_of_fp32_states(rule: str, rounding: Rounding, mo
 
 
 def test_adamw_is_written_out() -> None:
-    """The twin against moments that are decoded, changed and encoded here."""
+    """Compare with moments that are decoded, updated and encoded in this test."""
     table, p, group = Table.on(CPU), normal("w matrix", (40, 300)), {"lr": 0.02}
     parameters, made = stepped("adamw", Fp8States("nearest", 0), steps=3)
     m, v = (Encoded.zeros((40, 300), CPU) for _ in range(2))
@@ -128,7 +128,7 @@ def test_other_optimizers_refuse_it(tiny: Callable[..., Any], kind: str) -> None
 
 
 def test_kernels_are_the_twin_under_triton_s_interpreter() -> None:
-    """The checks of triton_checks.py, in a process whose triton interprets from the start."""
+    """Run triton_checks.py in a process whose Triton interprets from the start."""
     pytest.importorskip("triton")
     checks = Path(__file__).with_name("triton_checks.py")
     done = subprocess.run(

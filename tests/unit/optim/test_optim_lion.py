@@ -1,4 +1,4 @@
-"""Lion, against its published algorithm written out."""
+"""Lion, against its published algorithm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rules ask of whole matrices, where all are whole."""
+"""Operations of update rules on full matrices, without sharding."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_sums_and_norms_are_those_of_each_matrix_in_float64() -> None:
 def test_products_are_those_of_each_matrix_in_float64(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a GPU runs multiplies in fp32 before it adds up in fp64."""
+    """The GPU path multiplies in fp32 and accumulates in fp64."""
     products = matrix_ops._products_by_sums if path == "cuda's" else products_of_parts
     if path == "cpu in chunks":
         monkeypatch.setattr(matrix_ops, "_CHUNK", 5)
@@ -83,7 +83,7 @@ def test_a_function_is_called_once_for_each_matrix_and_leaves_parts_alone() -> N
     def function(matrix: Tensor, which: Matrix) -> Tensor:
         assert matrix.dim() == 2
         calls.append(which)
-        return matrix.T.contiguous().T * (1 + len(calls))  # as odd in memory as may be
+        return matrix.T.contiguous().T * (1 + len(calls))  # an unusual memory layout
 
     ops = LocalMatrixOps()
     found = ops.map(matrices, matrices, one_by_one(function), cost)

@@ -144,7 +144,7 @@ def test_each_expert_of_a_stack_is_a_matrix_of_its_own() -> None:
     ours, theirs = optimizer("muon", stack), optimizer("muon", apart)
     for step in range(STEPS):
         give(stack, step)
-        stack["experts"].grad[1] *= 1e3  # a stack made orthogonal as one would forget the others
+        stack["experts"].grad[1] *= 1e3  # one orthogonalization of all would suppress the others
         for e, p in enumerate(apart.values()):
             p.grad = stack["experts"].grad[e].clone()
         ours.step()

@@ -1,4 +1,4 @@
-"""Newton-Schulz in batches: the numbers of one matrix alone, the bits of any layout."""
+"""Newton-Schulz in batches: equal to single matrices, and bitwise equal in any layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fixed(batch: int) -> Callable[[int, int, str], int]:
 
 
 def given(count: int, dtype: torch.dtype) -> dict[int, Tensor]:
-    """Matrices of all shapes in turn."""
+    """Return matrices of all shapes in turn."""
     return {
         i: normal(f"{i}", SHAPES[i % len(SHAPES)], torch.float64).to(dtype) for i in range(count)
     }
@@ -40,7 +40,7 @@ def test_batches_act_on_singular_values(batch: int) -> None:
 
 
 def test_a_matrix_has_the_same_bits_in_any_company() -> None:
-    """Alone, among few and among many, first or last of its batch: as in any layout."""
+    """Alone, in small and large batches, first or last, as in any layout."""
     matrices = given(23, torch.bfloat16)
     wanted = {
         i: dict(orthogonal([(i, matrix)], DION, fixed(4)))[i] for i, matrix in matrices.items()
@@ -61,7 +61,7 @@ def test_a_cpu_computes_one_by_one_and_a_gpu_what_fills_it() -> None:
     assert usual_batch(768, 256, "cuda") == usual_batch(256, 768, "cuda")
 
 
-# The interpreter is chosen where kernels are defined, so they have a process of their own.
+# The interpreter is selected when kernels are defined, so they use a separate process.
 INTERPRETED = """
 import torch
 from allometry.optim.symmetric_cuda import symmetric_product

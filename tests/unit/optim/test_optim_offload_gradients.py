@@ -1,4 +1,4 @@
-"""Gradients that wait on the host: summed, measured and clipped to the bit as on the device."""
+"""Gradients on the host: summed, measured and clipped bitwise as on the device."""
 
 from __future__ import annotations
 

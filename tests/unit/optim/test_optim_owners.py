@@ -18,7 +18,7 @@ def work(rows: int, columns: int) -> float:
 
 
 def cut(size: tuple[int, int, int], dim: int, shards: int, replicas: int) -> Placed:
-    """A parameter cut along one dimension as evenly as may be, copies side by side."""
+    """Return a parameter sharded along one dimension as evenly as possible, with replicas."""
     each = -(-size[dim] // shards)
     boxes = []
     for shard in range(shards):
@@ -32,7 +32,7 @@ def test_whole_everywhere_is_every_rank_having_all() -> None:
     assert cut((1, 4, 6), 1, 1, 3).whole_everywhere
     assert not cut((1, 4, 6), 1, 2, 1).whole_everywhere
     assert not cut((1, 4, 6), 1, 2, 2).whole_everywhere
-    # One row for two ranks: the first has it and the second nothing.
+    # One row for two ranks: the first has it and the second has an empty shard.
     assert not cut((1, 1, 6), 1, 2, 1).whole_everywhere
 
 
@@ -81,7 +81,7 @@ def test_the_plan_is_that_of_the_plain_algorithm(
 
 
 def _plain(plan: Plan) -> object:
-    """A plan as what compares by value: pieces compare by identity."""
+    """Convert a plan to values: pieces compare by identity."""
 
     def of(piece: Piece) -> object:
         return (piece.matrix, piece.box, piece.source, piece.owner, piece.holders)
@@ -180,7 +180,7 @@ def test_no_rank_has_more_than_half_again_of_what_is_possible(
         sum(c for c, o in zip(costs, owners, strict=True) if o == rank) for rank in range(ranks)
     ]
     order = sorted(costs, reverse=True)
-    # Lower bounds of any assignment: the mean, the dearest, and two that must share a rank.
+    # Lower bounds of any assignment: the mean, the largest cost, and two that must share a rank.
     least = max(sum(costs) / ranks, order[0])
     if len(order) > ranks:
         least = max(least, order[ranks - 1] + order[ranks])

@@ -1,4 +1,4 @@
-"""A step at rate 0 updates what an optimizer remembers, and no parameter: one meaning for all."""
+"""A step at rate 0 updates an optimizer's states, and no parameter, for all optimizers."""
 
 # M momentum, m and v Adam's moments of the gradients g
 
@@ -46,7 +46,7 @@ def averages(gradients: Sequence[Tensor], betas: tuple[float, float]) -> tuple[T
 
 
 def written_out(group: dict[str, Any], name: str, gradients: list[Tensor]) -> dict[str, Tensor]:
-    """The states of a parameter after steps with these gradients, at whatever rates."""
+    """Return the states of a parameter after steps with these gradients, at any rates."""
     match group["rule"]:
         case "adamw" | "adamh":
             mean, square = averages(gradients, group["betas"])
@@ -87,7 +87,7 @@ def _of_apollo(group: dict[str, Any], name: str, gradients: list[Tensor]) -> dic
 
 @pytest.mark.parametrize("kind", OPTIMIZER_KINDS)
 def test_states_are_those_of_all_steps_and_parameters_stay(kind: str) -> None:
-    """Over a schedule of two decays to 0: no batch is missing from a momentum after the first."""
+    """Over a schedule of two decays to 0: every batch enters the momentum."""
     assert [SCHEDULE.fraction(step) == 0.0 for step in range(1, 7)] == [
         step in (MIDDLE, LAST) for step in range(1, 7)
     ]

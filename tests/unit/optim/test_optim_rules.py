@@ -1,4 +1,4 @@
-"""What holds for every kind of optimizer: its states, and resuming."""
+"""Properties of every optimizer: its states, and resuming."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def take(parameters: dict[str, nn.Parameter], optimizer: Optimizer, steps: range
 
 
 def tensors(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor]:
-    """All states, as a checkpoint names them."""
+    """Return all states by their checkpoint names."""
     names = {p: name for name, p in parameters.items()}
     return {
         f"{names[p]}.{key}": value
@@ -67,7 +67,7 @@ def equal(one: dict[str, nn.Parameter], other: dict[str, nn.Parameter]) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_optimizer_goes_on_bit_by_bit(kind: str) -> None:
-    """Through tensors by name, filled in place into those of a fresh optimizer, as in a run."""
+    """Through tensors by name, copied in place into a new optimizer, as in a run."""
     straight, first = made(kind)
     take(straight, first, range(8))
     halted, second = made(kind)
@@ -144,7 +144,7 @@ def test_every_parameter_moves(kind: str) -> None:
 
 
 def state_bytes(kind: str, role: Role) -> float:
-    """Bytes for each element of the parameters of a role; what is one number apart."""
+    """Return bytes per element of a role's parameters, without single numbers."""
     parameters, optimizer = made(kind)
     init_states(optimizer)
     mine = [name for name, spec in SPECS.items() if spec.role is role]
@@ -230,7 +230,7 @@ def test_closures_run_once_and_a_missing_gradient_is_an_error() -> None:
 
 @pytest.mark.parametrize("kind", MIXED)
 def test_a_step_without_numbers(kind: str) -> None:
-    """Rehearsals of large layouts take one, with tensors that have shapes alone."""
+    """Rehearsals of large layouts take such steps, on tensors with shapes only."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         parameters = {name: nn.Parameter(torch.empty(spec.shape)) for name, spec in SPECS.items()}
         said = config(kind)

@@ -73,7 +73,7 @@ def test_decay_falls_without_a_jump_and_ends_where_it_should(config: dict[str, A
         falling = rates[max(0, start - 1) :]
         assert all(before > after for before, after in pairwise(falling))
         assert rates[-1] == 0.2
-    # With ever more steps the first value of the decay approaches the peak: no jump at its start.
+    # With more steps the first value of the decay approaches the peak: no jump at its start.
     first = schedule(config, 10_000_000, 0)
     assert first.fraction(first.decay_start + 1) == pytest.approx(1.0, abs=1e-3)
 

@@ -29,8 +29,8 @@ def test_twenty_steps_equal_the_package() -> None:
     for step in range(STEPS):
         for parameters in (ours, theirs):
             give(parameters, step, scale=1e-2)
-        give(other, step + 1, scale=1e-2)  # another first gradient, another scale for good
-        with contextlib.redirect_stdout(io.StringIO()):  # it announces its first step
+        give(other, step + 1, scale=1e-2)  # another first gradient: another permanent scale
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints at its first step
             reference.step()
         mine.step()
         control.step()
@@ -71,7 +71,7 @@ def test_the_scale_is_mostly_the_root_of_the_size() -> None:
 
 
 def test_what_has_no_gradient_at_first_is_not_frozen() -> None:
-    """Published code would leave its scale at 0 for good."""
+    """The published code would keep its scale at 0."""
     parameters = weights({"hidden": (4, 9), "experts": (2, 4, 9)})
     before = {name: p.detach().clone() for name, p in parameters.items()}
     mine = optimizer("sgd_sai", parameters, **settings(weight_decay=0.0))

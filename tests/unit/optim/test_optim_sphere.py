@@ -1,4 +1,4 @@
-"""MuonH and AdamH: what turns, how far, and what stays."""
+"""MuonH and AdamH: rotation of the weights, step length, and invariants."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ON_SPHERES = ["muonh", "adamh"]
 
 @pytest.mark.parametrize("rule", ON_SPHERES)
 def test_a_step_is_as_long_as_the_rate_says(rule: str) -> None:
-    """It is a chord of the sphere after a step along its tangent, or near to that."""
+    """It equals, or nearly equals, a chord of the sphere after a step along its tangent."""
     parameters = weights({"big": (64, 96), "experts": (2, 96, 128)})
     before = {name: p.detach().clone() for name, p in parameters.items()}
     give(parameters, 0)
@@ -58,7 +58,8 @@ def test_a_turn_leaves_the_tangent_by_half_the_rate(rate: float) -> None:
 
 @pytest.mark.parametrize("rate", [0.02, 0.01])
 def test_weight_decay_would_only_rescale_the_rate(rate: float) -> None:
-    """By ηλ of the step; were R taken after the decay, the sphere would shrink by ηλ instead."""
+    """By ηλ of the step; if R were computed after the decay, the sphere would
+    shrink by ηλ instead."""
     weight, direction = (normal(key, (24, 40), torch.float64) for key in "wu")
     direction = tangent(weight, direction)
     radius, decay = weight.norm(), 0.1
@@ -122,8 +123,9 @@ def test_steps_equal_the_rule_written_out(form: str) -> None:
 
 @pytest.mark.parametrize("norm", ["frobenius", "spectral"])
 def test_how_far_a_gradient_of_low_rank_turns(norm: str) -> None:
-    """A gradient of rank 2 in a matrix of 8: by Frobenius norm each of its two directions moves
-    twice as far as a full rank's; by singular values as far, and the step is half as long."""
+    """Rotation by a gradient of rank 2 in a matrix of 8. With the Frobenius norm each of its two
+    directions moves twice as far as with full rank; with singular values equally far, and the step
+    has half the length."""
     changes = {}
     for rank in (2, 8):
         parameters = {"w": torch.nn.Parameter(normal("w", (8, 24)).double())}

@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "after": {"kind": "linear"},
     },
 }
-UNWARMED = ("continued", "whole decay")  # its parts warm up; no room for one
+UNWARMED = ("continued", "whole decay")  # its parts warm up; too short for a warm-up
 
 
 def run(tiny: Make, *stages: dict[str, Any]) -> RunConfig:
@@ -56,7 +56,7 @@ def described(tmp_path: Path, kind: str) -> dict[str, Any]:
 def test_a_schedule_counts_from_the_first_step_of_its_stage(
     tiny: Make, tmp_path: Path, kind: str
 ) -> None:
-    """Step by step the rates of a run of the stage's length alone, at the stage's own peak."""
+    """Equals the rates of a run of the stage's length alone, at the stage's own peak."""
     schedule = described(tmp_path, kind)
     second = {"steps": STEPS, "schedule": schedule, "optimizer": {"lr": 3e-3}}
     second |= {"batch": {"sequences": 16}}

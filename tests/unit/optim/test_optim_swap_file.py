@@ -1,4 +1,4 @@
-"""The file of optimizer states: what disks do wrong is noticed, and nothing is left behind."""
+"""The file of optimizer states: disk errors are detected, and no file remains."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""The tiered optimizer on one process, for every rule; who lives where; buckets in flight."""
+"""The tiered optimizer on one process, for every rule: placement, and buckets in flight."""
 
 import threading
 from collections.abc import Mapping
@@ -67,14 +67,14 @@ def test_every_rule_has_the_bits_of_memory(rule: str, place: str, tmp_path: Path
         give(other, step)
         plain.step()
         moving.step()
-        if step == 4:  # what a checkpoint does between steps
+        if step == 4:  # like a checkpoint between steps
             assert all_states(moving, other).keys() == all_states(plain, one).keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     wanted, got = all_states(plain, one), all_states(moving, other)
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
     held = moving.held_bytes()
     travels = sum(held[tier] for tier in (Tier.CPU, Tier.NVME))
-    assert travels > 0 or rule == "apollo_mini"  # whose states are too small to travel
+    assert travels > 0 or rule == "apollo_mini"  # its states are too small to offload
     assert held[Tier.DEVICE] + travels == sum(each.nbytes for each in wanted.values())
     if place == "all" and travels:
         assert all(held.values())
@@ -83,7 +83,7 @@ def test_every_rule_has_the_bits_of_memory(rule: str, place: str, tmp_path: Path
 @pytest.mark.parametrize("rule", ["adamw", "muon", "muonh", "adamh"])
 @pytest.mark.parametrize("place", ["nvme", "all"])
 def test_states_in_fp8_have_the_bits_of_memory(rule: str, place: str, tmp_path: Path) -> None:
-    """Twenty steps with rounding at random."""
+    """Twenty steps with stochastic rounding."""
     states = {"device": 0.3, "cpu": 0.3} if place == "all" else {}
     fp8 = Fp8States("stochastic", 3)
     one, other = weights(SHAPES), weights(SHAPES)
@@ -116,7 +116,7 @@ CUT_SHAPES = {"odd": (601, 61), "experts": (3, 80, 50), "vector": (9000,), "smal
 @pytest.mark.parametrize("rule", ["adamw", "lion", "muon"])
 @pytest.mark.parametrize("place", ["cpu", "nvme", "all"])
 def test_large_parameters_travel_in_pieces(rule: str, place: str, tmp_path: Path) -> None:
-    """Slots are no larger than a bucket, and every bit is that of whole parameters."""
+    """Slots are no larger than a bucket, and results equal those of full parameters bitwise."""
     states: dict[str, Any] = {
         "cpu": {},
         "nvme": {"nvme": str(tmp_path)},
@@ -140,7 +140,7 @@ def test_large_parameters_travel_in_pieces(rule: str, place: str, tmp_path: Path
     whole = max(4 * parameter.numel() for parameter in one.values())
     assert (most >= whole) if rule == "muon" else (most < 0.05 * 2**20 < whole)
     assert set(moving.state) == set(other.values()), "what stands for pieces is not remembered"
-    # What was saved is put into an optimizer whose pieces are others.
+    # Load the saved states into an optimizer with different pieces.
     again = tiered(rule, third, {"bucket_mib": 0.03})
     again.init_states()
     for name, parameter in one.items():
@@ -159,7 +159,7 @@ def test_large_parameters_travel_in_pieces(rule: str, place: str, tmp_path: Path
 
 
 def test_what_is_loaded_between_steps_is_used(tmp_path: Path) -> None:
-    """Buckets that were fetched ahead are fetched again."""
+    """Prefetched buckets are fetched again."""
     one, other = weights(SHAPES), weights(SHAPES)
     first, second = (
         tiered("adamw", parameters, {"nvme": str(tmp_path)}) for parameters in (one, other)
@@ -167,7 +167,7 @@ def test_what_is_loaded_between_steps_is_used(tmp_path: Path) -> None:
     for step in range(1, 4):
         give(one, step)
         first.step()
-    for step in range(1, 3):  # so that it has states of its own, and has fetched some ahead
+    for step in range(1, 3):  # to create its own states and prefetch some
         give(other, step + 100)
         second.step()
     with torch.no_grad():
@@ -252,7 +252,7 @@ def test_a_device_that_hangs_is_said_after_the_timeout(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_homes_keep_their_own_bytes(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few there are, and however the threads are late."""
+    """For few homes too, and with delayed threads."""
     monkeypatch.setattr(streams, "SLOTS", 3)
     homes = [HostHome([4096], torch.device("cpu")) for _ in range(count)]
     stream = Stream(homes, torch.device("cpu"), 5.0, files=False)
@@ -272,7 +272,7 @@ def test_homes_keep_their_own_bytes(count: int, monkeypatch: pytest.MonkeyPatch)
 def test_slots_apart_from_the_host(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where bytes of a file come to the device by way of the host."""
+    """As on a GPU, where bytes of a file reach the device through the host."""
     inner = streams.Slot.__init__
 
     def apart(self: streams.Slot, nbytes: int, device: torch.device, *, files: bool) -> None:
@@ -311,7 +311,7 @@ def test_a_rehearsal_makes_no_file_and_leaves_states_where_they_are(tmp_path: Pa
 
 
 def test_a_tensor_that_a_rule_makes_anew_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """States need not be changed in place."""
+    """States may be replaced instead of changed in place."""
     from allometry.optim import lion as module
 
     inner = module.lion

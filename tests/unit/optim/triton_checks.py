@@ -1,6 +1,6 @@
-"""The Triton kernels of FP8 states against the twin; test_optim_fp8_states.py runs this file.
+"""Triton kernels of FP8 states against the reference; test_optim_fp8_states.py runs this file.
 
-triton reads TRITON_INTERPRET when it is first imported, which another test may have done.
+Triton reads TRITON_INTERPRET when it is first imported, which may have happened in another test.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def test_kernels_keep_what_is_not_finite(bad: float) -> None:
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_the_fused_step_is_the_twin_s(monkeypatch: pytest.MonkeyPatch, rounding: Rounding) -> None:
-    """Parameters within fp32 rounding, almost all codes the same, others one step off."""
+    """Parameters within fp32 rounding, almost all codes equal, others one step off."""
     found = []
     for module in (None, dre_triton):
         monkeypatch.setattr(fp8_states, "kernels_for", lambda tensor, module=module: module)

@@ -143,7 +143,7 @@ def test_materialize_moves_what_has_values_and_refuses_half_a_model() -> None:
 
 
 def test_compiled_blocks_are_compiled_once(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Tracing is under test, not the code generator, which would take half a minute.
+    # The test covers tracing, not code generation, which would take half a minute.
     for kind in (Block, OutputHead):
         compile_kind = kind.compile
         monkeypatch.setattr(
@@ -175,7 +175,7 @@ def test_compiled_blocks_are_compiled_once(mesh: Mesh, monkeypatch: pytest.Monke
 def test_compiled_blocks_share_the_cast_weights(mesh: Mesh) -> None:
     given = config(0).model_dump()
     given["training"]["compute_dtype"] = "bf16"
-    given["model"]["ffn_width"] = 40  # no activation is as large as a matrix of these
+    given["model"]["ffn_width"] = 40  # so that no activation has a weight's size
     run = RunConfig.model_validate(given)
     torch._dynamo.reset()
     counters.clear()
@@ -208,14 +208,14 @@ def test_compiled_blocks_share_the_cast_weights(mesh: Mesh) -> None:
         assert max(errors.values()) < 0.05, errors
         with torch.no_grad():
             for model in (plain, compiled):
-                loss(model, 3)  # evaluation casts for itself
+                loss(model, 3)  # evaluation casts by itself
                 for parameter in model.parameters():
                     parameter.mul_(1.01)
         assert counters["stats"]["unique_graphs"] == 2, step
 
 
 def kept_bytes(model: nn.Module) -> tuple[int, dict[str, Tensor]]:
-    """Bytes that autograd keeps between forward and backward, and the gradients."""
+    """Return the bytes that autograd saves between forward and backward, and the gradients."""
     kept: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

@@ -1,4 +1,4 @@
-"""Selective checkpointing keeps the attention of every back end: no backward runs it again."""
+"""Selective checkpointing saves the attention of every back end: no backward recomputes it."""
 
 # B sequences, L tokens in a sequence, T tokens, N query heads, H head width
 
@@ -35,7 +35,7 @@ Checkpointing = Literal["none", "selective", "full"]
 
 
 class Executions(TorchDispatchMode):
-    """Counts the operators that are executed, also where a checkpoint runs them again."""
+    """Count the executed operators, including those that a checkpoint recomputes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ Step = tuple[Counter[str], Counter[str], list[Tensor]]
 
 
 def step(model: Transformer, kind: Checkpointing, documents: Documents | None, device: str) -> Step:
-    """What a forward and what its backward execute, and the gradients."""
+    """Return the operators executed in forward and in backward, and the gradients."""
     if kind != "none":
         apply_checkpointing(model, kind, dropout=False)
     tokens_BL = torch.arange(sum(LENGTHS), device=device)[None] % 32
@@ -108,7 +108,7 @@ def test_backward_does_not_run_attention_again(backend) -> None:
 
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stand in for flash-attn's packages, whose functions call custom operators of their own."""
+    """Replace flash-attn's packages, whose functions call their own custom operators."""
     packages = {
         "flash_attn": ("flash_attn", "_flash_attn_varlen_forward"),
         "flash_attn_interface": ("flash_attn_3", "_flash_attn_forward"),
@@ -141,14 +141,14 @@ def _varlen(operators: Any, short: str) -> Any:
     return lambda q, k, v, *_, **__: FlashAttnVarlenFunc.apply(q, k, v)
 
 
-# Outside of compiled code flex runs code of its own compiling, which no dispatcher sees.
+# In eager mode flex runs code that it compiles itself, which no dispatcher observes.
 ON_CUDA = [b for b in BACKENDS if b.devices == ("cuda",) and b.name != "flex"]
 
 
 @pytest.mark.usefixtures("flash_attn")
 @pytest.mark.parametrize("backend", ON_CUDA)
 def test_backward_does_not_run_attention_of_cuda_again(backend) -> None:
-    """On the meta device: which operators run, without a number."""
+    """On the meta device: only the executed operators are checked."""
     steps = []
     for kind in ("none", "selective", "full"):
         model = model_on("meta")
@@ -179,7 +179,7 @@ def test_every_backend_runs_and_names_operators_that_exist() -> None:
         for name in backend.operators:
             assert keeps(name), name
             namespace, _, short = name.rpartition("::")
-            # flash-attn cannot be installed without CUDA: its names are those of its releases.
+            # flash-attn cannot be installed without CUDA: the names come from its releases.
             if namespace == "":
                 assert str(flex_attention_operator) == short
             elif namespace not in ("flash_attn", "flash_attn_3"):

@@ -1,4 +1,4 @@
-"""What stands between DeepSpeed and a run: stretches as boxes, checked files, the build."""
+"""The interface between DeepSpeed and a run: spans as boxes, checked files, the build."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_folder_is_private_and_goes(tmp_path: Path) -> None:
     (folder.path / "rank0").mkdir()
     (folder.path / "rank0" / "x.tensor.swp").write_bytes(b"12345")
     assert folder.held_bytes() == 5
-    other = SwapFolder(tmp_path / "swap", 1000)  # which leaves the first alone
+    other = SwapFolder(tmp_path / "swap", 1000)  # leaves the first alone
     assert other.removed == []
     folder.close()
     assert not folder.path.exists()
@@ -120,7 +120,7 @@ def test_a_place_that_cannot_be_used(tmp_path: Path, nbytes: int, name: str, sai
 
 
 class Fake:
-    """An I/O handle as DeepSpeed's is on a bad day."""
+    """Substitute for DeepSpeed's I/O handle, with faults."""
 
     def __init__(self, fault: str = "") -> None:
         self.fault, self.pending = fault, 0
@@ -140,7 +140,7 @@ class Fake:
         return 0
 
     def wait(self) -> int:
-        """Say that all went well."""
+        """Report success."""
         count, self.pending = self.pending, 0
         return count - 1 if self.fault == "fewer" else count
 
@@ -177,7 +177,7 @@ def test_transfers_that_fail_in_silence_are_errors(tmp_path: Path, fault: str, s
 def test_files_that_change_between_steps_are_noticed(tmp_path: Path) -> None:
     handle, path = CheckedHandle(Fake()), tmp_path / "x.swp"
     data = through(handle, path)
-    assert handle.is_pinned(data)  # what is not watched goes through
+    assert handle.is_pinned(data)  # other attributes are passed through
     blocks = path.read_bytes()
     path.write_bytes(blocks[4096:8192] + blocks[:4096] + blocks[8192:])  # two blocks swapped
     handle.async_pread(torch.zeros(5000), path, 0)
@@ -203,7 +203,7 @@ def test_another_version_or_none_is_named_with_what_to_do(monkeypatch: pytest.Mo
 
 @pytest.fixture
 def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place to build in, whatever is installed."""
+    """Return a build folder, independent of the installed version."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(package.importlib.metadata, "version", lambda name: package.VERSION)
     return ops.folder()
@@ -214,7 +214,7 @@ def test_a_build_that_died_holds_nobody_up(builds: Path, monkeypatch: pytest.Mon
         "import fcntl, sys, time; lock = open(sys.argv[1], 'w'); fcntl.flock(lock, fcntl.LOCK_EX); "
         "print('held', flush=True); time.sleep(100)"
     )
-    mark = builds / "async_io" / "lock"  # on which torch's own build would wait without end
+    mark = builds / "async_io" / "lock"  # torch's own build would wait for it forever
     mark.parent.mkdir(parents=True)
     mark.touch()
     seen: list[bool] = []

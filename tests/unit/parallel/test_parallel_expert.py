@@ -1,4 +1,4 @@
-"""Rows that arrive by sender and expert, sorted by expert and back."""
+"""Rows received by sender and expert, sorted by expert and back."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_rows_by_expert_and_back(counts: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("experts", [1, 4])
 def test_an_exchange_waits_once(tiny: Callable[..., RunConfig], experts: int) -> None:
-    """Forward and backward, for the numbers of rows on their way: once, whatever the experts."""
+    """Forward and backward wait for the row counts once, for any number of experts."""
     x = torch.randn(12, 8, requires_grad=True)
     weight = torch.randn(experts, 8, 8, requires_grad=True)
     counts = torch.full((experts,), 12 // experts)

@@ -1,4 +1,4 @@
-"""The folder of optimizer states is never made on a disk that nobody meant."""
+"""The folder of optimizer states is never created on an unintended disk."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Micro-batches as graphs, with a tape of operators in the place of CUDA's."""
+"""Micro-batches as graphs, with a tape of operators instead of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def trained(config: RunConfig) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def on_tape(monkeypatch: pytest.MonkeyPatch) -> list[Accumulation]:
-    """Let runs on a CPU record graphs; the executions that do."""
+    """Let runs on a CPU record graphs; return the executions that do."""
     made: list[Accumulation] = []
     begin = Accumulation.__init__
 
@@ -80,7 +80,7 @@ def test_a_run_with_graphs_has_the_bits_of_one_without(
 def test_a_graph_that_keeps_its_first_input_is_told_apart(
     tiny: Make, tmp_path: Path, on_tape: list[Accumulation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tape is blind to what is new in Python, as CUDA's graphs are."""
+    """The tape misses values created in Python, as CUDA graphs do."""
     settings = (FIXED, "training.total_steps=8")
     wanted = trained(tiny(*settings, folder=tmp_path / "right"))
     monkeypatch.setattr(Tensor, "copy_", keeping_inputs(Tensor.copy_))

@@ -1,4 +1,4 @@
-"""Groups at sizes that no test can start: 1,024 ranks, one of them real."""
+"""Groups at sizes too large to start: 1,024 ranks, one of them real."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count what makes groups, and what talks to the store."""
+    """Count calls that create groups or access the store."""
     calls: Counter[str] = Counter()
 
     def counting(owner: Any, name: str) -> None:

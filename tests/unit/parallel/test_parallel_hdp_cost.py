@@ -1,4 +1,4 @@
-"""What a unit costs: FLOPs as the project counts them, and what a ring sends."""
+"""The cost of a unit: the project's FLOP count, and the messages of a ring."""
 
 import numpy as np
 import pytest
@@ -103,7 +103,7 @@ def test_hops_are_hidden_by_long_chunks_only() -> None:
 def test_exposed_time_of_two_ranks() -> None:
     cost = CostModel.of(MODEL, ContextCosts(tflops=1e9, bandwidth_gb_per_s=1.0))
     keys, gradients = 50 * cost.kv_bytes / 1e9, 50 * cost.gradient_bytes / 1e9
-    # Forward: keys; backward: keys again, then their gradients home.
+    # Forward: keys; backward: keys again, then their gradients return.
     assert cost.unit([100], 2) == pytest.approx(6 * (2 * keys + gradients), rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Blocks of attention, and whole rings merged from them, against softmax written out."""
+"""Blocks of attention, and complete rings merged from them, against an explicit softmax."""
 
 # Q queries, S keys, N query heads, K key/value heads, H head width
 
@@ -52,7 +52,7 @@ def random(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
 
 
 def rows(runs: Runs, heads: tuple[int, int], dtype: torch.dtype, device: str) -> list[Tensor]:
-    """q, k, v and the gradient of the output: slices of wider tensors, as layers give them."""
+    """Return q, k, v and the output gradient as slices of wider tensors, as in layers."""
     N, K = heads
     q, grad = random(sum(runs.queries), 2 * N, 16, dtype=dtype, device=device).chunk(2, dim=1)
     k, v = random(sum(runs.keys), 2 * K, 16, dtype=dtype, device=device).chunk(2, dim=1)
@@ -60,7 +60,7 @@ def rows(runs: Runs, heads: tuple[int, int], dtype: torch.dtype, device: str) ->
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, runs: Runs) -> list[Tensor]:
-    """Output, log-sum-exp and gradients in fp64 on a CPU, run by run, by autograd."""
+    """Return output, log-sum-exp and gradients in fp64 on a CPU, run by run, by autograd."""
     q, k, v, grad = (x.detach().cpu().double() for x in (q, k, v, grad))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
@@ -106,9 +106,9 @@ def test_blocks_equal_autograd(device, written, runs, heads, dtype) -> None:
 def ring_outcome(
     lengths: list[int], n: int, qkvg: list[Tensor], kernel: Kernel | None = None
 ) -> list[Tensor]:
-    """Output and gradients of documents on a ring whose members take turns on one device.
+    """Return output and gradients of documents on a ring simulated on one device.
 
-    What ``ring_attention`` does, but for messages; ``qkvg`` are whole documents.
+    Does the same as ``ring_attention`` without messages; ``qkvg`` are full documents.
     """
     q, k, v, grad = qkvg
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).repeat_interleave(2 if n > 1 else 1)
@@ -164,7 +164,7 @@ def test_merged_blocks_equal_attention_of_whole_documents(device, written, n, dt
 
 
 def test_a_block_of_its_own_sum_is_not_the_share_of_the_whole() -> None:
-    """The comparison above sees a backward that is given its own block's log-sum-exp."""
+    """The comparison above detects a backward with its own block's log-sum-exp."""
     runs = Runs((6,), (6,), causal=False)
     q, k, v, grad = rows(runs, (4, 4), torch.float64, "cpu")
     wanted = written_out(q, k, v, grad, runs)[2:]
@@ -210,7 +210,7 @@ def test_kernels_are_chosen_by_device_type_and_head(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("runs", RUNS, ids=str)
 def test_torch_takes_what_its_cuda_kernels_are_given(runs: Runs) -> None:
-    """Without a GPU only arguments and shapes can be checked; numbers above, where there is one."""
+    """Without a GPU only arguments and shapes are checked; with one, values are checked above."""
     q, k, v, grad = rows(runs, (6, 2), torch.bfloat16, "meta")
     o, lse = attention_block(q, k, v, runs, SCALE, kernels.CUDA)
     assert (o.shape, o.dtype) == (q.shape, torch.bfloat16)

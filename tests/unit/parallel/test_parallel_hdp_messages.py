@@ -1,4 +1,4 @@
-"""Messages matched by order alone, as NCCL does, for plans and for messages out of order."""
+"""Messages matched by order alone, as in NCCL, for plans and for messages out of order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from allometry.scaling.layout import ONE_STAGE_SCHEDULES
 
 
 def aligned_plan(random: np.random.Generator, ranks: int, rounds: int, pp: int) -> Plan:
-    """Rounds of 2 pp micro-batches; in each place units of one to all of the ranks."""
+    """Return rounds of 2 pp micro-batches, with units of one to all ranks in each position."""
     units: list[Unit] = []
     orders: list[list[int]] = [[] for _ in range(ranks)]
     for _ in range(2 * pp * rounds):
@@ -58,7 +58,7 @@ def test_what_ranks_send_is_what_their_peers_receive(
     programs = programs_of(plan, orders, layers=2)
     sent = sum(m.way == "send" for m in messages(programs))
     assert match(programs) == sent
-    # Ranks of a ring that talk for the first time wait for one another where they post.
+    # On first contact, ranks of a ring wait for one another when they post.
     assert match(programs, blocking=("hdp",)) == sent
 
 
@@ -78,7 +78,7 @@ def messages(programs: Mapping[tuple[int, int], list[Step]]) -> list[Message]:
 
 
 def test_two_kinds_in_another_order_on_one_communicator_are_caught() -> None:
-    # Keys and gradients of a backward are under way together, from one rank to the next.
+    # Keys and gradients of a backward are in flight at the same time between two ranks.
     plan = replace(aligned_plan(np.random.default_rng(3), 4, 1, 1), mode="free")
     programs = programs_of(plan, partial(schedule_orders, "gpipe", 1, 1))
     assert match(programs) > 0
@@ -98,13 +98,13 @@ def test_rings_in_another_order_are_caught() -> None:
     plan = Plan(
         lengths=[12, 12], ranks=2, mode="free", units=units, orders=((0, 1), (1, 0)), capacity=12
     )
-    # Of one size, they would be taken for one another: gradients are wrong and nothing hangs.
+    # With equal sizes, one would be taken for the other: wrong gradients without a hang.
     with pytest.raises(PlanError, match=r"on communicator hdp rank .* takes .* for "):
         match(programs_of(plan, partial(schedule_orders, "gpipe", 1, 1)))
 
 
 def uneven_plan(counts: tuple[int, ...], rings: range) -> Plan:
-    """Pipelines of different lengths; micro-batches ``rings`` are in rings over all of them."""
+    """Return pipelines of different lengths; micro-batches ``rings`` span all of them."""
     units: list[Unit] = []
     orders: list[list[int]] = [[] for _ in counts]
     for place in range(max(counts)):
@@ -144,14 +144,14 @@ def test_rings_and_pipelines_need_communicators_of_their_own(schedule: str) -> N
 
 @pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zbv_zero_bubble", "dualpipe_v"])
 def test_stages_must_not_meet_for_the_first_time_in_a_step(schedule: str) -> None:
-    # A rank that is held where it posts, because NCCL connects it there, holds up a ring.
+    # A rank that blocks in a post, while NCCL connects, delays a ring.
     plan = uneven_plan((8, 24, 16), range(8))
     with pytest.raises(PlanError, match="messages never end"):
         match(programs_of(plan, partial(orders_of, schedule, 4)), blocking=("hdp", "pp"))
 
 
 def exchange(*orders: str) -> dict[tuple[int, int], list[Step]]:
-    """Two ranks; "s" sends, "r" receives, together where letters stand together."""
+    """Return programs of two ranks; "s" sends, "r" receives, adjacent letters form a batch."""
     programs: dict[tuple[int, int], list[Step]] = {}
     for rank, order in enumerate(orders):
         steps: list[Step] = []

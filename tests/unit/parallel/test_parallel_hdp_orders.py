@@ -1,4 +1,4 @@
-"""The order of passes of each schedule, ours beside torch's."""
+"""The order of passes of each schedule, compared with torch's."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from allometry.scaling.layout import ONE_STAGE_SCHEDULES, V_SCHEDULES
 
 
 class Recorder:
-    """A stage that notes what a schedule asks of it, and computes and sends nothing."""
+    """Stage that records a schedule's calls, without computing or sending."""
 
     def __init__(self, stage: int, stages: int) -> None:
         self.stage_index, self.num_stages = stage, stages
@@ -39,7 +39,7 @@ class Recorder:
 def test_ours_is_what_torch_does(
     monkeypatch: pytest.MonkeyPatch, schedule: str, pp: int, count: int
 ) -> None:
-    """Recorded, not read: 2.13's list of 1F1B numbers the last rank's forward passes from 1."""
+    """Recorded at run time: 2.13's list of 1F1B numbers the last rank's forward passes from 1."""
     kind = {"gpipe": pipelining.ScheduleGPipe, "1f1b": pipelining.Schedule1F1B}[schedule]
     monkeypatch.setattr(kind, "_initialize_stage", lambda *given: None)
     for rank, actions in enumerate(schedule_orders(schedule, pp, 1, count)):
@@ -76,7 +76,7 @@ def each_pass_once(orders: Orders, stages: int, count: int) -> None:
             assert counts[Action("F", stage, index)] == 1
             whole = counts[Action("B", stage, index)]
             halves = [counts[Action("I", stage, index)], counts[Action("W", stage, index)]]
-            # Torch writes I and B of one micro-batch nowhere; some schedules mix both kinds.
+            # Torch never mixes I and B of one micro-batch; some schedules mix both kinds.
             assert (whole, *halves) in ((1, 0, 0), (0, 1, 1)), (stage, index)
 
 

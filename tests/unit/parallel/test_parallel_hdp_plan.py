@@ -35,7 +35,7 @@ def context(policy: str = "balanced", **fields: Any) -> ContextConfig:
 
 @st.composite
 def problems(draw: st.DrawFn) -> dict[str, Any]:
-    """Documents that fit, on up to 12 ranks of up to 40 tokens."""
+    """Draw documents that fit, on up to 12 ranks of up to 40 tokens."""
     policy = draw(st.sampled_from(sorted(POLICIES)))
     ranks = draw(st.integers(1, 12))
     multiple = draw(st.sampled_from([1, 2, 4]))
@@ -74,7 +74,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def held(plan: Plan, rank: int) -> list[tuple[int, int]]:
-    """All (document, place) that a rank computes, cut with numpy alone."""
+    """Return all (document, position) that a rank computes, divided with numpy alone."""
     places = []
     for unit in plan.of_rank(rank):
         if unit is None:
@@ -114,7 +114,7 @@ def test_every_plan_holds(problem: dict[str, Any]) -> None:
 
 
 def check_room(plan: Plan, number: int, settings_: ContextConfig) -> None:
-    """No member has more than the capacity, but for what its offloaded layers leave."""
+    """Check that no member exceeds its capacity, apart from offloaded layers."""
     unit = plan.units[number]
     lengths = [plan.lengths[document] for document in unit.documents]
     for member in range(len(unit.ring)):
@@ -198,7 +198,7 @@ def lengths_of(documents: int, seed: int = 0, longest: int = 65536) -> np.ndarra
 
 @pytest.mark.parametrize("seed", range(5))
 def test_ranks_end_together(seed: int) -> None:
-    """At least 16 micro-batches of work for each rank, no document of more than half a step."""
+    """At least 16 micro-batches of work per rank, and no document above half a step."""
     lengths, ranks = lengths_of(3000, seed), 32
     plan = make_plan(lengths, ranks, context(), COST, "free", layers=32)
     tokens = lengths.astype(float)
@@ -214,7 +214,7 @@ def test_ranks_end_together(seed: int) -> None:
 
 @pytest.mark.parametrize("kv_heads", [8, 32])
 def test_slow_rings_do_not_take_ranks_from_others(kv_heads: int) -> None:
-    """With 32 heads of keys all hops show; more ranks then take longer altogether."""
+    """With 32 key heads all hops are exposed; more ranks then take longer in total."""
     model = MODEL.model_copy(update={"num_kv_heads": kv_heads})
     cost = CostModel.of(model, ContextCosts())
     lengths = [262_144] * 6 + [50_000] * 8 + [3000] * 400
@@ -227,7 +227,8 @@ def test_slow_rings_do_not_take_ranks_from_others(kv_heads: int) -> None:
 
 
 def bound(cost: CostModel, lengths: list[int], ranks: int) -> float:
-    """The longest document at its best, or all at their cheapest, whichever takes longer."""
+    """Return the longest document's best time, or the total at minimum cost,
+    whichever is longer."""
     best, work = 0.0, 0.0
     for length in lengths:
         degrees = range(-(-length // 8192), min(ranks, max(length // 256, 1)) + 1)
@@ -265,7 +266,7 @@ def test_pipelines_have_levels_of_length() -> None:
 
 
 def test_a_pipeline_has_more_and_smaller_units() -> None:
-    """A unit of a whole step's length would leave all other stages idle."""
+    """A unit as long as the step would leave all other stages idle."""
     lengths = [60_000] * 8
     one, four = (
         make_plan(lengths, 16, context("pipeline_balanced"), COST, "aligned", layers=8, pp=pp)
@@ -283,7 +284,7 @@ def offloading(policy: str, host_gb: float, length: int = 64 * 1024, **fields: A
 
 
 def test_offload_saves_ranks_where_it_is_hidden() -> None:
-    """r = 1 leaves 2 of 32 layers: a rank holds up to 16 x its capacity."""
+    """r = 1 leaves 2 of 32 layers: a rank takes up to 16 x its capacity."""
     plan = offloading("naive", 1e6)
     unit = next(unit for unit in plan.units if 0 in unit.documents)
     assert len(unit.ring) == 1
@@ -356,7 +357,7 @@ def test_summary_is_json_and_counts() -> None:
 
 
 def test_ten_thousand_documents_are_planned_quickly() -> None:
-    """The benchmark holds this against 50 ms; here only against something gone wrong."""
+    """The benchmark's limit is 50 ms; this test only detects gross regressions."""
     lengths = lengths_of(10_000, longest=2**20)
     times = []
     for _ in range(3):

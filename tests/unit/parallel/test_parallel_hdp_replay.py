@@ -1,4 +1,4 @@
-"""Replay finds what would never end, and what breaks a rule."""
+"""Replay detects deadlocks and violated rules."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def plan_of(
     mode: str = "free",
     costs: list[float] | None = None,
 ) -> Plan:
-    """One document of 12 tokens in each unit."""
+    """Return a plan with one document of 12 tokens in each unit."""
     units = tuple(
         Unit((number,), ring, cost)
         for number, (ring, cost) in enumerate(zip(rings, costs or [3.0] * len(rings), strict=True))
@@ -39,7 +39,7 @@ def plan_of(
 
 
 def random_plan(random: np.random.Generator, aligned: bool, pp: int) -> Plan:
-    """Units on random rings; a rank's order is random, or a ring has one place everywhere."""
+    """Return units on random rings; orders are random, or a ring has one position on all ranks."""
     ranks, number = int(random.integers(2, 7)), int(random.integers(8, 17))
     rings = []
     for _ in range(number):
@@ -76,7 +76,7 @@ def test_rings_at_one_place_never_deadlock() -> None:
 
 
 def test_rings_in_any_order_mostly_do() -> None:
-    """The prototype lost 290 of 300; how many is chance, that it is most is the point."""
+    """The prototype deadlocked in 290 of 300; the exact number is random."""
     assert deadlocks(aligned=False) > 200
 
 
@@ -176,7 +176,7 @@ def orders_of(schedule: str, pp: int) -> Callable[[int], Orders]:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_unequal_pipelines_end_with_every_schedule(schedule: str) -> None:
-    """8 and 18 micro-batches, rings at their first, third and last common places."""
+    """8 and 18 micro-batches, rings at their first, third and last common positions."""
     rings: list[tuple[int, ...]] = [(0, 1), (0, 1), (0, 1)]
     orders: list[list[int | None]] = [[None] * 8, [None] * 18]
     for unit, place in enumerate((0, 2, 7)):
@@ -215,7 +215,7 @@ def test_aligned_random_plans_end_with_every_schedule(schedule: str) -> None:
 
 
 def test_replay_is_linear() -> None:
-    """Some thousand passes in a fraction of a second, whatever waits for what."""
+    """Some thousand passes in a fraction of a second, for any dependencies."""
     count = 400
     plan = plan_of([(0, 1, 2)] * count, [list(range(count))] * 3, "aligned")
     start = time.process_time()

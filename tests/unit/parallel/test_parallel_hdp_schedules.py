@@ -1,4 +1,4 @@
-"""Pipelines of different lengths come to their common rings in orders that go together."""
+"""Pipelines of different lengths reach their common rings in compatible orders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from allometry.scaling.layout import INTERLEAVED_ROUNDS, ONE_STAGE_SCHEDULES, le
 
 
 def all_in_rings(first: int, second: int) -> Plan:
-    """Two pipelines whose common micro-batches are all rings of both; the rest are dummies."""
+    """Return two pipelines whose common micro-batches are all rings; the rest are dummies."""
     common = min(first, second)
     units = tuple(Unit((number,), (0, 1), 1.0) for number in range(common))
     orders = tuple((*range(common), *[None] * (count - common)) for count in (first, second))

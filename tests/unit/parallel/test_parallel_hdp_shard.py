@@ -1,4 +1,4 @@
-"""Documents are dealt out to the members of a ring completely, evenly, and as torch cuts."""
+"""Documents are distributed over a ring completely and evenly, like torch's sharding."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_a_table_says_what_it_was_told(lengths: Lengths, n: int, tag: int) -> No
 
 
 def seen(lengths: Lengths, n: int, member: int) -> list[tuple[int, int, int]]:
-    """(document, query, key), by place, of all scores that this member computes."""
+    """Return (document, query, key), by position, of all scores that this member computes."""
     ring = Ring.of(ring_table(range(n), member, lengths, tag=0))
 
     def rows(holder: int) -> list[tuple[int, int]]:
@@ -96,7 +96,7 @@ def test_work_is_even(n: int, more: int) -> None:
 
 
 def test_work_in_order_would_not_be_even() -> None:
-    """What the zig-zag is for: the last member of 4 has 1.75 times the mean."""
+    """Why zig-zag is needed: without it the last member of 4 has 1.75 times the mean work."""
     length, n = 1024, 4
     work = [sum(place + 1 for place in range(256 * j, 256 * j + 256)) for j in range(n)]
     assert max(work) / (sum(work) / n) > 1.7

@@ -1,4 +1,4 @@
-"""A communication in two halves: where it begins and ends, and what autograd knows of it."""
+"""A communication in two halves: where it begins and ends, and its autograd history."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from allometry.parallel.in_two import InTwo, Start
 
 
 def test_tensors_in_flight_have_no_history() -> None:
-    """What threads of the backend read, autograd may not write into."""
+    """Autograd must not write to tensors that the backend's threads read."""
     moving: list[Tensor] = []
 
     def start(factor: float, x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def test_tensors_in_flight_have_no_history() -> None:
 
 
 class Counted(InTwo):
-    """Counts what is begun and ended."""
+    """Count starts and waits."""
 
     begun = ended = 0
 
@@ -51,7 +51,7 @@ class Counted(InTwo):
 
 
 class Chunks(torch.nn.Module):
-    """A block whose last messages are begun before, and waited for after, its last product."""
+    """A block whose last messages start before, and are awaited after, its last product."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the environment says, which degrees fit, and a mesh of one."""
+"""Environment variables, valid degrees, and a mesh of one."""
 
 import re
 import socket

@@ -1,4 +1,4 @@
-"""Activations that wait on the host: gradients to the bit, what moves, what is held and left."""
+"""Activation offload to the host: bitwise gradients, bytes moved, memory held and released."""
 
 # B sequences, L tokens in a sequence, D width
 
@@ -82,7 +82,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 class Watched(ActivationStore):
-    """Remembers the memory of each copy, without keeping it."""
+    """Store that records the memory of each copy by weak reference."""
 
     def __init__(self, part: Transformer, smallest_bytes: int = SMALL) -> None:
         super().__init__(part, CPU, smallest_bytes=smallest_bytes)
@@ -116,7 +116,7 @@ def test_number_of_layers():
         2,
         3,
     ]
-    # A share of whole layers is that many, whatever the rounding of the division.
+    # A share that equals n layers gives n layers, despite the rounding of the division.
     for layers in range(3, 130):
         for number in range(layers - 1):
             assert offloaded_layers(number / (layers - 2), layers) == number
@@ -138,7 +138,7 @@ def test_gradients_are_the_same_to_the_bit(kind: Kind, dtype: str):
 
 
 def test_what_came_back_is_what_is_computed_with():
-    """The control of all comparisons here: bytes that are lost on the way are seen."""
+    """The control of all comparisons here: lost bytes are detected."""
 
     class Losing(ActivationStore):
         def fetch(self, host: Tensor) -> Transfer:
@@ -151,10 +151,10 @@ def test_what_came_back_is_what_is_computed_with():
 
 
 def test_bytes_that_move_are_those_of_the_earliest_layers():
-    """Each kept activation once: by hand, for a dense layer in fp32."""
+    """Each saved activation once: by hand, for a dense layer in fp32."""
     model = make()
-    # Inputs of both norms and what they return, q, k, v and the attention's output: D wide. Gate,
-    # its SiLU, up and their product: F wide. Norms on a CPU also keep their input times rsqrt.
+    # Inputs and outputs of both norms, q, k, v and the attention's output: D wide. Gate, its SiLU,
+    # up and their product: F wide. Norms on a CPU also save their input times rsqrt.
     layer = 4 * L * (8 * D + 4 * F + 2 * D)
     for share, layers in ((0.3, 1), (2 / 3, 2), (1.0, 3)):
         store = Watched(model)
@@ -163,7 +163,7 @@ def test_bytes_that_move_are_those_of_the_earliest_layers():
 
 
 def test_small_tensors_parameters_and_shared_ones_stay():
-    """With wide weights, casts of them and tables, only the tokens' own activations go."""
+    """Wide weights, their casts and tables stay; only the tokens' own activations are offloaded."""
     model = make(dtype="bf16", width=128, num_heads=32, num_kv_heads=32, ffn_width=320)
     moved = set()
 
@@ -177,8 +177,8 @@ def test_small_tensors_parameters_and_shared_ones_stay():
     # [L, D] in bf16 and widened to fp32 by the norms, [L, F] and [L, 2F] of gate and up together,
     # log-sum-exp of each head in fp32.
     assert moved == {L * 128 * 2, L * 128 * 4, L * 320 * 2, L * 640 * 2, L * 32 * 4}
-    # Not moved: [D, D] and [D, F] in fp32 or bf16, of other sizes than any of these, and tables
-    # [L, 2] in fp32, 384 bytes; nor anything below the default limit.
+    # Not moved: [D, D] and [D, F] in fp32 or bf16, whose sizes differ from all of these, and tables
+    # [L, 2] in fp32, 384 bytes; nor any tensor below the default limit.
     apply_offload(model, CPU)
     store = Watched(model, SMALLEST_BYTES)
     gradients(model, 1.0)
@@ -198,7 +198,7 @@ def test_default_limit_moves_what_is_large():
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes of results that were alive at once, but for those in ``elsewhere``."""
+    """Measure the peak bytes of live results, except those in ``elsewhere``."""
 
     def __init__(self, elsewhere: Callable[[], list[StorageWeakRef]]) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("layers", [6, 10])
 def test_what_is_held_on_the_device_falls(layers: int):
-    """At share 1 the device holds what two layers keep, and what one computes with."""
+    """At share 1 the device stores the saved tensors of two layers, and one layer's working set."""
     model = make(num_layers=layers)
     forward(model, 0.0).backward()
     grads = [StorageWeakRef(p.grad.untyped_storage()) for p in model.parameters()]
@@ -254,7 +254,7 @@ def test_sources_go_at_once_and_copies_come_back_one_block_ahead():
     take = forward(model, 1.0, seed=1)
     del total
     take.backward()
-    # Blocks 4 to 0: what block 2 kept comes while block 3 runs, and so on; what was read is gone.
+    # Blocks 4 to 0: block 2's tensors return while block 3 runs, and so on; used tensors are freed.
     assert [arrived for arrived, _ in held] == [n * per_layer for n in (0, 1, 2, 3, 3)]
     assert max(there for _, there in held) < 2 * per_layer
     assert alive(store.arrivals) == store.pool.used_bytes == 0
@@ -268,7 +268,7 @@ def test_nothing_is_left_after_a_backward_or_without_one():
         total = forward(model, 1.0)
         assert store.pool.used_bytes > 0
         total.backward()
-        # The loss is still held, its graph's nodes with it, and no more.
+        # The loss is still alive, with its graph's nodes only.
         assert store.pool.used_bytes == alive(store.arrivals) == alive(store.sources) == 0
         dropped = forward(model, 1.0)
         assert store.pool.used_bytes > 0
@@ -318,7 +318,7 @@ def test_a_retained_graph_is_read_twice():
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_backward_in_two_halves(kind: Kind):
-    """As zero-bubble schedules run it: gradients of inputs first, those of weights later."""
+    """As in zero-bubble schedules: gradients of inputs first, those of weights later."""
     part = make(kind, part=Part(range(LAYERS), first=False, last=False))
     tokens_BL = torch.zeros(1, L, dtype=torch.int64)
     grad_BLD = torch.randn(1, L, D, generator=torch.Generator().manual_seed(2))
@@ -338,7 +338,7 @@ def test_backward_in_two_halves(kind: Kind):
     assert torch.equal(x, expected_x)
     assert same(gradient, expected)
     assert store.bytes_out <= store.bytes_in <= 2 * store.bytes_out
-    gc.collect()  # torch's halves leave cycles
+    gc.collect()  # torch's split backward leaves cycles
     assert store.pool.used_bytes == alive(store.arrivals) == 0
 
 
@@ -346,7 +346,7 @@ def test_backward_in_two_halves(kind: Kind):
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
 def test_with_checkpointing(checkpointing: Literal["full", "selective"], kind: Kind, dtype: str):
-    """Of a layer that is computed again its input goes, and what selective keeps."""
+    """A recomputed layer offloads its input and the tensors saved by selective checkpointing."""
     model = make(kind, dtype)
     apply_checkpointing(model, checkpointing, dropout=False)
     expected = gradients(model, 0.0)
@@ -364,15 +364,13 @@ def test_with_checkpointing(checkpointing: Literal["full", "selective"], kind: K
         assert store.bytes_out > 4 * inputs
 
 
-@pytest.mark.parametrize(
-    "checkpointing",
-    [*(pytest.param(each, marks=pytest.mark.slow) for each in ("none", "full")), "selective"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_compiled_blocks_stay_whole(checkpointing: Literal["none", "full", "selective"]):
     model = make(dtype="bf16")
     if checkpointing != "none":
         apply_checkpointing(model, checkpointing, dropout=False)
-    compile_parts(model)  # a break would fail
+    compile_parts(model)  # fails on a graph break
     expected = gradients(model, 0.0)
     store = Watched(model)
     total = forward(model, 1.0)
@@ -381,6 +379,6 @@ def test_compiled_blocks_stay_whole(checkpointing: Literal["none", "full", "sele
     assert same(take_gradients(model), expected)
     assert store.bytes_in == store.bytes_out >= 3 * L * D * 2
     assert store.pool.used_bytes == alive(store.arrivals) == 0
-    # Compiled while the hooks were set, the code is the same.
+    # Code compiled with the hooks installed is the same.
     torch.compiler.reset()
     assert same(gradients(model, 1.0), expected)

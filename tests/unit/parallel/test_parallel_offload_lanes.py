@@ -1,4 +1,4 @@
-"""Offload of activations with copies that run late: order, waits, time, memory of the host."""
+"""Activation offload with delayed copies: order, waits, time, host memory."""
 
 # B sequences, L tokens in a sequence, D width
 
@@ -59,14 +59,14 @@ def make(
 
 
 def total(model: Transformer, seed: int = 0, length: int = L) -> Tensor:
-    """The loss of sequences that are one document each."""
+    """Return the loss of sequences that are one document each."""
     generator = torch.Generator().manual_seed(seed)
     tokens_BL = torch.randint(VOCAB, (2, length), generator=generator)
     return model(tokens_BL, tokens_BL.roll(-1, 1)).total
 
 
 def gradients(model: Transformer) -> dict[str, Tensor]:
-    """Of two micro-batches in flight at once, the first one's backward first."""
+    """Return gradients of two micro-batches in flight at once, the first one's backward first."""
     if routers(model):
         begin_step(model, 4 * L)
     first, second = total(model, 0), total(model, 1)
@@ -107,7 +107,7 @@ def test_late_copies_change_no_bit(
     expected = gradients(model)
     machine = Machine()
     store = offload(model, machine, share)
-    for _ in range(2):  # the second time in memory that holds the first one's bytes
+    for _ in range(2):  # the second time reuses the first one's memory
         assert same(gradients(model), expected)
     assert machine.out.begun == machine.out.run > 0
     assert machine.back.begun == machine.back.run == machine.out.begun
@@ -156,7 +156,7 @@ def test_memory_of_the_host_that_is_given_twice_is_seen(monkeypatch: pytest.Monk
 
 
 def timed(model: Transformer, machine: Machine, forward_s: float = 1.0) -> None:
-    """Let blocks take time: a forward, and twice as long for the backward."""
+    """Give blocks a duration: a forward, and twice as long for the backward."""
     for layer, block in model.blocks.items():
         block.register_forward_hook(lambda *_, n=layer: machine.computes(f"F{n}", forward_s))
         block.attention_norm.register_full_backward_hook(
@@ -165,7 +165,7 @@ def timed(model: Transformer, machine: Machine, forward_s: float = 1.0) -> None:
 
 
 def test_copies_go_behind_the_next_block_and_come_back_one_block_ahead() -> None:
-    """Of checkpointed blocks one tensor goes, the input, so each copy is one line of the log."""
+    """Checkpointed blocks offload one tensor, the input, so each copy is one line of the log."""
     model, machine = make("full"), Machine()
     timed(model, machine)
     offload(model, machine)
@@ -180,7 +180,7 @@ def test_copies_go_behind_the_next_block_and_come_back_one_block_ahead() -> None
 def test_copies_cost_nothing_while_they_are_shorter_than_a_forward(
     checkpointing: Checkpointing,
 ) -> None:
-    """What ``scaling.offload.Traffic.hides`` says: all of a layer's bytes within its forward."""
+    """The condition of ``scaling.offload.Traffic.hides``: a layer's bytes within its forward."""
     model = make(checkpointing)
     store = offload(model, Machine())
     total(model).backward()
@@ -204,7 +204,7 @@ def test_the_host_is_asked_for_memory_in_the_first_step_alone() -> None:
     for _ in range(3):
         gradients(model)
     assert (store.pool.held_bytes, store.pool.allocations) == (held, allocations)
-    # Both micro-batches were in flight at once; the rest is what slabs have left over.
+    # Both micro-batches were in flight at once; the difference is unused space in slabs.
     assert store.bytes_out / 4 < held < 1.5 * store.bytes_out / 4
 
 
@@ -220,7 +220,7 @@ def test_lengths_that_vary_need_no_more_than_the_longest() -> None:
 
 
 class FakeStream:
-    """Notes what a CUDA stream is asked for, and by whose leave."""
+    """Record the calls of a CUDA stream, and the current stream."""
 
     current: FakeStream
 
@@ -242,7 +242,7 @@ class FakeStream:
 def test_a_cuda_lane_waits_for_computation_and_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What it asks of CUDA, in order; tests/gpu has the real thing."""
+    """Records its calls to CUDA, in order; tests/gpu has the real test."""
     log: list[str] = []
     computing, other = FakeStream("computing", log), FakeStream("other", log)
     FakeStream.current = computing
@@ -302,7 +302,7 @@ def test_what_is_larger_than_a_slab_has_one_to_itself() -> None:
 
 
 def test_no_storage_goes_twice_and_no_parameter_goes() -> None:
-    """Whatever else asks: each address of a forward once, none of them a parameter's."""
+    """For every caller: each address of a forward once, and no parameter's."""
     model = make()
     sources: list[int] = []
 

@@ -1,4 +1,4 @@
-"""What a step's messages can hide behind, counted on one simulated rank."""
+"""Computation that can overlap a step's messages, counted on one simulated rank."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_gathers_run_behind_the_blocks_before(model: dict[str, Any], stage: int)
     log = log_of(config(model, zero={"stage": stage}), 2)
     gathers = blocks(of(log, "all-gather", owner="gather"))
     exposed = [m.owner for m in gathers if m.behind == 0]
-    # Nothing comes before the first two blocks of a forward.
+    # No computation precedes the first two blocks of a forward.
     assert all(" blocks.0" in name or " blocks.1" in name for name in exposed), exposed
 
 
@@ -115,7 +115,7 @@ def test_gathers_are_two_blocks_ahead() -> None:
     third = next(m for m in log.messages if m.owner == "gather blocks.2")
     first = next(m for m in log.messages if m.owner == "gather blocks.0")
     assert first.behind == 0
-    # All that the block before it and the one before that compute.
+    # All computation of the two blocks before it.
     fourth = next(m for m in log.messages if m.owner == "gather blocks.3")
     assert third.behind == 2 * (fourth.begun - third.begun) > 0
 
@@ -146,8 +146,8 @@ def test_buckets_run_behind_the_last_backward() -> None:
 def test_rows_travel_behind_the_shared_expert(world_size: int, layout: dict[str, Any]) -> None:
     log = log_of(config(MOE, **layout), world_size)
     rows = [m for m in of(log, "all-to-all") if m.call.dtype == "bfloat16" and m.call.axis != "tp"]
-    # Forward there and back, backward there and back, five layers, two micro-batches: one way of
-    # each has the shared expert to hide behind.
+    # Forward there and back, backward there and back, five layers, two micro-batches: one direction
+    # of each can overlap with the shared expert.
     assert len(rows) == 4 * 5 * 2
     assert sum(m.behind > 0 for m in rows) == 2 * 5 * 2
 

@@ -1,4 +1,4 @@
-"""What we change in torch's schedules."""
+"""Our changes to torch's schedules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from allometry.scaling.layout import ONE_STAGE_SCHEDULES, V_SCHEDULES
 
 
 def made(schedule: str, rank: int, per_rank: int, count: int, pp: int = 2) -> Any:
-    """Torch's schedule on stages that compute nothing."""
+    """Return torch's schedule on stages without computation."""
     last = pp * per_rank - 1
     numbers = [rank, last - rank] if schedule in V_SCHEDULES else range(rank, last + 1, pp)
     stages = [
@@ -42,7 +42,7 @@ FORMS = [
 def test_stages_are_gathered_first_and_reduced_last(
     schedule: str, per_rank: int, rank: int
 ) -> None:
-    """Also where torch takes turns in gathering them, as it does with more than three."""
+    """Also when torch alternates their gathers, as with more than three stages."""
     changed = made(schedule, rank, per_rank, 8)
     before = list(changed.pipeline_order_with_comms[rank])
     _gather_first_and_reduce_last(changed)
@@ -57,7 +57,7 @@ def test_stages_are_gathered_first_and_reduced_last(
         assert [action.stage_index for action in actions] == sorted(
             stage.stage_index for stage in changed._stages
         )
-    # Torch reduces one stage while another still has passes to do.
+    # Torch reduces one stage while another still has passes to run.
     kinds = [action.computation_type.name for action in before]
     passes = [i for i, action in enumerate(before) if action.is_compute_op]
     assert kinds.index("REDUCE_GRAD") < passes[-1]

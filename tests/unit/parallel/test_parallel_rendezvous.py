@@ -1,4 +1,4 @@
-"""Ranks that are started again meet in a part of the store that is new, and learn why."""
+"""Restarted ranks rendezvous under a new prefix of the store, and learn the reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 def meeting(
     store: dist.Store, known: Sequence[Restart], timeout: timedelta = TIMEOUT
 ) -> list[tuple[dist.Store, Restart]]:
-    """All ranks meet; what each gets."""
+    """Run the rendezvous of all ranks; return each rank's result."""
     with ThreadPoolExecutor(len(known)) as pool:
         ranks = [
             pool.submit(meet, store, rank, len(known), restart, timeout)
@@ -48,7 +48,7 @@ def test_the_first_rank_hears_of_the_failures_of_all_nodes() -> None:
 
 
 def test_a_token_that_an_earlier_rank_left_is_nobody_s() -> None:
-    """Ranks 1 and 2 meet; of rank 2 only what it left before is there."""
+    """Ranks 1 and 2 rendezvous; rank 2 is present only through its earlier token."""
     store = dist.HashStore()
     store.set_timeout(TIMEOUT)
     meeting(store, [Restart()] * 3)

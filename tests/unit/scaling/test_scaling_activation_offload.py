@@ -1,4 +1,4 @@
-"""What the plan says of activations on the host, against what a model moves there."""
+"""The plan's numbers for activation offload, against the bytes that a model moves."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ SHARE, FULL = "training.activation_offload=0.5", "training.activation_checkpoint
 
 
 def test_what_travels_by_hand() -> None:
-    """A checkpointed block's input in bf16: 4096 numbers of each of 4096 tokens."""
+    """A checkpointed block's input in bf16: 4096 numbers for each of 4096 tokens."""
     assert plan(FULL).activation_traffic is None
     planned = plan(FULL, SHARE)
     traffic = planned.activation_traffic
@@ -95,7 +95,8 @@ def test_what_travels_by_hand() -> None:
 
 
 def test_layouts_share_what_travels() -> None:
-    """Tensor parallelism divides bytes and arithmetic; a pipeline the layers, all but two each."""
+    """Tensor parallelism divides bytes and FLOPs; a pipeline divides layers,
+    minus two per stage."""
     one, cut = (plan(FULL, SHARE, *more).activation_traffic for more in ((), ("parallel.tp=2",)))
     assert one is not None
     assert cut is not None

@@ -1,4 +1,4 @@
-"""Each rule about combinations that no expert would run: when it speaks, and when it is silent."""
+"""Each rule about inadvisable combinations: cases with advice and without."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_what_no_checkpointing_makes_fit_may_with_offload() -> None:
 
 
 def test_a_copy_hides_behind_the_attention_of_long_sequences() -> None:
-    """Arithmetic grows with the square of the tokens, what travels with the tokens."""
+    """FLOPs grow with the square of the tokens, offloaded bytes linearly."""
     rule, share = "copies_of_activations_do_not_hide", "training.activation_offload=1.0"
     assert "longer sequences" not in said(SEVEN, 32, share)[rule]
     assert rule not in said(SEVEN, 32, *LONG, share, "data.sequence_length=524288")

@@ -1,4 +1,4 @@
-"""The table of attention's back ends, and the memory estimate that reads it."""
+"""The table of attention back ends, and the memory estimate that uses it."""
 
 import pytest
 
@@ -35,15 +35,15 @@ def activations(call: AttentionCall) -> int:
 @pytest.mark.parametrize(
     ("changes", "more_bytes"),
     [
-        ({}, 0),  # flash: a log-sum-exp for each head, whatever the length
+        ({}, 0),  # flash: a log-sum-exp per head, for any length
         ({"packed": True}, 0),  # a kernel for documents of any lengths
-        ({"packed": True, "dtype": "fp32"}, 4 * LENGTH),  # a mask, which is kept
+        ({"packed": True, "dtype": "fp32"}, 4 * LENGTH),  # a saved mask
         ({"packed": True, "dtype": "fp32", "device": "cpu"}, 0),
     ],
 )
 def test_memory_is_what_the_back_end_keeps(changes: dict[str, object], more_bytes: int) -> None:
     call = FUSED_ATTENTION._replace(length=LENGTH, **changes)
-    assert choose_backend(call).kept_bytes(4, LENGTH, 4) == 4 * 4 + more_bytes
+    assert choose_backend(call).kept(call, 4, 4, sequences=1) == 4 * 4 + more_bytes
     fused = FUSED_ATTENTION._replace(device=call.device)
     assert activations(call) - activations(fused) == 3 * TOKENS * more_bytes
 

@@ -55,7 +55,8 @@ def test_ramp_by_hand() -> None:
 
 
 def test_stages_that_a_step_jumps_over_are_not_in_the_plan() -> None:
-    # 8 sequences of one token take the batch to 16 in one step: stages of 9 to 15 would end at 8.
+    # 8 sequences of one token increase the batch to 16 in one step: stages of 9 to 15 would end at
+    # 8.
     plan = BatchPlan(ramped(8, 1, 16, 8), 1)
     stages = [(stage.first_step, stage.first_sequence, stage.sequences) for stage in plan.stages]
     assert stages == [(1, 0, 8), (2, 8, 16)]
@@ -77,7 +78,7 @@ def test_every_ramp_is_what_its_definition_says_step_by_step() -> None:
             steps = plan.steps_for_tokens(tokens)
             assert plan.tokens_after(steps) >= tokens
             assert steps == 0 or plan.tokens_after(steps - 1) < tokens
-    assert jumped > 10  # stages that a single step jumps over occur among them
+    assert jumped > 10  # some cases have stages that a single step skips
 
 
 def test_length_and_warmup_in_tokens_become_steps() -> None:

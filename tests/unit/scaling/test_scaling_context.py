@@ -1,4 +1,4 @@
-"""What hybrid data/context parallelism can take, and how a refusal reads."""
+"""Supported settings of hybrid data/context parallelism, and the wording of refusals."""
 
 from typing import Any
 

@@ -81,7 +81,8 @@ def test_count_of_the_25m_model_and_of_a_tied_one() -> None:
 
 
 class Twin(nn.Module):
-    """The same products as the real model, attention written out, nothing else."""
+    """Module with the matrix products of the real model, explicit attention, and no other
+    operators."""
 
     def __init__(self, model: DenseModel) -> None:
         super().__init__()
@@ -123,8 +124,8 @@ class Twin(nn.Module):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("length", [1, 8, 33])
 def test_flops_equal_torchs_counter(length: int, tied: bool) -> None:
-    # torch counts every pair of positions, we count the (L+1)/2 in L that the causal mask leaves:
-    # the two products with an activation on both sides (bmm) shrink by that factor.
+    # torch counts every pair of positions, we count the (L+1)/2 of L pairs left by the causal mask:
+    # the two products of activations (bmm) shrink by that factor.
     model = dense(tied_embeddings=tied)
     twin = Twin(model)
     tokens = torch.zeros(2, length, dtype=torch.long)

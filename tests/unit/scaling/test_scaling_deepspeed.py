@@ -1,4 +1,4 @@
-"""What the deepspeed engine is told, and what is refused before anything starts."""
+"""The deepspeed engine's config, and refusals before the start."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def made(tiny: Make, *more: str, stage: int = 3, **zero: Any) -> RunConfig:
             ),
             *(2, "^parallel.context.offload=selective "),
         ),
-        # DeepSpeed takes these two without a word and keeps the states in memory.
+        # DeepSpeed silently accepts these two and keeps the states in memory.
         ({"stage": 2, **NVME}, (), 2, "optimizer_states.nvme=swap .* stage 3 alone"),
         ({"stage": 1, **NVME}, (), 2, "optimizer_states.nvme=swap .* stage 3 alone"),
     ],
@@ -157,7 +157,7 @@ def test_extra_keys_lie_over_ours(tiny: Make) -> None:
 def test_parameters_on_nvme_have_buffers_and_are_not_read_ahead(tiny: Make) -> None:
     told = settings(made(tiny, offload="nvme", **NVME), 2, swap="/there")["zero_optimization"]
     assert told["stage3_prefetch_bucket_size"] == 0
-    # 9 matrices and norms in a block, with those of queries and keys 11; twice as many buffers.
+    # 9 matrices and norms in a block, 11 with those of queries and keys; twice as many buffers.
     assert told["offload_param"]["buffer_count"] == 22
     assert told["offload_param"]["buffer_size"] % 2**18 == 0
 
@@ -203,7 +203,7 @@ def test_what_knows_the_other_engine_alone_says_so(tiny: Make, tmp_path: Path) -
 
 
 def test_the_estimate_is_of_this_engine(tiny: Make) -> None:
-    """DeepSpeed's bucket and masters are there; what is on the host is not."""
+    """Includes DeepSpeed's bucket and masters; excludes memory on the host."""
 
     def estimate(stage: int, **more: Any) -> Any:
         return RunPlan.of(made(tiny, stage=stage, **more), 2).memory

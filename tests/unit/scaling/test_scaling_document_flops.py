@@ -1,4 +1,4 @@
-"""FLOPs of whole documents are those of their tokens at their own lengths."""
+"""FLOPs of documents equal those of their tokens at the documents' lengths."""
 
 from allometry.configs.model import DenseModel
 from allometry.scaling.count import document_flops, flops_per_token

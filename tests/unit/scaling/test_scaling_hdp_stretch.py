@@ -1,4 +1,4 @@
-"""What documents cost the planner is what their own plan takes."""
+"""The planner's cost of documents equals the time of their own plan."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_equal_documents_on_equal_ranks_stretch_nothing() -> None:
     plan = make_plan(lengths, 4, context, free, "free", layers=MODEL.num_layers)
     found = document_columns(plan, free)
     assert found == {"attended": 512, "document_stretch": pytest.approx(1, rel=1e-9)}
-    # The seconds that the cost model says of the even work, stretched, are the plan's makespan.
+    # The cost model's seconds for even work, times the stretch, equal the plan's makespan.
     uneven = planned(0, "lockstep")
     lengths_n = np.array(uneven.lengths, dtype=float)
     even = COST.compute(lengths_n.sum(), (lengths_n * (lengths_n + 1)).sum()) / uneven.ranks

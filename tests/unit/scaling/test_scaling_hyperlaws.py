@@ -1,4 +1,4 @@
-"""Laws of hyperparameters: published values, runs behind them, ranges in words."""
+"""Laws of hyperparameters: published values, the underlying runs, ranges in words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from allometry.scaling import hyperlaws
 from allometry.scaling.hyperlaws import Target, disagreements, suggest
 from allometry.scaling.shapes import at_depth
 
-# The runs of Step Law, where they lie beside the project; they are not ours to distribute.
+# The runs of Step Law, if present next to the project; we may not distribute them.
 RUNS = Path(__file__).resolve().parents[4] / "shared" / "data" / "laws" / "steplaw"
 MODEL = DenseModel(vocab_size=1000, width=64, num_layers=4, num_heads=4, ffn_width=128)
 
@@ -51,7 +51,7 @@ def test_hyperp_at_its_base_and_up_its_ladder() -> None:
     η₀·√(B/B₀)·√(L₀/L)·(T/T₀)^−0.32 away from the base of 8 layers and 10.4e9 tokens."""
     # The authors' runs at the base used rates of .014 to .016.
     assert 0.014 < hyperlaws.hyperp_base_lr(10.4e9) < 0.016
-    # The ladder and the fit are one power of the tokens.
+    # Ladder and fit are the same power of the tokens.
     (fit,) = [s for s in suggest(target(tokens=10**11, num_layers=16)) if s.law == "hyperp"]
     ladder = hyperlaws.hyperp_base_lr(10.4e9) * math.sqrt(8 / 16) * (1e11 / 10.4e9) ** -0.32
     assert fit.lr == pytest.approx(ladder, rel=1e-6)
@@ -70,7 +70,7 @@ def test_ling_law_is_near_the_rates_that_its_authors_ran(
 
 
 def test_minicpm_and_deepseek_laws() -> None:
-    # MiniCPM's 2.4B model trained on steps of 3.93M tokens.
+    # MiniCPM's 2.4B model was trained with steps of 3.93M tokens.
     assert hyperlaws.minicpm_batch(2.5) == pytest.approx(3.98e6, rel=0.01)
     # DeepSeek 7B, 2T tokens: 2304 sequences of 4096 tokens at 4.2e-4.
     lr, batch = hyperlaws.deepseek_law(6 * 7e9 * 2e12)
@@ -79,7 +79,7 @@ def test_minicpm_and_deepseek_laws() -> None:
 
 
 def cells(name: str, batches: int) -> dict[tuple[float, ...], tuple[float, float]]:
-    """(learning rate, batch in tokens) of the least loss in each cell (N, active N, D)."""
+    """Return (learning rate, batch in tokens) of the lowest loss in each cell (N, active N, D)."""
     path = RUNS / name
     if not path.exists():
         pytest.skip(f"{path} is not here: the law is not held against the authors' runs")
@@ -156,7 +156,7 @@ def test_a_target_counts_what_the_laws_count() -> None:
     made = Target.of(MODEL, 10**6, 128)
     block = 4 * 64 * 64 + 3 * 64 * 128
     assert made.parameters == made.active == 4 * block
-    # Attention over the full square: 2 products of 2 x width for each token met.
+    # Attention over the full square: 2 products of 2 x width per pair of tokens.
     assert made.flops == pytest.approx(1e6 * 3 * (2 * 4 * block + 4 * 4 * 64 * 129), rel=1e-9)
     deeper = Target.of(MODEL, 10**6, 128, parameters=8 * 4 * block)
     assert deeper.num_layers == 8

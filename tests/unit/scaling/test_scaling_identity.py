@@ -1,4 +1,4 @@
-"""At the base nothing is scaled; every parameter has one group; what contradicts is refused."""
+"""The base is not scaled; every parameter has one group; contradictory settings are refused."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_independent_decay_takes_the_same_share_at_any_rate_and_width() -> None:
 
 @pytest.mark.parametrize("kind", ["muon", "apollo"])
 def test_independent_decay_is_over_the_rate_of_the_group(kind: str) -> None:
-    """That of AdamW for what AdamW updates, where it has a rate of its own."""
+    """For AdamW's parameters, AdamW's own rate if it has one."""
     config = optimizer(kind, lr=0.02, adamw_lr=0.006, weight_decay=0.003)
     for name in ("sp", "mup"):
         rules = Parameterization(
@@ -262,7 +262,7 @@ def test_contradictions_are_one_sentence(
     with pytest.raises(UserError, match=sentence) as error:
         Parameterization(parameterization(name, **changes), mixture(**model), optimizer(kind))
     assert "\n" not in str(error.value)
-    assert "; " in str(error.value)  # and what to do
+    assert "; " in str(error.value)  # and the fix
 
 
 def test_mixtures_rules_need_a_mixture_and_spheres_no_decay() -> None:

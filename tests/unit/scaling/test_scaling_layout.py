@@ -1,4 +1,4 @@
-"""Which layouts a run can take, and how a refusal reads."""
+"""Supported layouts of a run, and the wording of refusals."""
 
 from itertools import combinations, pairwise
 from typing import Any

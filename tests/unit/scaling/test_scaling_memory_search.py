@@ -1,4 +1,4 @@
-"""What the estimate of memory leaves out for speed never holds the fullest moment."""
+"""Shortcuts of the memory estimate never skip the peak."""
 
 from __future__ import annotations
 

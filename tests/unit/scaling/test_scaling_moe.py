@@ -1,4 +1,4 @@
-"""Mixtures of experts: what is counted, what is kept, and how their parameters scale."""
+"""Mixtures of experts: parameter counts, saved tensors, and scaling of parameters."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_dense_models_parameters_are_all_active() -> None:
         ("moe_demo", 6_692_800, 3_153_856),
         ("moe_1b_a200m", 928_025_600, 198_216_704),
         ("moe_ling_mini", 16_255_638_528, 1_432_968_192),
-        ("moe_mixtral_8x7b", 46_702_792_704, 12_879_925_248),  # what transformers counts
+        ("moe_mixtral_8x7b", 46_702_792_704, 12_879_925_248),  # transformers' count
     ],
 )
 def test_presets_have_the_sizes_in_their_names(preset: str, total: int, active: int) -> None:
@@ -155,7 +155,7 @@ def test_a_gathered_block_is_the_largest_one() -> None:
         )
         return memory.compute_copies
 
-    # Three blocks of experts, the router in fp32, beside norm and head.
+    # Three blocks of experts, the router in fp32, without norm and head.
     block = 2 * (4 * 48 * 48 + 8 * 3 * 48 * 32 + 2 * 48) + 4 * 8 * 48
     assert copies(mixture()) == 3 * block + 2 * (64 * 48 + 48)
 

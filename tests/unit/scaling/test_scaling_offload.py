@@ -1,4 +1,4 @@
-"""What the dry run counts on the device where optimizer states live elsewhere."""
+"""Device memory in the dry run with offloaded optimizer states."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ MODEL = DenseModel(
     kind="dense", vocab_size=8192, width=512, num_layers=8, num_heads=8, ffn_width=1536
 )
 STATES = 8 * count_parameters(MODEL).total
-LARGEST = 8 * 8192 * 512 + 4  # and its count of steps
+LARGEST = 8 * 8192 * 512 + 4  # and its step count
 MUON = 4 * 1536 * 512
 
 
@@ -46,7 +46,7 @@ def test_what_stays_and_three_buckets_are_on_the_device(nvme: str | None) -> Non
     half = on_device(nvme=nvme, device=0.5, bucket_mib=1)
     assert half == pytest.approx(STATES / 2 + (3 << 20), abs=200)
     assert on_device(nvme=nvme, device="0.125 GiB", bucket_mib=1) == (1 << 27) + (3 << 20)
-    # Never more than without the section.
+    # At most as much as without the section.
     assert on_device(nvme=nvme, device="100 GiB") == pytest.approx(STATES, abs=1000)
 
 

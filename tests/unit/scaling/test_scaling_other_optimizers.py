@@ -1,4 +1,4 @@
-"""The coordinate check of muP's learning rates for rules other than Adam's, which are derived."""
+"""Coordinate check of muP's derived learning rates for rules other than Adam's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ SAI = {"kind": "sgd_sai", "lr": 1e-3, "weight_decay": 0.0}
 
 @cache
 def tokens() -> torch.Tensor:
-    """Two batches of a Markov chain over 128 symbols, few of which follow each, as in text."""
+    """Return two batches of a Markov chain over 128 symbols with few successors
+    each, as in text."""
     draw = random.Random(1)
     common = [1.0 / (1 + rank) for rank in range(MODEL.vocab_size)]
     followers = [draw.choices(range(MODEL.vocab_size), common, k=6) for _ in common]
@@ -79,7 +80,7 @@ def test_without_the_rules_they_do_not() -> None:
 
 @pytest.mark.parametrize("kind", ["apollo", "apollo_mini"])
 def test_matrices_behind_a_head_of_zeros_move(kind: str) -> None:
-    """Their first gradient is zero, and a limit on growth from zero would hold them for good."""
+    """Their first gradient is zero, and a limit on growth from zero would freeze them."""
     config = TypeAdapter(OptimizerConfig).validate_python({"kind": kind, "lr": 0.01})
     mup = TypeAdapter(ParameterizationConfig).validate_python({**MUP, "zero_head": True})
     rules = Parameterization(mup, MODEL, config)

@@ -1,4 +1,4 @@
-"""``optimizer.overrides``: which parameters an entry names, what they get, what is refused."""
+"""``optimizer.overrides``: selected parameters, their settings, and refusals."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_layers_before_the_first_that_is_trained_keep_no_activation() -> None:
     whole, ends = saved(), {"roles": "input", "freeze": True}
     half = saved(ends, {"layers": "0-1", "freeze": True})
     assert half[SWIGLU] == whole[SWIGLU] // 2
-    # With a trained embedding all of them are differentiated, but products keep no input.
+    # A trained embedding requires gradients of all activations, but products save no input.
     between = saved({"layers": "0-3", "roles": "hidden", "freeze": True})
     assert between[SWIGLU] == whole[SWIGLU] // 2, "silu(gate), without its product with up"
     assert 0 < between[NORMS] < whole[NORMS]

@@ -133,7 +133,7 @@ def test_description_is_json_and_complete() -> None:
 
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_learning_rates_and_decay_equal_the_mup_package(m: int) -> None:
-    """The public implementation of the paper is the oracle for lr and lr x decay."""
+    """The paper's public implementation is the reference for lr and lr x decay."""
     mup_package = pytest.importorskip("mup")
     specs = [spec for spec in inventory(model_at(m)) if spec.role is not Role.OUTPUT]
     shapes = {spec.name: spec.shape for spec in inventory(model_at(1))}
@@ -186,7 +186,7 @@ def test_ten_steps_are_those_of_the_mup_package() -> None:
         "hidden": ParamSpec("hidden", Role.HIDDEN, (64, 64), fan_in=64, fan_out=64),
         "output": ParamSpec("output", Role.OUTPUT, (5, 64), fan_in=64, fan_out=5),
     }
-    # The package leaves epsilon alone; so small a one plays no part in either.
+    # The package does not scale epsilon; such a small value has no effect in either.
     config = AdamW(lr=0.01, weight_decay=0.1, eps=1e-30)
     model = DenseModel(vocab_size=5, width=64, num_layers=1, num_heads=4, ffn_width=64)
     rules = Parameterization(MaximalUpdateParameterization(base_width=16), model, config)
@@ -210,12 +210,12 @@ def test_ten_steps_are_those_of_the_mup_package() -> None:
 
 
 def test_a_rank_above_a_side_of_a_matrix_needs_no_weights_to_be_refused() -> None:
-    """The same sentence as the optimizer's own, from the shapes alone."""
+    """The optimizer's own sentence, from the shapes alone."""
     model, sp = model_at(1), StandardParameterization()
     said = (
         r"optimizer.rank=97 is above the smaller side of blocks.0.attention.wq.weight, 96; choose"
     )
-    # Keys have 3 heads of 16: the first matrix whose smaller side is below 96 is theirs.
+    # Keys have 3 heads of 16: their matrix is the first whose smaller side is below 96.
     keys = (
         r"optimizer.rank=49 is above the smaller side of blocks.0.attention.wk.weight, 48; choose"
     )

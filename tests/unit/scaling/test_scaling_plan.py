@@ -50,7 +50,7 @@ def test_plan_of_a_run() -> None:
     config = run_config()
     plan = RunPlan.of(config, world_size=4)
     assert plan.hdp == 4
-    assert plan.total_steps == 62  # 1e6 / 16384 = 61.04, rounded up to whole steps
+    assert plan.total_steps == 62  # 1e6 / 16384 = 61.04, rounded up to full steps
     assert plan.total_tokens == 62 * 32 * 512
     assert plan.warmup_steps == 2
     assert plan.micro_batches(1) == 2
@@ -126,7 +126,7 @@ def test_experts_that_ranks_do_not_divide_are_cut_in_another_dimension() -> None
     assert zero_dim((8, 96, 64), 8) == zero_dim((16, 3, 5), 8) == 0
     assert zero_dim((4, 96, 64), 8) == zero_dim((12, 96, 64), 8) == 1
     assert zero_dim((4, 90, 64), 8) == 2
-    assert zero_dim((4, 90, 60), 8) == 0  # padded: FSDP2 cuts nothing else unevenly
+    assert zero_dim((4, 90, 60), 8) == 0  # padded: FSDP2 shards no other dimension unevenly
     assert zero_dim((3, 64), 8) == zero_dim((3,), 8) == 0
 
 
@@ -149,7 +149,7 @@ def test_a_pipeline_keeps_one_gradient_of_the_head_for_all_micro_batches_in_flig
 def test_copies_and_loss_by_hand() -> None:
     memory = estimate(logits_chunk_tokens=1024)
     inputs, head = 2 * 2048 * 384, 8192 * 384
-    # Logits and their softmax in fp32, beside the head's gradient of the chunk before.
+    # Logits and their softmax in fp32, plus the head's gradient of the previous chunk.
     assert at_head(memory) == (2 + 4) * 1024 * 8192 + 4 * head + inputs
     assert at_head(estimate(logits_chunk_tokens=4096)) == (2 + 4) * 2048 * 8192 + inputs
     assert estimate(compute_bytes=4).compute_copies == 0

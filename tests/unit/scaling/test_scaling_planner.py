@@ -1,4 +1,4 @@
-"""The planner's cost model: exact where a formula is, and never the wrong way."""
+"""The planner's cost model: exact for known formulas, and monotonic."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_bubbles_of_equal_stages_are_the_formulas_exactly() -> None:
 
 
 def test_a_step_of_1f1b_is_micro_batches_and_one_less_than_stages() -> None:
-    # Equal stages: nothing but the layers takes time worth the name.
+    # Equal stages: only the layers take significant time.
     plain = DENSE | {"vocab": 1, "pp": 4, "dp": 1, "even_stages": 1}
     found = step_time(cases(plain)).terms
     per_stage = sum(
@@ -128,12 +128,12 @@ def test_more_work_is_never_faster() -> None:
 def test_attention_gets_more_efficient_with_the_sequence() -> None:
     rows = [DENSE | {"sequence": s, "global_batch": 2**20 // s} for s in (1024, 4096, 16384)]
     seconds = step_time(cases(*rows)).terms["attention"]
-    per_flop = seconds / np.array([1024, 4096, 16384])  # tokens are equal, work is s a token
+    per_flop = seconds / np.array([1024, 4096, 16384])  # equal tokens, work is s per token
     assert (np.diff(per_flop) < 0).all()
 
 
 def test_products_are_arithmetic_at_the_attainable_rate() -> None:
-    # No row and no side too small: 6 FLOPs a parameter and token over what products reach.
+    # No row and no side too small: 6 FLOPs per parameter and token over the products' rate.
     ideal = replace(Constants(), rows_half=1e-9, width_half=1e-9, products=1.0)
     found = step_time(cases(DENSE), ideal).terms["matrix products"][0]
     parameters = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
@@ -182,7 +182,7 @@ def test_ranks_of_one_processor_compute_and_launch_in_turn() -> None:
     layers = rows[0]["layers"] * float(cases(*rows).micro_batches[0])
     assert after.terms["waiting for the host"][0] == pytest.approx(host * layers)
     assert beside.terms["waiting for the host"][0] < after.terms["waiting for the host"][0]
-    # What sends is what computes: nothing hides.
+    # The processor that sends also computes: no overlap.
     assert after.terms["data parallel"][0] > beside.terms["data parallel"][0]
 
 

@@ -1,4 +1,4 @@
-"""Calibration of the planner: constants that made the times are found, and faults are not."""
+"""Calibration of the planner finds the constants of simulated times, and ignores faulty runs."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_times_of_known_constants_are_predicted_where_a_tenth_are_faults() -> No
     assert before > 0.2
     assert own.max() < 0.06
     assert one.constants("ampere").launch_eager_s == pytest.approx(3e-3, rel=0.15)
-    # What no row speaks of stays where it was.
+    # Constants without data keep their values.
     common = found.constants("ampere")
     assert common.experts_bandwidth == pytest.approx(Constants().experts_bandwidth)
 
 
 def test_a_generation_of_cards_has_its_own_rates() -> None:
-    """A rate that one generation reaches in two frameworks is that generation's alone."""
+    """A rate that one generation reaches in two frameworks applies to that generation only."""
     row = MODEL | {"micro_batch": 16, "dp": 8}
     cards = {name: load_hardware(name) for name in ("a100", "h100")}
     rows = [
@@ -86,7 +86,7 @@ def test_three_runs_bring_a_framework_of_its_own_near() -> None:
 
 
 def test_runs_far_from_the_belief_are_learned_from_where_the_belief_allows_it() -> None:
-    """A card held to less power: every run takes longer than believed by the same."""
+    """A power-limited card: every run takes longer than predicted by the same factor."""
     cases, belief = grid(), Calibration.before()
     slow = replace(Constants(), products=0.6, attention=0.5, memory=0.6, launch_eager_s=4e-3)
     truth = step_time(cases, slow).seconds
@@ -97,7 +97,7 @@ def test_runs_far_from_the_belief_are_learned_from_where_the_belief_allows_it() 
     )
     assert before > 0.5
     assert after < 0.05
-    # A run that the belief holds for impossible hardly moves it.
+    # A run that the prior considers impossible hardly changes it.
     wrong = truth[some] * np.where(some == 8, 50, 1)
     stalled = adapt(belief, cases.take(some), wrong)
     assert np.median(np.abs(truth / predict(stalled, cases).seconds - 1)) < before / 3
@@ -135,6 +135,6 @@ def test_runs_that_a_fault_made_slow_are_found_without_a_model() -> None:
     stalled[[3, 10]] *= 4
     found = slowness(cases, stalled, sources)
     assert set(np.flatnonzero(found > SLOW)) == {3, 10}
-    # Another source's fast runs prove nothing of this one's.
+    # Fast runs of another source prove no fault in this one.
     apart = np.where(np.isin(np.arange(len(cases)), [3, 10]), "two", "one")
     assert slowness(cases, stalled, apart).max() < SLOW

@@ -1,4 +1,4 @@
-"""Each term of the cost model at its limits: nothing when off, and never the wrong way."""
+"""Each term of the cost model at its limits: zero when disabled, and monotonic."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def seconds(**columns: Any) -> float:
 
 
 def replayed(schedule: str, pp: int, chunks: int, count: int) -> float:
-    """Seconds beyond its work that a rank of equal stages takes, each micro-batch 1 a rank."""
+    """Return the idle seconds of a rank with equal stages, each micro-batch 1 s per rank."""
     units = tuple(Unit((number,), (0,), float(pp)) for number in range(count))
     plan = Plan([8] * count, 1, "free", units, (tuple(range(count)),), capacity=8)
     orders = partial(schedule_orders, schedule, pp, chunks)
@@ -136,12 +136,12 @@ def test_stages_of_zero_send_what_their_table_says() -> None:
     assert one / zero == pytest.approx(6 / 8)
     assert two / zero == pytest.approx((2 + 4 * count) / 8)
     assert three / zero == pytest.approx((4 + 4) * count / 8)
-    # In a pipeline once, as stage 1.
+    # In a pipeline once, as in stage 1.
     assert terms(zero=2, pp=2, dp=8)["data parallel"] == terms(zero=1, pp=2, dp=8)["data parallel"]
 
 
 def test_messages_of_gradients_take_the_steps_of_their_ring() -> None:
-    """What latencies add grows with the ranks of a ring, with a tree's only as their logarithm."""
+    """Latency grows linearly with the ranks of a ring, and logarithmically with those of a tree."""
 
     def added(stage: int, dp: int, pp: int = 1) -> float:
         layout = {"zero": stage, "dp": dp, "pp": pp, "overlap": 0, "global_batch": 4096}
@@ -151,7 +151,7 @@ def test_messages_of_gradients_take_the_steps_of_their_ring() -> None:
     assert added(1, 1) == 0
     assert added(1, 1024) / added(1, 64) == pytest.approx(16, rel=0.01)
     assert added(1, 1024) / added(1, 1024, pp=4) == pytest.approx(4)
-    assert added(0, 8) == pytest.approx(added(1, 8))  # in a node a ring and a chain are the same
+    assert added(0, 8) == pytest.approx(added(1, 8))  # within a node a ring equals a chain
     assert 1 < added(0, 1024) / added(0, 64) < 2
     # Each micro-batch of stage 3 gathers twice and scatters once; stage 1 does each once a step.
     assert added(3, 64) / added(1, 64) == pytest.approx(4096 / 64 * 3 / 2)

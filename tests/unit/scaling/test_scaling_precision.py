@@ -1,4 +1,4 @@
-"""The memory estimate of activations in FP8 against what autograd keeps."""
+"""The memory estimate of FP8 activations against the tensors that autograd saves."""
 
 from typing import Any
 
@@ -79,7 +79,7 @@ def test_rounding_in_parts_needs_copies_in_fp32() -> None:
     saved = PrecisionConfig(saved_activations="fp8")
     assert "forward" not in moments(PrecisionConfig(), compiled=False)
     assert "forward" not in moments(saved, compiled=True)
-    # Gate and up as they are and in three copies; the residual stream and what its norm made.
+    # Gate and up unquantised and in three copies; the residual stream and its norm's output.
     bytes_of_token = (2 + 3 * 4) * 2 * 352 + 2 * 2 * 128
     assert moments(saved, compiled=False)["forward"] == 512 * bytes_of_token
     assert moments(saved, compiled=False)["backward"] > moments(saved, compiled=True)["backward"]

@@ -1,6 +1,6 @@
-"""Every cell of the tables of parameterizations, written out a second time as exponents."""
+"""Every cell of the parameterization tables, written a second time as exponents."""
 
-# m width, l depth, M experts, b batch, each over its value at the base
+# m width, l depth, M experts, b batch, each relative to its value at the base
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def resolved_by_role(rules: Parameterization) -> dict[str, list[Resolved]]:
 
 
 def model_for(name: str, m: int, depth: int, experts: int) -> Any:
-    """The mixture that this parameterization lets grow."""
+    """Return the mixture that this parameterization scales."""
     if name == "mssp-II":
         return mixture(m, depth, experts, expert_width=1)
     return mixture(m, depth, experts)
@@ -98,7 +98,7 @@ def test_rates_decay_and_epsilon(name: str, m: int, depth: int, experts: int) ->
             Parameterization(parameterization(name), mixture(m, depth, experts))
         return
     if name.startswith("mssp"):
-        depth = 1  # its depth rules are CompleteP's and have a test of their own
+        depth = 1  # its depth rules equal CompleteP's and have a separate test
     kind = "muonh" if name == "hyperp" else "adamw"
     model = model_for(name, m, depth, experts)
     rules = Parameterization(parameterization(name), model, optimizer(kind))
@@ -107,7 +107,7 @@ def test_rates_decay_and_epsilon(name: str, m: int, depth: int, experts: int) ->
         ratios = {"m": m, "l": depth, "M": experts}
         for got in kin:
             assert got.lr == pytest.approx(value(lr, **ratios), rel=1e-12)
-            # CompleteP's vectors are in blocks and out of them: they have a test of their own.
+            # CompleteP's vectors inside and outside blocks have a separate test.
             if (name, role) != ("completep", "vector"):
                 assert got.eps == pytest.approx(value(epsilon, **ratios), rel=1e-12)
             expected = 0.0 if decay is None else value(decay, **ratios)
@@ -222,7 +222,7 @@ def test_mupp_batch_rules(
     if rule == "sde":
         with pytest.raises(UserError, match="leaves no second moment"):
             Parameterization(config, mixture(), optimizer(), RunScale(20_000, 1))
-        Parameterization(config, mixture(), None, RunScale(20_000, 1))  # of which no beta2 is known
+        Parameterization(config, mixture(), None, RunScale(20_000, 1))  # without a known beta2
 
 
 @pytest.mark.parametrize("m", [1, 2, 4])
@@ -322,7 +322,7 @@ def test_batch_rules_of_second_moments_need_one() -> None:
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_sgd_sai_follows_the_sgd_columns_less_its_own_factor(m: int) -> None:
     rules = Parameterization(parameterization("mup"), mixture(m), optimizer("sgd_sai"))
-    # The column of SGD, and how many times the elements of a matrix are.
+    # SGD's column, and the factor of the number of elements of a matrix.
     columns = {"input": (m, m), "vector": (m, m), "output": (m, m), "router": (1 / m, m)}
     for role, kin in resolved_by_role(rules).items():
         sgd, elements = columns.get(role, (1, m * m))

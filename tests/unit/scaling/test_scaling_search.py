@@ -1,4 +1,4 @@
-"""A run's row of the cost model: every key of a run that costs time is read or named."""
+"""A run's row of the cost model: every key that affects time is used or listed."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ def test_a_precision_without_a_rate_is_refused() -> None:
 
 
 def test_attention_of_a_cpu_has_the_rate_that_was_measured_there() -> None:
-    """``doctor --measure`` times the CPU's own kernel; a GPU's rate is that of its best one."""
+    """``doctor --measure`` times the CPU's own kernel; a GPU's rate is that of
+    its fastest kernel."""
     config = load("preset:demo", ["data.packing=concatenated"])
     case = Case.of(config, H100, world_size=1, name="h100", device="cpu")
     assert attention_backend(config, "cpu") in KERNEL_RATES

@@ -1,4 +1,4 @@
-"""``parallel: auto``: written in a word or a section, settled once, refused where nothing is."""
+"""``parallel: auto`` as a word or a section: resolved once, refused without a valid layout."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_what_is_settled_has_a_layout_and_the_same_batch() -> None:
 
 
 def test_one_layout_serves_all_stages() -> None:
-    """The longest stage is timed, as it is; the fullest has to fit."""
+    """The longest stage is timed unchanged; the fullest stage must fit."""
     fuller = "stages.1.data.sequence_length=4096"
     config = run(f"parallel={{{H100}}}", fuller, preset="stages_demo")
     settled, facts = settle(config, 4, "cuda")

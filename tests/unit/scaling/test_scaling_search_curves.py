@@ -1,4 +1,4 @@
-"""Scale curves: strong scaling keeps the batch, weak scaling grows it, and holes have reasons."""
+"""Scale curves: strong scaling keeps the batch, weak scaling grows it, gaps have reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search for layouts: what it proposes is what the trainer takes, and the best of it."""
+"""The search for layouts proposes layouts that the trainer accepts, and the best of them."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 def test_a_number_of_gpus_without_a_layout_names_near_ones() -> None:
     config = load("preset:dense_25m", ["batch.sequences=64"])
-    search = Search(config, 88, ASKED)  # 11 divides neither batch nor heads, nor are there layers
+    search = Search(config, 88, ASKED)  # 11 divides no size, and exceeds the layers
     assert not search.cores
     near = near_counts(config, 88, ASKED)
     assert near == [80, 96]

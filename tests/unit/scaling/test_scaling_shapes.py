@@ -90,7 +90,7 @@ def test_one_expert_is_a_mixture_too() -> None:
 
 
 def test_regimes_grow_width_experts_and_visits_together() -> None:
-    """Regime II keeps the width of an expert, III widens it; both may shrink as well."""
+    """Regime II keeps the width of an expert, III widens it; both can also shrink."""
     sizes = {}
     for wide in (False, True):
         for number in (2, 8):

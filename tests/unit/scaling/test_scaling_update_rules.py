@@ -1,4 +1,4 @@
-"""The table of update rules says of every optimizer what its section and its function say."""
+"""The table of update rules agrees with each optimizer's config section and function."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_functions_are_found_by_name(name: str) -> None:
 def test_rates_without_a_column_are_refused(
     name: str, rates: Rates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And never taken for Adam's: a rule gets a factor of its own or an error."""
+    """A rule has its own factor or raises an error; it never uses Adam's factor."""
     if rates is Rates.MUON and rates in COLUMNS[name]:
         return  # its factor depends on keys of Muon's section
     changed = dataclasses.replace(UPDATE_RULES["sgd_sai"], rates=rates)

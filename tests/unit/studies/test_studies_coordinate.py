@@ -46,7 +46,7 @@ MUP_BOUNDS = default_bounds("mup", Axis.WIDTH)
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    # Products this small are slower on several threads, ten times so where cores are shared.
+    # Products this small are slower on several threads, by a factor of ten on shared cores.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,7 +54,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def real_text(batches: int = 1, sequences: int = 4, length: int = 64) -> NDArray[np.int64]:
-    """Source code as bytes, [G, B, L + 1]."""
+    """Return source code as bytes, [G, B, L + 1]."""
     text = inspect.getsource(textwrap).encode("ascii")[: batches * sequences * (length + 1)]
     return np.array(list(text), np.int64).reshape(batches, sequences, length + 1)
 
@@ -111,7 +111,7 @@ def test_the_standard_parameterization_fails_the_same_gate() -> None:
 
 
 def test_gradients_shrink_as_epsilon_does() -> None:
-    """Epsilon is divided by m for every role because every role's gradient is."""
+    """Epsilon is divided by m for every role, because every role's gradient is."""
     config = MaximalUpdateParameterization(base_width=32, embedding_std=1.0)
     inputs_BL, targets_BL = split(real_text()[0])
     squares: dict[str, dict[int, list[float]]] = {}
@@ -137,10 +137,10 @@ def test_gradients_shrink_as_epsilon_does() -> None:
     }
     for role in ("input", "hidden", "output"):
         assert found[role] == pytest.approx(-1.0, abs=0.1), found
-    assert found["vector"] == pytest.approx(-1.0, abs=0.3), found  # few numbers, much noise
+    assert found["vector"] == pytest.approx(-1.0, abs=0.3), found  # few elements, much noise
 
 
-# From twice the base on: with 2 layers the stream still moves more than in the limit of many.
+# From twice the base on: with 2 layers the stream moves more than in the limit of many layers.
 DEPTHS = (4, 8, 16, 32)
 DEPTH_BOUNDS = Bounds.within(0.15, 0.2)
 DEEP = {"kind": "completep", "embedding_std": 1.0, "base_width": 32, "base_layers": 2}
@@ -170,7 +170,7 @@ def test_spheres_move_alike_at_every_width() -> None:
 
 
 def test_logits_of_the_published_head_grow_with_width() -> None:
-    """Its σ does not depend on the width: the check names the logits and nothing else."""
+    """The head's σ does not depend on the width: the check reports only the logits."""
     found = measured({**HYPERP, "head_std": 0.02}, SMALL, optimizer=MUONH)
     assert found["logits"] >= 0.5, found
     (failure,) = failures(found, default_bounds("hyperp", Axis.WIDTH))

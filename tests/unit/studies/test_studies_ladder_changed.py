@@ -1,4 +1,4 @@
-"""A ladder that says otherwise than when its runs, or its prediction, were made."""
+"""A ladder whose config changed after its runs, or its prediction, were made."""
 
 import json
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def planned(tiny: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., Lad
 
 
 def trained(run: PlannedRun, steps: int | None = None) -> None:
-    """A folder as the run would leave it, as far as these tests look."""
+    """Write a run folder with the files that these tests read."""
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(dump(run.config))
     last = run.steps if steps is None else steps
@@ -150,9 +150,9 @@ def test_kept_prediction_says_what_the_ladder_says_otherwise(
         assert said in text
         assert "note: this prediction " in text
         assert "allometry ladder predict --again makes a new one" in text
-        # It is of today's ladder, so the kept file does not say it.
+        # It describes the current ladder, so the stored file omits it.
         assert work.predict(plan, again=False).warnings == ("as it was",)
-    # A file of before these were kept is not held to them.
+    # Files from before these fields were stored are not checked.
     path = plan.folder / work.PREDICTION
     kept = json.loads(path.read_text())
     path.write_text(json.dumps({key: kept[key] for key in kept if key not in OPTIONAL}))
@@ -202,6 +202,6 @@ def test_status_fits_88_columns_and_says_units(planned: Callable[..., LadderPlan
     assert second.endswith("d98304 at 154")
     assert target.split()[-1] == "planned"
     assert max(map(len, lines)) <= 88, lines
-    # A parent of another size is named whole.
+    # A parent of another size is given by its full name.
     facts["runs"][1]["parent"] = "other-size-d98304-s0"
     assert "other-size-d98304-s0 at 154" in status_text(facts)

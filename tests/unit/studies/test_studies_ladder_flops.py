@@ -1,4 +1,4 @@
-"""Compute budgets of a ladder against what its runs read."""
+"""Compute budgets of a ladder against the tokens that its runs read."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which runs a ladder is made of, without training any."""
+"""The runs of a ladder, without training them."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Scripts for Slurm: what they say, and in which order (test_dist_slurm.py runs them)."""
+"""Scripts for Slurm: contents and order (test_dist_slurm.py runs them)."""
 
 import json
 import subprocess
@@ -54,7 +54,7 @@ def test_scripts_for_slurm(base: Path) -> None:
     described = load(base.parent / "ladder/configs/w16-d20480-s0.yaml")
     assert described.run.parent is not None
     assert described.run.parent.folder.endswith("w16-d8192-s0")
-    # A stand-in for sbatch says what it was asked; the decay waits for its trunk.
+    # A substitute for sbatch records its arguments; the decay waits for its trunk.
     fake = base.parent / "bin"
     fake.mkdir()
     (fake / "sbatch").write_text('#!/bin/bash\necho "$@" >> "$CALLS"\nwc -l < "$CALLS"\n')

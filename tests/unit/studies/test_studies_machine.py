@@ -1,4 +1,4 @@
-"""Measuring this machine: planted constants come back, and what is written is read."""
+"""Measuring this machine: known constants are recovered, and written files are read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MACHINE: dict[str, Any] = {
 
 
 def planted() -> dict[str, Any]:
-    """What would be timed on a machine with these rates and constants."""
+    """Return simulated timings of a machine with these rates and constants."""
     constants = Constants(products=1.0, attention=1.0, memory=1.0, **PLANTED)
     found: dict[str, Any] = {
         **{"dtypes": list(RATES), "threads": 1, "copy_bytes_per_s": COPIES, "products": []},
@@ -70,7 +70,7 @@ def planted() -> dict[str, Any]:
 
 
 def described(found: dict[str, Any]) -> HardwareConfig:
-    """The planted rates as hardware, before anything is fitted."""
+    """Return the known rates as hardware, before any fit."""
     tree = load_hardware("h100").model_dump()
     tree["gpu"] |= {"peak_flops": RATES, "attainable": dict.fromkeys(RATES, 1.0)}
     tree["gpu"] |= {"attention": ATTENTION / RATES["bf16"], "asynchronous": False}

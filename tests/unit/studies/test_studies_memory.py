@@ -1,4 +1,4 @@
-"""Counting live tensors: births, deaths, resizes, kinds; the allocator's own account beside it."""
+"""Counting live tensors: allocation, release, resizes, kinds; compared with the allocator."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_births_deaths_and_views() -> None:
     changes = [event.bytes for event in live.events]
     assert sum(changes) == kept.nbytes + last.nbytes
     peak = peak_of(live, lambda stored: stored.kind or "other")
-    # ones(500), which died inside of the sum, and the sum itself
+    # ones(500), which was released inside the sum, and the sum itself
     assert peak.bytes == 4000 + 2 * 2000
     assert peak.kinds == {"kept": 4000, "other": 4000}
     assert view.untyped_storage().nbytes() == kept.untyped_storage().nbytes()

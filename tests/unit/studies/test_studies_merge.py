@@ -1,4 +1,4 @@
-"""Merged checkpoints: the algebra, every tensor against a plain twin, what loads them."""
+"""Merged checkpoints: coefficients, every tensor against a reference, and loading of merges."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.interop.huggingface.weights import CheckpointWeights
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
 from allometry.studies.merge import DECAYS, coefficients
+from allometry.trainer.state.shards import ShardReader
 from allometry.trainer.train import train
 from run_folders import rows
 from shell import Shell
@@ -45,17 +47,17 @@ def one_thread() -> None:
 
 def test_coefficients_by_hand() -> None:
     assert coefficients([10, 20, 30, 40], "mean") == [0.25] * 4
-    # Updates of the two intervals count 3/4 and 1/4: a line's means over its halves.
+    # The weights of the two updates are 3/4 and 1/4: means of a line over its two halves.
     assert coefficients([0, 5, 10], "linear") == pytest.approx([0.25, 0.5, 0.25])
     assert coefficients([0, 10], "linear") == pytest.approx([0.5, 0.5])
-    # Over its first fifth and the other four: 0.9 and 0.4.
+    # The means over the first fifth and the other four fifths are 0.9 and 0.4.
     assert coefficients([0, 2, 10], "linear") == pytest.approx([0.1, 0.5, 0.4])
     assert coefficients([0, 10], "sqrt") == pytest.approx([2 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_a_merge_weighs_updates_as_the_decay_does(decay: str) -> None:
-    """theta_0 plus each interval's update times the decay's mean over it."""
+    """The merge is theta_0 plus each interval's update times the decay's mean over the interval."""
     steps = [100, 130, 140, 180, 260]
     found = coefficients(steps, decay)
     assert sum(found) == pytest.approx(1.0, abs=1e-15)
@@ -119,7 +121,7 @@ def test_every_tensor_of_a_mixture_on_spheres(
             torch.testing.assert_close(norms(made.read(name)), norms(values[0]), rtol=1e-5, atol=0)
         assert torch.equal(made.read(name), wanted.to(values[-1].dtype)), name
     assert made.read("blocks.1.ffn.router.bias").any()
-    # A run begins with it, buffers and all.
+    # A run starts from the merge, buffers included.
     more = f"run.initial={{folder: {out}}}", "training.total_steps=2", "optimizer.lr=1e-9"
     anew = run(tiny(*asked, *more, folder=tmp_path / "anew"))
     name = "blocks.1.ffn.router.bias"
@@ -127,28 +129,31 @@ def test_every_tensor_of_a_mixture_on_spheres(
     assert (bias.abs() <= 0.0301).all(), "two steps from the merged biases"
 
 
-@pytest.fixture
-def dense(tiny: Make, tmp_path: Path) -> Path:
-    """30 steps at a constant rate, of which six checkpoints are kept."""
-    kept = "checkpoint={every_steps: 4, keep_last: 6}"
-    length = ("training.total_steps=28", "optimizer.lr=3e-2", "data.sources.1.weight=0")
-    return run(tiny(CONSTANT, kept, *length, "evaluation.every_steps=4", folder=tmp_path / "dense"))
+LENGTH = ("optimizer.lr=3e-2", "data.sources.1.weight=0")
 
 
+def dense(tiny: Make, folder: Path, steps: int, every: int) -> Path:
+    """Train a run at a constant rate that keeps six checkpoints; return its folder."""
+    kept = f"checkpoint={{every_steps: {every}, keep_last: 6}}"
+    length = f"training.total_steps={steps}", f"evaluation.every_steps={every}"
+    return run(tiny(CONSTANT, kept, *LENGTH, *length, folder=folder))
+
+
+@pytest.mark.slow
 def test_what_loads_a_merged_checkpoint(
-    dense: Path, tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shell, out = Shell(capsys), tmp_path / "merged"
-    branch = tmp_path / "branch"
+    trunk, branch = dense(tiny, tmp_path / "dense", 28, 4), tmp_path / "branch"
     decayed = "schedule={kind: wsd, decay_fraction: 0.999, decay: linear}"
-    parent = f"run.parent={{folder: {dense}, step: 16, changes: [schedule]}}"
-    length = ("optimizer.lr=3e-2", "data.sources.1.weight=0", "training.total_steps=28")
+    parent = f"run.parent={{folder: {trunk}, step: 16, changes: [schedule]}}"
+    length = (*LENGTH, "training.total_steps=28")
     run(tiny(decayed, parent, *length, "evaluation.every_steps=4", folder=branch))
-    asked = ("merge", dense, "--last", 4)
+    asked = ("merge", trunk, "--last", 4)
     forecast = shell.json(*asked, "--forecast", "--against", branch)
     assert [one["number"] for one in forecast["merges"]] == [1, 2, 4]
     last, _, four = forecast["merges"]
-    assert last["mixture"] == pytest.approx(rows(dense)[-1]["validation/up"], rel=1e-6)
+    assert last["mixture"] == pytest.approx(rows(trunk)[-1]["validation/up"], rel=1e-6)
     (other,) = forecast["branches"]
     assert (other["first"], other["last"]) == (16, 28)
     assert other["sources"]["up"] == pytest.approx(rows(branch)[-1]["validation/up"], rel=1e-6)
@@ -157,7 +162,7 @@ def test_what_loads_a_merged_checkpoint(
     assert "no decay was recorded" in forecast["notes"][0]
     assert not out.exists()
     assert "decay linear: coefficients 0.1667 0.3333 0.3333 0.1667" in shell(*asked, "--out", out)
-    # The weights that were measured are the weights that were written.
+    # The written weights are the measured weights.
     exported = shell.json("convert", out, "--out", tmp_path / "hf")
     assert exported["step"] == 0
     still = ("optimizer.lr=1e-12", length[1], "training.total_steps=2", "evaluation.every_steps=1")
@@ -166,17 +171,25 @@ def test_what_loads_a_merged_checkpoint(
     assert row["validation/up"] == pytest.approx(four["mixture"], rel=1e-5)
     origin = json.loads((tmp_path / "begun" / "run.json").read_text())["origin"]["origin"]
     assert origin["merged"]["steps"] == [16, 20, 24, 28]
-    (tmp_path / "own.yaml").write_text((out / "config.yaml").read_text())
-    shell("train", tmp_path / "own.yaml", "--stop-at-step", 2)
+    train(load(out / "config.yaml"), device=CPU, callbacks=[], stop_at_step=2)
     assert rows(out)[0]["step"] == 1
 
 
-def test_what_cannot_be_merged_is_said(
-    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shell, out = Shell(capsys), tmp_path / "merged"
+def place_of_tensor(checkpoint: Path, name: str) -> tuple[Path, int]:
+    """Return a file of a checkpoint and the offset of the middle of a tensor in the file."""
+    places = ShardReader(checkpoint).read_metadata().storage_data
+    (place,) = [place for index, place in places.items() if index.fqn == name]
+    return checkpoint / place.relative_path, place.offset + place.length // 2
 
-    def said(*more: object, run: Path = dense) -> str:
+
+def test_what_cannot_be_merged_is_said(
+    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refusals, on a run with six checkpoints, of steps 2 to 7."""
+    shell, out = Shell(capsys), tmp_path / "merged"
+    trunk = dense(tiny, tmp_path / "dense", 7, 1)
+
+    def said(*more: object, run: Path = trunk) -> str:
         sentence = shell.refusal("merge", run, *more)
         assert not any(tmp_path.glob("merged*")), "nothing is left"
         return sentence
@@ -184,31 +197,26 @@ def test_what_cannot_be_merged_is_said(
     assert "--out is missing" in said("--last", 2)
     for number in (0, 1):
         assert f"--last={number} merges nothing" in said("--last", number, "--out", out)
-    assert "has 6 checkpoints to merge (step-8, " in said("--last", 9, "--out", out)
-    assert "has 2 checkpoints to merge" in said("--last", 3, "--step", 12, "--out", out)
-    assert "has no such checkpoint; it has step-8" in said("--step", 13, "--out", out)
+    assert "has 6 checkpoints to merge (step-2, " in said("--last", 9, "--out", out)
+    assert "has 2 checkpoints to merge" in said("--last", 3, "--step", 3, "--out", out)
+    assert "has no such checkpoint; it has step-2" in said("--step", 13, "--out", out)
     assert "--decay=root is not known; use linear" in said(
         "--last", 2, "--decay", "root", "--out", out
     )
     assert "has no config.yaml" in said("--out", out, run=tmp_path)
-    assert "goes with --forecast" in said("--against", dense, "--out", out)
+    assert "goes with --forecast" in said("--against", trunk, "--out", out)
     assert "does not go with --forecast" in said("--forecast", "--out", out)
-    assert "does not branch from" in said("--last", 2, "--forecast", "--against", dense)
-    assert "exists and is not empty" in shell.refusal("merge", dense, "--last", 2, "--out", dense)
-    shard = max(
-        (dense / "checkpoints" / "step-24").glob("*.distcp"), key=lambda p: p.stat().st_size
-    )
+    assert "does not branch from" in said("--last", 2, "--forecast", "--against", trunk)
+    assert "exists and is not empty" in shell.refusal("merge", trunk, "--last", 2, "--out", trunk)
+    shard, middle = place_of_tensor(trunk / "checkpoints" / "step-6", "model.embedding.weight")
     whole = shard.read_bytes()
-    middle = len(whole) // 2
     shard.unlink()
     shard.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     sentence = said("--last", 3, "--out", out)
-    assert "step-24 is damaged" in sentence
+    assert "step-6 is damaged" in sentence
     assert "has changed since it was written" in sentence
     shard.write_bytes(whole[:-1])
-    assert "step-24 is damaged" in said("--last", 3, "--out", out)
+    assert "step-6 is damaged" in said("--last", 3, "--out", out)
     shutil.rmtree(shard.parent)
-    assert json.loads(shell("merge", dense, "--last", 2, "--out", out, "--json"))["steps"] == [
-        20,
-        28,
-    ]
+    report = shell.json("merge", trunk, "--last", 2, "--out", out)
+    assert report["steps"] == [5, 7]

@@ -1,4 +1,4 @@
-"""Losses of documents under a run: as each alone has them, and what a run likes."""
+"""Losses of documents under a run: each document alone, and the documents with low loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Make = Callable[..., RunConfig]
 
 @pytest.fixture
 def run(tiny: Make) -> Path:
-    """A run that has learnt to count up, and never down."""
+    """Return a run that has learned to count up, and never down."""
     config = tiny("data.sources.1.weight=0", "training.total_steps=30", "checkpoint.every_steps=30")
     train(config, device=torch.device("cpu"), callbacks=[])
     return Path(config.run.folder)
@@ -33,7 +33,7 @@ def run(tiny: Make) -> Path:
 
 @torch.no_grad()
 def alone(scorer: Scorer, tokens: list[int]) -> float:
-    """The mean loss of a document, piece by piece without packing, from the logits."""
+    """Return the mean loss of a document, piece by piece without packing, from the logits."""
     losses = []
     for start in range(0, len(tokens) - 1, scorer.window):
         inputs = tokens[start : start + scorer.window]
@@ -64,7 +64,7 @@ def test_scores_are_the_losses_of_documents_alone(
 
 
 def command(run: Path, tiny_store: Path, tmp_path: Path, shell: Shell) -> None:
-    """Of documents that count up and down half each, the run likes those that count up."""
+    """Of documents that count up and down, half each, those that count up have a lower loss."""
     up, down = (TokenStore(tiny_store / f"{name}.train") for name in ("up", "down"))
     both = [store.read(document) for document in range(60) for store in (up, down)]
     write_store(tmp_path / "both", both)
@@ -115,7 +115,7 @@ def test_two_runs_score_what_the_other_has_read(
         kept.append(chosen)
     values, counts = shell_scores(shell, prefix, runs), kept[0].astype(int) + kept[1]
     assert set(counts) <= {1, 2}
-    assert (counts == 2).sum() <= 1  # the one on the line between the halves
+    assert (counts == 2).sum() <= 1  # the document at the boundary of the halves
     scorers = [open_scorer(run, None, torch.device("cpu")) for run in runs]
     whole = [document_losses(scorer, store)[0] for scorer in scorers]
     np.testing.assert_allclose(values[~kept[0]], whole[0][~kept[0]], rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The test of the machines: what it sends, what it says, and that any preset has a small twin."""
+"""Self-test of machines: its messages, its output, and small versions of all presets."""
 
 from __future__ import annotations
 

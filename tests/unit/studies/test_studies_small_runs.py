@@ -1,4 +1,4 @@
-"""The small run of a certificate keeps the mixture of the run, as far as it is long enough."""
+"""The small run of a certificate keeps the run's mixture if it is long enough."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_batch_of_documents_has_one_whatever_the_ratio(tiny: Callable[..., Run
         "batch.sequences=64",
     )
     assert least_sequences(tiny(*documents)) == 6  # (64 / 32 + 2) / 0.7
-    assert least_sequences(tiny(*documents, REPLAY)) == 8  # halfway from 0.25 to 0.9 it is 1/2
+    assert least_sequences(tiny(*documents, REPLAY)) == 8  # 1/2 halfway from 0.25 to 0.9
 
 
 @pytest.mark.parametrize(

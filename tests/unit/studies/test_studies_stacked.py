@@ -1,4 +1,4 @@
-"""Runs trained as one model are the runs that they are alone."""
+"""Runs trained as one model equal the same runs trained alone."""
 
 from __future__ import annotations
 
@@ -44,6 +44,10 @@ MODEL = DenseModel(**DENSE, qk_norm=True, z_loss=1e-3)
 TIED = DenseModel(**DENSE, tied_embeddings=True)
 AFTER = {"qkv_bias": True, "qk_norm": True, "qk_norm_over": "width", "norms": "after"}
 YARN = {"kind": "yarn", "factor": 2.0, "original_length": 6}
+LATENTS = {
+    **{"q_lora_rank": 8, "kv_lora_rank": 6, "v_head_dim": 4},
+    **{"qk_nope_head_dim": 4, "qk_rope_head_dim": 2},
+}
 BOTH = {
     "norms": "both",
     "activation": "gelu_tanh",
@@ -89,7 +93,7 @@ def with_rate(optimizer: OptimizerConfig, lr: float) -> OptimizerConfig:
 
 
 Runs = list[tuple[float, int]]
-"""(rate, seed) of each."""
+"""(rate, seed) of each run."""
 
 
 def fraction(step: int) -> float:
@@ -103,7 +107,7 @@ def alone(
     lr: float,
     seed: int,
 ) -> tuple[list[float], dict[str, Tensor], float]:
-    """Losses of each step, final parameters and the held-out loss of one run."""
+    """Return the losses of each step, final parameters and held-out loss of one run."""
     probe = Probe(model, how, with_rate(optimizer, lr), seed, compute_dtype="fp64")
     mine = POOL[order(POOL, STEPS * SEQUENCES, seed)].reshape(STEPS, SEQUENCES, -1)
     losses = [probe.step(mine[step], fraction=fraction(step), clip=0.5) for step in range(STEPS)]
@@ -118,7 +122,7 @@ def together(
     runs: Runs,
     orders: tuple[int, ...] | None = None,
 ) -> tuple[StackedProbe, Tensor]:
-    """The runs after their steps, and losses of each step [steps, R]; ``orders``: seeds of data."""
+    """Return the runs after their steps, and losses [steps, R]; ``orders``: seeds of data."""
     optimizers = [with_rate(optimizer, lr) for lr, _ in runs]
     seeds = [seed for _, seed in runs]
     probe = StackedProbe(model, how, optimizers, seeds, compute_dtype="fp64")
@@ -153,6 +157,10 @@ CASES = {
         DenseModel.model_validate({**DENSE, **AFTER, "rope_scaling": YARN}),
         *(MUP, AdamW(lr=1.0, weight_decay=0.1), 2.0**-7),
     ),
+    "latent attention": (
+        DenseModel.model_validate({**DENSE, "num_kv_heads": None, "latent_attention": LATENTS}),
+        *(HYPERP, MuonH(lr=1.0, weight_decay=0.0), 2.0**-5),
+    ),
     "mixture, families": (
         MoEModel.model_validate(MIXTURE.model_dump() | BOTH),
         *(MUP, AdamW(lr=1.0, weight_decay=0.1), 2.0**-7),
@@ -161,7 +169,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case == "latent attention" else ())
+        for case in CASES
+    ],
+)
 def test_stacked_runs_are_the_runs_alone(case: str) -> None:
     model, how, optimizer, lr = CASES[case]
     runs: Runs = [(lr * factor, seed) for factor in (0.5, 1.0, 2.0) for seed in SEEDS]
@@ -204,7 +218,7 @@ def test_a_run_that_diverges_leaves_the_others_their_bits(case: str) -> None:
 
 
 def test_a_run_whose_loss_alone_is_not_finite_keeps_finite_values() -> None:
-    """Its gradients are not finite either, and must not reach it."""
+    """Its non-finite gradients must not be applied."""
     model, how, optimizer, lr = CASES["adamw"]
     probe, _ = together(model, how, optimizer, [(lr, 0), (lr, 1)])
     with torch.no_grad():
@@ -237,7 +251,7 @@ def test_a_sweep_finds_the_same_by_either_engine() -> None:
     how: Any = {"step": 2.0, "engine": "stacked", "done": heard.__setitem__}
     stacked = Runner(sweep(), rates, **how).run(sizes, SEEDS)
     assert stacked.losses.keys() == plain.losses.keys()
-    calm = [trial for trial in plain.losses if trial.log2_lr <= -5.0]  # others magnify rounding
+    calm = [trial for trial in plain.losses if trial.log2_lr <= -5.0]  # others amplify rounding
     assert len(calm) == 12
     for trial in calm:
         assert stacked.losses[trial] == pytest.approx(plain.losses[trial], abs=1e-4), trial
@@ -286,7 +300,7 @@ def test_what_cannot_be_stacked_is_refused(
 
 
 def test_what_a_gpu_computes_the_loss_with_is_the_same() -> None:
-    """Full logits of all runs, which on CUDA take the place of one run after the other."""
+    """Full logits of all runs, which CUDA uses instead of one run after another."""
     model, how, optimizer, lr = CASES["adamw"]
     probes = [together(model, how, optimizer, [(lr, 0), (lr, 1)])[0] for _ in range(2)]
     head = probes[1].model.model.head

@@ -1,4 +1,4 @@
-"""Learning-rate transfer: what a sweep trains, how it finds optima, how it goes on."""
+"""Learning-rate transfer: the trials of a sweep, its optima, and resuming."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def small(**changes: object) -> TransferSweep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bowl(TransferSweep):
-    """A sweep whose losses are known: parabolas with a vertex that moves with the size."""
+    """Sweep with known losses: parabolas whose vertex moves with the size."""
 
     shift: float = 0.0
     calls: list[Trial] = field(default_factory=list)
@@ -140,7 +140,7 @@ GUESSING = math.log(128)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Broken(Bowl):
-    """Above 2^``limit`` runs diverge to finite weights, which guess at best."""
+    """Above 2^``limit`` runs diverge to finite weights, with at best random predictions."""
 
     limit: float = -5.0
 
@@ -181,7 +181,7 @@ def test_a_sweep_goes_on_from_its_file(tmp_path: Path) -> None:
     log = TrialLog(tmp_path / "trials.jsonl", settings)
     Runner(first, GRID, done=log.add).run((16, 32), (0,))
     with log.path.open("a") as file:
-        file.write('{"size": 16, "log2_')  # killed while it wrote
+        file.write('{"size": 16, "log2_')  # killed while writing
     again = TrialLog(log.path, settings)
     assert again.known == log.known
     second = bowl(0.0)
@@ -229,7 +229,7 @@ def test_a_file_of_something_else_is_left_as_it_was(tmp_path: Path, content: byt
     assert path.read_bytes() == content
     with pytest.raises(UserError, match="cannot be read and written"):
         TrialLog(tmp_path, {"a": 1})
-    # A first line that was cut off is no other file, and neither is an empty one.
+    # A truncated first line is accepted, and so is an empty file.
     for torn in ('{"a"', ""):
         path.write_text(torn)
         assert TrialLog(path, {"a": 1}).known == {}
@@ -243,7 +243,7 @@ def test_a_diverged_trial_is_kept_as_such(tmp_path: Path) -> None:
 
 
 def test_processes_change_nothing() -> None:
-    """The same bits from two spawned processes and from this one."""
+    """Two spawned processes give the same bits as this one."""
     rates = (-6.0, -4.0, -2.0)
     here = Runner(small(), rates, step=2.0).run((16, 32), (0,))
     there = Runner(small(), rates, step=2.0, processes=2).run((16, 32), (0,))
@@ -252,7 +252,7 @@ def test_processes_change_nothing() -> None:
 
 
 def interrupts(_: int) -> tuple[bool, bool]:
-    """Whether Ctrl-C ends this process without a traceback, and is held back."""
+    """Return whether Ctrl-C ends this process without a traceback, and whether it is blocked."""
     held = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     return signal.getsignal(signal.SIGINT) is signal.SIG_DFL, held
 
@@ -285,7 +285,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_the_process_that_has_them(tmp_path: Path, how: signal.Signals) -> None:
-    """A signal to that process alone, as from a batch system, ends their tasks, too."""
+    """A signal to that process alone, as from a batch system, ends its tasks too."""
     script, started = tmp_path / "sweep.py", tmp_path / "started"
     script.write_text(_SWEEP)
     started.mkdir()
@@ -360,7 +360,7 @@ def test_what_cannot_be_run_is_said_before_anything_runs() -> None:
 
 
 def test_one_expert_that_every_token_visits_is_a_dense_feed_forward() -> None:
-    """Gates of one visit sum to 1, so that a mixture of one expert is the dense model."""
+    """With top-1 the gates sum to 1, so that a mixture of one expert is the dense model."""
     experts = SwiGLUExperts(num_experts=4, experts_per_token=1, width=16)
     router = RouterConfig(gate="sqrt", balance=AuxiliaryBalance(coefficient=1e-2))
     mixture = MIXTURE.model_copy(update={"experts": experts, "router": router})

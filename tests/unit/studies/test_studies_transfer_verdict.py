@@ -1,4 +1,4 @@
-"""What a sweep says of a rate that is carried over, and which runs it needs to say it."""
+"""Verdicts of a sweep on a transferred rate, and the runs that they need."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POOL = np.random.default_rng(0).integers(0, 64, (192, 9))
 
 
 def made(depth: float, seeds: int, shift: float, luck: float = 0.0) -> Transfer:
-    """Bowls whose vertices move by ``shift`` octaves a doubling and, by seed, by ``luck``."""
+    """Return bowls whose vertices move by ``shift`` octaves per doubling and ``luck`` per seed."""
     sizes, rates = (16, 32, 64), np.arange(-7.0, -2.0, 0.5)
     found = {
         Trial(size, rate, seed): 2.0
@@ -36,7 +36,7 @@ def made(depth: float, seeds: int, shift: float, luck: float = 0.0) -> Transfer:
 
 @pytest.mark.parametrize("shift", [0.0, -0.6])
 def test_one_seed_decides_nothing(shift: float) -> None:
-    """Neither way: a regret that is seen may be luck, and so may one that is not."""
+    """In both directions: an observed regret may be noise, and so may its absence."""
     found = made(0.2, 1, shift)
     assert found.failures() == []
     assert [reason.split(":")[0] for reason in found.undecided()] == ["width 32", "width 64"]
@@ -70,7 +70,7 @@ def test_a_flat_basin_fails_by_octaves_alone_if_they_are_asked_for() -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bowl(TransferSweep):
-    """Vertices that move by ``shift`` octaves a doubling and, by seed, by ``luck``."""
+    """Sweep whose vertices move by ``shift`` octaves per doubling and ``luck`` per seed."""
 
     shift: float = 0.0
     luck: float = 0.0
@@ -100,7 +100,7 @@ GRID = (-5.0, -4.5, -4.0)
 
 
 def test_sizes_get_the_rates_around_the_one_that_is_carried_over() -> None:
-    """Three octaves away nothing in between is run but what the parabola there takes."""
+    """Three octaves away, only the rates for the parabola there are run."""
     found = Runner(bowl(-1.0), GRID).run((16, 128), (0, 1, 2))
     rates = found.sweep(128).log2_lrs
     assert found.regrets()[128].nats == pytest.approx(0.05 * 9.0)
@@ -128,7 +128,7 @@ def test_one_seed_places_the_rates_and_the_others_train_around_them() -> None:
 
 
 def test_rates_are_placed_again_where_one_seed_misled() -> None:
-    """The mean's best rate lies one octave above that of the first seed."""
+    """The mean's best rate is one octave above that of the first seed."""
     far = Runner(bowl(0.0, 1.0), GRID, place_first=True).run((16, 32), (0, 1, 2))
     assert far.optima()[16].log2_lr == pytest.approx(-3.6)
     assert far.regrets()[32].nats == pytest.approx(0.0, abs=1e-9)
@@ -148,7 +148,7 @@ def test_a_batch_keeps_the_tokens_and_the_steps_follow() -> None:
 
 
 def test_the_batch_of_a_run_and_its_rule_are_what_is_trained() -> None:
-    """HyperP's √(B/B0) on the axis batch is a shift of the rate by half an octave a doubling."""
+    """HyperP's √(B/B0) on the axis batch shifts the rate by half an octave per doubling."""
     rule = {"base_width": 16, "base_layers": 1, "base_batch_tokens": 16}
     plain = {**rule, "batch_exponent": 0.0}
     how = {"axis": Axis.BATCH, "optimizer": MuonH(lr=1.0), "steps": 8}

@@ -1,4 +1,4 @@
-"""Trees of runs as planned: who branches from whom, what is kept, and what is refused."""
+"""Plans of run trees: parents, kept checkpoints, and refusals."""
 
 import json
 import subprocess
@@ -138,7 +138,7 @@ def test_scripts_for_slurm_wait_for_what_they_branch_from(plan: Plan, tmp_path: 
     described = load(tmp_path / "tree/configs/twig.yaml")
     assert described.run.parent is not None
     assert described.run.parent.step == 16
-    # A stand-in for sbatch says what it was asked.
+    # A substitute for sbatch records its arguments.
     fake, calls = tmp_path / "bin", tmp_path / "calls"
     fake.mkdir()
     (fake / "sbatch").write_text('#!/bin/bash\necho "$@" >> "$CALLS"\nwc -l < "$CALLS"\n')
@@ -153,7 +153,7 @@ def test_scripts_for_slurm_wait_for_what_they_branch_from(plan: Plan, tmp_path: 
         after.format(1, "long"),
         after.format(3, "twig"),
     ]
-    # A trunk that is done needs no job, nor does what branches from it wait.
+    # A finished trunk needs no job, and its branches do not wait.
     trunk = planned.runs[0]
     trunk.folder.mkdir(parents=True)
     (trunk.folder / "config.yaml").write_text(dump(trunk.config))
@@ -168,7 +168,7 @@ def test_scripts_for_slurm_wait_for_what_they_branch_from(plan: Plan, tmp_path: 
 
 
 def test_a_branch_of_a_tree_says_what_it_changes(plan: Plan, tmp_path: Path) -> None:
-    """What ``set`` changes is named by itself; a schedule of its own is not."""
+    """Keys in ``set`` are declared automatically; a changed schedule is not."""
     more = {"optimizer.lr": 0.002, "data.sources.1.weight": 0.5, "training.clip_grad_norm": None}
     own = DECAY | {"run.parent.changes": ["schedule"]}
     again = {"schedule.warmup_steps": 0, "run.parent.changes": ["schedule", "optimizer"]}

@@ -1,4 +1,4 @@
-"""Whole runs whose activations wait on the host: the same losses, and what the record says."""
+"""Runs with activations offloaded to the host: the same losses, and the record."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_losses_are_the_same_and_bytes_are_counted(tiny: Make, tmp_path: Path) -
     full = "training.activation_checkpointing=full"
     away = tiny(*LARGE, full, share(1.0), folder=tmp_path / "away")
     trained(away, stop=3)
-    # What is kept where may change when a run goes on.
+    # The placement of activations may change on resume.
     found = trained(tiny(*LARGE, share(0.5), folder=tmp_path / "away"))
     assert [row["loss"] for row in found] == [row["loss"] for row in plain]
     assert all(key not in row for row in plain for key in row if key.startswith("offload/"))
     moved = [row["offload/bytes_out"] for row in found]
     assert moved[:3] == [2 * 2 * ONE_INPUT] * 3  # of two layers in two micro-batches
     assert moved[3:] == [moved[3]] * 3
-    assert moved[3] > 10 * ONE_INPUT  # of one layer all that it keeps
+    assert moved[3] > 10 * ONE_INPUT  # all saved tensors of one layer
     assert [row["offload/bytes_in"] for row in found] == moved
     assert len({row["offload/host_bytes"] for row in found}) == 1
 

@@ -1,4 +1,4 @@
-"""Bad steps in one process: the rule, what a skipped update leaves, limits, going back."""
+"""Bad steps in one process: the rule, state after a skipped step, limits, going back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SPIKE = 1e6
 def test_limits_are_those_of_plain_statistics(count: int) -> None:
     generator = torch.Generator().manual_seed(count)
     window_2W = torch.rand(2, count, generator=generator, dtype=torch.float64)
-    window_2W[0, 3] = 50.0  # of which a median takes no notice
+    window_2W[0, 3] = 50.0  # which a median ignores
     for kind in ("mad", "sigma"):
         config = BadSteps.model_validate(
             {"spikes": kind, "deviations": 3, "window_steps": count, "most_in_window": 5}
@@ -68,7 +68,7 @@ def test_bad_steps_leave_no_trace_in_the_window() -> None:
         if number in bad:
             assert verdict(judge, bad[number]) == 1.0
         assert verdict(judge, pair) == verdict(other, pair) == 0.0
-        if number == 8:  # as a resume does
+        if number == 8:  # like a resume
             judge = Judge(policy, CPU, json.loads(json.dumps(judge.facts())))
     assert judge.facts() == other.facts()
     assert len(judge.facts()["accepted"]["loss"]) == 8
@@ -290,7 +290,7 @@ def test_what_cannot_be_is_said(tiny: Make, section: str, said: str) -> None:
 
 
 class _Once(dict[int, float]):
-    """Faults of steps that come once, as those of batches that are passed over then."""
+    """Faults of steps that occur once, for batches that are skipped afterwards."""
 
     def get(self, step: int, default: Any = None) -> Any:
         return self.pop(step, default)

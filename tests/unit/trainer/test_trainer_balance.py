@@ -1,4 +1,4 @@
-"""Whose loads the balance loss holds against experts: what is chosen, recorded and resumed."""
+"""The loads used by the balance loss: choice, record and resume."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_correlation_of_loads() -> None:
 def test_loads_of_this_batch_even_out_where_topics_take_turns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Held against the other topic's loads, the loss pushes tokens the wrong way."""
+    """With the other topic's loads, the loss pushes tokens in the wrong direction."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "benchmarks"))
     study = __import__("balance_loads")
     draw = study.alternating()

@@ -1,4 +1,4 @@
-"""Sums over bits: any one bit changes them, and nothing else does."""
+"""Checksums over bits: any single bit changes them, and other properties do not."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_each_bit_counts() -> None:
             other.view(torch.int32)[place] ^= (1 << bit) if bit < 31 else -(1 << 31)
             seen.add(int(checksum(other)))
     assert len(seen) == 1 + 10 * 32
-    assert int(checksum(values.flip(0))) not in seen  # values change places
+    assert int(checksum(values.flip(0))) not in seen  # values exchange positions
 
 
 def test_where_a_tensor_lies_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +32,7 @@ def test_where_a_tensor_lies_does_not_count(monkeypatch: pytest.MonkeyPatch) -> 
     assert int(checksum(matrix.T)) == int(checksum(matrix.T.contiguous()))
     assert int(checksum(torch.zeros(0))) == 0
     before = checksum(buffer[1:])
-    monkeypatch.setattr(bits, "_WORDS", 64)  # in pieces: another sum, of which the same is true
+    monkeypatch.setattr(bits, "_WORDS", 64)  # in pieces: a different sum with the same property
     assert int(checksum(buffer[1:])) == int(checksum(buffer[1:].clone())) != int(before)
     changed = buffer.clone()
     changed.view(torch.int32)[4000] ^= 1

@@ -1,4 +1,4 @@
-"""Runs that branch from another one: equal to the bit to a run that never did, or refused."""
+"""Branched runs equal bitwise a run without a branch, or are refused."""
 
 import errno
 import json
@@ -67,9 +67,12 @@ def assert_same_run(one: Path, other: Path, step: int, scratch: Path) -> None:
 @pytest.mark.parametrize(
     "extra",
     [
-        [],
+        pytest.param([], marks=pytest.mark.slow),
         ["model.dropout=0.2"],
-        ["optimizer={kind: muon, lr: 1e-2}", "training.compute_dtype=bf16"],
+        pytest.param(
+            ["optimizer={kind: muon, lr: 1e-2}", "training.compute_dtype=bf16"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_branch_is_the_straight_run_to_the_bit(
@@ -93,7 +96,7 @@ def test_branch_is_the_straight_run_to_the_bit(
         "schedule_from": 0,
     }
     assert described["launches"][0]["first_step"] == 15
-    # The parent goes on as if nobody had branched.
+    # The parent continues as without a branch.
     alone = run(tiny(*TRUNK, *extra, folder=tmp_path / "alone"))
     assert comparable(run(tiny(*TRUNK, *extra, folder=trunk))) == comparable(alone)
     assert comparable(branch)[14:] != comparable(trunk)[14:], "the decay does something"
@@ -108,7 +111,7 @@ def test_branch_of_a_branch_resumed_twice(tiny: Make, tmp_path: Path) -> None:
     config = tiny(parent(short, 8), "checkpoint.every_steps=null", folder=tmp_path / "long")
     shutil.copytree(short, tmp_path / "kept")
     run(config, stop_at_step=11)
-    shutil.rmtree(short)  # a branch needs its parent no more
+    shutil.rmtree(short)  # a branch no longer needs its parent
     run(config, stop_at_step=16)
     run(config)
     straight = run(tiny(folder=tmp_path / "straight"))
@@ -143,7 +146,7 @@ def test_what_cannot_branch_is_one_sentence_and_leaves_no_run(
         with pytest.raises(UserError, match=said):
             run(tiny(parent(trunk, 14), change, folder=tmp_path / "branch"))
         assert not (tmp_path / "branch").exists()
-    # What was there before stays; what was made on the way to it goes, too.
+    # Existing files stay; files created on the way are removed.
     (tmp_path / "mine").mkdir()
     for place in (tmp_path / "mine", tmp_path / "a/b"):
         with pytest.raises(UserError, match="no such checkpoint"):
@@ -173,7 +176,7 @@ def test_rates_that_follow_the_length_of_the_run_cannot_be_shared(
     # Nor may a run that continues be lengthened.
     with pytest.raises(UserError, match=said):
         run(tiny(*TRUNK, *hyperp, "training.total_steps=40", folder=trunk))
-    # Of equal length they are shared.
+    # With equal length they are shared.
     assert len(rows(run(tiny(*hyperp, parent(trunk, 14), folder=tmp_path / "equal")))) == 20
 
 
@@ -205,7 +208,7 @@ def test_checkpoint_that_the_parent_forgets_meanwhile(
     monkeypatch.undo()
     shutil.rmtree(trunk)
     (tmp_path / "kept").rename(trunk)
-    assert len(rows(run(config))) == 20  # the same command, once it is there
+    assert len(rows(run(config))) == 20  # the same command on an existing branch
 
 
 def test_another_disk_takes_copies(

@@ -1,4 +1,4 @@
-"""Branches that differ from their parent in what they name: obeyed, recorded, or refused."""
+"""Branches that differ from their parent in declared keys: applied, recorded, or refused."""
 
 import json
 import shutil
@@ -82,7 +82,7 @@ KINDS: tuple[dict[str, Any], ...] = (
 def test_a_named_schedule_counts_from_the_branch_under_every_kind(
     tiny: Make, tmp_path: Path, section: dict[str, Any]
 ) -> None:
-    """Each rate is that of a run of the steps that are left, whose first is the branch's."""
+    """Each rate equals that of a run of the remaining steps that starts at the branch."""
     file = tmp_path / "refined.json"
     fractions = list(np.linspace(1.0, 0.2, 12))
     file.write_text(json.dumps({"kind": "allometry.schedule", "fractions": fractions}))
@@ -118,7 +118,7 @@ def test_tokens_of_a_warm_up_are_counted_from_the_branch_in_a_growing_batch(tiny
 def test_another_rate_and_schedule_are_obeyed_and_resumed_twice(
     tiny: Make, trunk: Path, tmp_path: Path
 ) -> None:
-    """Killed and continued twice, without its trunk, it is the run that nobody stopped."""
+    """Killed and resumed twice, without its trunk, it equals an uninterrupted run."""
     changed = (
         "optimizer.lr=3e-3",
         "schedule={kind: cosine, warmup_steps: 2}",
@@ -149,9 +149,9 @@ def test_another_rate_and_schedule_are_obeyed_and_resumed_twice(
     kinds = [event["event"] for event in events(branch)]
     assert kinds[0] == "branched"
     assert kinds.count("mixture_changed") == 1
-    # A branch of the branch goes on with its schedule, or has one of its own.
+    # A branch of the branch continues its schedule, or has its own.
     (tmp_path / "kept").rename(trunk)
-    # One that was killed between its description and its record still says what it is.
+    # A branch killed between its config and its record still records its changes.
     killed = tmp_path / "killed"
     run(tiny(*changed, "checkpoint.keep_last=9", folder=killed), stop_at_step=9)
     for name in ("run.json", "events.jsonl", "latest"):
@@ -183,7 +183,7 @@ def test_another_rate_alone_keeps_the_schedule(tiny: Make, trunk: Path, tmp_path
         "training.clip_grad_norm",
         *(f"schedule.{key}" for key in ("decay", "decay_fraction", "final_fraction", "kind")),
     }
-    # S1 goes on from the trunk's.
+    # S1 continues from the trunk's.
     found = rows(branch)
     assert found[8]["s1"] == pytest.approx(found[7]["s1"] + 2e-3, rel=1e-12)
     config = tiny(parent(trunk, *names), *more, folder=branch)

@@ -1,4 +1,4 @@
-"""Branches with other data than their trunk: each source goes on at its next sample."""
+"""Branches with other data than their trunk: each source continues at its next sample."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def test_a_decay_on_other_data(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Other weights and a new source, from the place of the branch on; the trunk is untouched."""
+    """Other weights and a new source, from the branch on; the trunk is unchanged."""
     stable = "schedule={kind: constant, warmup_steps: 3}"
     config = tiny(stable, "checkpoint.keep_steps=[8]", folder=tmp_path / "trunk")
     train(config, device=CPU, callbacks=[], stop_at_step=10)

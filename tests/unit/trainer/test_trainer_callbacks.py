@@ -1,4 +1,4 @@
-"""What watches a run: the printed lines, TensorBoard, Weights & Biases."""
+"""Observers of a run: the printed lines, TensorBoard, Weights & Biases."""
 
 import importlib.util
 import io
@@ -93,7 +93,7 @@ def test_wandb_that_is_asked_for_and_absent_is_an_error(
 
 
 def wandb_pages(folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
-    """The rows of each launch, by W&B's id of the page that they belong to."""
+    """Return the rows of each launch, by W&B's id of their page."""
     pages: dict[str, list[list[dict[str, Any]]]] = {}
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime):
         pages.setdefault(path.stem.removeprefix("run-"), []).append(history(path))
@@ -108,7 +108,7 @@ def steps(rows: list[dict[str, Any]]) -> list[int]:
 def test_wandb_continues_its_page(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the package as it is, offline: what it keeps of launches, crashes, going back."""
+    """With the real package, offline: its records of launches, crashes and going back."""
     pytest.importorskip("wandb", reason="the package wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = tiny("record.wandb={project: p}", "training.total_steps=8", "checkpoint.every_steps=2")
@@ -118,7 +118,7 @@ def test_wandb_continues_its_page(
     train(config, device=torch.device("cpu"), stop_at_step=6)
     page = (folder / "wandb_id").read_text()
     assert [steps(rows) for rows in wandb_pages(folder)[page]] == [[1, 2, 3, 4], [5, 6]]
-    # A crash after step 6, before its checkpoint: steps 5 and 6 are taken, and logged, again.
+    # A crash after step 6, before its checkpoint: steps 5 and 6 are taken and logged again.
     for name in ("checkpoints", "latest", "metrics.jsonl"):
         (shutil.rmtree if name == "checkpoints" else os.unlink)(folder / name)
         copy = shutil.copytree if name == "checkpoints" else shutil.copy
@@ -131,7 +131,7 @@ def test_wandb_continues_its_page(
     assert [[row[k] for k in keys] for row in second] == [
         [row[k] for k in keys] for row in third[:2]
     ]
-    # Going back takes other steps than the page has: a page of its own, with what came before.
+    # After going back the steps differ from the page: a new page, with the earlier rows.
     back = tiny(
         *("record.wandb={project: p}", "training.total_steps=8", "run.resume=step-6"),
         "checkpoint.every_steps=3",

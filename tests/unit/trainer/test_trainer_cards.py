@@ -1,4 +1,4 @@
-"""What cards say of themselves, read from a fake NVML, and when it is an alarm."""
+"""GPU readings from a fake NVML, and the conditions for an alarm."""
 
 import sys
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ GOOD = Reading(60, 1980, 650.0, 0, 0, ())
 
 
 class FakeNvml:
-    """As much of pynvml as is asked; what is None there is refused."""
+    """The part of pynvml in use; None values raise an error."""
 
     NVML_TEMPERATURE_GPU, NVML_CLOCK_SM, NVML_VOLATILE_ECC = 0, 1, 0
     NVML_MEMORY_ERROR_TYPE_CORRECTED, NVML_MEMORY_ERROR_TYPE_UNCORRECTED = 0, 1
@@ -53,7 +53,7 @@ class FakeNvml:
 
 
 class FakeMesh:
-    """Four ranks, of which the readings of the others are given."""
+    """Four ranks with given readings of the other ranks."""
 
     def __init__(self) -> None:
         self.others: list[Reading | None] = [GOOD] * 3
@@ -117,10 +117,10 @@ def test_rows_and_alarms() -> None:
     assert alarms["card_throttled"]["ranks"] == {0: ["power brake"]}
     assert alarms["card_ecc"]["uncorrected"] == {0: 2}
     step(6, GOOD._replace(sm_mhz=1500, ecc_uncorrected=2))
-    assert said == []  # it was said, and no error came
+    assert said == []  # reported before, without new errors
     mesh.others = [None] * 3
     assert step(8, GOOD._replace(sm_mhz=900))["cards/sm_mhz"] == 900
-    assert said == []  # there is nothing to be slow against
+    assert said == []  # no reference to be slow against
 
 
 def test_cards_that_cannot_be_read_are_said_once() -> None:

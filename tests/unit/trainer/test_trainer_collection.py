@@ -1,4 +1,4 @@
-"""Python's collector rests within steps, runs between them, and is given back as it was."""
+"""Python's garbage collector is paused within steps, runs between them, and is restored."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def collector() -> Iterator[None]:
 
 
 class Watch(Callback):
-    """Whether the collector could run in each step, and a fault in one if asked for."""
+    """Record whether the collector could run in each step; optionally raise a fault."""
 
     def __init__(self, fault_at: int | None = None) -> None:
         self.enabled: dict[int, bool] = {}
@@ -97,7 +97,7 @@ def test_a_resumed_launch_counts_its_own_first_steps(tiny: Make) -> None:
 
 
 def tensors_in_cycles(config: RunConfig, *, planted: bool = False) -> list[int]:
-    """How many tensors only the collector could free, of each step."""
+    """Return the number of tensors per step that only the collector could free."""
     found: list[int] = []
 
     class Cycles(Callback):
@@ -134,7 +134,7 @@ def tensors_in_cycles(config: RunConfig, *, planted: bool = False) -> list[int]:
     ids=["sequences", "experts", "documents", "zero2"],
 )
 def test_a_step_leaves_no_tensor_in_a_cycle(tiny: Make, settings: tuple[str, ...]) -> None:
-    """Else memory would grow until the next collection."""
+    """Otherwise memory would grow until the next collection."""
     config = tiny(*settings, "training.total_steps=8", "batch.micro_batch_sequences=1")
     assert tensors_in_cycles(config) == [0] * 5
 

@@ -1,4 +1,4 @@
-"""Whole runs of the deepspeed engine on one process: what goes wrong, and what is recorded."""
+"""Runs of the deepspeed engine on one process: failures, and the record."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_gradients_that_are_not_finite_end_the_run_with_their_groups(
 
     def poisoned(self: DeepSpeedSync, loss: Tensor) -> None:
         calls[0] += 1
-        if calls[0] == 29:  # 4 micro-batches in a step
+        if calls[0] == 29:  # 4 micro-batches per step
             weight = self._model.final_norm.weight
             weight.register_hook(lambda gradient: gradient * math.nan)
         backward(self, loss)
@@ -151,7 +151,7 @@ def test_a_disk_that_lies_ends_the_run_with_its_checkpoint_named(
 
 
 def killed(run: RunConfig, at: int) -> None:
-    """Train, and kill the process while a file is being written, so many after a checkpoint."""
+    """Train, and kill the process during a file write, ``at`` writes after a checkpoint."""
     write, calls = CheckedHandle.async_pwrite, [0]
     before = latest(run)
 
@@ -167,7 +167,7 @@ def killed(run: RunConfig, at: int) -> None:
 
 
 def latest(run: RunConfig) -> str:
-    """Name the last checkpoint, "" before the first."""
+    """Return the name of the last checkpoint, "" before the first."""
     path = Path(run.run.folder) / "latest"
     return path.read_text() if path.exists() else ""
 
@@ -177,7 +177,7 @@ def latest(run: RunConfig) -> str:
     "offload", [pytest.param("none", marks=pytest.mark.slow), pytest.param("nvme")]
 )
 def test_kill_9_during_a_write_loses_nothing(tiny: Make, tmp_path: Path, offload: str) -> None:
-    """Twice, each time after a checkpoint of that launch: files are never the only copy."""
+    """Killed twice, each time after a checkpoint of that launch: files are never the only copy."""
     swap = tmp_path / "swap"
     zero = engine(3, offload=offload, optimizer_states={"nvme": str(swap), "bucket_mib": 4})
     more = (*STEADY, *LARGE, zero, "checkpoint.every_steps=2")
@@ -188,7 +188,7 @@ def test_kill_9_during_a_write_loses_nothing(tiny: Make, tmp_path: Path, offload
         process.join(200)
         assert process.exitcode == -signal.SIGKILL
         assert last in latest(run)
-        assert len(list(swap.iterdir())) == 1  # the next one removes what this one has left
+        assert len(list(swap.iterdir())) == 1  # the next launch removes this one's files
     launch(run)
     assert not list(swap.iterdir())
     straight = tiny(*more, folder=tmp_path / "straight")

@@ -1,4 +1,4 @@
-"""Whole runs whose updates come one step late: what they compute, saves, resumes, branches."""
+"""Runs with updates one step late: losses, saves, resumes, branches."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def losses(run: RunConfig) -> list[float]:
 
 
 def a_plain_loop(config: RunConfig, steps: int, *, late: bool) -> list[float]:
-    """The losses of the same run in fp64: torch's AdamW on a copy that is looked at later."""
+    """Return the losses of the same run in fp64: torch's AdamW on a copy that is used one step
+    later."""
     rules, plan = Parameterization.of_run(config), BatchPlan(config.batch, 32)
     model = build_model(config.model, rules, "fp64").double()
     initialize(model, rules, config.run.seed)
@@ -137,7 +138,7 @@ def test_only_a_branch_may_begin_or_cease_to_be_late(tiny: Make, tmp_path: Path)
         branch = tiny(how, whence, folder=tmp_path / f"from-{name}")
         launch(branch)
         assert len(losses(branch)) == 20
-    # With all updates of its parent, none of which waits any more.
+    # With all updates of its parent applied.
     begun = bits(trunks["e"], 10)
     whence = f"run.parent={{folder: {tmp_path / 'e'}, step: 10, changes: [{UPDATE}]}}"
     launch(tiny(delayed(), whence, "checkpoint.every_steps=1", folder=tmp_path / "again"), 11)

@@ -49,6 +49,6 @@ def test_a_plans_fingerprint_is_of_what_ranks_must_agree_on() -> None:
     ]
     found = {fingerprint(plan), *(fingerprint(one) for one in changed)}
     assert len(found) == 1 + len(changed)
-    dearer = replace(units[0], cost=2.0)  # costs may differ in a last bit, as long as nothing else
+    dearer = replace(units[0], cost=2.0)  # costs may differ in a last bit, but not other fields
     assert fingerprint(replace(plan, units=(dearer, *units[1:]))) == fingerprint(plan)
     assert max(found) < 2**62

@@ -1,4 +1,4 @@
-"""No checkpoint is made of parameters that an update broke, and none is gone on from."""
+"""No checkpoint of non-finite parameters is written, and none is resumed from."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ EVERY_3 = ("checkpoint={every_steps: 3, keep_last: 1}", "training.total_steps=12
 
 @contextmanager
 def update_of_step_6_breaks() -> Iterator[None]:
-    """It leaves a NaN in a parameter, which neither its loss nor its gradients show."""
+    """The update leaves a NaN in a parameter, which its loss and gradients do not show."""
     take = TrainStep.__call__
 
     def broken(self: TrainStep, step: int, batches: Sequence[DeviceBatch]) -> StepOutcome:
@@ -47,7 +47,7 @@ def test_what_an_update_broke_is_not_saved(tiny: Make, tmp_path: Path) -> None:
         train(config, callbacks=[])
     assert "step-3 is kept" in str(said.value)
     assert names(config) == ["step-3"]
-    train(config, callbacks=[])  # what was wrong is gone
+    train(config, callbacks=[])  # without the fault
     assert names(config) == ["step-12"]
 
 

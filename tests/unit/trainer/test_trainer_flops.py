@@ -35,7 +35,7 @@ def run(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def counted(config: RunConfig, step: int) -> int:
-    """A step's FLOPs, each document counted by itself."""
+    """Return a step's FLOPs, counted document by document."""
     plan = BatchPlan(config.batch, config.data.sequence_length)
     assert config.data.kind == "sequences"
     stream = Stream(config.data, config.run.seed)
@@ -70,7 +70,7 @@ def test_a_row_counts_the_documents_of_its_own_step(tiny: Make, packing: str) ->
 def test_the_same_documents_count_the_same_as_sequences_and_as_documents(
     tiny: Make, tmp_path: Path
 ) -> None:
-    """A window as long as an epoch holds every document once, uncut."""
+    """A window as long as an epoch contains every document once, uncut."""
     lengths = [[2, 31, 7, 20, 4], [3, 3, 40, 18]]  # 64 tokens both
     for name, each in zip("ab", lengths, strict=True):
         write_store(tmp_path / name, [np.arange(n) % 63 + 1 for n in each])

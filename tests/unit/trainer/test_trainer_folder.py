@@ -1,4 +1,4 @@
-"""Who may write in a run's folder and what it remembers."""
+"""Write access to a run folder, and its stored state."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_files_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
 
 
 def test_rows_survive_a_disk_that_fills_and_empties(tmp_path: Path) -> None:
-    """In a child, as the limit on file size is for the whole process."""
+    """In a child process, because the limit on file size applies to the full process."""
     code = f"""
 import resource, signal
 from allometry.trainer.state.folder import RunFolder
@@ -94,7 +94,7 @@ recorder.close()
     subprocess.run([sys.executable, "-c", code], check=True)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 11))
-    # One that does not empty: what is lost is said.
+    # If the disk stays full, the lost rows are reported.
     code = code.replace("recorder.close()", "print(recorder.close())").replace("step == 8", "False")
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     place = tmp_path / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""A run that forecasts its own end: what its rows and events say, and that training is the same."""
+"""A run that forecasts its own final loss: rows, events, and unchanged training."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Runs with optimizer states in FP8: they learn, resume bit by bit, branch from fp32, and tell."""
+"""Runs with optimizer states in FP8 learn, resume bitwise, branch from fp32, and record it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,13 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows(folder)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.slow] if kind in ("adamw", "adamh") else [])
+        for kind in KINDS
+    ],
+)
 def test_it_learns_and_two_resumes_are_bit_exact(tiny: Make, tmp_path: Path, kind: str) -> None:
     said = [FP8, *KINDS[kind]]
     straight = losses(run(tiny(*said, folder=tmp_path / "straight")))
@@ -73,7 +79,7 @@ def test_it_learns_and_two_resumes_are_bit_exact(tiny: Make, tmp_path: Path, kin
 def test_a_resume_that_changes_a_state_is_seen(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equal losses mean equal states: here one row of one state differs in its last place."""
+    """Equal losses imply equal states: here one row of one state differs in its last place."""
     said = [FP8, "training.total_steps=8"]
     straight = losses(run(tiny(*said, folder=tmp_path / "straight")))
     run(tiny(*said, folder=tmp_path / "parts"), stop_at_step=4)
@@ -143,7 +149,7 @@ def test_a_branch_may(
     parent = run(tiny(*before, "checkpoint.keep_steps=[10]", folder=tmp_path / "parent"))
     said = [f"run.parent={{folder: {parent}, step: 10, changes: [optimizer.states]}}", *after]
     branch = tmp_path / "branch"
-    run(tiny(*said, folder=branch), stop_at_step=12)  # before a checkpoint of its own
+    run(tiny(*said, folder=branch), stop_at_step=12)  # before its first own checkpoint
     run(tiny(*said, folder=branch))
     told = [event for event in events(branch) if event["event"] == "states_converted"]
     assert [event["change"] for event in told] == ([change] if change else [])

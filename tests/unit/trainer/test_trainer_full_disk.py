@@ -1,4 +1,4 @@
-"""Runs whose disk for optimizer states really is full: small file systems, mounted for a test."""
+"""Runs with a really full disk for optimizer states: small file systems, mounted by the test."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _mounted(*command: str | Path) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
+    """Yield a file system of 4 MiB."""
     if os.geteuid() or not shutil.which("mount"):
         pytest.skip("file systems are mounted by root")
     folder = tmp_path / "small"
@@ -41,7 +41,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def thin(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """A disk that promises 64 MiB and has 12, and the folder in which its blocks are."""
+    """Yield a thin disk of 64 MiB backed by 12, and the folder that stores its blocks."""
     if os.geteuid() or not all(map(shutil.which, TOOLS)):
         pytest.skip("disks are made by root with losetup and mkfs.ext4")
     below, folder = tmp_path / "below", tmp_path / "thin"
@@ -61,7 +61,7 @@ def thin(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def fill(folder: Path, spare: int = 0) -> Path:
-    """Take all room there is but ``spare`` bytes; return the file that has it."""
+    """Use all free space except ``spare`` bytes; return the file that takes it."""
     found = os.statvfs(folder)
     path = folder / "others"
     with path.open("wb") as file:
@@ -82,7 +82,7 @@ def launched(run: RunConfig, file: Path, *more: str) -> subprocess.CompletedProc
 
 
 def config(tiny: Make, folder: Path, swap: Path | None) -> RunConfig:
-    """A run with about 2 MiB of states."""
+    """Return a run with about 2 MiB of states."""
     states = {"nvme": str(swap), "bucket_mib": 0.2}
     away = [f"parallel.zero.optimizer_states={json.dumps(states)}"] if swap else []
     return tiny(*away, "model.width=96", "model.ffn_width=256", folder=folder)
@@ -113,7 +113,7 @@ def test_what_others_write_later_takes_no_room_of_states(
 def test_a_disk_that_is_full_in_the_middle_of_a_write_loses_nothing(
     tiny: Make, tmp_path: Path, thin: tuple[Path, Path]
 ) -> None:
-    """It has promised the room, as thin volumes do, and the file system does not know better."""
+    """The disk has promised the space, as thin volumes do, and the file system relies on it."""
     swap, below = thin
     run = config(tiny, tmp_path / "run", swap)
     first = launched(run, tmp_path / "run.yaml", "--stop-at-step", "5")

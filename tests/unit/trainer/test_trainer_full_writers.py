@@ -1,4 +1,4 @@
-"""No writer ends a run whose disk is full, and no launch that lost something ends with 0."""
+"""No writer ends a run on a full disk, and a launch that lost output exits with an error code."""
 
 import json
 import os
@@ -31,7 +31,7 @@ Make = Callable[..., RunConfig]
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """No file of this process grows beyond so many bytes: a write writes what fits, then fails."""
+    """Limit this process's files to ``size`` bytes: a write writes as much as fits, then fails."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -102,11 +102,12 @@ def test_a_small_file_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_tensorboard_gets_all_rows_though_its_disk_was_full(tiny: Make) -> None:
-    """It is on by default, and its own writer ends with OSError."""
+    """TensorBoard is on by default, and its own writer fails with OSError."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     class Full(Callback):
-        """Between steps 5 and 12 no file of the run grows but checkpoints, which are larger."""
+        """Between steps 5 and 12 only checkpoints, which are larger than the
+        limit's files, grow."""
 
         def __init__(self) -> None:
             self.limit = files_of_at_most(1)
@@ -139,7 +140,7 @@ def test_temporary_files_of_an_interrupted_launch_go(tiny: Make) -> None:
     for name in (*left, *stay):
         (folder / name).write_text("{")
     train(config, device=torch.device("cpu"), callbacks=[], stop_at_step=4)
-    others = left[3:]  # may be under way
+    others = left[3:]  # may be in progress
     assert [name for name in left if (folder / name).exists()] == others
     for name in others:
         os.utime(folder / name, (0, 0))
@@ -150,20 +151,20 @@ def test_temporary_files_of_an_interrupted_launch_go(tiny: Make) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
+    """Yield a file system of 4 MB."""
     with mounted(tmp_path / "disk", "4m") as place:
         yield place
 
 
 def fill(disk: Path, spare: int = 0) -> None:
-    """Take all room of the disk but ``spare`` bytes."""
+    """Use all space of the disk except ``spare`` bytes."""
     found = os.statvfs(disk)
     with open(disk / "others", "ab") as file:
         file.write(b"x" * max(0, found.f_bavail * found.f_frsize - spare))
 
 
 def started(config: RunConfig, file: Path, log: Path | None = None) -> subprocess.Popen[str]:
-    """The command that a user types."""
+    """Start the command of a user."""
     file.write_text(dump(config))
     return subprocess.Popen(
         [sys.executable, "-m", "allometry.launch.cli", "train", str(file), "--allocator=system"],
@@ -178,7 +179,7 @@ FULL = ("record.tensorboard=true", "record.display_every_steps=1", "checkpoint.k
 
 
 def test_a_start_on_a_full_disk_leaves_nothing(tiny: Make, tmp_path: Path, disk: Path) -> None:
-    fill(disk, spare=600_000)  # room for a checkpoint, and for nothing by the time it is asked
+    fill(disk, spare=600_000)  # space for a checkpoint, used up by the time it is needed
     config = tiny(*FULL, folder=disk / "run")
     taken = disk / "others"
     with taken.open("ab") as file:

@@ -1,4 +1,4 @@
-"""The rate that MFU is held against: measured once on a machine, and not by a wall clock."""
+"""The reference rate of MFU: measured once per machine, in CPU time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """The types that were measured; each time another rate is found."""
+    """Return the measured dtypes; each measurement gives a different rate."""
     types: list[torch.dtype] = []
 
     def measure(device: torch.device, dtype: torch.dtype, size: int) -> float:
@@ -81,7 +81,8 @@ def test_where_nothing_can_be_kept_each_launch_measures(
 
 
 def test_waiting_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that others interrupt has the same peak; its threads and random numbers stay."""
+    """An interrupted process measures the same peak; its threads and random
+    numbers are unchanged."""
     product, seen = torch.mm, set()
 
     def interrupted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""No step makes the host wait for a GPU: nothing in it reads a value of a tensor."""
+"""No step makes the host wait for a GPU: no tensor value is read in it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MODELS = {
 def reads_of_a_step(
     config: RunConfig, change: Callable[[TrainStep, Transformer], None]
 ) -> list[str]:
-    """What the third step reads: states are there by then."""
+    """Return the reads of the third step, after states were created."""
     plan = RunPlan.of(config, 1)
     stream = Stream(config.data, config.run.seed)
     size = plan.micro_batch_sequences
@@ -90,7 +90,7 @@ def test_a_step_reads_no_value(tiny: Make, model: str, optimizer: str) -> None:
 
 
 def planted(kind: str) -> Callable[[TrainStep, Transformer], None]:
-    """A step that waits once, in a way of this kind."""
+    """Return a change that makes a step wait once, in the given way."""
 
     def forward(module: nn.Module, _: object, output: object) -> None:
         assert isinstance(output, Losses)

@@ -1,4 +1,4 @@
-"""Checkpoints that somebody has planted or damaged: refused in a sentence, nothing of them run."""
+"""Hostile or damaged checkpoints are refused in one sentence, and none of their code runs."""
 
 import json
 import os
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def run(tiny: Make, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that stands at step 4, trained once for all tests."""
+    """Return a run stopped at step 4, trained once for all tests."""
     once = tmp_path_factory.getbasetemp() / "hostile"
     if not once.exists():
         train(tiny("checkpoint.every_steps=2", folder=once), device=CPU, stop_at_step=4)
@@ -41,7 +41,7 @@ def go_on(tiny: Make) -> None:
 
 
 def seal_again(path: Path, **changes: Any) -> None:
-    """List the files of a checkpoint as they are now, as an attacker would."""
+    """Rebuild the list of files of a checkpoint, like an attacker."""
     content = json.loads((path / "complete.json").read_text())
     for name in content["files"]:
         if (path / name).is_file():
@@ -52,7 +52,7 @@ def seal_again(path: Path, **changes: Any) -> None:
 
 
 class Attack:
-    """Runs a command where it is unpickled."""
+    """Object that runs a command when unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -62,7 +62,7 @@ class Attack:
 
 
 def planted(path: Path, change: Callable[[Any], Any]) -> None:
-    """Change the metadata of a checkpoint and list it anew."""
+    """Change the metadata of a checkpoint and rebuild its list of files."""
     place = path / ".metadata"
     found = pickle.loads(place.read_bytes())
     found = change(found) or found
@@ -146,7 +146,7 @@ def test_nothing_that_metadata_name_is_run(run: Path, tiny: Make, tmp_path: Path
 
 
 def refused(tiny: Make, path: Path) -> None:
-    """By the reader, by a conversion and by the run that goes on, which loses nothing."""
+    """Refused by the reader, by a conversion and by a resuming run, which loses no file."""
     there = sorted(f for f in path.parent.parent.rglob("*") if f.suffix != ".yaml")
     with pytest.raises(UserError, match=r"checkpoint .*step-4 cannot be read \(\.metadata"):
         ShardReader(path).read_metadata()
@@ -190,7 +190,7 @@ def test_a_checkpoint_under_another_name(run: Path, tiny: Make) -> None:
     shutil.copytree(there / "step-2", there / "step-4")
     with pytest.raises(UserError, match="it is of step 2"):
         go_on(tiny)
-    seal_again(there / "step-4", step=4)  # the facts say so, too
+    seal_again(there / "step-4", step=4)  # consistent with trainer.json
     with pytest.raises(UserError, match="it is of step 2"):
         go_on(tiny)
 
@@ -228,7 +228,7 @@ QUICK = {(file, how) for file in FILES for how in ("deep", "false kinds", "missi
 
 @pytest.mark.parametrize(("file", "how"), thinned(QUICK, DAMAGE))
 def test_damage_is_a_sentence(run: Path, tiny: Make, file: str, how: str) -> None:
-    """Whatever stands in a file, the run goes on or says what is wrong."""
+    """For any content of a file, the run continues or reports the error."""
     place = run / file
     place.unlink()
     if how == "a folder":
@@ -286,7 +286,7 @@ def test_another_runs_checkpoint_is_refused(run: Path, tiny: Make, tmp_path: Pat
 
 
 def test_what_a_run_may_begin_or_go_on_with(run: Path, tiny: Make, tmp_path: Path) -> None:
-    """A copy, a run whose run.json is lost, one of before there were identities, a branch."""
+    """A copy, a run without run.json, one from before run identities, a branch."""
     every = "checkpoint.every_steps=2"
     copied, lost, old = (tmp_path / name for name in ("copied", "lost", "old"))
     for folder in (copied, lost, old):
@@ -325,7 +325,7 @@ def test_going_back_changes_nothing_before_loading(run: Path, tiny: Make) -> Non
         for index in [i for i in found.storage_data if i.fqn == name]:
             del found.storage_data[index]
 
-    planted(path, nowhere)  # whole and well formed, but not all that the model has
+    planted(path, nowhere)  # intact and well formed, but without some of the model's tensors
 
     def contents() -> dict[Path, bytes]:
         kept = (f for f in run.rglob("*") if f.is_file() and f.name != "run.lock")

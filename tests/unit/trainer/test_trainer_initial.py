@@ -1,4 +1,4 @@
-"""Runs that begin with a checkpoint of another one: what goes on, and what is refused."""
+"""Runs that start from another run's checkpoint: kept state, and refusals."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def one_source(store: Path) -> str:
 
 
 class Crash(Callback):
-    """Ends the process' launch at a step, without a checkpoint."""
+    """End the launch at a step, without a checkpoint."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -71,7 +71,7 @@ class Crash(Callback):
 def test_what_keeps_all_is_the_run_itself_to_the_bit(
     tiny: Make, tiny_store: Path, tmp_path: Path, optimizer: str
 ) -> None:
-    """With one source and a constant rate nothing tells a run's step 9 from step 1 after its 8."""
+    """With one source and a constant rate, the new run's step 1 equals the old run's step 9."""
     same = (CONSTANT, one_source(tiny_store), f"optimizer={optimizer}")
     length = "training.total_steps=14"
     kept = (length, "checkpoint.keep_steps=[8]")
@@ -99,7 +99,7 @@ def test_it_is_resumed_twice_and_needs_the_other_run_no_more(tiny: Make, tmp_pat
         run(config, callbacks=[Crash(3)])
     shutil.rmtree(first)
     with pytest.raises(RuntimeError, match="the machine had gone"):
-        run(config, callbacks=[Crash(2)])  # from the weights once more: there is no checkpoint yet
+        run(config, callbacks=[Crash(2)])  # from the weights again: no checkpoint exists yet
     run(config, stop_at_step=4)
     run(config, stop_at_step=7)
     new = run(config)
@@ -116,7 +116,7 @@ def test_it_is_resumed_twice_and_needs_the_other_run_no_more(tiny: Make, tmp_pat
     assert (origin["source"], origin["step"]) == (str(first), 7)
     assert origin["hash"] == said["hash"]
     assert len(origin["hash"]) == 16
-    # An edit of where it began is refused, as it would do nothing.
+    # A change of its origin is refused, because it would have no effect.
     (tmp_path / "kept").rename(first)
     for edit in (initial(first, ALL, 5), initial(first), "run.initial=null"):
         with pytest.raises(UserError, match=r"run\.initial.* may not change when a run continues"):
@@ -171,7 +171,7 @@ def test_a_router_s_bias_is_part_of_the_weights(tiny: Make, tmp_path: Path) -> N
 
 
 def test_other_rates_and_another_base_of_rotary_frequencies(tiny: Make, tmp_path: Path) -> None:
-    """A new run chooses what concerns training; of the model what changes is an event."""
+    """A new run may change training settings; model changes are recorded as an event."""
     first = run(tiny(folder=tmp_path / "first"), stop_at_step=5)
     changed = ("model.rope_theta=50000", "model.dropout=0.1", "optimizer.lr=3e-3", "run.seed=9")
     config = tiny(
@@ -189,7 +189,7 @@ def test_other_rates_and_another_base_of_rotary_frequencies(tiny: Make, tmp_path
 def test_the_model_is_the_one_of_the_stage_where_the_checkpoint_lies(
     tiny: Make, tmp_path: Path
 ) -> None:
-    """What a stage has of its own differs there and here, and not what the whole run says."""
+    """A stage's own keys differ between stages, but the keys of the full run do not."""
     length = ("training.total_tokens=null", "training.total_steps=null")
 
     def stages(first: int, second: int) -> str:
@@ -236,7 +236,7 @@ def test_what_cannot_begin_is_one_sentence_and_leaves_no_run(tiny: Make, tmp_pat
     shutil.rmtree(tmp_path / "empty/checkpoints")
     with pytest.raises(UserError, match="has no checkpoint yet"):
         run(tiny(initial(tmp_path / "empty"), folder=tmp_path / "new"))
-    # In a folder where another run is, run.initial would do nothing.
+    # In the folder of an existing run, run.initial would have no effect.
     with pytest.raises(UserError, match=r"run\.initial.* may not change"):
         run(tiny(initial(tmp_path / "empty"), folder=first))
 

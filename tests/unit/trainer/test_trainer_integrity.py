@@ -1,4 +1,4 @@
-"""Checksums made while writing, and the shares in which ranks check them."""
+"""Checksums computed while writing, and their division over ranks for verification."""
 
 import json
 import time

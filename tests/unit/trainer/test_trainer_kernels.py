@@ -1,4 +1,4 @@
-"""Which kernels a launch takes: by name, by rule, by measurement, or those of its record."""
+"""Kernels of a launch: selected by name, by rule, by measurement, or from the record."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ class TestApex:
     def test_a_run_by_apex_is_one_by_torch(
         self, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
     ) -> None:
-        """Forward, backward, step and resume through apex's calls, with torch behind them."""
+        """Forward, backward, step and resume through apex's calls, computed by torch."""
         settings = ("training.total_steps=8", f"optimizer.kind={optimizer}", "optimizer.lr=1e-2")
         plain = tiny(*settings, folder=tmp_path / "torch")
         train(plain, callbacks=[])
@@ -299,7 +299,7 @@ class TestApex:
 
 
 class TestOnAGpu:
-    """What is asked of a GPU, with its place held and its clock made up."""
+    """Calls to a GPU, with a substitute device and a simulated clock."""
 
     @pytest.fixture
     def asked(self, monkeypatch: pytest.MonkeyPatch) -> list:

@@ -1,4 +1,4 @@
-"""Local copies of one process: failures, stops, and folders of others."""
+"""Local copies of one process: failures, stops, and folders of other runs."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def nodes(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def copied(tiny: Make, nodes: Path) -> RunConfig:
-    """A run with a copy every 4 steps, and no other checkpoint than the last."""
+    """Return a run with a copy every 4 steps, and only a final checkpoint."""
     return tiny(
         f"checkpoint.local={{folder: {nodes}, every_steps: 4}}",
         *("checkpoint.every_steps=null", "checkpoint.asynchronous=false"),
@@ -90,7 +90,7 @@ def test_a_copy_that_cannot_be_written_does_not_end_the_run(
     assert [event["step"] for event in failed] == [8, 12, 16]
     assert {event["reason"] for event in failed} == {"No space left on device"}
     assert [event["step"] for event in told(folder, "local_copies")] == [4]
-    run(copied)  # the copy before is still there
+    run(copied)  # the previous copy still exists
     assert [event["checkpoint"] for event in told(folder, "resumed")] == ["step-4"]
     assert len(rows(folder)) == 20
 
@@ -127,7 +127,7 @@ def test_a_folder_that_is_not_there_is_refused(tiny: Make, tmp_path: Path) -> No
 
 
 def test_a_run_that_goes_back_begins_there(copied: RunConfig, tiny: Make, nodes: Path) -> None:
-    """And what was copied of the steps that it takes back is gone."""
+    """Copies of the steps that the run takes back are removed."""
     run(copied, stop_at_step=6)
     crashed(copied, 18)
     section = copied.run.model_copy(update={"resume": "step-6"})

@@ -1,4 +1,4 @@
-"""Mixtures that change in mid-run, resumes and layouts: which samples a run reads, exactly."""
+"""Mixtures that change during a run, resumes and layouts: the exact samples that a run reads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ BATCH = 12
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sources whose tokens are their places, so that a window's first token names its documents."""
+    """Return sources whose tokens are their positions, so that a first token
+    identifies a window."""
     made = tmp_path_factory.mktemp("stores")
     for number, name in enumerate(NAMES):
         first = 1 + number * WINDOWS * LENGTH
@@ -50,9 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @st.composite
 def mixtures(draw: st.DrawFn) -> dict[str, Any]:
-    """Sources with weights, one of them perhaps replayed at a ratio that changes."""
+    """Draw sources with weights, one of them possibly replayed at a changing ratio."""
     weights = draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 5.0]), min_size=3, max_size=3))
-    weights[draw(st.integers(0, 1))] = 1.0  # some are always there
+    weights[draw(st.integers(0, 1))] = 1.0  # at least one source
     data: dict[str, Any] = {"weights": dict(zip(NAMES, weights, strict=True)), "replay": None}
     if draw(st.booleans()):
         data["weights"] = {"a": 1.0, "b": 3.0, "c": 1.0}
@@ -73,7 +74,7 @@ def description(folder: Path, mixture: dict[str, Any]) -> SequenceData:
 
 
 def consumed(stream: Stream, first: int, last: int, ranks: int, micro: int) -> Counter[int]:
-    """First tokens of the samples that all ranks' feeds give in steps ``first`` to ``last``."""
+    """Return the first tokens of the samples of all ranks' feeds in steps ``first`` to ``last``."""
     batch = BatchPlan(BatchConfig(sequences=BATCH, micro_batch_sequences=micro), LENGTH)
     plan = SimpleNamespace(
         batch=batch,
@@ -91,7 +92,7 @@ def consumed(stream: Stream, first: int, last: int, ranks: int, micro: int) -> C
 
 
 def planned(folder: Path, followed: list[tuple[int, dict[str, float]]], total: int) -> Counter[int]:
-    """The same from the definitions alone."""
+    """Return the same from the definitions alone."""
     seen: Counter[int] = Counter()
     lines = {name: DocumentOrder(TokenStore(folder / name), name, SEED) for name in NAMES}
     for name, number in plain_samples(followed, NAMES, total):
@@ -105,7 +106,7 @@ LAUNCHES = st.lists(
     st.tuples(
         mixtures(),
         st.integers(1, 5),  # steps before it ends
-        st.integers(0, 4),  # of which so many were after its last checkpoint, and are lost
+        st.integers(0, 4),  # of which some came after its last checkpoint, and are lost
         st.sampled_from([(1, 12), (1, 1), (2, 3), (3, 2), (4, 3), (12, 1)]),
         st.booleans(),  # whether the file was edited before it
     ),
@@ -126,7 +127,7 @@ def test_what_a_run_consumes_is_what_was_declared(folder: Path, launches: list[A
         stream = Stream(description(folder, mixture), SEED)
         fresh = [(c.position, dict(c.shares)) for c in stream.mixture.changes]
         position = done * BATCH
-        # By hand: what was in force up to here, then the file's own, in force from here on.
+        # By hand: the mixture in force up to here, then the file's own.
         begun = [shares for at, shares in fresh if at <= position][-1]
         followed = [c for c in followed if c[0] < position]
         followed += [(position, begun)] if not followed or followed[-1][1] != begun else []
@@ -144,7 +145,7 @@ def test_what_a_run_consumes_is_what_was_declared(folder: Path, launches: list[A
             state = stream.state(0)
     total = done * BATCH
     assert seen == planned(folder, followed, total)
-    # No window comes again before its source is through, and the ledger says how often it was.
+    # No window repeats before its source is exhausted, and the ledger counts the epochs.
     for number, name in enumerate(NAMES):
         mine = [n for token, n in seen.items() if (token - 1) // (WINDOWS * LENGTH) == number]
         read = sum(mine)
@@ -177,7 +178,7 @@ FEW = ("training.total_steps=8", "checkpoint.every_steps=2", "evaluation.every_s
 
 @pytest.mark.usefixtures("one_thread")
 def test_an_edited_file_is_the_mixture_that_was_declared(tiny: Make, tmp_path: Path) -> None:
-    """To the bit: an edit at a step, and the change declared there from the start."""
+    """Bitwise equal: an edit at a step, and the change declared there from the start."""
     change = {"after_tokens": 4 * 8 * 32, "ratio": 0.9}
     whole = run(tiny(*FEW, replay(0.25, change), folder=tmp_path / "whole"))
     edited = tmp_path / "edited"
@@ -197,7 +198,7 @@ def test_an_edited_file_is_the_mixture_that_was_declared(tiny: Make, tmp_path: P
     assert said["tokens"] == {"up": 24 * 32, "down": 8 * 32}
     facts = checkpoint.read_facts(edited / "checkpoints" / "step-8")
     assert facts["reading"]["ledger"]["down"]["tokens"] == rows(edited)[-1]["tokens/down"]
-    for name, account in foreseen.items():  # the dry run knows what the folder has read
+    for name, account in foreseen.items():  # the dry run reads the folder's ledger
         assert account == facts["reading"]["ledger"][name]
     assert rows(edited)[-1]["tokens/down"] == pytest.approx((8 + 32 * 0.9) * 32, abs=32)
     described = json.loads((edited / "run.json").read_text())["data"]
@@ -219,7 +220,7 @@ def test_forgetting_is_the_loss_against_the_start(tiny: Make) -> None:
         assert "forgetting/up" not in row
         assert row["tokens/down"] == 0
         assert "loss/down" not in row
-    # The weights before the first step are those that were measured.
+    # The measured losses belong to the weights before the first step.
     assert rows(folder)[0]["loss"] == pytest.approx(before["losses"]["up"], abs=0.2)
 
 

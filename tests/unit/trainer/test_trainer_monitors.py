@@ -1,4 +1,4 @@
-"""Monitors in one process: values by hand, alarms, and a run that does not notice them."""
+"""Monitors in one process: values by hand, alarms, and unchanged training."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_top_singular_values(mesh: Mesh) -> None:
         assert (first[name] <= values * (1 + 1e-5)).all()
         assert (first[name] >= values * 0.95).all()
     later = first
-    for _ in range(60):  # the state is kept, so that it goes on to the value itself
+    for _ in range(60):  # the state is kept, so that it converges
         later = follow()
     for name, values in exact.items():
         assert torch.allclose(later[name], values, rtol=1e-4)
@@ -165,7 +165,7 @@ def test_what_is_alarming() -> None:
     calm = {
         "monitors/grad_rms/hidden": 1e-6,
         "monitors/grad_rms/output": 0.0,
-        "monitors/grad_rms/router": 1e-12,  # no epsilon: its rule divides by none
+        "monitors/grad_rms/router": 1e-12,  # no epsilon: its rule has no division
         "monitors/activation_max": 99.0,
         "monitors/activation_max_layer": 1,
         "monitors/attention_logit_max": 30.0,
@@ -252,7 +252,7 @@ def test_several_decays_resume_and_a_finished_run_goes_further(tiny: Make, tmp_p
 def test_decays_of_several_lengths_branch_off_one_stable_stretch(
     tiny: Make, tmp_path: Path
 ) -> None:
-    """A run of WSD goes back to the end of its stable part and is made longer."""
+    """A WSD run goes back to the end of its stable part and is lengthened."""
     folder, keep = tmp_path / "branch", "checkpoint={every_steps: 1, keep_last: 99}"
     short = tiny(keep, "training.total_steps=10", folder=folder)
     run(short)  # decays from step 8 on

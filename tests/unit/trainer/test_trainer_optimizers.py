@@ -1,4 +1,4 @@
-"""Runs with each kind of optimizer: they learn, and resume bit by bit."""
+"""Runs with each kind of optimizer learn, and resume bitwise."""
 
 import math
 from collections.abc import Callable, Iterator

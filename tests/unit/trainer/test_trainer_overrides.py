@@ -1,4 +1,5 @@
-"""Runs with frozen parameters and multiplied rates: bits, resumes, overrides edited in mid-run."""
+"""Runs with frozen parameters and multiplied rates: bits, resumes, overrides
+edited during a run."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ FROZEN: Entries = (
     {"layers": 1, "freeze": False},
     {"names": "*.1.attention.wk.weight", "freeze": True},
 )
-"""All but layer 1, and one matrix of its joined product."""
+"""All except layer 1, and one matrix of its combined product."""
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +128,7 @@ LIFE: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("kind", thinned({next(iter(LIFE))}, list(LIFE)))
 def test_overrides_edited_in_mid_run(tiny: Make, tmp_path: Path, kind: str) -> None:
-    """Trained, frozen, trained again: dropped states begin at zero and count their own steps."""
+    """Trained, frozen, trained again: dropped states restart at zero with their own step count."""
     asked = [*LIFE[kind], *SHORT]
     folder = tmp_path / "run"
     run(tiny(*asked, folder=folder), stop_at_step=2)

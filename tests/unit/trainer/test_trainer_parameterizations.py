@@ -1,4 +1,4 @@
-"""Runs with each parameterization, away from its base: they learn, and say what they did."""
+"""Runs with each parameterization, away from its base: they learn, and record their scaling."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_rows_of_metrics() -> None:
 def test_plans_are_recorded_and_forgotten_as_rows_are(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     recorder = Recorder(folder)
-    assert not folder.plans.exists()  # not every run plans
+    assert not folder.plans.exists()  # only some runs make plans
     for step in (2, 4, 6):
         recorder.plan(step, plan_record(PLAN, LAYOUT))
         recorder.row({"step": step})
@@ -131,7 +131,7 @@ def test_plans_are_recorded_and_forgotten_as_rows_are(tmp_path: Path) -> None:
 def test_a_step_that_begins_no_document_is_one_sentence(
     tiny: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    # Nearly all windows hold documents of one token alone.
+    # Nearly all windows contain only documents of one token.
     write_store(tmp_path / "ones", [[1, 2], *[[3]] * 500])
     config = tiny(
         "data.kind=documents",
@@ -149,7 +149,7 @@ def test_a_step_that_begins_no_document_is_one_sentence(
 def test_a_step_within_long_documents_of_all_sources_is_found_first(
     tiny: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    # One in two steps of two windows, one of each source, lies within a document of each.
+    # Every second step has two windows, one per source, each within one document.
     for name in "ab":
         write_store(tmp_path / name, [[1] * 8] * 20)
     config = tiny(

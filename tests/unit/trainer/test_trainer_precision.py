@@ -1,4 +1,4 @@
-"""Which recipe of FP8 products a launch takes, and what it says of devices that cannot."""
+"""Recipe of FP8 products of a launch, and messages about unsupported devices."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ def test_what_a_device_can() -> None:
 
 
 def on(device: Device, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> torch.device:
-    """A device that is described as ``device``; torch raises for the recipe ``fails``."""
+    """Return a device described as ``device``; torch raises for the recipe ``fails``."""
     monkeypatch.setattr(Device, "of", classmethod(lambda cls, _: device))
     monkeypatch.setattr(
         precision, "_failure", lambda recipe, *_: "fails on this device" * (recipe == fails) or None

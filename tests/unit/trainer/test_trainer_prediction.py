@@ -1,4 +1,4 @@
-"""A run holds the planner's prediction against its steps, and the planner learns from that."""
+"""A run compares the planner's prediction with its steps, and the planner adapts to it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_run_records_predicted_and_measured_steps(tiny: Make, tmp_path: Path) 
     (one,) = after.compared
     assert one.steps == 8
     assert one.measured_s == np.median([event["measured_s"] for event in found])
-    # What was measured is believed more than before.
+    # The adapted prediction is closer to the measurement.
     before, then = (abs(np.log(s / one.measured_s)) for s in (one.before_s, one.after_s))
     assert then < before
     assert one.interval[0] < one.before_s < one.interval[1]

@@ -1,4 +1,4 @@
-"""Repetition: what it is worth, where a run is refused, what is advised, and the alarm."""
+"""Repetition: its value, refusals of runs, advice, and the alarm."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from allometry.trainer.train import train
 from run_folders import events, rows
 
 Make = Callable[..., RunConfig]
-TOKENS = 400 * 32  # of a source of the tiny store, about
+TOKENS = 400 * 32  # approximate size of a source of the tiny store
 
 
 def test_worth_is_the_published_law() -> None:
-    """R_D = 15.39: the numbers that follow from it for 2 to 40 epochs."""
+    """R_D = 15.39, and the resulting numbers for 2 to 40 epochs."""
     found = {epochs: worth(epochs) for epochs in (2, 4, 8, 16, 40)}
     average = [round(one, 3) for one, _ in found.values()]
     after = [round(one, 3) for _, one in found.values()]
@@ -38,7 +38,7 @@ def test_worth_is_the_published_law() -> None:
 
 
 def steps(epochs: float, config: RunConfig) -> str:
-    """A length that reads the heavier source so often."""
+    """Return a length that reads the heavier source ``epochs`` times."""
     tokens = open_sources(config).unique_tokens()["up"]
     return f"training.total_steps={round(epochs * tokens / (0.7 * 8 * 32))}"
 
@@ -127,7 +127,7 @@ def test_a_launch_says_what_it_repeats(tiny: Make, tmp_path: Path) -> None:
 
 
 def watched(tmp_path: Path, course: list[tuple[float, float, float]]) -> list[dict[str, object]]:
-    """What is reported of a source of these (epochs, training, held-out losses), a step each."""
+    """Return the reports for a source with these (epochs, training, held-out losses) per step."""
     said: list[dict[str, object]] = []
     watch = RepetitionWatch(RunFolder(tmp_path), lambda kind, **more: said.append(more))  # type: ignore[arg-type]
     for step, (epochs, training, held_out) in enumerate(course, 1):
@@ -147,14 +147,14 @@ def test_the_alarm_names_the_checkpoint_before(tmp_path: Path) -> None:
     early = [(epochs - 1.0, *losses) for epochs, *losses in course]
     assert not watched(tmp_path, early)  # type: ignore[arg-type]
     rising = [(epochs, 3.0 + step, held) for step, (epochs, _, held) in enumerate(course)]
-    assert not watched(tmp_path, rising)  # the training loss rises, too
+    assert not watched(tmp_path, rising)  # the training loss rises too
     assert not watched(tmp_path, [*course[:5], (2.0, 2.5, 2.7), *course[5:]])
 
 
 def learnt(
     tiny: Make, folder: Path, documents: int, steps: int, sequences: int
 ) -> list[dict[str, Any]]:
-    """What a run of random text says of it: nothing is there to learn but by heart."""
+    """Return the reports of a run on random text, which can only be memorized."""
     rng = np.random.default_rng(0)
     write_store(folder / "text", [rng.integers(1, 64, 32) for _ in range(documents)])
     write_store(folder / "held", [rng.integers(1, 64, 32) for _ in range(32)])
@@ -178,12 +178,12 @@ def learnt(
 
 
 def before(step: int, every: int) -> str | None:
-    """The checkpoint at or before a step."""
+    """Return the checkpoint at or before a step."""
     return f"step-{step // every * every}" if step >= every else None
 
 
 def test_what_is_read_fifty_times_is_learnt_by_heart(tiny: Make, tmp_path: Path) -> None:
-    """512 tokens; as many steps of fresh text say nothing."""
+    """512 tokens; as many steps of new text give no report."""
     for name in ("few", "many"):
         (tmp_path / name).mkdir()
     said = learnt(tiny, tmp_path / "few", documents=16, steps=100, sequences=8)

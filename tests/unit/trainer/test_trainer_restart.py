@@ -1,4 +1,4 @@
-"""A launch whose ranks are started again: what the record says, and what it goes on with."""
+"""A launch with restarted ranks: its record, and the state that it resumes from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may change between launches of one run, and what is refused by name."""
+"""Changes allowed between launches of one run, and refusals by key."""
 
 from collections.abc import Callable
 

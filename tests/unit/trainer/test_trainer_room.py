@@ -1,4 +1,4 @@
-"""Checkpoints on disks that are full, or become so: said before, tried again, and no success."""
+"""Checkpoints on full disks: warning in advance, retries, and an error code."""
 
 import logging
 import os
@@ -41,7 +41,7 @@ def saved(folder: Path) -> list[str]:
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, *names: str, number: int = 28) -> list[str]:
-    """Have saves of these folders fail, each as often as it is named; what was tried."""
+    """Make saves of these folders fail, once per occurrence; return the attempts."""
     real, left, tried = checkpoint.ShardWriter, list(names), list[str]()
 
     class Full(real):  # type: ignore[misc, valid-type]
@@ -123,7 +123,7 @@ def test_a_full_disk_lets_go_of_what_the_save_would_have_replaced(
 
 
 def test_what_latest_names_is_never_given_up(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is full when the pointer is to be written: the new folder is not yet the newest."""
+    """The disk is full when the pointer is written: the new folder is not yet the newest."""
     real = checkpoint.write_atomically
 
     def full(path: Path, text: str) -> None:
@@ -145,7 +145,7 @@ def test_what_latest_names_is_never_given_up(tiny: Make, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "lion"])
 def test_the_size_of_a_checkpoint_is_known_before(tiny: Make, kind: str) -> None:
-    """Never above what it is: nobody is refused who has room."""
+    """At most the actual size: a run with enough space is never refused."""
     config = tiny(f"optimizer={{kind: {kind}, lr: 1e-2}}", "model.width=128")
     folder = run(config, stop_at_step=1)
     actual = sum(file.stat().st_size for file in folder.glob("checkpoints/step-1/*"))
@@ -167,10 +167,10 @@ def test_no_room_is_said_before_the_first_step(
     assert folder.exists() == resumed
     if resumed:
         assert len(rows(folder)) == 5
-    monkeypatch.setattr(room, "free_bytes", lambda path: None)  # a system that does not say
+    monkeypatch.setattr(room, "free_bytes", lambda path: None)  # a system without this information
     run(config)
     monkeypatch.setattr(room, "free_bytes", lambda path: 0)
-    run(config)  # which is finished and needs no more
+    run(config)  # the run is finished and needs no more space
 
 
 def test_room_for_fewer_than_are_kept_is_a_warning(
@@ -198,7 +198,7 @@ main(["train", *sys.argv[2:], "--allocator", "system"])
 
 
 def test_the_reason_is_the_systems_and_the_code_is_not_0(tiny: Make, tmp_path: Path) -> None:
-    """torch's own writer says ``unexpected pos 704 vs 598`` of a disk that takes no more."""
+    """torch's own writer prints ``unexpected pos 704 vs 598`` on a full disk."""
     config = tiny()
     path = tmp_path / "config.yaml"
     path.write_text(dump(config))
@@ -215,13 +215,13 @@ def test_the_reason_is_the_systems_and_the_code_is_not_0(tiny: Make, tmp_path: P
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
+    """Yield a file system of 1 MB."""
     with mounted(tmp_path / "disk", "1m") as place:
         yield place
 
 
 def test_a_disk_that_is_really_full(tiny: Make, small_disk: Path) -> None:
-    """Two checkpoints of 0.36 MB fit, a third does not: the oldest makes room for the next."""
+    """Two checkpoints of 0.36 MB fit, a third does not: the oldest is removed for the next."""
     folder = run(tiny("record.tensorboard=true", folder=small_disk / "run"))
     failed = [event for event in events(folder) if event["event"] == "checkpoint_failed"]
     assert [event["step"] for event in failed] == [15]

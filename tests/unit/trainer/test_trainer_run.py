@@ -1,4 +1,4 @@
-"""A whole run in one process: its record, its resumes, and every way it can go wrong."""
+"""A run in one process: its record, its resumes, and its failures."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def test_record_of_a_run(tiny: Make) -> None:
     described = json.loads((folder / "run.json").read_text())
     most = described["plan"]["flops_per_token"]["total"]  # of documents as long as a sequence
     least = flops_per_token(config.model, 1).total
-    assert least < last["flops"] / last["tokens"] < most  # test_trainer_flops.py has it exactly
+    assert least < last["flops"] / last["tokens"] < most  # exact in test_trainer_flops.py
     assert last["s1"] == pytest.approx(sum(row["lr"] for row in found))
     assert [step["lr"] for step in found[:3]] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
     for key in ("grad_norm", "tokens_per_s", "mfu", "peak_bytes", "time_s", "s2"):
@@ -146,7 +146,7 @@ def test_going_back_happens_once_and_sets_later_checkpoints_aside(tiny: Make) ->
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert names == {"step-5", "step-8", *(f"abandoned-step-{n}" for n in (10, 15, 20))}
     assert [row["step"] for row in rows(folder)] == list(range(1, 9))
-    run(back, stop_at_step=12)  # the same command goes on, it does not go back again
+    run(back, stop_at_step=12)  # the same command continues, and does not go back again
     assert [e["step"] for e in events(folder) if e["event"] == "resumed"] == [5, 8]
     (folder / "latest").unlink()
     run(back)

@@ -1,4 +1,4 @@
-"""When to save by the clock, and how often that is best."""
+"""Saves by the clock, and their best interval."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from allometry.trainer.state.interval import LLAMA3_DEVICE_HOURS, Uptime, best_i
 
 
 def lost_share(interval_s: float, cost_s: float, mtbf_s: float) -> float:
-    """The share of time lost where failures are a Poisson process (Daly 2006, equation 20).
+    """Return the share of time lost if failures are a Poisson process (Daly 2006, equation 20).
 
     Without restarts: exp((T + C) / M) - 1 times M is spent on T seconds of work.
     """
@@ -26,7 +26,7 @@ def lost_share(interval_s: float, cost_s: float, mtbf_s: float) -> float:
 
 @pytest.mark.parametrize(("cost_s", "mtbf_s"), [(1.0, 1e4), (30.0, 1e4), (200.0, 2e3)])
 def test_no_other_interval_loses_less(cost_s: float, mtbf_s: float) -> None:
-    """To within a thousandth of what is lost, which Daly's expansion leaves."""
+    """To within a thousandth of the lost time, the error of Daly's expansion."""
     best = best_interval_s(cost_s, mtbf_s)
     others = best * np.geomspace(0.05, 20.0, 4001)
     least = min(lost_share(float(other), cost_s, mtbf_s) for other in others)
@@ -55,7 +55,8 @@ def test_failures_are_those_launches_that_another_one_followed(tmp_path: Path) -
 
 
 class Ranks:
-    """``count`` ranks that hear each other a step later; the first is the main one."""
+    """``count`` ranks that receive each other's values one step later; the
+    first is the main rank."""
 
     def __init__(self, count: int, **config: Any) -> None:
         self.now_s, self.busy = [0.0] * count, [False] * count
@@ -73,7 +74,7 @@ class Ranks:
         self.told: list[Any] | None = None
 
     def step(self, number: int) -> set[tuple[bool, bool]]:
-        """What ranks decide after this step."""
+        """Return the ranks' decisions after this step."""
         if len(self.times) == 1 or self.told is None:
             self.told = [each.told() for each in self.times]
         heard = [max(numbers) for numbers in zip(*self.told, strict=True)]
@@ -111,7 +112,7 @@ def test_a_copy_waits_for_what_is_being_written_on_any_rank() -> None:
     ranks.busy = [False, True]
     assert [ranks.step(step) for step in range(1, 7)] == [{(False, False)}] * 6
     ranks.busy = [False, False]
-    assert ranks.step(7) == {(False, False)}  # that is told a step later
+    assert ranks.step(7) == {(False, False)}  # received one step later
     assert ranks.step(8) == {(False, True)}
     ranks.begun(8, copy=True, cost_s=0.1)
     assert ranks.step(9) == {(False, False)}

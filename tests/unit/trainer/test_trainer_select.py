@@ -1,4 +1,4 @@
-"""Runs over chosen documents: stopped and resumed to the bit, and refused with other scores."""
+"""Runs over selected documents: resumed bitwise, and refused with other scores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FEW = ("training.total_steps=6", "checkpoint.every_steps=2", "schedule={kind: co
 
 
 def write(store: Path, seed: int, scorer: str = "luck") -> Path:
-    """Scores that another seed draws otherwise."""
+    """Write random scores drawn with ``seed``."""
     opened = TokenStore(store / "up.train")
     values = np.random.default_rng(seed).normal(size=opened.num_documents)
     return write_scores(opened, scorer, values, {"seed": seed}).path
@@ -42,7 +42,7 @@ def run(config: RunConfig, stop: int | None = None) -> Path:
 
 
 def test_a_run_of_chosen_documents(tiny: Make, tiny_store: Path, tmp_path: Path) -> None:
-    """Whole, and stopped and resumed: the same bits, counted in kept tokens."""
+    """Uninterrupted, and stopped and resumed: the same bits, counted in kept tokens."""
     write(tiny_store, 0)
     whole = run(tiny(*FEW, select(tiny_store), folder=tmp_path / "whole"))
     parted = tmp_path / "parted"

@@ -1,4 +1,4 @@
-"""Which sequences each hdp rank gets, in which order: the documented interleave."""
+"""Sequences of each hdp rank and their order: the documented interleave."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ LENGTH = 3
 
 
 class Numbered:
-    """A stream whose sequence at a position holds that position."""
+    """Stream in which the sequence at a position contains that position."""
 
     def batch(self, position: int, count: int) -> Batch:
         rows = np.arange(position, position + count)
@@ -30,7 +30,7 @@ def mesh(rank: int, size: int) -> Any:
 
 
 def plan(sizes: Sequence[int], ranks: int, micro: int) -> Any:
-    """A plan whose batch grows: ``sizes`` are the sequences of each step."""
+    """Return a plan with a growing batch: ``sizes`` are the sequences of each step."""
     batch = SimpleNamespace(sequences_before=lambda step: sum(sizes[: step - 1]))
     return SimpleNamespace(
         batch=batch,

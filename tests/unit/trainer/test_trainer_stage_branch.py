@@ -1,4 +1,4 @@
-"""Branches at the boundary of two stages: what may differ there, and what is said of it."""
+"""Branches at the boundary of two stages: allowed differences, and their report."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,8 @@ def staged(tiny: Make, *stages: dict[str, Any], **options: Any) -> RunConfig:
 
 
 def branched(parent: RunConfig, branch: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """What a branch of ``parent`` at ``AT`` changes, after all checks, as ``allometry branch``."""
+    """Return the changes of a branch of ``parent`` at ``AT``, checked as in
+    ``allometry branch``."""
     link = Parent.model_validate({"folder": parent.run.folder, "step": AT})
     run = branch.run.model_copy(update={"parent": link})
     named = with_names(parent, branch.model_copy(update={"run": run}))
@@ -54,7 +55,7 @@ def test_a_stage_that_begins_where_the_branch_does_may_be_any(tiny: Make, tmp_pa
 
 
 def test_a_stage_that_goes_on_is_compared_with_itself(tiny: Make, tmp_path: Path) -> None:
-    """And not with the next one, which the trunk began there."""
+    """It is not compared with the next stage, which the trunk began at that step."""
     parent = staged(tiny, {"steps": AT, **FROZEN}, {"steps": 4, **LONG}, folder=tmp_path / "trunk")
     longer = staged(tiny, {"steps": 8, **FROZEN}, {"steps": 4, **LONG})
     assert branched(parent, longer) == {"training.total_steps": (10, 12)}

@@ -1,4 +1,4 @@
-"""Which tokens a run in stages reads, under edits, kills, resumes and other world sizes."""
+"""Tokens that a run in stages reads, under edits, kills, resumes and other world sizes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Plan = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sources in which every token is another one."""
+    """Return sources in which every token is unique."""
     made = tmp_path_factory.mktemp("stores")
     for number, name in enumerate(NAMES):
         tokens = np.arange(1 + number * TOKENS, 1 + (number + 1) * TOKENS)
@@ -53,7 +53,7 @@ STAGE = st.fixed_dictionaries(
 LAUNCHES = st.lists(
     st.tuples(
         st.integers(1, 5),  # steps before it ends
-        st.integers(0, 3),  # of which so many were after its last checkpoint, and are lost
+        st.integers(0, 3),  # of which some came after its last checkpoint, and are lost
         st.sampled_from([(1, 4), (1, 1), (2, 2), (4, 1), (2, 1)]),
         st.none() | st.tuples(STAGE, st.lists(STAGE, max_size=2)),  # an edit of the file before it
     ),
@@ -84,7 +84,7 @@ def opened(folder: Path, plan: Plan) -> tuple[Stream, list[BatchPlan]]:
 def consumed(
     stream: Stream, batches: list[BatchPlan], plan: Plan, first: int, last: int, layout: Any
 ) -> Counter[int]:
-    """Tokens that all ranks' feeds give in steps ``first`` to ``last``, stage by stage."""
+    """Return the tokens of all ranks' feeds in steps ``first`` to ``last``, stage by stage."""
     ranks, micro = layout
     seen: Counter[int] = Counter()
     begun = 0
@@ -108,7 +108,7 @@ def consumed(
 
 
 def declared(folder: Path, taken: list[tuple[dict[str, Any], int]]) -> Counter[int]:
-    """The same from the definitions alone: ``taken`` are stages and the steps taken in them."""
+    """Return the same from the definitions; ``taken``: stages and the steps taken in them."""
     changes, position = [], 0
     for stage, steps in taken:
         total = sum(stage["weights"])
@@ -141,7 +141,7 @@ def declared(folder: Path, taken: list[tuple[dict[str, Any], int]]) -> Counter[i
 def test_what_a_run_in_stages_consumes_is_what_was_declared(
     folder: Path, plan: Plan, launches: list[Any]
 ) -> None:
-    """Token by token; an edit keeps what lies behind, and of its stage the length and batch."""
+    """Token by token; an edit keeps the past, and its stage's length and batch."""
     seen: Counter[int] = Counter()
     taken: list[tuple[dict[str, Any], int]] = []
     state, done = None, 0

@@ -1,4 +1,4 @@
-"""Runs in stages: the bits of a single run, resumes at any step, rates, samples and refusals."""
+"""Runs in stages: bits of a single run, resumes at any step, rates, samples and refusals."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ THREE = stages(
 
 
 def test_stages_of_the_same_settings_are_one_run(tiny: Make, tmp_path: Path) -> None:
-    """To the bit, checkpoint and record, but for the stage's number."""
+    """Bitwise equal, checkpoint and record, except for the stage's number."""
     plain = run(tiny("schedule={kind: constant}", "training.total_steps=12", folder=tmp_path / "p"))
     two = run(tiny(STAGED[0], STAGED[1], stages({"steps": 5}, {"steps": 7}), folder=tmp_path / "t"))
     without = [{k: v for k, v in row.items() if "/" not in k} for row in numbers(two)]
@@ -91,7 +91,7 @@ def test_stages_of_the_same_settings_are_one_run(tiny: Make, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_stages_are_the_schedule_that_was_continued_by_hand(tiny: Make, tmp_path: Path) -> None:
-    """``schedule.kind: continued`` says the same of one run: a warm-up from the last rate."""
+    """``schedule.kind: continued`` gives the same in one run: a warm-up from the last rate."""
     before = {"kind": "wsd", "warmup_steps": 2, "decay_fraction": 0.5, "final_fraction": 0.1}
     after = {"kind": "cosine", "warmup_steps": 3}
     schedule = {"kind": "continued", "before": before, "before_steps": 7, "after": after}
@@ -116,7 +116,7 @@ def made() -> dict[str, Path]:
 
 @pytest.fixture
 def whole(made: dict[str, Path], tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of ``THREE`` in one launch, made once."""
+    """Return the run of ``THREE`` in one launch, made once."""
     if not made:
         folder = tmp_path_factory.mktemp("whole") / "run"
         made["whole"] = run(tiny(*STAGED, THREE, "checkpoint.keep_steps=[11]", folder=folder))
@@ -124,7 +124,7 @@ def whole(made: dict[str, Path], tiny: Make, tmp_path_factory: pytest.TempPathFa
 
 
 def kill(folder: Path, last: int) -> None:
-    """Leave a run as a kill does: steps, and rows of them, after the checkpoint ``last``."""
+    """Leave a run in the state after a kill: steps and rows after the checkpoint ``last``."""
     for path in (folder / "checkpoints").glob("step-*"):
         if int(path.name.removeprefix("step-")) > last:
             shutil.rmtree(path)
@@ -134,7 +134,7 @@ def kill(folder: Path, last: int) -> None:
 def test_resumes_before_at_and_after_boundaries_are_exact(
     tiny: Make, tmp_path: Path, whole: Path
 ) -> None:
-    """Stopped in a stage and at boundaries; killed after each, back at its checkpoint."""
+    """Stopped in a stage and at boundaries; killed after each, resumed from its checkpoint."""
     cut = tmp_path / "cut"
     for stop, back in ((5, 5), (6, 6), (8, 6), (11, 11), (13, 11)):
         run(tiny(*STAGED, THREE, folder=cut), stop=stop)
@@ -178,7 +178,7 @@ def test_a_stage_may_begin_with_new_states(tiny: Make) -> None:
     assert all(float(value) == 2 for value in steps.values())
     moved = saved(folder, 3)["model.head.weight"]
     assert not torch.equal(moved, saved(folder, 5)["model.head.weight"])
-    # A resume inside of the stage keeps them.
+    # A resume within the stage keeps them.
     again = run(tiny(STAGED[0], STAGED[1], stages({"steps": 3}, second | {"steps": 4})))
     assert all(float(v) == 4 for k, v in saved(again, 7).items() if k.endswith(".step"))
 
@@ -227,7 +227,7 @@ def test_only_what_lies_ahead_may_be_edited(tiny: Make, tmp_path: Path) -> None:
         run(tiny(*short, stages({"steps": 6})))
     with pytest.raises(UserError, match="which now would have ended at 20"):
         run(tiny("schedule={kind: constant}"))
-    # The stage that it is in may get another length and mixture; further ones may be added.
+    # The current stage may change its length and mixture; stages may be added after it.
     second = {"steps": 3, "mixture": {"up": 1, "down": 3}}
     run(tiny(*short, stages({"steps": 6}, second, {"steps": 2, **LONG})))
     assert [row["stage"] for row in rows(folder)] == [1] * 6 + [2] * 3 + [3] * 2
@@ -237,7 +237,7 @@ def test_only_what_lies_ahead_may_be_edited(tiny: Make, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_without_stages_gets_some(tiny: Make, tmp_path: Path) -> None:
-    """It ends its only stage where it stands, as if that had been declared."""
+    """Its only stage ends at the current step, as if it had been declared so."""
     folder = run(tiny("schedule={kind: constant}", folder=tmp_path / "a"), stop=6)
     three = tiny(*STAGED, THREE, folder=tmp_path / "a")
     run(three)

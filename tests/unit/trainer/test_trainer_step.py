@@ -1,4 +1,4 @@
-"""One step and one evaluation against plain twins, in float64."""
+"""One step and one evaluation against plain references, in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Make = Callable[..., RunConfig]
 CPU = torch.device("cpu")
 LR, SEQUENCES = 0.5, 8
 KEPT = (1, 30, 2, 17, 0, 32, 5, 3)
-"""Targets that each sequence may keep."""
+"""Number of targets to keep in each sequence."""
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def mesh(tiny: Make) -> Iterator[Mesh]:
 
 
 def made(config: RunConfig, mesh: Mesh) -> Parallel:
-    """The model of a run in float64."""
+    """Return the model of a run in float64."""
     plan = RunPlan.of(config, 1)
     parallel = parallelize(
         lambda part: build_part(config, plan, part).double(), config, plan.layout, mesh
@@ -49,7 +49,7 @@ def made(config: RunConfig, mesh: Mesh) -> Parallel:
 
 
 def micro_batches(config: RunConfig, count: int) -> list[DeviceBatch]:
-    """The same eight sequences in ``count`` micro-batches, with uneven numbers of targets."""
+    """Return the same eight sequences in ``count`` micro-batches, with uneven target counts."""
     assert config.data.kind == "sequences"
     whole = Stream(config.data, config.run.seed).batch(0, SEQUENCES)
     for row, kept in enumerate(KEPT):
@@ -60,7 +60,7 @@ def micro_batches(config: RunConfig, count: int) -> list[DeviceBatch]:
 
 
 def plain_gradients(model: Transformer, batches: list[DeviceBatch], mean: str) -> dict[str, Tensor]:
-    """Gradients of the mean over all targets, or of the mean over the micro-batches' means."""
+    """Return gradients of the mean over all targets, or of the mean of micro-batch means."""
     sums, counts = [], []
     for batch in batches:
         losses = model(batch.tokens_BL, batch.targets_BL, batch.documents)
@@ -80,7 +80,7 @@ def plain_gradients(model: Transformer, batches: list[DeviceBatch], mean: str) -
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_an_update_is_that_of_the_mean_over_all_targets(tiny: Make, mesh: Mesh, count: int) -> None:
-    """Plain gradient descent without clipping: a wrong scale of the loss is a wrong update."""
+    """Plain gradient descent without clipping: a wrong scale of the loss changes the update."""
     config = tiny("training.compute_dtype=fp64")
     parallel, batches = made(config, mesh), micro_batches(config, count)
     model = parallel.parts[0]

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: which, when, and how often."""
+"""Signals that request a run to stop: kinds, times, and repetitions."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ Make = Callable[..., RunConfig]
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    """Handlers and the mask are what they were, whatever a test does, under nohup too."""
+    """Restore handlers and the mask after any test, under nohup too."""
     hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -68,7 +68,7 @@ def test_nohup_keeps_a_run_alive() -> None:
 def test_a_signal_that_came_while_it_was_blocked_is_received() -> None:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        # To this thread: others of a test's process do not block it.
+        # To this thread, because other threads of the test's process do not block the signal.
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
         with StopSignals() as signals:
             assert signals.received == signal.SIGUSR1
@@ -127,7 +127,7 @@ def test_a_signal_at_the_end_of_a_process_does_not_change_its_exit_code() -> Non
 
 
 def test_torchrun_that_has_no_ranks_yet_ends_as_signals_end_programs() -> None:
-    """Ranks that never were save nothing; torchrun waits here for a second node."""
+    """Ranks that never started save no checkpoint; torchrun waits here for a second node."""
     node = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "allometry.launch.torchrun", *node, "-m", "none"],
@@ -144,7 +144,7 @@ def test_torchrun_that_has_no_ranks_yet_ends_as_signals_end_programs() -> None:
 
 
 def blocked(process_id: int) -> bool:
-    """Whether a process's main thread keeps SIGTERM for another one."""
+    """Return whether a process's main thread blocks SIGTERM, so that another thread handles it."""
     lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
     mask = int(next(line for line in lines if line.startswith("SigBlk:")).split()[1], 16)
     return bool(mask >> (signal.SIGTERM - 1) & 1)

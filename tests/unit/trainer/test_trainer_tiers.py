@@ -1,4 +1,4 @@
-"""Whole runs whose optimizer states lie in a file: broken disks, killed processes, dry runs."""
+"""Runs with optimizer states in a file: broken disks, killed processes, dry runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_disk_that_breaks_ends_the_run_with_its_checkpoint_named(
     inner, calls = getattr(SwapFile, method), [0]
 
     def breaking(self: SwapFile, data: Any, start: int) -> int:
-        calls[0] += (tmp_path / "run" / "latest").exists()  # once there is a checkpoint
+        calls[0] += (tmp_path / "run" / "latest").exists()  # once a checkpoint exists
         if calls[0] < 10:
             return int(inner(self, data, start))
         if call == "lost":
@@ -89,7 +89,7 @@ def test_a_disk_that_breaks_while_states_are_loaded_keeps_the_checkpoint(
 
 
 def killed(run: RunConfig, at: int) -> None:
-    """Train, and kill the process in the middle of a write of the swap file."""
+    """Train, and kill the process during a write of the swap file."""
     inner, calls = SwapFile._pwrite, [0]
 
     def dying(self: SwapFile, data: Any, start: int) -> int:
@@ -133,7 +133,7 @@ def test_kill_9_during_a_write_loses_nothing(
 def test_what_is_not_finite_is_named_where_nothing_is_on_the_device(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What stands for a parameter meanwhile is not a number."""
+    """The placeholder of an offloaded parameter is NaN."""
     from allometry.optim.offload.gradients import HostGradients
 
     inner = HostGradients._leave

@@ -1,4 +1,4 @@
-"""Seconds of steps on a device that runs behind the host, and on one that does not."""
+"""Seconds of steps on an asynchronous and on a synchronous device."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ READ_AT_ONCE = {4, 5, 8, 10, 12}
 
 
 class Device:
-    """A queue: the host goes on while the device runs what it was given, one after the other."""
+    """Queue: the host continues while the device runs its work, one item after another."""
 
     def __init__(self, *, behind: bool) -> None:
         self.host = self.done = 0.0
         self.behind = behind
         self.queued_steps = 0
-        self.read: dict[int, int] = {}  # how many steps were queued when each was read
+        self.read: dict[int, int] = {}  # number of steps queued at each read
 
     def queue(self, seconds: float) -> None:
         self.host += HOST
@@ -44,7 +44,7 @@ class Device:
 
 
 class Clock(timing.Clock):
-    """Marks that tell when the device comes to them, as a GPU's events do."""
+    """Marks that report when the device reaches them, like a GPU's events."""
 
     lag = 1
 
@@ -61,7 +61,7 @@ class Clock(timing.Clock):
 
 @pytest.fixture(params=["behind", "at once"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
-    """What a run is timed by, instead of this machine."""
+    """Replace the clock of a run by a simulated device."""
     made = Device(behind=request.param == "behind")
     if made.behind:
         monkeypatch.setattr(training, "clock_of", lambda _: Clock(made))

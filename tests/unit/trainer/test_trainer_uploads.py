@@ -1,4 +1,4 @@
-"""Checkpoints in object stores: whole or not there, and a run that goes on without them."""
+"""Checkpoints in object stores: complete or absent, and a run that continues without them."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_what_was_cut_short_counts_for_nothing(tiny: Make, tmp_path: Path, url: 
     store = Store.of(url, "URL")
     steps = store.steps()
     assert steps[-1] == 20
-    store.fs.rm_file(store.at(20, LISTED))  # what an upload has last
+    store.fs.rm_file(store.at(20, LISTED))  # the last file of an upload
     assert 20 not in store.steps()
     with pytest.raises(UserError, match=r"no whole upload of step 20; it has"):
         fetch(store, tmp_path / "fetched", 20)
@@ -110,7 +110,7 @@ def test_a_store_that_takes_nothing_does_not_end_the_run(
     assert not list(folder.glob("checkpoints/.upload*"))
     monkeypatch.undo()
     run(tiny("checkpoint.upload={url: 'memory://runs/a'}", "checkpoint.every_steps=null"))
-    assert Store.of("memory://runs/a", "URL").steps() == [20]  # what a launch finds undone
+    assert Store.of("memory://runs/a", "URL").steps() == [20]  # unfinished, found by a launch
 
 
 def test_only_the_newest_stay(tiny: Make) -> None:

@@ -1,4 +1,4 @@
-"""What is loaded is what was written, though the disk or what lies before it reads it wrongly."""
+"""Loaded values equal the written ones, even if the disk or a cache reads them wrongly."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ VALUES: State = {f"t{n}": torch.randn(n, 50, generator=torch.manual_seed(n)) for
 
 
 def written(path: Path, state: State = VALUES) -> Path:
-    """A checkpoint of ``state`` as runs write it."""
+    """Write a checkpoint of ``state`` in the format of runs."""
     path.mkdir()
     writer = ShardWriter(path)
     dcp.save(dict(state), storage_writer=writer, no_dist=True)
@@ -51,7 +51,7 @@ def equal(one: State, other: State) -> bool:
 
 
 def without_pieces(path: Path) -> None:
-    """The list of files of earlier versions, which had no checksums of tensors."""
+    """Write the list of files of earlier versions, without checksums of tensors."""
     content = json.loads((path / "complete.json").read_text())
     for entry in content["files"].values():
         entry.pop("pieces", None)
@@ -69,14 +69,14 @@ def version_1(path: Path) -> None:
 
 
 def nothing(path: Path) -> None:
-    """The list of files as it is."""
+    """Keep the list of files."""
 
 
 FORMATS = {"pieces": nothing, "blocks": without_pieces, "version 1": version_1}
 
 
 def place_of(path: Path, value: Tensor) -> tuple[Path, int]:
-    """Where the values of a tensor lie on disk: the file, and a byte in the middle of them."""
+    """Return the location of a tensor's values on disk: the file, and a byte in their middle."""
     wanted = value.numpy().tobytes()
     for file in sorted(path.glob("*.distcp")):
         at = file.read_bytes().find(wanted)
@@ -87,7 +87,7 @@ def place_of(path: Path, value: Tensor) -> tuple[Path, int]:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks and parts that end within tensors."""
+    """Use blocks and parts that end within tensors."""
     monkeypatch.setattr(integrity, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(verified, "READ_BYTES", 300)
 
@@ -137,7 +137,7 @@ def test_so_is_a_block_when_contents_are_checked(
     path = written(tmp_path / "step-5")
     file, at = place_of(path, VALUES["t4"])
     found = set()
-    for times in range(1, 9):  # buffers read the byte for the blocks before its own, too
+    for times in range(1, 9):  # buffers also read the byte for the blocks before its own
         caplog.clear()
         with wrong_reads(file, at, times=times):
             said = damage(path, contents=True)
@@ -206,7 +206,7 @@ def test_a_tensor_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @contextmanager
 def wrong_while_loading(file: Path, at: int) -> Iterator[None]:
-    """Wrong reads that begin when all checks have passed and tensors are loaded."""
+    """Make reads wrong after all checks have passed, while tensors are loaded."""
     inner = ShardReader.read_data
 
     def read(self: ShardReader, *args: Any) -> Any:
@@ -228,7 +228,7 @@ class Crash(Callback):
 
 @pytest.fixture
 def run(tiny: Make, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run that stands at a checkpoint of step 2, trained once for all tests."""
+    """Return a run at a checkpoint of step 2, trained once for all tests."""
     once = tmp_path_factory.getbasetemp() / "verified"
     if not once.exists():
         train(tiny("checkpoint.every_steps=2", folder=once), device=CPU, stop_at_step=2)
@@ -238,7 +238,7 @@ def run(tiny: Make, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def copied(tiny: Make, tmp_path: Path) -> RunConfig:
-    """A run with a checkpoint of step 2 and local copies of step 3, which crashed at step 4."""
+    """Return a run with a checkpoint of step 2 and local copies of step 3, crashed at step 4."""
     (tmp_path / "nodes").mkdir()
     local = f"checkpoint.local={{folder: {tmp_path / 'nodes'}, every_steps: 3}}"
     config = tiny("checkpoint.every_steps=2", "checkpoint.asynchronous=false", local)
@@ -248,7 +248,7 @@ def copied(tiny: Make, tmp_path: Path) -> RunConfig:
 
 
 def where(shards: Path) -> tuple[Path, int]:
-    """A byte in the largest of the model's tensors in a checkpoint's only shard."""
+    """Return a byte in the model's largest tensor in a checkpoint's only shard."""
     (file,) = shards.glob("*.distcp")
     places = ShardReader(shards).read_metadata().storage_data
     of_model = [place for index, place in places.items() if index.fqn.startswith("model.")]
@@ -257,7 +257,7 @@ def where(shards: Path) -> tuple[Path, int]:
 
 
 def refused_while_loading(config: RunConfig, shards: Path) -> None:
-    """A resume that reads wrongly changes nothing; the next one goes on from there."""
+    """A resume with a wrong read changes no file; the next resume succeeds."""
     folder = Path(config.run.folder)
 
     def there() -> tuple[Any, ...]:
@@ -286,7 +286,7 @@ def test_a_resume_from_local_copies_that_reads_them_wrongly_is_refused(
 def test_a_resume_without_the_comparison_goes_on_with_other_values(
     run: RunConfig, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control: the loss differs from that of the run that read rightly, and nothing says so."""
+    """The control: without the comparison the loss silently differs."""
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     train(run, device=CPU, stop_at_step=3)
     monkeypatch.setattr(ShardReader, "read_data", FileSystemReader.read_data)

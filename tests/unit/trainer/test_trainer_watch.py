@@ -1,4 +1,4 @@
-"""The watchdog of one process: what it sees of threads, when it speaks, what it writes."""
+"""The watchdog of one process: state of threads, conditions for a report, output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def read_for_ever(request: int) -> int:
-    """A disk that does not answer, until the test is over."""
+    """Disk that does not answer until the test is over."""
     GATE.wait(20)
     return request
 
@@ -69,7 +69,7 @@ def test_data_that_does_not_come_is_named_and_ends_the_run(
     assert "read_for_ever" in event["said"]
     log = folder.log(0).read_text()
     assert event["said"] in log
-    assert "read_for_ever" in log.partition("Thread 0x")[2]  # the stacks of threads
+    assert "read_for_ever" in log.partition("Thread 0x")[2]  # stacks of threads
 
 
 def test_what_moves_is_left_alone(folder: RunFolder) -> None:
@@ -89,7 +89,7 @@ def broken() -> None:
 
 
 def test_after_an_error_the_place_is_where_it_was_raised() -> None:
-    """Ranks may lose another within a heartbeat, before anybody has looked at them."""
+    """Ranks can lose another within a heartbeat, before the watchdog samples them."""
     seen = Places(threading.get_ident())
     with pytest.raises(RuntimeError) as raised:
         broken()
@@ -107,7 +107,7 @@ def test_after_an_error_the_place_is_where_it_was_raised() -> None:
 
 
 def test_a_slow_read_is_not_a_hang(tmp_path: Path, gate: threading.Event) -> None:
-    """As long as the thread that is waited for reads something, nothing stays as it was."""
+    """While the awaited thread reads data, it makes progress."""
     path = tmp_path / "file"
     path.write_bytes(b"x" * 1000)
 
@@ -183,7 +183,7 @@ def test_messages_under_way_are_read_from_torch_s_record() -> None:
 
 
 def beats(number: int, step: int, waiting: dict[int, int], stage: int = 0) -> dict[int, Beat]:
-    """Each rank's beat after ``number`` windows in which it waited ``waiting`` times."""
+    """Return each rank's beat after ``number`` windows with ``waiting`` waits each."""
     return {
         rank: Beat(
             number,
@@ -222,7 +222,7 @@ def test_a_rank_that_waits_less_than_its_peers_is_a_straggler() -> None:
 def test_chance_and_other_stages_make_no_straggler() -> None:
     found = Stragglers(20)
     for number in range(5):
-        found.see(beats(number, number, {0: 75, 1: 65, 2: 80, 3: 70}))  # within chance
+        found.see(beats(number, number, {0: 75, 1: 65, 2: 80, 3: 70}))  # within random variation
     assert not found.events
     staged = Stragglers(20)
     for number in range(5):  # the stages of a pipeline have different work

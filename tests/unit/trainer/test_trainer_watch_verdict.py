@@ -1,4 +1,4 @@
-"""Who is late, of ranks that report where they are: on every axis, and when ranks are gone."""
+"""The late rank among ranks that report their places: on every axis, and with missing ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HERE = Process("node0", 17, "4711")
 
 
 def report(wait: Wait | None = None, step: int = 7, stuck_s: float = 9.0, **more: Any) -> Report:
-    """A rank that answers; without ``wait`` it is at something of its own."""
+    """Return the report of a rank that answers; without ``wait`` it is in its own work."""
     place = Place("step", step, 1, where="parallel/reduce.py:1 f", wait=wait, **more)
     return Report(Beat(5, HERE, place, stuck_s))
 
@@ -41,7 +41,7 @@ def test_the_rank_that_does_not_come_is_late(axis: str) -> None:
 
 
 def test_who_waits_for_one_that_waits_is_not_late() -> None:
-    """Rank 3 is at something of its own; 2 waits for it over tp, 0 and 1 for 2 and 3 over hdp."""
+    """Rank 3 is in its own work; 2 waits for it over tp, 0 and 1 for 2 and 3 over hdp."""
     found = judge(
         {
             0: report(over("hdp", 0, 2)),
