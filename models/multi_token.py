@@ -1,13 +1,16 @@
-"""Multi-token prediction: what a model predicts beyond the next token, in training alone.
+"""Multi-token prediction: additional blocks predict tokens beyond the next one during training.
 
-Depth k = 1..M (DeepSeek-V3, arXiv 2412.19437, section 2.2), for token i::
+Depth k = 1..M (DeepSeek-V3, arXiv 2412.19437, section 2.2, eq. 21-25) computes for token i::
 
     h' = W_k [norm_e(Emb(t_{i+k})); norm_h(h^{k-1}_i)]
     h^k = Block_k(h')
     Head(norm_k(h^k_i)) predicts t_{i+k+1}
 
-Embedding and head are the model's own. h^0 is what its head reads, after the final norm, and the
-embedding comes first, as Ling 2.0 has it (arXiv 2510.22115).
+    L = L_main + weight / M * sum_k L_k
+
+The embedding and the head are shared with the main model. As in Ling 2.0 (arXiv 2510.22115 and its
+published code), h^0 is the main model's output after the final norm, and the embedding is the first
+half of W_k's input. DeepSeek-V3's paper writes [hidden; embedding], with h^0 before the final norm.
 """
 
 # B sequences, L tokens, D width, M depths
@@ -15,6 +18,7 @@ embedding comes first, as Ling 2.0 has it (arXiv 2510.22115).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +31,7 @@ from allometry.scaling.inventory import Specs, within
 
 
 class Depth(nn.Module):
-    """What a depth has beside its block: two norms, the projection of both, and a norm after it."""
+    """Parameters of a depth in addition to its block: three norms and the projection W_k."""
 
     def __init__(self, specs: Specs, model: ModelConfig) -> None:
         super().__init__()
@@ -37,19 +41,37 @@ class Depth(nn.Module):
         self.final_norm = RMSNorm(specs["final_norm.weight"], model.norm_eps)
 
     def forward(self, embedded_BLD: Tensor, hidden_BLD: Tensor) -> Tensor:
-        """Return what the depth's block reads, [B, L, D]."""
-        both = self.embedding_norm(embedded_BLD), self.hidden_norm(hidden_BLD)
+        """Return the block's input [B, L, D] from embeddings after their norm and h^{k-1}."""
+        both = embedded_BLD, self.hidden_norm(hidden_BLD)
         projected: Tensor = self.projection(torch.cat(both, dim=-1))
         return projected
 
 
-class Depths(nn.ModuleDict):
-    """The M depths of a part with the head, by number, beside their blocks.
+class _Together(torch.autograd.Function):
+    """Identity of several tensors with a single autograd node.
 
-    A part without the embedding has a copy of it, ``embedding``, which whoever parted them keeps
-    equal. ``first``: the layer of the first depth's block. Losses of depth k count
-    weight / M x T / T_k for each target, T and T_k being the targets in the step's global batch, as
-    the caller divides the total by T: NaN until ``set_targets``.
+    Schedules that split the backward collect the gradient of each parameter at the first nodes that
+    the stage's input reaches as well. The embedding would have one such node per depth, each behind
+    the blocks of the depths before; with this node it has one, before all of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+class Depths(nn.ModuleDict):
+    """The M depths of the part with the head, by number; their blocks are the part's last blocks.
+
+    A part without the embedding has a copy of it, ``embedding``, which the code that splits the
+    model must keep equal. ``first``: the layer number of the first depth's block. A target of depth
+    k has the weight ``weight`` / M * T / T_k, where T and T_k are the numbers of targets of the
+    main loss and of depth k in the step's global batch, because the caller divides the total loss
+    by T. The weights are NaN until ``set_targets``.
     """
 
     weights: Tensor
@@ -72,19 +94,25 @@ class Depths(nn.ModuleDict):
     def inputs(self, ahead_MBL: Tensor) -> list[Tensor]:
         """Return the tokens [B, L] that each depth looks up.
 
-        What is not there is a token like any other, whose loss does not count.
+        Token 0 replaces missing tokens; the loss there is not counted.
         """
         return list(ahead_MBL[:-1].where(ahead_MBL[:-1] != IGNORE, 0).unbind())
 
+    def joined(self, hidden_BLD: Tensor, embedded: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return h^0 and each depth's embeddings after their norms, [B, L, D]."""
+        normed = [self[str(k)].embedding_norm(x_BLD) for k, x_BLD in enumerate(embedded)]
+        made: tuple[Tensor, ...] = _Together.apply(hidden_BLD, *normed)
+        return made
+
     def set_targets(self, targets_K: Tensor) -> None:
-        """Say how many targets the step's global batch has: of the main loss, of depth 1, 2, ..."""
+        """Set the numbers of targets in the global batch: of the main loss, of depth 1, 2, ..."""
         counts_K = targets_K.double()
         ratios = counts_K[0].clamp(min=1.0) / counts_K[1:].clamp(min=1.0)
         self.weights.copy_(self.weight * ratios)
 
     @torch.no_grad()
     def observe(self, nll: Sequence[Tensor], targets_MBL: Tensor) -> None:
-        """Add to what ``take`` returns next."""
+        """Add the depths' losses [B, L] to the next result of ``take``."""
         seen = torch.stack(
             [
                 torch.stack([nll_BL.double().sum(), (targets_BL != IGNORE).double().sum()])
@@ -100,12 +128,12 @@ class Depths(nn.ModuleDict):
 
 
 def ahead_of(targets_BL: Tensor, documents: Documents | None, depths: int) -> Tensor:
-    """Return the tokens 1, 2, ... M + 1 ahead of each, [M + 1, B, L], IGNORE where there is none.
+    """Return the tokens 1, 2, ... M + 1 ahead of each token, [M + 1, B, L].
 
-    Depth k reads the k-th of them and predicts the next one. Nothing is ahead of a token beyond the
-    end of its document, or of its row; a document of k + 1 tokens or fewer has no target of depth
-    k. Of documents that several ranks share each has a part: ``trainer/feed.py`` reads what is
-    ahead of these.
+    Depth k reads the k-th of them and predicts the next one. ``IGNORE`` marks tokens beyond the end
+    of the document or of the row: a document of k + 1 tokens or fewer has no target of depth k. A
+    rank has only a part of documents that several ranks share; ``trainer/feed.py`` reads the tokens
+    ahead of that part. For example, ``ahead_of(targets, None, 1)[1]`` are the targets of depth 1.
     """
     B, L = targets_BL.shape
     assert documents is None or documents.ring is None, "parts of documents that ranks share"

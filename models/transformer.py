@@ -251,13 +251,13 @@ class Transformer(nn.Module):
         """
         depths, count = self.mtp, len(tokens_BL)
         if targets_BL is None or not (torch.is_grad_enabled() or blocks_only):
-            depths = None  # which are there to train with
+            depths = None  # only training computes them
         elif depths is not None and ahead_MBL is None:
             ahead_MBL = ahead_of(targets_BL, documents, depths.number)
         inputs = [] if depths is None or ahead_MBL is None else depths.inputs(ahead_MBL)
         embedded: list[Tensor] = []
         if self.embedding is not None:
-            # One look-up for all: a table that is gathered by itself is gathered once.
+            # A single lookup, so that a sharded table is gathered once.
             read_BL = torch.cat([tokens_BL, *inputs]) if inputs else tokens_BL
             x_BLD, *embedded = self._embedded(self.embedding, read_BL).split(count)
         elif depths is not None and inputs:
@@ -270,8 +270,8 @@ class Transformer(nn.Module):
             return x_BLD
         if depths is None or ahead_MBL is None:
             return x_BLD if blocks_only else self.head(self.final_norm(x_BLD), targets_BL)
-        hidden_BLD = self.final_norm(x_BLD)
-        normed, before = [hidden_BLD], hidden_BLD
+        before, *embedded = depths.joined(self.final_norm(x_BLD), embedded)
+        normed = [before]
         for depth, embedded_BLD in enumerate(embedded):
             joined_BLD = depths[str(depth)](embedded_BLD, before)
             before = self._through(depths.first + depth, joined_BLD, geometry, blocks_only)
@@ -290,9 +290,9 @@ class Transformer(nn.Module):
         return x_BLD if self.embedding_scale == 1.0 else x_BLD * self.embedding_scale
 
     def _through(self, layer: int, x_BLD: Tensor, geometry: Geometry, blocks_only: bool) -> Tensor:
-        """Return [B, L, D] after a block, whose router's statistics are added up."""
+        """Return [B, L, D] after a block, and collect its router's statistics."""
         x_BLD, statistics = self.call_block(self.blocks[str(layer)], x_BLD, geometry)
-        # What is recomputed in a backward pass does not come here, so each token counts once.
+        # Recomputation in a backward pass does not run this, so each token counts once.
         counting = blocks_only or (self.training and torch.is_grad_enabled())
         if statistics is not None and counting:
             self.add_statistics(layer, statistics)

@@ -22,11 +22,11 @@ HEAD, TABLE = "head.weight", "mtp.embedding.weight"
 
 
 class Mirrors:
-    """Synchronization of mirrors with the embedding; no effect on ranks and models without any.
+    """Synchronization of mirrors with the embedding; no effect on ranks and models without mirrors.
 
     ``parts`` are this rank's stages by number; ``first`` and ``last`` are the pipeline ranks of the
     embedding and of the head, which are equal in V-shaped schedules. ``tied``: the head is a
-    mirror; ``depths``: the last stage has a table of multi-token prediction.
+    mirror; ``depths``: the last stage has the table of multi-token prediction, also a mirror.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Mirrors:
 
     @property
     def names(self) -> frozenset[str]:
-        """Names of this rank's parameters that are copies."""
+        """Names of this rank's parameters that are mirrors."""
         return frozenset(self._mirrors)
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class Mirrors:
 
     @torch.no_grad()
     def return_gradient(self) -> None:
-        """Add the mirrors' gradients, reduced, to the owner's and drop them; skip frozen weights."""
+        """Add the mirrors' reduced gradients to the owner's and drop them; skip frozen weights."""
         ends = [module for module in (self._owner, *self._mirrors.values()) if module is not None]
         if not all(_weight(module).requires_grad for module in ends):
             return

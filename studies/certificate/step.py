@@ -87,9 +87,10 @@ def reference_steps(config: RunConfig, steps: Sequence[Sequence[DeviceBatch]]) -
         optimizer.zero_grad()
         begin_step(model, sum(batch.tokens_BL.numel() for batch in batches))
         if model.mtp is not None:
-            targets = sum((batch.targets_BL != IGNORE).sum() for batch in batches)
-            ahead = sum(batch.targets_ahead(model.mtp.number) for batch in batches)
-            model.mtp.set_targets(torch.cat([torch.as_tensor(targets)[None], ahead]))
+            main = [(batch.targets_BL != IGNORE).sum() for batch in batches]
+            ahead = [batch.targets_ahead(model.mtp.number) for batch in batches]
+            targets_K = torch.cat([torch.stack(main).sum()[None], torch.stack(ahead).sum(0)])
+            model.mtp.set_targets(targets_K)
         before = {layer: router.load.clone() for layer, router in routers(model).items()}
         if loads is not None and loads.loads == "this_batch":
             set_loads(model, _counted_visits(config, model, batches))
