@@ -17,10 +17,12 @@ half of W_k's input. DeepSeek-V3's paper writes [hidden; embedding], with h^0 be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.configs.model import ModelConfig
@@ -71,7 +73,8 @@ class Depths(nn.ModuleDict):
     model must keep equal. ``first``: the layer number of the first depth's block. A target of depth
     k has the weight ``weight`` / M * T / T_k, where T and T_k are the numbers of targets of the
     main loss and of depth k in the step's global batch, because the caller divides the total loss
-    by T. The weights are NaN until ``set_targets``.
+    by T. The weights are NaN until ``set_targets``. ``comparing``: forward passes without gradients
+    run the depths as well, for ``take_drafts``.
     """
 
     weights: Tensor
@@ -90,6 +93,8 @@ class Depths(nn.ModuleDict):
         unset = torch.full((self.number,), float("nan"), dtype=torch.float64)
         self.register_buffer("weights", unset, persistent=False)
         self._seen: Tensor | None = None
+        self._compared: Tensor | None = None
+        self.comparing = False
 
     def inputs(self, ahead_MBL: Tensor) -> list[Tensor]:
         """Return the tokens [B, L] that each depth looks up.
@@ -126,6 +131,38 @@ class Depths(nn.ModuleDict):
         taken, self._seen = self._seen, None
         return torch.zeros_like(self.weights)[:, None].expand(-1, 2) if taken is None else taken
 
+    def compare(self, main_BL: Tensor, drafts_BL: Tensor, counted_BL: Tensor) -> None:
+        """Count drafts of depth 1 that equal the main head's most likely token.
+
+        The draft at position i and ``main_BL`` at position i + 1 predict the same token. The last
+        position of a rank's part of a document is not compared.
+        """
+        same_BL = drafts_BL == main_BL.flatten().roll(-1).view_as(main_BL)
+        numbers = torch.stack([(same_BL & counted_BL).sum(), counted_BL.sum()]).double()
+        self._compared = numbers if self._compared is None else self._compared + numbers
+
+    @contextmanager
+    def compared(self) -> Iterator[None]:
+        """Run the depths in the context's forward passes without gradients, too."""
+        self.comparing = True
+        try:
+            yield
+        finally:
+            self.comparing = False
+
+    def take_drafts(self) -> Tensor:
+        """Return numbers of equal and of all compared drafts since the last call, [2] in fp64."""
+        taken, self._compared = self._compared, None
+        return self.weights.new_zeros(2) if taken is None else taken
+
+
+def followed(targets_BL: Tensor, documents: Documents | None) -> Tensor:
+    """Return True where the next position [B, L] is of the same document and on this rank."""
+    B, L = targets_BL.shape
+    ends_T = _ends(targets_BL, documents)
+    ends_T = F.pad(ends_T, (0, B * L - len(ends_T)))  # padding after parts of documents
+    return (torch.arange(1, B * L + 1, device=targets_BL.device) < ends_T).view(B, L)
+
 
 def ahead_of(targets_BL: Tensor, documents: Documents | None, depths: int) -> Tensor:
     """Return the tokens 1, 2, ... M + 1 ahead of each token, [M + 1, B, L].
@@ -137,11 +174,7 @@ def ahead_of(targets_BL: Tensor, documents: Documents | None, depths: int) -> Te
     """
     B, L = targets_BL.shape
     assert documents is None or documents.ring is None, "parts of documents that ranks share"
-    if documents is None:
-        ends_T = torch.arange(1, B + 1, device=targets_BL.device).repeat_interleave(L) * L
-    else:
-        ends = documents.cu_lengths.long()
-        ends_T = ends[1:].repeat_interleave(ends.diff(), output_size=B * L)
+    ends_T = _ends(targets_BL, documents)
     places_T = torch.arange(B * L, device=targets_BL.device)
     flat_T = targets_BL.flatten()
     found = [targets_BL]
@@ -150,3 +183,13 @@ def ahead_of(targets_BL: Tensor, documents: Documents | None, depths: int) -> Te
         at = (places_T + depth).clamp(max=B * L - 1)
         found.append(flat_T[at].where(there, IGNORE).view(B, L))
     return torch.stack(found)
+
+
+def _ends(targets_BL: Tensor, documents: Documents | None) -> Tensor:
+    """Return the end of each token's document, or of its part on this rank, among all tokens."""
+    B, L = targets_BL.shape
+    if documents is None:
+        return torch.arange(1, B + 1, device=targets_BL.device).repeat_interleave(L) * L
+    ends = documents.cu_lengths.long()
+    size = B * L if documents.ring is None else None
+    return ends[1:].repeat_interleave(ends.diff(), output_size=size)

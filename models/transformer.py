@@ -27,7 +27,8 @@ from allometry.models.documents import Documents
 from allometry.models.head import Losses, OutputHead
 from allometry.models.latent import LatentAttention
 from allometry.models.layers import GATES, Embedding, Linear, RMSNorm, gated
-from allometry.models.multi_token import Depths, ahead_of
+from allometry.models.loss import IGNORE
+from allometry.models.multi_token import Depths, ahead_of, followed
 from allometry.models.products import Stacked, multiply, separate
 from allometry.models.rotary import Geometry, rotate, turn_of
 from allometry.models.router import RouterStatistics
@@ -250,9 +251,10 @@ class Transformer(nn.Module):
         which a part with the head computes if it has targets; None: ``multi_token.ahead_of``.
         """
         depths, count = self.mtp, len(tokens_BL)
-        if targets_BL is None or not (torch.is_grad_enabled() or blocks_only):
-            depths = None  # only training computes them
-        elif depths is not None and ahead_MBL is None:
+        trained = torch.is_grad_enabled() or blocks_only
+        if depths is None or targets_BL is None or not (trained or depths.comparing):
+            depths = None
+        elif ahead_MBL is None:
             ahead_MBL = ahead_of(targets_BL, documents, depths.number)
         inputs = [] if depths is None or ahead_MBL is None else depths.inputs(ahead_MBL)
         embedded: list[Tensor] = []
@@ -281,8 +283,12 @@ class Transformer(nn.Module):
         wanted_BL = torch.cat([ahead_MBL[0], *ahead_MBL[1:]])
         losses = self.head(torch.cat(normed), wanted_BL, depths.weights)
         nll_BL, *others = losses.nll_BL.split(count)
-        if self.training:
+        if trained:
             depths.observe(others, ahead_MBL[1:])
+        else:
+            main_BL, drafts_BL = (self.head(x_BLD, choose=True) for x_BLD in normed[:2])
+            counted_BL = (ahead_MBL[1] != IGNORE) & followed(ahead_MBL[0], documents)
+            depths.compare(main_BL, drafts_BL, counted_BL)
         return Losses(losses.total, nll_BL)
 
     def _embedded(self, embedding: nn.Module, tokens_BL: Tensor) -> Tensor:

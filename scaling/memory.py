@@ -253,8 +253,9 @@ def _kept(
     bucket = max(int(tiers.bucket_mib * 2**20), *whole, 0)
     states = min(total, bytes_of(tiers.device, total) + 3 * bucket)
     if tiers.gradients:
-        tied = part.model.tied_embeddings and not (part.first and part.last)
-        summed = sum(_FP32 * part.held(s) for s, _ in specs if tied and s.role is Role.INPUT)
+        copied = part.model.tied_embeddings or part.model.num_depths > 0
+        copied = copied and not (part.first and part.last)
+        summed = sum(_FP32 * part.held(s) for s, _ in specs if copied and s.role is Role.INPUT)
         gradients = min(gradients, summed + int((1.0 - away) * (gradients - summed)) + bucket)
     return sum(parameters.values()), gradients, states
 

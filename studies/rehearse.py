@@ -197,14 +197,21 @@ def _handed_on(
 
 
 def _tied(config: RunConfig, layout: Layout, parallel: Parallel) -> dict[Collective, int]:
-    """Return the messages of a tied head on another rank: its weight, and its gradient."""
+    """Return the messages of copies of the embedding on another rank: weight and gradient.
+
+    The copies, a tied head and the table of multi-token prediction, share the messages.
+    """
     last = len(layout.stages) - 1
-    if not config.model.tied_embeddings or layout.rank_of(0) == layout.rank_of(last):
+    copied = config.model.tied_embeddings or config.model.num_depths > 0
+    if not copied or layout.rank_of(0) == layout.rank_of(last):
         return {}
     sent: dict[Collective, int] = {}
     for stage, kind in ((0, "send tied weight"), (last, "send tied gradient")):
         part = parallel.parts.get(stage)
-        module = None if part is None else part.embedding if stage == 0 else part.head
+        module = None
+        if part is not None:
+            table = part.mtp["embedding"] if stage and part.mtp is not None else part.head
+            module = part.embedding if stage == 0 else table
         if module is not None and (stage == 0 or module.weight.requires_grad):
             weight = module.weight
             sent[Collective(kind, "pp", 2, _nbytes([weight]), dtype_name(weight.dtype))] = 1

@@ -338,7 +338,7 @@ class _Run:
             self.plan.batch,
             self.mesh,
             self.report,
-            num_layers=config.model.num_blocks,
+            num_layers=config.model.num_layers,
             clip_grad_norm=config.training.clip_grad_norm,
         )
         fp8 = self.optimizer.param_groups[0].get("fp8")

@@ -60,18 +60,18 @@ def compare(
     dtype: torch.dtype,
     *,
     imported: bool = False,
-    left_out: Collection[str] = (),
+    ahead: Collection[str] = (),
 ) -> Comparison:
     """Compare the model of our checkpoint with the model in a Hugging Face folder.
 
     ``dtype``: type of the exported weights; fp32 for an import (``imported``), which divided
-    ``folding`` out of the weights where an export multiplies. ``left_out``: tensors of the folder
-    that are not imported. Raises UserError if a tensor differs in a bit or logits differ by more
-    than ``TOLERANCE`` times the largest logit.
+    ``folding`` out of the weights where an export multiplies. ``ahead``: tensors of multi-token
+    prediction in the folder, which transformers does not load. Raises UserError if a tensor differs
+    in a bit or logits differ by more than ``TOLERANCE`` times the largest logit.
     """
     stored = FolderWeights(folder)  # the same reader as in an import
     tied = config.model.tied_embeddings
-    places = locate(wanted, stored.shapes, str(folder), tied=tied, left_out=left_out)
+    places = locate(wanted, stored.shapes, str(folder), tied=tied, left_out=ahead)
     for counterpart in wanted:
         name = counterpart.spec.name
         there = counterpart.join(places[name], stored.read)
@@ -88,7 +88,7 @@ def compare(
     vocabulary, length = config.model.vocab_size, min(config.data.sequence_length, LONGEST)
     generator = torch.Generator().manual_seed(SEED)
     tokens_BL = torch.randint(vocabulary, (SEQUENCES, length), generator=generator)
-    theirs_BLV = _their_logits(folder, tokens_BL, left_out)
+    theirs_BLV = _their_logits(folder, tokens_BL, ahead)
     mine_BLV = _our_logits(config, config.parameterization, weights.read, weights.shapes, tokens_BL)
     scale = max(theirs_BLV.abs().max().item(), torch.finfo(torch.float32).tiny)
     rounding = None
@@ -135,7 +135,7 @@ def _our_logits(
 
 
 @torch.no_grad()
-def _their_logits(folder: Path, tokens_BL: Tensor, left_out: Collection[str]) -> Tensor:
+def _their_logits(folder: Path, tokens_BL: Tensor, ahead: Collection[str]) -> Tensor:
     """Return fp32 logits [B, L, V] of the model that transformers loads from the folder."""
     from transformers import AutoModelForCausalLM
 
@@ -150,7 +150,7 @@ def _their_logits(folder: Path, tokens_BL: Tensor, left_out: Collection[str]) ->
     model, loading = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         # transformers would only warn and initialise missing weights randomly.
-        found = sorted({*map(str, loading[problem])} - {*left_out})
+        found = sorted({*map(str, loading[problem])} - {*ahead})
         if found:
             raise UserError(
                 f"--check: transformers reports {problem} {found[:3]} "

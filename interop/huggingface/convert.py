@@ -25,7 +25,7 @@ from allometry.data.run_tokenizer import (
     RunTokenizer,
     tokenizer_of_run,
 )
-from allometry.interop.huggingface import compare
+from allometry.interop.huggingface import compare, deepseek
 from allometry.interop.huggingface.compare import Comparison
 from allometry.interop.huggingface.config import Text, attention_scale, choose_family, to_hf
 from allometry.interop.huggingface.families import TRAITS, Family
@@ -123,13 +123,15 @@ def export_hf(
     end_of_document: str | None = None,
     optimizer_state: bool = False,
     check: bool = False,
+    main_model: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> ExportReport:
     """Write a checkpoint of a run (default: the latest) as a Hugging Face folder ``out``.
 
     Multipliers of the forward pass that the family lacks are folded into weights. ``tokenizer`` and
     ``end_of_document`` supply values that the run folder does not have. ``optimizer_state`` also
-    writes the optimizer states, for a later import. ``check`` loads the folder with transformers
+    writes the optimizer states, for a later import. ``main_model`` leaves multi-token prediction
+    out. ``check`` loads the folder with transformers
     and compares both models before the rename. Raises UserError for features that the family does
     not support, before any file is written. For example, ``export_hf("runs/a", "hf/a", step=100)``.
     """
@@ -139,7 +141,8 @@ def export_hf(
     chosen = choose_family(config.model, family)
     theirs = attention_scale({}, config.model, chosen)
     folding = folds(config.model, Parameterization.of_run(config).forward, theirs)
-    wanted, weights = counterparts(config.model, chosen), CheckpointWeights(path)
+    model = config.model.model_copy(update={"multi_token": None}) if main_model else config.model
+    wanted, weights = counterparts(model, chosen), CheckpointWeights(path)
     _check_tensors(config.model, chosen, weights, path)
     states = _optimizer_states(path) if optimizer_state else None
     text = tokenizer_of_run(folder.path, config.data)
@@ -149,25 +152,30 @@ def export_hf(
     with new_folder(out) as (final, partial):
         parts = [_part(counterpart, weights, folding, torch_dtype) for counterpart in wanted]
         files = write_safetensors(partial, parts, shard_bytes)
-        write_json(partial / CONFIG, to_hf(config.model, chosen, name, Text(longest, end_id)))
+        described = to_hf(model, chosen, name, Text(longest, end_id))
+        write_json(partial / CONFIG, described)
         write_texts(partial, text, longest)
         write_origin(partial, folder, config, path)
         if states is not None:
             write_states(partial / STATES, states)
+        names = [name for counterpart in wanted for name in counterpart.written]
+        ahead = deepseek.beyond(described, names)
         return ExportReport(
             source=str(folder.path),
             step=step_of(path),
             target=str(final),
             family=chosen,
             dtype=dtype,
-            tensors=sum(len(counterpart.written) for counterpart in wanted),
+            tensors=len(names),
             bytes=sum((partial / file).stat().st_size for file in files),
             files=files,
             folds=[fold.describe() for fold in folding],
             tokenizer=str(text.file) if text.file else None,
             end_of_document=text.end[0] if text.end else None,
             unknown=list(text.unknown),
-            check=compare.compare(config, weights, partial, wanted, folding, torch_dtype)
+            check=compare.compare(
+                config, weights, partial, wanted, folding, torch_dtype, ahead=ahead
+            )
             if check
             else None,
         )
@@ -253,7 +261,7 @@ def import_hf(
                 *(source, model.wanted, model.folding),
                 torch.float32,
                 imported=True,
-                left_out=model.left_out,
+                ahead=model.ahead,
             )
             if check
             else None,
@@ -312,7 +320,7 @@ def _part(
     """Return a part for ``write_safetensors``: names and sizes, and a function for the tensors."""
     name = counterpart.spec.name
     stored = counterpart.stored_as(dtype)
-    nbytes = counterpart.spec.numel * stored.itemsize // len(counterpart.written)
+    nbytes = counterpart.spec.numel * stored.itemsize // len(counterpart.sources[0].names)
     return (
         [(written, nbytes) for written in counterpart.written],
         lambda: counterpart.split(folded(name, value_of(weights, counterpart), folding), dtype),

@@ -163,7 +163,8 @@ _LOOP = (
     Column(
         "multi_token/DEPTH",
         "nats",
-        "mean over the targets of a depth of multi-token prediction, which loss leaves out",
+        "mean loss over the targets of depth 1, 2, ... of multi-token prediction, which loss and "
+        "loss/SOURCE exclude",
         lambda s: {} if s.skipped else s.outcome.losses_ahead,
     ),
     Column(
@@ -202,6 +203,13 @@ _LOOP = (
         "nats",
         "validation/SOURCE of a replayed source, minus its value before the first step that this "
         "run took with data.replay",
+        by="evaluate",
+    ),
+    Column(
+        "drafts_accepted",
+        "1",
+        "share of held-out tokens for which depth 1 of multi-token prediction and the main head, "
+        "one position later, have the same most likely token; with validation/SOURCE",
         by="evaluate",
     ),
 )
