@@ -104,7 +104,7 @@ class PipelineExecution(Execution):
     ) -> None:
         assert tuple(parts) == layout.stages_of(mesh.pp.rank), (tuple(parts), layout)
         self._parts, self._layout, self._mesh, self._sync = parts, layout, mesh, sync
-        self._width, self._dtype = model.width, compute_dtype
+        self._width, self._depths, self._dtype = model.width, model.num_depths, compute_dtype
         self._count = len(layout.stages)
         self._uneven = uneven
         self._prepared: dict[int, _Prepared] = {}  # by number of micro-batches, least recent first
@@ -114,7 +114,7 @@ class PipelineExecution(Execution):
             last=layout.rank_of(self._count - 1),
             axis=mesh.pp,
             tied=model.tied_embeddings,
-            depths=model.num_depths > 0,
+            depths=self._depths > 0,
         )
         self.mirrors = self._tied.names
         self._head_gradient = GradientSum()
@@ -177,6 +177,8 @@ class PipelineExecution(Execution):
         self, batches: Sequence[MicroBatch], before: Callable[[int], None] | None = None
     ) -> None:
         # ``before(i)`` runs on every rank, before the forward of its first stage.
+        if self._depths:
+            self._tied.send_value()  # blocks of multi-token prediction read the table
         gathered = self._sync.gathered() if self._uneven else nullcontext()
         with gathered, cast_weights(self._parts.values(), self._sync):
             self._forward(batches, None, before)
