@@ -25,7 +25,7 @@ EXPERTS = {
 
 
 def test_rows_have_each_depth_and_the_drafts(tiny: Make, tmp_path: Path) -> None:
-    monitors = "monitors={every_steps: 4}"
+    monitors = "record.monitors={every_steps: 4}"
     config = tiny(DEPTHS, monitors, "training.total_steps=12", folder=tmp_path / "with")
     plain = tiny(monitors, "training.total_steps=12", folder=tmp_path / "without")
     for one in (config, plain):
