@@ -322,6 +322,8 @@ class Block:
         rows[ROWS] += visits * 2 * _INT64 * (2 if self.ep > 1 else 1)
         if latent and self._trains("ffn.latent_up"):
             rows[ROWS] += kernels.product_input(latent, self._recipe())
+        if isinstance(experts, LatentExperts) and experts.norm:
+            rows += norm(latent, kernels, trained=self._trains("ffn.latent_norm"))
         return rows
 
     def _trains(self, *names: str) -> bool:

@@ -23,6 +23,17 @@ KINDS: dict[str, dict[str, Any]] = {
         "kind": "moe",
         "experts": {"kind": "swiglu", "num_experts": 8, "experts_per_token": 2, "width": 48},
     },
+    "latent": {
+        "kind": "moe",
+        "experts": {
+            "kind": "latent",
+            "latent_width": 32,
+            "num_experts": 8,
+            "experts_per_token": 2,
+            "width": 48,
+            "norm": True,
+        },
+    },
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -37,8 +48,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp32"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [(options, kind) for options in OPTIONS for kind in ("dense", "moe")] + [("none", "latent")],
+)
 def test_a_block_keeps_what_is_stated(options: str, kind: str, compute: str) -> None:
     values = SIZES | KINDS[kind] | OPTIONS[options]
     model: ModelConfig = TypeAdapter(ModelConfig).validate_python(values)
