@@ -43,6 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qk_norm over width": {"qk_norm": True, "qk_norm_over": "width"},
     "norms after": {"norms": "after", "qk_norm": True, "qk_norm_over": "width", "qkv_bias": True},
     "norms on both sides": {"norms": "both", "activation": "gelu_tanh", "qk_norm": True},
+    "dropout": {"dropout": 0.1},
     "window": {"window": {"tokens": 16}},
 }
 
