@@ -26,10 +26,8 @@ EXPERTS = {
 
 def test_rows_have_each_depth_and_the_drafts(tiny: Make, tmp_path: Path) -> None:
     monitors = "record.monitors={every_steps: 4}"
-    config = tiny(DEPTHS, monitors, "training.total_steps=12", folder=tmp_path / "with")
-    plain = tiny(monitors, "training.total_steps=12", folder=tmp_path / "without")
-    for one in (config, plain):
-        train(one, callbacks=[])
+    train(tiny(DEPTHS, monitors, "training.total_steps=10", folder=tmp_path / "with"), callbacks=[])
+    train(tiny(monitors, "training.total_steps=4", folder=tmp_path / "without"), callbacks=[])
     found, other = rows(tmp_path / "with"), rows(tmp_path / "without")
     first, last = found[0], found[-1]
     assert first["loss"] == other[0]["loss"], "the main loss alone"
@@ -40,7 +38,9 @@ def test_rows_have_each_depth_and_the_drafts(tiny: Make, tmp_path: Path) -> None
     assert 0.0 <= last["drafts_accepted"] <= 1.0
     assert "drafts_accepted" not in first
     assert not {key for row in other for key in row if "multi_token" in key or "drafts" in key}
-    assert set(found[3]) - set(other[3]) == {"multi_token/1", "multi_token/2"}, "monitors alike"
+    own = {"multi_token/1", "multi_token/2"}
+    assert {key for key in found[3] if key.startswith("monitors/")} <= other[3].keys()
+    assert set(found[3]) - set(other[3]) == own
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,11 @@ def test_rows_have_each_depth_and_the_drafts(tiny: Make, tmp_path: Path) -> None
     ids=["dense", "experts"],
 )
 def test_two_resumes_are_bit_exact(tiny: Make, tmp_path: Path, extra: list[str]) -> None:
-    short = ("training.total_steps=9", "checkpoint.every_steps=3")
+    short = ("training.total_steps=6", "checkpoint.every_steps=6")
     train(tiny(*extra, *short, folder=tmp_path / "straight"), callbacks=[])
     parts = tiny(*extra, *short, folder=tmp_path / "parts")
+    train(parts, callbacks=[], stop_at_step=2)
     train(parts, callbacks=[], stop_at_step=4)
-    train(parts, callbacks=[], stop_at_step=7)
     train(parts, callbacks=[])
     keys = ("loss", "grad_norm", "multi_token/1", "drafts_accepted", "validation/up")
     for one, two in zip(rows(tmp_path / "straight"), rows(tmp_path / "parts"), strict=True):
