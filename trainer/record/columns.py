@@ -367,17 +367,7 @@ _CARDS = tuple(
     )
 )
 
-COLUMNS = (
-    *_LOOP,
-    *_ROUTERS,
-    *_PLANS,
-    *_OFFLOAD,
-    *_MONITORS,
-    *_STATES,
-    *_RANKS,
-    *_FORECAST,
-    *_CARDS,
-)
+COLUMNS = _LOOP + _ROUTERS + _PLANS + _OFFLOAD + _MONITORS + _STATES + _RANKS + _FORECAST + _CARDS
 
 
 def row_of(finished: FinishedStep) -> Row:
