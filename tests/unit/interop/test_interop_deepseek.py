@@ -205,6 +205,7 @@ def test_the_published_description(tiny: Make) -> None:
     assert rows[-2:] == (573, 575)
 
 
+@pytest.mark.slow
 def test_multi_token_prediction_goes_out_and_in(tiny: Make, tmp_path: Path) -> None:
     depths = {"multi_token": {"depth": 2, "weight": 0.3}}
     config = tiny(overrides(**depths))
@@ -242,5 +243,5 @@ def test_other_families_take_the_main_model_alone(tiny: Make, tmp_path: Path) ->
     said = r"blocks\.2\..+ of multi-token prediction has no counterpart in a model of qwen3; add --"
     with pytest.raises(UserError, match=said):
         export_hf(folder, tmp_path / "hf")
-    export_hf(folder, tmp_path / "hf", main_model=True, check=True)
+    export_hf(folder, tmp_path / "hf", main_model=True)
     assert "num_nextn_predict_layers" not in json.loads((tmp_path / "hf/config.json").read_text())
