@@ -19,6 +19,7 @@ from allometry.models.loss import IGNORE
 from allometry.models.multi_token import ahead_of
 from allometry.models.transformer import Transformer
 from allometry.scaling.count import count_parameters, flops_per_token, layer_flops
+from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
 
 L, V = 16, 61
@@ -196,6 +197,7 @@ def test_an_evaluation_runs_without_it() -> None:
 def test_counts_leave_it_out_and_operations_do_not() -> None:
     (plain_config, _), (config, model) = made(weight=None), made(2)
     assert count_parameters(config) == count_parameters(plain_config)
+    assert [name for name, _ in model.named_parameters()] == [s.name for s in inventory(config)]
     D, F = 24, 40
     block = 2 * D * D + 2 * D * 12 + 3 * D * F
     own = sum(p.numel() for p in model.parameters()) - count_parameters(config).total
