@@ -227,16 +227,19 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
                     **common | (spread if apart else {}),
                 )
         fully_shard(block, mp_policy=mixed, reshard_after_forward=reshard, **common)
-    if model.mirrored and model.head is not None:
-        # A copy of an embedding is gathered and reduced like the embedding.
-        fully_shard(model.head, mp_policy=plain, reshard_after_forward=False, **common)
-    if model.mtp is not None and "embedding" in model.mtp:
-        table = model.mtp["embedding"]
-        frees = zero.frees(mesh.pp.size)
-        fully_shard(table, mp_policy=plain, reshard_after_forward=frees, **common)
-        table.set_unshard_in_backward(False)
+    _shard_copies(model, zero.frees(mesh.pp.size), mp_policy=plain, **common)
     # Backward starts with norm and head, which would be gathered again if freed after forward.
     fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
+
+
+def _shard_copies(model: Transformer, frees: bool, **options: Any) -> None:
+    """Shard copies of an embedding, which are gathered and reduced like the embedding."""
+    if model.mirrored and model.head is not None:
+        fully_shard(model.head, reshard_after_forward=False, **options)
+    if model.mtp is not None and "embedding" in model.mtp:
+        table = model.mtp["embedding"]
+        fully_shard(table, reshard_after_forward=frees, **options)
+        table.set_unshard_in_backward(False)
 
 
 def prefetch(model: Transformer) -> None:

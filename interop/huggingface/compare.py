@@ -16,8 +16,15 @@ from torch import Tensor
 from allometry.configs.errors import UserError
 from allometry.configs.model import ParameterizationConfig, StandardParameterization
 from allometry.configs.run import RunConfig
+from allometry.interop.huggingface import deepseek
 from allometry.interop.huggingface.names import Counterpart, Fold, Read, folded, locate, unfolded
-from allometry.interop.huggingface.weights import CheckpointWeights, FolderWeights, value_of
+from allometry.interop.huggingface.weights import (
+    CONFIG,
+    CheckpointWeights,
+    FolderWeights,
+    read_json,
+    value_of,
+)
 from allometry.models.build import build_model
 from allometry.models.transformer import Transformer
 from allometry.scaling.parameterization import Parameterization
@@ -60,17 +67,17 @@ def compare(
     dtype: torch.dtype,
     *,
     imported: bool = False,
-    ahead: Collection[str] = (),
 ) -> Comparison:
     """Compare the model of our checkpoint with the model in a Hugging Face folder.
 
     ``dtype``: type of the exported weights; fp32 for an import (``imported``), which divided
-    ``folding`` out of the weights where an export multiplies. ``ahead``: tensors of multi-token
-    prediction in the folder, which transformers does not load. Raises UserError if a tensor differs
-    in a bit or logits differ by more than ``TOLERANCE`` times the largest logit.
+    ``folding`` out of the weights where an export multiplies. Raises UserError if a
+    tensor differs in a bit or logits differ by more than ``TOLERANCE`` times the largest logit.
     """
     stored = FolderWeights(folder)  # the same reader as in an import
     tied = config.model.tied_embeddings
+    # Tensors of multi-token prediction, which transformers does not load.
+    ahead = deepseek.beyond(read_json(folder / CONFIG), stored.shapes)
     places = locate(wanted, stored.shapes, str(folder), tied=tied, left_out=ahead)
     for counterpart in wanted:
         name = counterpart.spec.name
