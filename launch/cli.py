@@ -47,6 +47,7 @@ COMMANDS: Commands = {
     "refine": (studies.Refine, "studies.refine:refined"),
     "plot": (runs.Plot, "runs.plot:plotted"),
     "report": (report.WriteReport, "report.report:written"),
+    "gallery": (report.WriteGallery, "report.gallery:written"),
     "forecast": (runs.Forecast, "runs.forecast:forecasted"),
     "fit": (laws.Fit, "laws.fit:fitted"),
     "compare": (laws.Compare, "laws.compare:compared"),
