@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from allometry.launch.figures.drawing import draw
-from allometry.launch.figures.figure import Figure
+from allometry.launch.figures.figure import GREY, Figure
 
 INK = "#0a0b0c"
 """Colour of text and axes in matplotlib, which becomes ``currentColor``."""
@@ -38,7 +38,8 @@ def picture(figure: Figure, title: str) -> str:
         "axes.spines.top": False,
         "axes.spines.right": False,
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
-        **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
+        **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+        "grid.color": GREY,
     }
     drawn = io.StringIO()
     with mpl.rc_context(style):
