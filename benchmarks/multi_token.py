@@ -1,6 +1,6 @@
 """Multi-token prediction on and off: held-out loss of the main head, and accepted drafts.
 
-    python benchmarks/multi_token.py [--out results.json] [--seeds 3] [--steps 400]
+    python benchmarks/multi_token.py [--out results.json] [--seeds 3] [--steps 160]
 
 Trains `preset:ladder_base` on the built-in corpora with equal tokens, without and with one depth of
 multi-token prediction, for each seed (initial values and order of samples). Prints the held-out
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--weight", type=float, default=0.3)
     asked = parser.parse_args()
     runs: list[dict[str, Any]] = []

@@ -43,12 +43,10 @@ def test_rows_have_each_depth_and_the_drafts(tiny: Make, tmp_path: Path) -> None
     assert set(found[3]) - set(other[3]) == own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
-    [
-        [DEPTHS, "training.compute_dtype=bf16"],
-        pytest.param([f"model={json.dumps(EXPERTS)}"], marks=pytest.mark.slow),
-    ],
+    [[DEPTHS, "training.compute_dtype=bf16"], [f"model={json.dumps(EXPERTS)}"]],
     ids=["dense", "experts"],
 )
 def test_two_resumes_are_bit_exact(tiny: Make, tmp_path: Path, extra: list[str]) -> None:
