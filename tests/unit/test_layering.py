@@ -64,7 +64,7 @@ SUB_ROOM_MAY_IMPORT = {
     "studies.memory": set(),
     "studies.sweeps": set(),
     "studies.ladder": set(),
-    "launch.figures": set(),
+    "launch.figures": {"launch.text"},
     "launch.runs": {
         "launch.command",
         "launch.text",
