@@ -40,6 +40,8 @@ from allometry.trainer.train import train
 
 SOURCES = ("python-code", "python-prose")
 VOCABULARY, BATCH, LENGTH = 2048, 8, 128
+BYTES = 2_000_000
+"""Text of each source, UTF-8."""
 
 
 def configured(store: Path, folder: Path, seed: int, steps: int, weight: float) -> RunConfig:
@@ -141,7 +143,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         names = tuple(f"builtin:{name}" for name in SOURCES)
-        prepare(PrepareRequest(inputs=names, out=str(store), vocab_size=VOCABULARY), quiet=True)
+        prepare(
+            PrepareRequest(inputs=names, out=str(store), vocab_size=VOCABULARY, max_bytes=BYTES),
+            quiet=True,
+        )
         successor_V = bigrams(store)
         for seed in range(asked.seeds):
             for weight in (0.0, asked.weight):
