@@ -1,6 +1,7 @@
 """Multi-token prediction on and off: held-out loss of the main head, and accepted drafts.
 
-    python benchmarks/multi_token.py [--out results.json] [--seeds 3] [--steps 160]
+    python benchmarks/multi_token.py [--out results.json] [--prepared FOLDER] [--seeds 3]
+        [--steps 400]
 
 Trains `preset:ladder_base` on the built-in corpora with equal tokens, without and with one depth of
 multi-token prediction, for each seed (initial values and order of samples). Prints the held-out
@@ -40,8 +41,6 @@ from allometry.trainer.train import train
 
 SOURCES = ("python-code", "python-prose")
 VOCABULARY, BATCH, LENGTH = 2048, 8, 128
-BYTES = 2_000_000
-"""Text of each source, UTF-8."""
 
 
 def configured(store: Path, folder: Path, seed: int, steps: int, weight: float) -> RunConfig:
@@ -135,18 +134,18 @@ def main() -> None:
     """Print a table and write the numbers of all runs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--prepared", type=Path, help="store of preset:ladder_base")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--weight", type=float, default=0.3)
     asked = parser.parse_args()
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "store"
-        names = tuple(f"builtin:{name}" for name in SOURCES)
-        prepare(
-            PrepareRequest(inputs=names, out=str(store), vocab_size=VOCABULARY, max_bytes=BYTES),
-            quiet=True,
-        )
+        store = asked.prepared or Path(folder) / "store"
+        if asked.prepared is None:
+            inputs = tuple(f"builtin:{name}" for name in SOURCES)
+            request = PrepareRequest(inputs=inputs, out=str(store), vocab_size=VOCABULARY)
+            prepare(request, quiet=True)
         successor_V = bigrams(store)
         for seed in range(asked.seeds):
             for weight in (0.0, asked.weight):
