@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from allometry.configs.base import Count, Section
+from allometry.configs.streams import Streams
 
 NormOver = Literal["head", "width"]
 NormPlaces = Literal["before", "after", "both"]
@@ -203,6 +204,19 @@ class Decoder(Section):
         None, description="sliding-window attention; null: full attention in every layer"
     )
     z_loss: float = Field(0.0, ge=0.0, description="coefficient of the squared log partition")
+    streams: Streams | None = Field(
+        None, description="parallel streams with learned prefixes (ParScale); null: one stream"
+    )
+
+    @property
+    def num_streams(self) -> int:
+        """Number of times that the blocks compute each token."""
+        return 1 if self.streams is None else self.streams.count
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Number of learned keys of a stream in each layer."""
+        return 0 if self.streams is None else self.streams.prefix_tokens
 
     @property
     def norms_before(self) -> bool:
@@ -271,6 +285,16 @@ class Decoder(Section):
             return 0
         every = self.window.global_every
         return self.num_layers - (self.num_layers // every if every else 0)
+
+    @model_validator(mode="after")
+    def _check_streams(self) -> Self:
+        for key in ("latent_attention", "window") if self.streams is not None else ():
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"streams={{count: {self.num_streams}, ...}} with {key}: prefixes are keys of "
+                    f"grouped-query attention that every query sees; leave streams or {key} out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_latent(self) -> Self:

@@ -30,6 +30,7 @@ from allometry.models.layers import GATES, Embedding, Linear, RMSNorm, gated
 from allometry.models.products import Stacked, multiply, separate
 from allometry.models.rotary import Geometry, rotate, turn_of
 from allometry.models.router import RouterStatistics
+from allometry.models.streams import Aggregator, Prefix, repeated, repeated_documents
 from allometry.scaling.inventory import Specs, inventory, within
 from allometry.scaling.parameterizations.base import ForwardScales
 
@@ -53,6 +54,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(k_norm, model.norm_eps) if k_norm else None
         self.norm_over = model.qk_norm_over
         self.wo = Linear(specs["wo.weight"])
+        prefix = within(specs, "prefix")
+        self.prefix = Prefix(prefix) if prefix else None
         self.qkv = Stacked(*((w, "weight") for w in (self.wq, self.wk, self.wv)))
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:
@@ -67,9 +70,11 @@ class Attention(nn.Module):
             v_BLKH = v_BLKH.contiguous()  # a view would keep queries and keys until backward
         turn = geometry.turn if self.window is None else geometry.windowed
         q_BLNH, k_BLKH = rotate(q_BLNH, *turn), rotate(k_BLKH, *turn)
-        o_BLNH = self.core(
-            q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale, window=self.window
-        )
+        given = q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale
+        if self.prefix is None:
+            o_BLNH = self.core(*given, window=self.window)
+        else:
+            o_BLNH = self.prefix(self.core, *given)
         return self.wo(o_BLNH.flatten(2))
 
     def project(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
@@ -184,6 +189,7 @@ class Transformer(nn.Module):
 
     embedding: Embedding | None
     final_norm: RMSNorm | None
+    aggregator: Aggregator | None
     head: OutputHead | None
 
     def __init__(
@@ -213,6 +219,9 @@ class Transformer(nn.Module):
             of_block = within(specs, f"blocks.{layer}")
             self.blocks[str(layer)] = self._make_block(of_block, model, scales, layer)
         self.final_norm = RMSNorm(specs["final_norm.weight"], model.norm_eps) if part.last else None
+        self.num_streams, self.aggregator = model.num_streams, None
+        if model.streams is not None and part.last:
+            self.aggregator = Aggregator(within(specs, "aggregator"), model.streams)
         head = specs.get("head.weight")
         # A tied head reads the embedding's weight through its owner instead of registering it
         # twice: with one owner, leaving the meta device or sharding cannot untie the weights.
@@ -240,13 +249,17 @@ class Transformer(nn.Module):
         Without ``documents`` each sequence is one document with positions from 0. A part without
         the embedding takes the output of the previous part as ``x_BLD``. A part without the head
         returns [B, L, D], and so does any part with ``blocks_only``, which also collects router
-        statistics without gradients.
+        statistics without gradients. Between parts, B counts the sequences of all streams.
         """
         if self.embedding is not None:
             x_BLD = self.embedding(tokens_BL)
             if self.embedding_scale != 1.0:
                 x_BLD = x_BLD * self.embedding_scale
+            if self.num_streams > 1:
+                x_BLD = repeated(x_BLD, self.num_streams)
         assert x_BLD is not None
+        if self.num_streams > 1 and documents is not None:
+            documents = repeated_documents(documents, self.num_streams)
         geometry = self._geometry(tokens_BL, documents)
         for layer, block in self.blocks.items():
             x_BLD, statistics = self.call_block(block, x_BLD, geometry)
@@ -256,7 +269,8 @@ class Transformer(nn.Module):
                 self.add_statistics(int(layer), statistics)
         if self.final_norm is None or self.head is None or blocks_only:
             return x_BLD
-        return self.head(self.final_norm(x_BLD), targets_BL)
+        x_BLD = self.final_norm(x_BLD)
+        return self.head(x_BLD if self.aggregator is None else self.aggregator(x_BLD), targets_BL)
 
     def take_statistics(self) -> dict[int, RouterStatistics]:
         """Return the router statistics by layer since the last call, and reset them.

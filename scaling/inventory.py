@@ -1,7 +1,7 @@
 """Parameters of a model, derived from its config; modules are built from this list."""
 
 # V vocabulary, D width, N query heads, K key/value heads, H head width, F feed-forward width,
-# E experts
+# E experts, P streams, n tokens of a prefix
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from allometry.configs.decoder import LatentAttention
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
-from allometry.scaling.roles import ParamSpec, Role, Start
+from allometry.scaling.roles import Normal, ParamSpec, Role, Start
+
+
+PREFIX_STD = 0.02
+"""Standard deviation of initial prefixes."""
 
 
 def matrix(name: str, role: Role, fan_out: int, fan_in: int) -> ParamSpec:
@@ -59,6 +63,7 @@ def inventory(
         specs.extend(block_specs(model, layer, f"blocks.{layer}"))
     if last:
         specs.append(vector("final_norm.weight", model.width))
+        specs.extend(aggregator_specs(model, "aggregator"))
     if last and not (model.tied_embeddings and first):
         specs.append(matrix("head.weight", Role.OUTPUT, model.vocab_size, model.width))
     return tuple(specs)
@@ -103,6 +108,32 @@ def attention_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
             size = features if whole else head_width
             yield vector(f"{prefix}.{name}.weight", size, of_heads=whole)
     yield matrix(f"{prefix}.wo.weight", Role.HIDDEN, width, queries)
+    yield from prefix_specs(model, f"{prefix}.prefix")
+
+
+def prefix_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
+    """Yield the prefixes of the streams in a layer: keys and values [P, K, n, H], without RoPE."""
+    shape = (model.num_streams, model.kv_heads, model.prefix_tokens, model.head_width)
+    width = model.kv_heads * model.head_width
+    for name in ("keys", "values") if model.prefix_tokens else ():
+        # As a bias, a prefix has one growing dimension and no product with an activation's width.
+        yield ParamSpec(
+            *(f"{prefix}.{name}", Role.VECTOR, shape, 1, width),
+            start=Normal(PREFIX_STD),
+            of_heads=True,
+            heads_dim=1,
+        )
+
+
+def aggregator_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
+    """Yield the parameters that compute the streams' weights, [D, D P], [D], [P, D] and [P]."""
+    width, count = model.width, model.num_streams
+    if model.streams is None:
+        return
+    yield matrix(f"{prefix}.mix.weight", Role.HIDDEN, width, width * count)
+    yield vector(f"{prefix}.mix.bias", width, "zeros")
+    yield matrix(f"{prefix}.choice.weight", Role.ROUTER, count, width)
+    yield vector(f"{prefix}.choice.bias", count, "zeros")
 
 
 def latent_attention_specs(
