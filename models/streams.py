@@ -55,8 +55,9 @@ def repeated_documents(documents: Documents, count: int) -> Documents:
 
 
 class Prefix(OwnsParameters):
-    """Learned keys and values of each stream in one layer, [P, K, n, H], seen by every query.
+    """Learned keys and values of each stream in one layer, seen by every query.
 
+    Both are stored as vectors, [K, P, n, H] flattened, so that tensor parallelism shards heads.
     Neither is rotated, and the positions of tokens do not change. With documents, every document
     sees the complete prefix. For example, ``prefix(attend, q, k, v, None, scale)`` is causal
     attention to the prefix and to the earlier tokens.
@@ -65,10 +66,10 @@ class Prefix(OwnsParameters):
     keys: nn.Parameter
     values: nn.Parameter
 
-    def __init__(self, specs: Specs) -> None:
+    def __init__(self, specs: Specs, streams: Streams) -> None:
         super().__init__()
         self.over_ring: OverRing | None = None
-        self.count, _, self.tokens, _ = specs["keys"].shape
+        self.count, self.tokens = streams.count, streams.prefix_tokens
         for name in ("keys", "values"):
             self.own(name, specs[name])
 
@@ -87,7 +88,11 @@ class Prefix(OwnsParameters):
         keys, every back end of causal attention computes the prefix, at the cost of n more queries
         for each document.
         """
-        keys, values = (local_weight(x).to(q_ZLNH.dtype) for x in (self.keys, self.values))
+        H = k_ZLKH.shape[-1]
+        keys, values = (
+            local_weight(x).to(q_ZLNH.dtype).view(-1, self.count, self.tokens, H).permute(1, 2, 0, 3)
+            for x in (self.keys, self.values)
+        )
         if documents is not None and documents.ring is not None:
             assert self.over_ring is not None, "documents of a ring without context parallelism"
             return self.over_ring(q_ZLNH, k_ZLKH, v_ZLKH, keys, values, documents, scale)
@@ -95,8 +100,7 @@ class Prefix(OwnsParameters):
             return self._packed(core, q_ZLNH, k_ZLKH, v_ZLKH, keys, values, documents, scale)
         each = len(q_ZLNH) // self.count
 
-        def extended(x_ZLKH: Tensor, prefix_PKnH: Tensor) -> Tensor:
-            before_PnKH = prefix_PKnH.transpose(1, 2)
+        def extended(x_ZLKH: Tensor, before_PnKH: Tensor) -> Tensor:
             before_ZnKH = before_PnKH.repeat_interleave(each, dim=0)
             return torch.cat([before_ZnKH, x_ZLKH], dim=1)
 
@@ -110,8 +114,8 @@ class Prefix(OwnsParameters):
         q_ZLNH: Tensor,
         k_ZLKH: Tensor,
         v_ZLKH: Tensor,
-        keys_PKnH: Tensor,
-        values_PKnH: Tensor,
+        keys_PnKH: Tensor,
+        values_PnKH: Tensor,
         documents: Documents,
         scale: float,
     ) -> Tensor:
@@ -120,18 +124,17 @@ class Prefix(OwnsParameters):
         longer, token_T, prefix_X = with_prefixes(documents, self.tokens)
         rows = q_ZLNH.shape[0] * q_ZLNH.shape[1] + number * self.tokens
 
-        def extended(x_ZLKH: Tensor, prefix_PKnH: Tensor | None) -> Tensor:
+        def extended(x_ZLKH: Tensor, before_PnKH: Tensor | None) -> Tensor:
             x_TKH = x_ZLKH.flatten(0, 1)
             made = x_TKH.new_zeros(rows, *x_TKH.shape[1:]).index_copy(0, token_T, x_TKH)
-            if prefix_PKnH is not None:
-                before_PnKH = prefix_PKnH.transpose(1, 2)
+            if before_PnKH is not None:
                 before_XKH = before_PnKH.repeat_interleave(number // self.count, dim=0)
                 made = made.index_copy(0, prefix_X, before_XKH.flatten(0, 1))
             return made[None]
 
         q, k, v = (
             extended(x, prefix)
-            for x, prefix in ((q_ZLNH, None), (k_ZLKH, keys_PKnH), (v_ZLKH, values_PKnH))
+            for x, prefix in ((q_ZLNH, None), (k_ZLKH, keys_PnKH), (v_ZLKH, values_PnKH))
         )
         return core(q, k, v, longer, scale)[0].index_select(0, token_T).view(q_ZLNH.shape)
 

@@ -55,7 +55,7 @@ class Attention(nn.Module):
         self.norm_over = model.qk_norm_over
         self.wo = Linear(specs["wo.weight"])
         prefix = within(specs, "prefix")
-        self.prefix = Prefix(prefix) if prefix else None
+        self.prefix = Prefix(prefix, model.streams) if prefix and model.streams else None
         self.qkv = Stacked(*((w, "weight") for w in (self.wq, self.wk, self.wv)))
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:

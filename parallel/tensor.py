@@ -15,7 +15,7 @@ boundaries.
 | wq, wk, wv, gate, up          | Shard(0)              |
 | their biases                  | Shard(0)              |
 | gains over all heads          | Shard(0)              |
-| prefixes of streams           | Shard(1)              |
+| prefixes of streams           | Shard(0)              |
 | wo, down                      | Shard(1)              |
 | wq, wkv of latents, wo        | Shard(0), Shard(1)    |
 | experts' gate, up [E, F, D]   | Shard(1)              |
@@ -231,7 +231,8 @@ def _cut_heads(module: Attention | LatentAttention, mesh: DeviceMesh) -> None:
         _norm_over_ranks(module, mesh)
     for name in ("keys", "values") if module.prefix is not None else ():
         assert module.prefix is not None
-        _distribute(module.prefix, name, mesh, [Shard(module.prefix.specs[name].heads_dim)])
+        assert module.prefix.specs[name].of_heads
+        _distribute(module.prefix, name, mesh, [Shard(0)])
 
 
 def _norm_over_ranks(module: Attention, mesh: DeviceMesh) -> None:

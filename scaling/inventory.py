@@ -112,17 +112,13 @@ def attention_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
 
 
 def prefix_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
-    """Yield the prefixes of the streams in a layer: keys and values [P, K, n, H], without RoPE."""
-    shape = (model.num_streams, model.kv_heads, model.prefix_tokens, model.head_width)
-    width = model.kv_heads * model.head_width
-    for name in ("keys", "values") if model.prefix_tokens else ():
-        # As a bias, a prefix has one growing dimension and no product with an activation's width.
-        yield ParamSpec(
-            *(f"{prefix}.{name}", Role.VECTOR, shape, 1, width),
-            start=Normal(PREFIX_STD),
-            of_heads=True,
-            heads_dim=1,
-        )
+    """Yield the prefixes of the streams in a layer, keys and values [K, P, n, H], flattened.
+
+    As a bias, a prefix has one dimension that grows with the width, the heads.
+    """
+    size = model.kv_heads * model.num_streams * model.prefix_tokens * model.head_width
+    for name in ("keys", "values") if size else ():
+        yield vector(f"{prefix}.{name}", size, Normal(PREFIX_STD), of_heads=True)
 
 
 def aggregator_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:

@@ -47,8 +47,8 @@ class ParamSpec:
     ``name`` is the dotted global name, ``shape`` the unsharded shape. Weights are stored [fan_out,
     fan_in]; an embedding [V, D] has fan_in V (constant) and fan_out D; a vector [n] has fan_in 1
     and fan_out n. ``start``: initial value in every parameterization; None: the parameterization
-    decides. ``of_heads``: a vector with elements for each head, sharded with the heads in
-    dimension ``heads_dim``. For example, ``ParamSpec("head.weight", Role.OUTPUT, (V, D), fan_in=D, fan_out=V)``.
+    decides. ``of_heads``: a vector with elements for each head, sharded with the heads. For
+    example, ``ParamSpec("head.weight", Role.OUTPUT, (V, D), fan_in=D, fan_out=V)``.
     """
 
     name: str
@@ -58,7 +58,6 @@ class ParamSpec:
     fan_out: int
     start: Start | None = None
     of_heads: bool = False
-    heads_dim: int = 0
 
     def __post_init__(self) -> None:
         assert all(size > 0 for size in self.shape), (self.name, self.shape)

@@ -38,14 +38,14 @@ def prefix_over_ring(group_name: str) -> OverRing:
         q_ZLNH: Tensor,
         k_ZLKH: Tensor,
         v_ZLKH: Tensor,
-        keys_PKnH: Tensor,
-        values_PKnH: Tensor,
+        keys_PnKH: Tensor,
+        values_PnKH: Tensor,
         documents: Documents,
         scale: float,
     ) -> Tensor:
         assert documents.ring is not None
         given = (x.flatten(0, 1) for x in (q_ZLNH, k_ZLKH, v_ZLKH))
-        prefix = (x.transpose(1, 2) for x in (keys_PKnH, values_PKnH))
+        prefix = keys_PnKH, values_PnKH
         o_TNH, _ = prefixed_ring_attention(*given, *prefix, documents.ring, group_name, scale)
         return o_TNH.view(q_ZLNH.shape)
 
