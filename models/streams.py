@@ -90,7 +90,10 @@ class Prefix(OwnsParameters):
         """
         H = k_ZLKH.shape[-1]
         keys, values = (
-            local_weight(x).to(q_ZLNH.dtype).view(-1, self.count, self.tokens, H).permute(1, 2, 0, 3)
+            local_weight(x)
+            .to(q_ZLNH.dtype)
+            .view(-1, self.count, self.tokens, H)
+            .permute(1, 2, 0, 3)
             for x in (self.keys, self.values)
         )
         if documents is not None and documents.ring is not None:

@@ -2,8 +2,8 @@
 
 Stages send activations [B, L, D] ([B, L / tp, D] with tensor parallelism, where every rank has a
 shard of the sequence); B counts the sequences of all streams (``model.streams``). Tokens, targets
-and documents are not sent: each rank has the batch and looks up a micro-batch by its index. The micro-batches of a step may therefore have any shapes, with
-every schedule.
+and documents are not sent: each rank has the batch and looks up a micro-batch by its index. The
+micro-batches of a step may therefore have any shapes, with every schedule.
 
 With ZeRO 1 to 3 parameters are gathered once per step, and gradients stay unsharded until the last
 backward of a stage, which reduces the gradients of a block while the backward continues with

@@ -120,11 +120,12 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
     experts that a token visits) + ``attention_flops`` of each layer: 2·N·H for the scores and 2·N·V
     for the weighted values of each key that a query attends to, with the causal mask (position p
     attends to p) or a window. With ``model.streams`` blocks and attention count once for each
-    stream, the prefix's keys and the weights of the streams included, and the head once. Backward = 2 x forward, one product for each operand. Lookups, norms,
-    RoPE, softmax, and recomputation by kernels or activation checkpointing are not counted: the
-    result is the numerator of MFU (PaLM, arXiv 2204.02311, appendix B, with the causal half counted
-    once). The result is for one document per sequence; for packed documents see ``DocumentFlops``.
-    For example, ``flops_per_token(model, 4096).total * tokens`` for a run of such sequences.
+    stream, with the prefix's keys; the weights of the streams and the head count once. Backward = 2
+    x forward, one product for each operand. Lookups, norms, RoPE, softmax, and recomputation by
+    kernels or activation checkpointing are not counted: the result is the numerator of MFU (PaLM,
+    arXiv 2204.02311, appendix B, with the causal half counted once). The result is for one document
+    per sequence; for packed documents see ``DocumentFlops``. For example,
+    ``flops_per_token(model, 4096).total * tokens`` for a run of such sequences.
     """
     assert sequence_length > 0, sequence_length
     products = sum(

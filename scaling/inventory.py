@@ -11,7 +11,6 @@ from allometry.configs.decoder import LatentAttention
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.scaling.roles import Normal, ParamSpec, Role, Start
 
-
 PREFIX_STD = 0.02
 """Standard deviation of initial prefixes."""
 
@@ -130,6 +129,12 @@ def aggregator_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
     yield vector(f"{prefix}.mix.bias", width, "zeros")
     yield matrix(f"{prefix}.choice.weight", Role.ROUTER, count, width)
     yield vector(f"{prefix}.choice.bias", count, "zeros")
+
+
+def stream_names(model: ModelConfig) -> frozenset[str]:
+    """Return the parameters that ``model.streams`` adds to a model of one stream."""
+    plain = model.model_copy(update={"streams": None})
+    return frozenset(s.name for s in inventory(model)) - {s.name for s in inventory(plain)}
 
 
 def latent_attention_specs(

@@ -123,7 +123,9 @@ def estimate_memory(
     stages, pp = (layout.stages, layout.pp) if layout else ((range(model.num_layers),), 1)
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are unsharded to the end
     sequences = max(1, micro_batch_tokens // attention.length)
-    kernels = _kernels(model, compute_bytes, attention, attention_backend, precision, sequences)
+    length = micro_batch_tokens if attention.length == 1 else attention.length
+    back_end = attention, attention_backend
+    kernels = _kernels(model, compute_bytes, *back_end, precision, sequences, length)
     frozen = frozen_names(model, optimizer)
 
     def step_of(rank: int) -> Step:
@@ -164,6 +166,7 @@ def _kernels(
     attention_backend: str | None,
     precision: PrecisionConfig,
     sequences: int,
+    length: int,
 ) -> Kernels:
     # On CUDA all layers share one back end, on a CPU each call has its own
     # (``trainer/kernels.py``).
@@ -174,7 +177,8 @@ def _kernels(
         )
         for call in (of_all, attention)
     )
-    return Kernels(compute_bytes, attention.device == "cuda", scores, precision, windowed)
+    share = model.prefix_tokens / length
+    return Kernels(compute_bytes, attention.device == "cuda", scores, precision, windowed, share)
 
 
 def _dormant(model: ModelConfig, stage: range, frozen: frozenset[str]) -> frozenset[int]:

@@ -23,13 +23,14 @@ Checkpointing = Literal["none", "selective", "full"]
 
 NORMS, QKV, ATTENTION, GATE_UP, SWIGLU = "norms", "q, k, v", "attention", "gate, up", "SwiGLU"
 ROUTER, ROWS, RESIDUAL, GATHERED = "router", "expert rows", "residual", "gathered tokens"
-OPERATIONS = (NORMS, QKV, ATTENTION, GATE_UP, SWIGLU, ROUTER, ROWS, RESIDUAL, GATHERED)
+STREAMS = "streams"
+OPERATIONS = (NORMS, QKV, ATTENTION, GATE_UP, SWIGLU, ROUTER, ROWS, RESIDUAL, GATHERED, STREAMS)
 """Operations. ``norms``: inputs of norms (in fp32 if their kernel is not fused) and outputs that
 the next product reads. ``q, k, v``: before their norm, and rotated. ``attention``: its output and
 tensors saved by its back end. ``SwiGLU``: silu(gate) and its product with up. ``router``: its fp32
 input, logits and gates. ``expert rows``: tokens sorted by expert, outputs of experts, the order.
 ``residual``: a block's input if it is read again. ``gathered tokens``: input of a branch, of all
-tensor-parallel ranks.
+tensor-parallel ranks. ``streams``: inputs of the weighted sum of streams.
 """
 
 _WHOLE = (GATHERED, ROWS)  # not sharded by tp; rows are with whole experts
@@ -45,7 +46,8 @@ class Kernels:
     per row, like torch's CUDA kernel; on a CPU it saves the quotient and, for half types, the
     input, both in fp32. ``scores``: bytes per token saved by attention in addition to its output;
     ``windowed_scores``: the same for layers with a sliding window. ``precision``: FP8 settings;
-    ``auto`` is treated as compute.
+    ``auto`` is treated as compute. ``prefix_share``: tokens of a stream's prefix in attention for
+    each token of a sequence.
     """
 
     compute: int
@@ -53,6 +55,7 @@ class Kernels:
     scores: int
     precision: PrecisionConfig = COMPUTE
     windowed_scores: int = 0
+    prefix_share: float = 0.0
 
     @property
     def wide(self) -> int:
@@ -179,10 +182,12 @@ class Block:
         rows = self._norms("attention") + self._branch_input(
             "attention.wq", "attention.wk", "attention.wv"
         )
-        rows[QKV] += kernels.compute * (queries + 2 * keys)
-        rows[ATTENTION] += kernels.compute * queries + self._scores
-        # Otherwise the attention output itself is the input of the next product.
-        if kernels.saves and self._trains("attention.wo"):
+        longer = 1.0 + kernels.prefix_share
+        rows[QKV] += round(longer * kernels.compute * (queries + 2 * keys))
+        rows[ATTENTION] += round(longer * (kernels.compute * queries + self._scores))
+        # Otherwise the attention output itself is the input of the next product; of a longer output
+        # the product reads a copy.
+        if (kernels.saves or kernels.prefix_share) and self._trains("attention.wo"):
             rows[ATTENTION] += kernels.product_input(queries, self._recipe())
         if self.model.qk_norm:
             normed = self._qk_norm()
@@ -358,7 +363,7 @@ class Block:
         rows: Counter[str] = Counter(
             {
                 QKV: made * projected,
-                ATTENTION: c * queries + self._scores,
+                ATTENTION: round((1.0 + self.kernels.prefix_share) * (c * queries + self._scores)),
                 GATE_UP: 2 * made * self.hidden,
                 RESIDUAL: (c + made) * width,  # the input, and the output of attention
             }
@@ -377,6 +382,17 @@ class Block:
         if experts.num_shared_experts:
             rows[RESIDUAL] += made * width
         return rows
+
+
+def weighted_sum(model: ModelConfig, kernels: Kernels) -> Counter[str]:
+    """Return bytes that the weighted sum of the streams saves for a token of all streams."""
+    if model.streams is None:
+        return Counter()
+    count, width = model.streams.count, model.width
+    # The streams as factors and as the input of a product; before and after silu; the weights.
+    read = 2 * count * width + 2 * width + count
+    cast = width if kernels.compute < kernels.wide else 0
+    return Counter({STREAMS: kernels.compute * read + kernels.wide * (cast + count)})
 
 
 def norm(width: int, kernels: Kernels, rows: int = 1, *, trained: bool = True) -> Counter[str]:

@@ -154,9 +154,7 @@ def _(
 
 
 @prefixed_ring_attention_backward.register_fake
-def _(
-    grad_TNH: Tensor, *inputs: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(grad_TNH: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, dkeys, dvalues = (x.new_empty(x.shape) for x in inputs[:5])
     return dq, dk, dv, dkeys, dvalues
 

@@ -84,9 +84,7 @@ def test_rings_of_any_ranks(run_ranks: RunRanks, store: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_without_its_prefix_gradient_would_be_found(
-    run_ranks: RunRanks, store: str
-) -> None:
+def test_a_rank_without_its_prefix_gradient_would_be_found(run_ranks: RunRanks, store: str) -> None:
     """Negative control: misplaced positions change the gradients."""
     config = documents.config(store, MODELS["dense"])
     assert max(run_ranks(documents.errors, 5, config, documents.MIXED, True)) > 1e-6
