@@ -18,6 +18,7 @@ from allometry.models.build import build_model
 from allometry.models.documents import Documents
 from allometry.models.init import initialize
 from allometry.models.moe import begin_step, routers
+from allometry.models.observe import OUTPUT, SUMS, Observer
 from allometry.models.rotary import rotary_angles, rotate
 from allometry.models.streams import repeated_documents, with_prefixes
 from allometry.models.transformer import Transformer
@@ -225,6 +226,21 @@ def test_routers_count_a_token_once_for_each_stream() -> None:
     for seen in model.take_statistics().values():
         assert int(seen.tokens) == P * B * L
         assert int(seen.counts_E.sum()) == 2 * P * B * L
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_observer_leaves_out_the_queries_in_front(packed: bool) -> None:
+    """Attention to a prefix is observed for the tokens of all streams, and for nothing else."""
+    model, given = small(STREAMS), documents(LENGTHS) if packed else None
+    observer = Observer(2, torch.device("cpu"), queries=1000)
+    with observer.watching([model]):
+        model(tokens(), tokens(1), given)
+    sums = dict(zip(SUMS, observer.sums[0].tolist(), strict=True))
+    heads, rows = SMALL["num_heads"], P * B * L
+    squares = sum(m * (m + 1) // 2 for m in (LENGTHS if packed else [L] * B))
+    assert sums["queries"] == heads * rows
+    assert sums["pairs"] == heads * P * (squares + n * B * L)
+    assert float(observer.output[OUTPUT.index("tokens")]) == B * L
 
 
 def test_documents_of_all_streams_and_with_prefixes() -> None:
