@@ -1,10 +1,11 @@
-"""Runs with parallel streams: bit-exact resume, stage two as a branch, refused changes, monitors."""
+"""Runs with parallel streams: bit-exact resume, stage two as a branch, refusals, monitors."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from test_trainer_branch import assert_same_run, parent, run, tensors
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
@@ -12,7 +13,6 @@ from allometry.interop.huggingface.convert import export_hf
 from allometry.models.init import fill_random, local_box
 from allometry.scaling.inventory import PREFIX_STD
 from run_folders import events, rows
-from test_trainer_branch import assert_same_run, parent, run, tensors
 
 Make = Callable[..., RunConfig]
 STREAMS = "model.streams={count: 2, prefix_tokens: 3}"
@@ -72,8 +72,8 @@ def test_other_changes_of_streams_are_refused(tiny: Make, tmp_path: Path) -> Non
         run(tiny(*TRUNK, four, changed, folder=tmp_path / "four"))
     with pytest.raises(UserError, match="has 2 streams"):
         run(tiny(*TRUNK, "model.streams=null", changed, folder=tmp_path / "none"))
+    plain = run(tiny(*TRUNK, folder=tmp_path / "plain"), stop_at_step=8)
     with pytest.raises(UserError, match=r"run\.parent\.changes does not name it"):
-        plain = run(tiny(*TRUNK, folder=tmp_path / "plain"), stop_at_step=8)
         run(tiny(*TRUNK, STREAMS, parent(plain, 8), folder=tmp_path / "unnamed"))
     with pytest.raises(UserError, match=r"model\.streams\.count=4 differs from 2"):
         run(tiny(*TRUNK, four, folder=trunk))
@@ -89,9 +89,7 @@ def test_an_export_names_the_tensor_without_a_place(tiny: Make, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", ["concatenated", "per_document"])
-def test_monitors_count_the_tokens_of_all_streams(
-    tiny: Make, tmp_path: Path, packing: str
-) -> None:
+def test_monitors_count_the_tokens_of_all_streams(tiny: Make, tmp_path: Path, packing: str) -> None:
     changes = (STREAMS, f"data.packing={packing}", "record.monitors={every_steps: 2}")
     folder = run(tiny(*changes, folder=tmp_path / "run"), stop_at_step=4)
     row = rows(folder)[-1]
