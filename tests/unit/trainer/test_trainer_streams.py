@@ -2,22 +2,43 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from test_trainer_branch import assert_same_run, parent, run, tensors
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.interop.huggingface.convert import export_hf
 from allometry.models.init import fill_random, local_box
 from allometry.scaling.inventory import PREFIX_STD
+from allometry.trainer.train import train
 from run_folders import events, rows
 
 Make = Callable[..., RunConfig]
 STREAMS = "model.streams={count: 2, prefix_tokens: 3}"
 TRUNK = ("schedule={kind: constant, warmup_steps: 3}", "checkpoint.keep_steps=[8]")
 SHORT = "training.total_steps=12"
+
+
+def run(config: RunConfig, **options: Any) -> Path:
+    train(config, device=torch.device("cpu"), callbacks=[], **options)
+    return Path(config.run.folder)
+
+
+def tensors(folder: Path, step: int, scratch: Path) -> dict[str, torch.Tensor]:
+    dcp_to_torch_save(folder / "checkpoints" / f"step-{step}", scratch)
+    saved: dict[str, torch.Tensor] = torch.load(scratch)
+    return saved
+
+
+def assert_same_run(one: Path, other: Path, step: int, scratch: Path) -> None:
+    losses = [[row["loss"] for row in rows(folder)] for folder in (one, other)]
+    assert losses[0] == losses[1]
+    first, second = (tensors(folder, step, scratch) for folder in (one, other))
+    assert first.keys() == second.keys()
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
 
 
 def test_a_resumed_run_with_streams_is_the_same_to_the_bit(tiny: Make, tmp_path: Path) -> None:
@@ -37,8 +58,7 @@ def two_stages(tiny: Make, tmp_path: Path, name: str) -> RunConfig:
 
 def test_a_branch_adds_streams_to_a_run_with_one(tiny: Make, tmp_path: Path) -> None:
     branch = two_stages(tiny, tmp_path, "branch")
-    folder = run(branch, stop_at_step=8)  # no step taken: the parent's checkpoint, linked
-    run(branch, stop_at_step=9)
+    folder = run(branch, stop_at_step=9)
     told = {e["key"]: (e["before"], e["after"]) for e in events(folder) if "key" in e}
     assert told["model.streams.count"] == (None, 2)
     before, after = (
@@ -73,8 +93,9 @@ def test_other_changes_of_streams_are_refused(tiny: Make, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="has 2 streams"):
         run(tiny(*TRUNK, "model.streams=null", changed, folder=tmp_path / "none"))
     plain = run(tiny(*TRUNK, folder=tmp_path / "plain"), stop_at_step=8)
+    unnamed = f"run.parent={{folder: {plain}, step: 8}}"
     with pytest.raises(UserError, match=r"run\.parent\.changes does not name it"):
-        run(tiny(*TRUNK, STREAMS, parent(plain, 8), folder=tmp_path / "unnamed"))
+        run(tiny(*TRUNK, STREAMS, unnamed, folder=tmp_path / "unnamed"))
     with pytest.raises(UserError, match=r"model\.streams\.count=4 differs from 2"):
         run(tiny(*TRUNK, four, folder=trunk))
 
