@@ -57,7 +57,6 @@ MLA = {"q_lora_rank": 96, "kv_lora_rank": 64, "v_head_dim": 32,
     "qk_nope_head_dim": 32, "qk_rope_head_dim": 16}  # fmt: skip
 LATENTS = {"num_kv_heads": None, "latent_attention": MLA}
 FEW = {"data.sequence_length": 64, "batch.micro_batch_sequences": 1, "batch.sequences": 2}
-ZERO3: dict[str, Any] = {"parallel.zero": {"stage": 3}}
 MUONH = {"optimizer.kind": "muonh", "optimizer.weight_decay": 0.0}
 
 
@@ -113,8 +112,6 @@ def cases() -> list[Case]:
         add(kind, model | AFTER, "norms after, tp2", 2, parallel__tp=2)
         add(kind, model | {"qkv_bias": True}, "biases")
         add(kind, model | {"window": {"tokens": 64, "global_every": 2}}, "windows")
-        add(kind, model | {"streams": {"count": 2}}, "streams")
-        add(kind, model | {"streams": {"count": 2}}, "streams, hdp2 ZeRO 3", 2, **ZERO3)
         add(kind, model | LATENTS, "latent attention")
         add(kind, model | LATENTS, "latent attention, tp2", 2, parallel__tp=2)
         add(kind, model, "few tokens", **FEW)

@@ -230,10 +230,8 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
     if model.mirrored and model.head is not None:
         # A copy of an embedding is gathered and reduced like the embedding.
         fully_shard(model.head, mp_policy=plain, reshard_after_forward=False, **common)
-    if model.aggregator is not None and low is not None:
-        # As routers, the weights of streams compute in fp32.
-        choice = model.aggregator.choice
-        fully_shard(choice, mp_policy=plain, reshard_after_forward=False, **common)
+    if model.aggregator is not None and low is not None:  # computes in fp32, as routers do
+        fully_shard(model.aggregator.choice, mp_policy=plain, **common)
     # Backward starts with norm and head, which would be gathered again if freed after forward.
     fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
 

@@ -38,8 +38,8 @@ from allometry.scaling.saved import (
     Checkpointing,
     Kernels,
     norm,
-    weighted_sum,
 )
+from allometry.scaling.saved_streams import weighted_sum
 from allometry.scaling.shards import PREFETCHED, RankParts
 
 _FP32 = 4

@@ -23,14 +23,13 @@ Checkpointing = Literal["none", "selective", "full"]
 
 NORMS, QKV, ATTENTION, GATE_UP, SWIGLU = "norms", "q, k, v", "attention", "gate, up", "SwiGLU"
 ROUTER, ROWS, RESIDUAL, GATHERED = "router", "expert rows", "residual", "gathered tokens"
-STREAMS = "streams"
+STREAMS = "streams"  # inputs of their weighted sum
 OPERATIONS = (NORMS, QKV, ATTENTION, GATE_UP, SWIGLU, ROUTER, ROWS, RESIDUAL, GATHERED, STREAMS)
 """Operations. ``norms``: inputs of norms (in fp32 if their kernel is not fused) and outputs that
 the next product reads. ``q, k, v``: before their norm, and rotated. ``attention``: its output and
 tensors saved by its back end. ``SwiGLU``: silu(gate) and its product with up. ``router``: its fp32
 input, logits and gates. ``expert rows``: tokens sorted by expert, outputs of experts, the order.
-``residual``: a block's input if it is read again. ``gathered tokens``: input of a branch, of all
-tensor-parallel ranks. ``streams``: inputs of the weighted sum of streams.
+``residual``: a block's input if read again. ``gathered tokens``: branch input of all tp ranks.
 """
 
 _WHOLE = (GATHERED, ROWS)  # not sharded by tp; rows are with whole experts
@@ -46,8 +45,7 @@ class Kernels:
     per row, like torch's CUDA kernel; on a CPU it saves the quotient and, for half types, the
     input, both in fp32. ``scores``: bytes per token saved by attention in addition to its output;
     ``windowed_scores``: the same for layers with a sliding window. ``precision``: FP8 settings;
-    ``auto`` is treated as compute. ``prefix_share``: tokens of a stream's prefix in attention for
-    each token of a sequence.
+    ``auto`` is treated as compute. ``prefix_share``: tokens of a prefix by tokens of a sequence.
     """
 
     compute: int
@@ -134,8 +132,7 @@ class Block:
     def hidden(self) -> int:
         """Hidden elements of a token in all its feed-forwards: F, or k·F and the shared experts."""
         if self.mixture is None:
-            assert self.model.ffn_width is not None
-            return self.model.ffn_width
+            return self.model.ffn_width or 0
         experts = self.mixture.experts
         return experts.width * (experts.experts_per_token + experts.num_shared_experts)
 
@@ -179,14 +176,12 @@ class Block:
             return self._latent_attention(self.model.latent_attention)
         kernels = self.kernels
         queries, keys = self._features
-        rows = self._norms("attention") + self._branch_input(
-            "attention.wq", "attention.wk", "attention.wv"
-        )
+        weights = "attention.wq", "attention.wk", "attention.wv"
+        rows = self._norms("attention") + self._branch_input(*weights)
         longer = 1.0 + kernels.prefix_share
         rows[QKV] += round(longer * kernels.compute * (queries + 2 * keys))
         rows[ATTENTION] += round(longer * (kernels.compute * queries + self._scores))
-        # Otherwise the attention output itself is the input of the next product; of a longer output
-        # the product reads a copy.
+        # Else the product reads the attention output itself; of a longer output it reads a copy.
         if (kernels.saves or kernels.prefix_share) and self._trains("attention.wo"):
             rows[ATTENTION] += kernels.product_input(queries, self._recipe())
         if self.model.qk_norm:
@@ -236,7 +231,7 @@ class Block:
         return (latent.q_lora_rank or 0) + latent.kv_lora_rank + latent.qk_rope_head_dim
 
     def _dropout(self) -> Counter[str]:
-        """Return the bytes of a mask for each branch: on CUDA bool, on a CPU in the compute dtype."""
+        """Return the bytes of each branch's mask: on CUDA bool, on a CPU in the compute dtype."""
         element = 1 if self.kernels.fused_norm else self.kernels.compute
         return Counter({RESIDUAL: 2 * element * self.model.width} if self.model.dropout else {})
 
@@ -385,17 +380,6 @@ class Block:
         if experts.num_shared_experts:
             rows[RESIDUAL] += made * width
         return rows
-
-
-def weighted_sum(model: ModelConfig, kernels: Kernels) -> Counter[str]:
-    """Return bytes that the weighted sum of the streams saves for a token of all streams."""
-    if model.streams is None:
-        return Counter()
-    count, width = model.streams.count, model.width
-    # The streams as factors and as the input of a product; before and after silu; the weights.
-    read = 2 * count * width + 2 * width + count
-    cast = width if kernels.compute < kernels.wide else 0
-    return Counter({STREAMS: kernels.compute * read + kernels.wide * (cast + count)})
 
 
 def norm(width: int, kernels: Kernels, rows: int = 1, *, trained: bool = True) -> Counter[str]:

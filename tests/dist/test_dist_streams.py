@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import test_dist_documents as documents
 import tiny
+from allometry.configs.run import RunConfig
 from allometry.data.synthetic import write_store
+from allometry.parallel.mesh import open_mesh
+from allometry.studies.memory.probe import Measured, predicted, probe
 from test_dist_families import PLACES, check
 from test_dist_layouts import DENSE, EXPERT_LAYOUTS, MOE
 from thinned import thinned
@@ -88,3 +92,41 @@ def test_a_rank_without_its_prefix_gradient_would_be_found(run_ranks: RunRanks, 
     """Negative control: misplaced positions change the gradients."""
     config = documents.config(store, MODELS["dense"])
     assert max(run_ranks(documents.errors, 5, config, documents.MIXED, True)) > 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_memory_is_predicted_within_a_tenth(run_ranks: RunRanks, dtype: str, ranks: int) -> None:
+    model = {
+        "kind": "dense",
+        "vocab_size": 512,
+        "width": 96,
+        "num_layers": 3,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "ffn_width": 256,
+        "streams": {"count": 2, "prefix_tokens": 16},
+    }
+    config = RunConfig.model_validate(
+        {
+            "run": {"folder": "none"},
+            "model": model,
+            "data": {"sequence_length": 128, "sources": [{"name": "random", "train": "none"}]},
+            "batch": {"sequences": 8, "micro_batch_sequences": 4},
+            "training": {"total_steps": 2, "compute_dtype": dtype, "compile": False},
+            "optimizer": {"kind": "adamw", "lr": 1e-3},
+            "schedule": {"kind": "constant"},
+            "parallel": {"zero": {"stage": 3 if ranks > 1 else 0}},
+        }
+    )
+    found = run_ranks(memory, ranks, config)
+    fullest = max(found, key=lambda one: one.bytes)
+    estimate = predicted(config, ranks, "cpu", fullest.rank)
+    assert estimate.total == pytest.approx(fullest.bytes, rel=0.1)
+
+
+def memory(config: RunConfig) -> Measured:
+    """(On each rank) memory of two steps."""
+    with open_mesh(config.parallel, torch.device("cpu")) as mesh:
+        return probe(config, mesh)
