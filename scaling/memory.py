@@ -122,8 +122,8 @@ def estimate_memory(
     """
     stages, pp = (layout.stages, layout.pp) if layout else ((range(model.num_layers),), 1)
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are unsharded to the end
-    back_end = attention, attention_backend
-    kernels = _kernels(model, compute_bytes, *back_end, precision, micro_batch_tokens)
+    sequences = max(1, micro_batch_tokens // attention.length)
+    kernels = _kernels(model, compute_bytes, attention, attention_backend, precision, sequences)
     frozen = frozen_names(model, optimizer)
 
     def step_of(rank: int) -> Step:
@@ -163,9 +163,8 @@ def _kernels(
     attention: AttentionCall,
     attention_backend: str | None,
     precision: PrecisionConfig,
-    tokens: int,
+    sequences: int,
 ) -> Kernels:
-    sequences = max(1, tokens // attention.length)
     # On CUDA all layers share one back end, on a CPU each call has its own
     # (``trainer/kernels.py``).
     of_all = attention if attention.device == "cuda" else attention._replace(window=None)
@@ -175,8 +174,8 @@ def _kernels(
         )
         for call in (of_all, attention)
     )
-    length = tokens if attention.length == 1 else attention.length
-    share = model.prefix_tokens / length
+    # A call of length 1 stands for any length: all tokens are one sequence.
+    share = model.prefix_tokens / (sequences if attention.length == 1 else attention.length)
     return Kernels(compute_bytes, attention.device == "cuda", scores, precision, windowed, share)
 
 
