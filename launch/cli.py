@@ -62,6 +62,7 @@ MIX: Commands = {
     "pools": (laws.MixPools, "laws.pools:pools"),
     "filter-rate": (laws.MixFilterRate, "laws.filter_rate:filter_rate"),
     "ot": (select.MixOt, "select.transport:screened"),
+    "bilevel": (studies.MixBilevel, "studies.bilevel:learned"),
 }
 SELECT: Commands = {
     "show": (select.Show, "select.show:shown"),
