@@ -16,7 +16,14 @@ from allometry.configs.errors import UserError
 from allometry.configs.loader import load
 from allometry.data.stream import open_stream
 from allometry.data.synthetic import write_store
-from allometry.studies.bilevel import SourceWeights, bilevel, capped, learn, plan_bilevel
+from allometry.studies.bilevel import (
+    BilevelStep,
+    SourceWeights,
+    bilevel,
+    capped,
+    learn,
+    plan_bilevel,
+)
 from shell import Shell
 
 CENTRES = np.array([(0.0, 0.0), (4.0, 0.0), (0.0, 4.0)])
@@ -119,7 +126,7 @@ def config_of(folder: Path) -> dict[str, Any]:
             ],
         },
         "batch": {"sequences": 9, "micro_batch_sequences": 3},
-        "training": {"total_steps": 60, "compute_dtype": "fp32"},
+        "training": {"total_steps": 40, "compute_dtype": "fp32"},
         "optimizer": {"kind": "adamw", "lr": 1e-2},
         "schedule": {"kind": "cosine", "warmup_steps": 3},
     }
@@ -134,27 +141,33 @@ def test_each_batch_has_the_same_samples_of_each_source_as_runs_read(folder: Pat
     batches = list(plan.batches())
     assert [[sum(len(b.tokens_BL) for b in part) for part in batch] for batch in batches] == [
         [2, 2, 2, 2]
-    ] * 60
+    ] * 40
     alone = config.data.model_copy(update={"sources": (config.data.sources[2],)})
-    read = open_stream(alone, 3).batch(0, 240).tokens_BL
+    read = open_stream(alone, 3).batch(0, 160).tokens_BL
     found = [torch.cat([b.tokens_BL for b in part]) for batch in batches for part in batch[2:]]
     np.testing.assert_array_equal(torch.cat(found).numpy(), read)
-    assert plan.ledger() == {"good": 2400, "noise": 2400, "target": 4800}
-    assert plan.epochs()["target"] == pytest.approx(1.0)
+    assert plan.ledger() == {"good": 1600, "noise": 1600, "target": 3200}
+    assert plan.epochs()["target"] == pytest.approx(2 / 3)
+
+
+def last_step(folder: Path, target: str) -> BilevelStep:
+    plan = plan_bilevel(load(folder / "run.yaml"), target, seed=0, device=CPU)
+    *_, last = learn(plan, alpha=10.0, rate=0.3, seed=0)
+    return last
 
 
 def test_noise_loses_its_weight(folder: Path) -> None:
-    config = load(folder / "run.yaml")
-    plan = plan_bilevel(config, "target", seed=0, device=CPU)
-    *_, last = learn(plan, alpha=10.0, rate=0.2, seed=0)
+    last = last_step(folder, "target")
     assert last.shares[1] < 0.05
-    assert last.losses[0] < last.losses[1] - 0.5
-    *_, again = learn(plan, alpha=10.0, rate=0.2, seed=0)
+    assert last.losses[0] < last.losses[1] - 0.4
+
+
+@pytest.mark.slow
+def test_noise_keeps_its_weight_as_the_target_and_repeats_are_equal(folder: Path) -> None:
+    last, again = (last_step(folder, "target") for _ in range(2))
     np.testing.assert_array_equal(again.shares, last.shares)
     assert again.target == last.target
-    swapped = plan_bilevel(load(folder / "run.yaml"), "noise", seed=0, device=CPU)
-    *_, other = learn(swapped, alpha=10.0, rate=0.2, seed=0)
-    assert other.shares[1] > 0.5, "with noise as the target it keeps its weight"
+    assert last_step(folder, "noise").shares[1] > 0.5
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,5 +205,5 @@ def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("target", "data.replay={ratio: 0.5, sources: [good]}"), "give a configuration without"),
     ):
         assert says in shell.refusal(*asked, *more)
-    moe = "model={kind: moe, num_experts: 2, experts_per_token: 1, expert_ffn_width: 8}"
-    assert "learn the weights with model.kind=dense" in shell.refusal(*asked, "target", moe)
+    with pytest.raises(UserError, match=r"learn the weights with model\.kind=dense"):
+        plan_bilevel(load("preset:moe_demo"), "python-code", seed=0, device=CPU)
