@@ -45,7 +45,8 @@ from allometry.scaling.plan import RunPlan
 from allometry.scaling.search.auto import settle
 from allometry.studies.ladder.plan import plan_ladder
 
-LIMIT_S = 20
+LIMIT_S = 20  # of processor time
+WAIT_S = 300  # of elapsed time, for a case that waits
 MEMORY_BYTES = 6 << 30
 LONGEST = 1000  # characters of an error sentence
 WORLD_SIZES = (1, 1, 1, 2, 3, 4, 8, 64)
@@ -64,7 +65,7 @@ TEXTS = (
 
 
 class Hang(BaseException):
-    """Raised when a case takes longer than ``LIMIT_S``."""
+    """Raised when a case takes longer than ``LIMIT_S`` or ``WAIT_S``."""
 
 
 def hostile(rng: random.Random) -> Any:
@@ -239,8 +240,11 @@ def tried(fuzzer: Fuzzer, number: int) -> str | None:
     def late(*_: Any) -> None:
         raise Hang
 
+    clocks = {signal.ITIMER_PROF: LIMIT_S, signal.ITIMER_REAL: WAIT_S}
+    signal.signal(signal.SIGPROF, late)
     signal.signal(signal.SIGALRM, late)
-    signal.alarm(LIMIT_S)
+    for clock, limit in clocks.items():
+        signal.setitimer(clock, limit)
     try:
         fuzzer.run(number)
     except UserError as error:
@@ -258,7 +262,8 @@ def tried(fuzzer: Fuzzer, number: int) -> str | None:
         place = f"{Path(ours.filename).name}:{ours.lineno} {ours.name}"
         return f"traceback: {type(error).__name__} at {place}: {str(error)[:150]!r}"
     finally:
-        signal.alarm(0)
+        for clock in clocks:
+            signal.setitimer(clock, 0)
     return None
 
 

@@ -44,10 +44,18 @@ class SwiGLUExperts(_Experts):
 
 
 class LatentExperts(_Experts):
-    """Experts in a latent space, with a shared down-projection and a shared up-projection."""
+    """Experts in a latent space (LatentMoE, arXiv 2601.18089).
+
+    The layer computes shared(x) + W_up Σ g_i E_i(W_down x); W_down and W_up are shared by all
+    experts, and router and shared experts read the full width D. At latent width l, num_experts
+    and experts_per_token multiplied by D/l give the expert bytes and FLOPs of experts of width D.
+    """
 
     kind: Literal["latent"] = "latent"
     latent_width: Count = Field(gt=0, description="width of the routed experts' input and output")
+    norm: bool = Field(
+        False, description="RMSNorm of the experts' weighted sum, before the up-projection"
+    )
 
 
 ExpertsConfig = Annotated[SwiGLUExperts | LatentExperts, Field(discriminator="kind")]

@@ -23,7 +23,7 @@ from allometry.configs.decoder import Activation
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, MoEModel
 from allometry.models.fp8 import Quantised
 from allometry.models.grouped import Tokens, multiply_groups
-from allometry.models.layers import Linear, gated
+from allometry.models.layers import Linear, RMSNorm, gated
 from allometry.models.parameters import OwnsParameters
 from allometry.models.products import Stacked
 from allometry.models.rotary import Geometry
@@ -113,9 +113,10 @@ class MoEFeedForward(nn.Module):
         self.shared_scale = math.sqrt(0.5) if model.router.gate == "sqrt" and shared else 1.0
         self.routed_scale = model.router.scale * self.shared_scale * routed
         self.router = Router(specs["router.weight"], model.router, experts.experts_per_token)
-        down, up = specs.get("latent_down.weight"), specs.get("latent_up.weight")
+        down, gain, up = (specs.get(f"latent_{name}.weight") for name in ("down", "norm", "up"))
         self.latent_down = Linear(down) if down else None
         self.experts = Experts(within(specs, "experts"), model.activation)
+        self.latent_norm = RMSNorm(gain, model.norm_eps) if gain else None
         self.latent_up = Linear(up) if up else None
         self.shared = FeedForward(shared, model.activation) if shared else None
 
@@ -126,7 +127,7 @@ class MoEFeedForward(nn.Module):
         x_TD = x_BLD.flatten(0, 1)
         counted_T = None if counted_BL is None else counted_BL.flatten()
         gates_Tk, experts_Tk, statistics, kept = self.router(x_TD, counted_T)
-        if self.routed_scale != 1.0:
+        if self.routed_scale != 1.0 and self.latent_norm is None:
             gates_Tk = gates_Tk * self.routed_scale
         if kept is not None and self.shared is not None:
             self.shared.gate_up.offer(x_BLD, kept)
@@ -138,6 +139,10 @@ class MoEFeedForward(nn.Module):
             h_TD, kept = self.latent_down(x_TD), None
         shared = None if self.shared is None else partial(self.shared, x_BLD)
         y_TD, shared_BLD = self.experts(h_TD, gates_Tk, experts_Tk, beside=shared, kept=kept)
+        if self.latent_norm is not None:
+            y_TD = self.latent_norm(y_TD)
+            if self.routed_scale != 1.0:  # not in the gates: the norm would remove it
+                y_TD = y_TD * self.routed_scale
         if self.latent_up is not None:
             y_TD = self.latent_up(y_TD)
         y_BLD = y_TD.view(x_BLD.shape)

@@ -142,6 +142,8 @@ def mixture_specs(model: MoEModel, prefix: str) -> Iterator[ParamSpec]:
     yield experts(f"{prefix}.experts.up", Role.EXPERT_UP, number, hidden, inner)
     yield experts(f"{prefix}.experts.down", Role.EXPERT_DOWN, number, inner, hidden)
     if latent:
+        if isinstance(mixture, LatentExperts) and mixture.norm:
+            yield vector(f"{prefix}.latent_norm.weight", latent)
         yield matrix(f"{prefix}.latent_up.weight", Role.HIDDEN, width, latent)
     if mixture.num_shared_experts:
         yield from ffn_specs(width, mixture.num_shared_experts * hidden, f"{prefix}.shared")

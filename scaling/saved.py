@@ -231,8 +231,9 @@ class Block:
         return (latent.q_lora_rank or 0) + latent.kv_lora_rank + latent.qk_rope_head_dim
 
     def _dropout(self) -> Counter[str]:
-        """Return the bytes of a one-byte mask for each branch."""
-        return Counter({RESIDUAL: 2 * self.model.width} if self.model.dropout else {})
+        """Return the bytes of a mask for each branch: on CUDA bool, on a CPU in the compute dtype."""
+        element = 1 if self.kernels.fused_norm else self.kernels.compute
+        return Counter({RESIDUAL: 2 * element * self.model.width} if self.model.dropout else {})
 
     def _norms(self, branch: str) -> Counter[str]:
         """Return bytes of the norms before and after a branch, if present."""
@@ -322,6 +323,8 @@ class Block:
         rows[ROWS] += visits * 2 * _INT64 * (2 if self.ep > 1 else 1)
         if latent and self._trains("ffn.latent_up"):
             rows[ROWS] += kernels.product_input(latent, self._recipe())
+        if isinstance(experts, LatentExperts) and experts.norm:
+            rows += norm(latent, kernels, trained=self._trains("ffn.latent_norm"))
         return rows
 
     def _trains(self, *names: str) -> bool:

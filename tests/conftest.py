@@ -17,11 +17,32 @@ from allometry.configs.run import RunConfig
 from allometry.data.synthetic import write_store
 
 VOCAB = 64
+SLOW_CASES = Path(__file__).with_name("slow_cases.txt")
 # A busy machine is no fault of an example. A change is judged on the same examples each time; new
 # ones are tried wherever people work.
 settings.register_profile("people", deadline=None)
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "people")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the cases of ``slow_cases.txt`` as slow; a line that matches no case is an error.
+
+    A line names a case (``tests/dist/test_dist_ring.py::test_rings[4]``) or a function, for all of
+    its cases. A line is checked only if its function is among ``items``.
+    """
+    lines = (line.partition("#")[0].strip() for line in SLOW_CASES.read_text().splitlines())
+    named = {line for line in lines if line}
+    functions = {item.nodeid.partition("[")[0] for item in items}
+    cases = {item.nodeid for item in items} | functions
+    # With a selection on the command line (``file.py::test[case]``) other cases are not collected.
+    whole = not any("::" in argument for argument in config.args)
+    stale = sorted(n for n in named if n.partition("[")[0] in functions and n not in cases)
+    if stale and whole:
+        raise pytest.UsageError(f"{SLOW_CASES} names {stale[0]}, which is not a case of that test")
+    for item in items:
+        if item.nodeid in named or item.nodeid.partition("[")[0] in named:
+            item.add_marker(pytest.mark.slow)
 
 
 def write_tiny_store(folder: Path) -> None:

@@ -53,7 +53,8 @@ LATENT = {
     **MOE,
     "first_dense_layers": 0,
     "ffn_width": None,
-    "experts": MOE["experts"] | {"kind": "latent", "latent_width": 8, "num_shared_experts": 0},
+    "experts": MOE["experts"]
+    | {"kind": "latent", "latent_width": 8, "num_shared_experts": 0, "norm": True},
     "router": {
         "gate": "sigmoid",
         "normalize": True,

@@ -35,7 +35,8 @@ PRESETS = sorted(
     path.stem for path in (Path(allometry.configs.__file__).parent / "presets").glob("*.yaml")
 )
 OTHERS = {"llama3_2_1b", "qwen2_5_0_5b", "qwen3_0_6b", "olmo2_1b", "gemma3_1b", "moe_deepseek_v3"}
-"""Presets of published models, whose kinds of modules smaller ones show."""
+OTHERS |= {"moe_latent_1b"}
+"""Presets whose kinds of modules smaller models show."""
 WORLD_SIZES = (1, 8, 64)
 Held = dict[str, int]
 

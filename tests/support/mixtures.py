@@ -35,6 +35,7 @@ FORMS = {
     "plain": {},
     "shared": {"experts": SHARED, "router": {"gate": "sigmoid", "normalize": True, "scale": 2.5}},
     "latent": {"experts": LATENT, "router": {"balance": {"kind": "bias"}}},
+    "normed": {"experts": LATENT | {"norm": True}, "router": {"scale": 1.5}},
     "sqrt": {"experts": SHARED, "router": {"gate": "sqrt", "scale": 1.5, "z_loss": 1e-3}},
     "sqrt alone": {"router": {"gate": "sqrt"}},
 }

@@ -88,6 +88,9 @@ def plain(ffn: MoEFeedForward, config: MoEModel, x_BLD: Tensor) -> Tensor:
             w * swiglu(inner, *(at[f"experts.{name}"][e] for name in ("gate", "up", "down")))
             for w, e in zip(weights, chosen, strict=True)
         )
+        if "latent_norm.weight" in at:
+            mean = routed.square().mean() + config.norm_eps
+            routed = routed / mean.sqrt() * at["latent_norm.weight"]
         if "latent_up.weight" in at:
             routed = at["latent_up.weight"] @ routed
         y = router.scale * routed

@@ -23,6 +23,17 @@ KINDS: dict[str, dict[str, Any]] = {
         "kind": "moe",
         "experts": {"kind": "swiglu", "num_experts": 8, "experts_per_token": 2, "width": 48},
     },
+    "latent": {
+        "kind": "moe",
+        "experts": {
+            "kind": "latent",
+            "latent_width": 32,
+            "num_experts": 8,
+            "experts_per_token": 2,
+            "width": 48,
+            "norm": True,
+        },
+    },
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -32,13 +43,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qk_norm over width": {"qk_norm": True, "qk_norm_over": "width"},
     "norms after": {"norms": "after", "qk_norm": True, "qk_norm_over": "width", "qkv_bias": True},
     "norms on both sides": {"norms": "both", "activation": "gelu_tanh", "qk_norm": True},
+    "dropout": {"dropout": 0.1},
     "window": {"window": {"tokens": 16}},
 }
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp32"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [(options, kind) for options in OPTIONS for kind in ("dense", "moe")] + [("none", "latent")],
+)
 def test_a_block_keeps_what_is_stated(options: str, kind: str, compute: str) -> None:
     values = SIZES | KINDS[kind] | OPTIONS[options]
     model: ModelConfig = TypeAdapter(ModelConfig).validate_python(values)

@@ -98,6 +98,8 @@ def test_a_dense_models_parameters_are_all_active() -> None:
     [
         ("moe_demo", 6_692_800, 3_153_856),
         ("moe_1b_a200m", 928_025_600, 198_216_704),
+        # The same experts; 16 layers with routers 4 times as large, 2 projections and a norm more.
+        ("moe_latent_1b", 928_025_600 + 11_538_432, 198_216_704 + 11_538_432),
         ("moe_ling_mini", 16_255_638_528, 1_432_968_192),
         ("moe_mixtral_8x7b", 46_702_792_704, 12_879_925_248),  # transformers' count
     ],
