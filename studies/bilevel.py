@@ -144,7 +144,7 @@ class ModelPlayer:
         for index, (part, weight) in enumerate(zip(batch, weights, strict=True)):
             if weight == 0.0:
                 continue
-            targets = sum(int((one.targets_BL != IGNORE).sum()) for one in part)
+            targets = max(1, sum(int((one.targets_BL != IGNORE).sum()) for one in part))
             nll = torch.zeros((), dtype=torch.float64, device=part[0].tokens_BL.device)
             for one in part:
                 found = self._model(one.tokens_BL, one.targets_BL, one.documents)
@@ -275,7 +275,7 @@ def plan_bilevel(config: RunConfig, target: str, seed: int, device: torch.device
         )
         for source in wanted
     ]
-    batch = BatchPlan(config.batch, data.sequence_length)
+    batch = BatchPlan(config.batch.model_copy(update={"ramp": None}), data.sequence_length)
     steps = total_steps(config.training, batch)
     return Plan(config, tuple(slots), steps, resolve_schedule(config, batch), device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from allometry.data.select.transport import (
 )
 from allometry.data.store import TokenStore
 from allometry.data.stream import open_stream
+from allometry.data.tokenizer import check_tokenizer
 from allometry.launch.command import Report
 from allometry.launch.select.commands import MixOt, Ot
 from allometry.launch.select.near import Encode, write_shown
@@ -164,10 +166,17 @@ def _check_packages(kind: str) -> None:
         require("sklearn")
 
 
+def _check_tokenizers(store: TokenStore, *others: str) -> None:
+    """Raise UserError if other stores (files of examples are none) have another tokenizer."""
+    stores = [other for other in others if Path(f"{other}.idx").is_file()]
+    check_tokenizer(None, [store.prefix, *stores])
+
+
 def _examples(asked: MixOt, config: RunConfig, store: TokenStore) -> list[Ids]:
     """Return the examples of a target: held-out documents of a source, or those of a file."""
     held_out = {source.name: source.validation for source in config.data.sources}
     if asked.target not in held_out:
+        _check_tokenizers(store, asked.target)
         encode = Encode(store, asked.tokenizer)
         return read_target(asked.target, asked.target_keys or ("text",), encode).examples
     path = held_out[asked.target]
@@ -176,7 +185,7 @@ def _examples(asked: MixOt, config: RunConfig, store: TokenStore) -> list[Ids]:
             f"--target={asked.target} is a source without held-out documents; give its validation, "
             "or name a file of examples"
         )
-    target = TokenStore(path)
+    target = TokenStore(path)  # open_stream has checked its tokenizer
     return read(target, np.flatnonzero(target.lengths > 0))
 
 

@@ -29,7 +29,7 @@ def learned(asked: MixBilevel) -> Report:
     """
     config = asked.load()
     _check(asked, config)
-    device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(asked.device)
     stream = open_sources(config)
     sizes = {
         name: store.num_tokens for name, store in zip(stream.sources, stream.stores, strict=False)
@@ -58,8 +58,17 @@ def learned(asked: MixBilevel) -> Report:
     return Report(facts, "\n".join(lines))
 
 
+def _device(name: str | None) -> torch.device:
+    """Return the device of the models. Raises UserError: it is unknown or not available."""
+    if name is not None and name not in ("cpu", "cuda"):
+        raise UserError(f"--device={name} is not known; use cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda is not available on this machine; use --device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _check(asked: MixBilevel, config: RunConfig) -> None:
-    """Raise UserError for options that are out of range, and for data with replay."""
+    """Raise UserError for options out of range, a run with given weights, and for replay."""
     for name, value in (
         ("--alpha", asked.alpha),
         ("--weight-lr", asked.weight_lr),
@@ -68,6 +77,12 @@ def _check(asked: MixBilevel, config: RunConfig) -> None:
     ):
         if not 0.0 < value < float("inf"):
             raise UserError(f"{name}={value:g} must be a number above 0")
+    for key in ("initial", "parent"):
+        if getattr(config.run, key) is not None:
+            raise UserError(
+                f"run.{key} names other weights, but both models of the study begin with new "
+                f"values; leave run.{key} out"
+            )
     if config.data.replay is not None:
         raise UserError(
             "data.replay divides the batch between old and new sources, whose weights are not "

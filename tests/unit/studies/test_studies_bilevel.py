@@ -197,6 +197,8 @@ def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more, says in (
         (("web",), "--target=web is none of data.sources; name good or noise or target"),
         (("target", "--alpha", 0), "--alpha=0 must be a number above 0"),
+        (("target", "--device", "tpu"), "--device=tpu is not known; use cpu or cuda"),
+        (("target", "run.initial={folder: other}"), "run.initial names other weights"),
         (("target", "--weight-lr", "nan"), "--weight-lr=nan must be a number above 0"),
         (("target", "batch.sequences=2", "batch.micro_batch_sequences=1"), "gives no sequence to"),
         (("target", "data.sources.1.weight=0"), "good alone has a weight above 0"),
