@@ -13,7 +13,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.launch.command import Report
 from allometry.launch.studies.commands import MixBilevel
-from allometry.launch.text import number, table, write_yaml
+from allometry.launch.text import counted, number, table, write_yaml
 from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.studies.bilevel import BilevelStep, Plan, capped, learn, plan_bilevel
 from allometry.trainer.sources import open_sources
@@ -176,7 +176,7 @@ def _table(facts: dict[str, Any]) -> str:
         [
             table(rows),
             f"target {facts['target']}, alpha {facts['alpha']:g}, {facts['steps']} steps, "
-            f"{facts['seeds']} seeds, {facts['seconds']:.3g} s; the first seed:",
+            f"{counted(facts['seeds'], 'seed')}, {facts['seconds']:.3g} s; the first seed:",
             table(course),
         ]
     )
