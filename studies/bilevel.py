@@ -3,8 +3,8 @@
 The weights lambda minimize the loss L1 of a target after training on the weighted sources:
 min_lambda L1(w*(lambda)), w*(lambda) = argmin_w L2(lambda, w), with L2 = sum_i p_i l_i(w),
 p = softmax(lambda) and l_i the mean loss of source i. The penalty method replaces this by
-min_{lambda, w} max_u L1(w) + alpha (L2(lambda, w) - L2(lambda, u)) (eq. 5), which needs first
-derivatives alone: two models w and u are trained on the same batches, and the derivative by lambda
+min_{lambda, w} max_u L1(w) + alpha (L2(lambda, w) - L2(lambda, u)), which needs first derivatives
+alone: two models w and u are trained on the same batches, and the derivative by lambda
 is alpha p_i (d_i - sum_k p_k d_k), d_i = l_i(w) - l_i(u), from losses that both have computed.
 """
 
@@ -83,7 +83,10 @@ class SourceWeights:
 
 @dataclass(frozen=True)
 class BilevelStep:
-    """Shares before the step (S), and losses of w and u before it (S, and the target of w)."""
+    """Shares before the step (S), and losses of w and u before it (S, and the target of w).
+
+    The rate of the weights is near 0 at the last step, whose shares are the result.
+    """
 
     shares: Floats
     losses: Floats

@@ -110,8 +110,8 @@ def screen(
     equally. The distance is convex and piecewise linear in the shares, and each solution gives a
     lower bound on all mixtures, sum_i p_i mean(f_i) + mean(g). The least distance is the minimum of
     these bounds (Kelley's cutting planes), to the relative gap ``within`` or after ``rounds``
-    solutions. The slopes are mean(f_i) - sum_k p_k mean(f_k); arXiv 2307.02460, eq. 4, subtracts
-    the mean over the other sources instead.
+    solutions. The slopes are mean(f_i) - sum_k p_k mean(f_k); arXiv 2307.02460
+    subtracts the mean over the other sources instead.
 
     For example, ``screen([costs_web, costs_code], np.array([0.7, 0.3])).slopes``.
 
