@@ -6,6 +6,7 @@
 # make check     linters and type checks
 # make docs      build the documentation's site (build/site) without warnings, and check that links, commands,
 #                keys and code of the pages hold; make site builds it only
+# make gallery   train small runs of every kind and write docs/gallery.md and its pictures (minutes)
 # make reference write docs/configuration.md from the models of configs/
 #
 # TORCH_INDEX    a package index for torch, where the default one would bring a CUDA build that
@@ -20,7 +21,7 @@ LADDER := ladders/demo
 TARGET := $(LADDER)/configs/target-w128-d786432-s0.yaml
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --master-addr 127.0.0.1
 
-.PHONY: demo test test-all gpu check format reference site docs install clean
+.PHONY: demo gallery test test-all gpu check format reference site docs install clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +52,10 @@ demo: install
 	@echo "--- predicted against measured ---"
 	$(BIN)/allometry ladder predict preset:ladder_demo
 	$(BIN)/allometry report $(LADDER) --out $(LADDER)/report.html
+
+gallery: install
+	PYTHON=$(BIN)/python examples/gallery/runs.sh
+	$(BIN)/allometry gallery gallery --out docs/gallery.md
 
 # Tests of one process run two at a time; those of several ranks have the machine to themselves.
 UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
@@ -93,4 +98,4 @@ docs: site
 	$(BIN)/python -m pytest -q tests/unit/test_docs*.py tests/unit/configs/test_configs_reference.py
 
 clean:
-	rm -rf runs ladders store build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs ladders gallery store build *.egg-info .pytest_cache .mypy_cache .ruff_cache

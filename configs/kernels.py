@@ -35,7 +35,7 @@ class KernelsConfig(Section):
     norm: Literal["auto", "torch", "apex"] = Field(
         "auto", description="implementation of RMSNorm: torch or apex"
     )
-    quantise: Literal["auto", "torch", "triton"] = Field(
+    quantize: Literal["auto", "torch", "triton"] = Field(
         "auto",
         description="implementation of rounding to FP8: torch's operators, or Triton kernels fused "
         "with norms and SwiGLU (for eager code on CUDA; compiled code is fused without them)",

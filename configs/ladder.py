@@ -11,7 +11,8 @@ from allometry.configs.base import Count, PathText, Section, kind_unless_said
 from allometry.configs.errors import ConfigError
 from allometry.configs.loader import PRESET, ladder_presets, locate, validate_as
 from allometry.configs.optimization import ScheduleConfig
-from allometry.configs.source import Tree, parse_file
+from allometry.configs.renamed import parse
+from allometry.configs.source import Tree
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$")]
 Ratio = Annotated[float, Field(gt=0.0)]
@@ -248,7 +249,7 @@ def load_ladder(path: str | Path) -> tuple[LadderConfig, Tree]:
         ConfigError: the file is not a valid ladder; one sentence with file, line and key.
     """
     file = locate(str(path), ladder_presets(), "ladder")
-    tree = parse_file(file)
+    tree = parse(file, "ladder")
     kind = tree.data.get("kind")
     if kind != "ladder":
         raise ConfigError(

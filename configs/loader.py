@@ -14,8 +14,9 @@ from ruamel.yaml import YAML
 
 from allometry.configs.errors import ConfigError
 from allometry.configs.paths import expanded
+from allometry.configs.renamed import new_name, parse, use_new_names
 from allometry.configs.run import RunConfig
-from allometry.configs.source import KeyPath, Tree, parse_file, parse_value
+from allometry.configs.source import KeyPath, Tree, parse_value
 from allometry.configs.stages import InStage, NotInStages, Stage
 
 PRESET = "preset:"
@@ -37,17 +38,18 @@ def _presets(pattern: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob(pattern))}
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Sequence[str] = (), *, recorded: bool = False) -> RunConfig:
     """Return the run in ``path``, with ``section.key=value`` overrides applied.
 
     ``path`` is a YAML file or ``preset:NAME``. A file may name another one with ``base:``, as a
     path relative to itself or as a preset, and overrides its keys. For example,
-    ``load("preset:demo", ["optimizer.lr=3e-4"])``.
+    ``load("preset:demo", ["optimizer.lr=3e-4"])``. ``recorded``: a run wrote the file, perhaps of
+    an earlier version, whose names of keys are accepted (``use_new_names``).
 
     Raises:
         ConfigError: one sentence with file, line and key.
     """
-    tree = read(path)
+    tree = read(path, recorded=recorded)
     for text in overrides:
         key, equals, value = text.lstrip("-").partition("=")
         place = f"override {text!r}"
@@ -58,9 +60,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return validate(tree)
 
 
-def read(path: str | Path) -> Tree:
+def read(path: str | Path, *, recorded: bool = False) -> Tree:
     """Return the merged keys of ``path`` and its base files, not validated; see ``load``."""
-    return _read(str(path), ())
+    return _read(str(path), (), recorded)
 
 
 def validate(tree: Tree) -> RunConfig:
@@ -89,14 +91,14 @@ def yaml_text(plain: Mapping[str, Any]) -> str:
     return out.getvalue()
 
 
-def _read(path: str, seen: tuple[Path, ...]) -> Tree:
+def _read(path: str, seen: tuple[Path, ...], recorded: bool) -> Tree:
     if path in {PRESET + name for name in ladder_presets()}:
         raise ConfigError(f"{path} is not a run but a ladder; give it to allometry ladder")
     file = locate(path, presets(), "preset")
     if file.resolve() in seen:
         chain = " -> ".join(str(p) for p in (*seen, file.resolve()))
         raise ConfigError(f"base: files name each other in a circle: {chain}")
-    tree = parse_file(file)
+    tree = parse(file, recorded=recorded)
     base = tree.data.pop("base", None)
     place = tree.origin.pop(("base",), str(file))
     if base is None:
@@ -107,7 +109,7 @@ def _read(path: str, seen: tuple[Path, ...]) -> Tree:
         below = base if base.startswith(PRESET) else str(file.parent / expanded(base))
     except ConfigError as error:
         raise ConfigError(f"{place}: base: {error}") from None
-    return _read(below, (*seen, file.resolve())).overlay(tree)
+    return _read(below, (*seen, file.resolve()), recorded).overlay(tree)
 
 
 def locate(path: str, known: Mapping[str, Path], what: str) -> Path:
@@ -125,12 +127,15 @@ def locate(path: str, known: Mapping[str, Path], what: str) -> Path:
 def put(tree: Tree, key: str, value: Any, place: str) -> None:
     """Set ``section.key`` in a run's tree; ``place`` is named in errors about the value."""
     path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    path = new_name(path, place)
     if path[-1] == "kind" and len(path) > 1:
         section = _section(tree, path[:-1])
         kept = _of_kind(section, path[:-1], value)
         tree.leave_out(path[:-1], section, kept)
         tree.set(path[:-1], kept, place)
     tree.set(path, value, place)
+    if isinstance(value, dict | list):
+        use_new_names(tree, under=path)
 
 
 def _section(tree: Tree, path: KeyPath) -> dict[str, Any]:

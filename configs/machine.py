@@ -12,7 +12,7 @@ from allometry.configs.base import Count, Section
 from allometry.configs.errors import ConfigError
 from allometry.configs.loader import validate_as
 from allometry.configs.paths import expanded
-from allometry.configs.source import parse_file
+from allometry.configs.renamed import parse
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -154,4 +154,4 @@ def load_hardware(name: str) -> HardwareConfig:
             f"there is no hardware {name!r}; use one of {', '.join(known)}, {THIS_MACHINE}, "
             "or a YAML file"
         )
-    return validate_as(HardwareConfig, parse_file(file))
+    return validate_as(HardwareConfig, parse(file, "hardware"))

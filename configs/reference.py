@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
 from allometry.configs.paths import expanded
+from allometry.configs.renamed import RENAMED, Renamed
 from allometry.configs.run import RunConfig
 
 HEADER = """\
@@ -27,6 +28,14 @@ the number of an entry in a list, from 0, NAME a name of your choice. A section 
 other keys for each kind. Unknown keys are errors. `allometry train x.yaml --print-config` prints
 every key of a run with its value.
 """
+RENAMED_HEADER = """\
+## Renamed keys
+
+The old name is accepted with a warning until the version in the last column, from which it is an
+error that gives the new name ([releases](releases.md#renamed-keys)).
+
+| old name | new name | file | renamed in | error from |
+|---|---|---|---|---|"""
 _PLAIN: Mapping[Any, str] = {
     int: "integer",
     float: "number",
@@ -46,7 +55,13 @@ def page() -> str:
         if field.description:
             parts.append(f"{_sentence(field.description)}.\n")
         parts += _section_text(name, field)
-    return "\n".join(parts)
+    return "\n".join([*parts, RENAMED_HEADER, *map(_renamed, RENAMED)]) + "\n"
+
+
+def _renamed(row: Renamed) -> str:
+    """Return the table row of a renamed key."""
+    names = (f"`{name.replace('*', 'N')}`" for name in (row.old, row.new))
+    return "| " + " | ".join((*names, row.of, row.since, row.until)) + " |"
 
 
 def _section_text(name: str, field: FieldInfo) -> Iterator[str]:

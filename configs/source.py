@@ -35,7 +35,7 @@ class Tree:
 
     def where(self, path: KeyPath) -> str:
         """Return the place of ``path``, or of the nearest enclosing section with a place."""
-        inside = [place for known, place in self.origin.items() if known[: len(path)] == path]
+        inside = [place for known, place in self.origin.items() if _in(known, path)]
         if path and path not in self.origin and inside:
             return inside[-1]
         while path and path not in self.origin:
@@ -73,6 +73,37 @@ class Tree:
         holder[last] = value
         self.origin[path] = place
 
+    def get(self, path: KeyPath) -> Any:
+        """Return the value at ``path``, None if there is none."""
+        value: Any = self.data
+        for key in path:
+            try:
+                value = value[key]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return value
+
+    def has(self, path: KeyPath) -> bool:
+        """Return True if a mapping contains the last key of ``path``."""
+        section = self.get(path[:-1])
+        return isinstance(section, dict) and path[-1] in section
+
+    def take(self, path: KeyPath) -> tuple[Any, dict[KeyPath, str]]:
+        """Remove ``path`` and the mappings that become empty.
+
+        Returns the value, and the place of each path inside it.
+        """
+        inside = {known[len(path) :]: at for known, at in self.origin.items() if _in(known, path)}
+        value = self.get(path)
+        while path:
+            section = self.get(path[:-1])
+            del section[path[-1]]
+            self._forget(path)
+            path = path[:-1]
+            if section or not isinstance(section, dict):
+                break
+        return value, inside
+
     def leave_out(self, path: KeyPath, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Record the keys of ``old`` that ``new``, its replacement of another kind, lacks."""
         lost = [str(key) for key in old if key not in new]
@@ -80,8 +111,12 @@ class Tree:
             self.left_out[path] = (*self.left_out.get(path, ()), *lost)
 
     def _forget(self, path: KeyPath) -> None:
-        for known in [p for p in self.origin if p[: len(path)] == path]:
+        for known in [p for p in self.origin if _in(p, path)]:
             del self.origin[known]
+
+
+def _in(path: KeyPath, section: KeyPath) -> bool:
+    return path[: len(section)] == section
 
 
 def _index(holder: list[Any], key: str | int, path: KeyPath, place: str) -> int:
@@ -112,7 +147,7 @@ def _merge(
             result._forget(here)
             below[key] = value
             for known, place in top.origin.items():
-                if known[: len(here)] == here:
+                if _in(known, here):
                     result.origin[known] = place
 
 

@@ -12,7 +12,8 @@ from allometry.configs.errors import ConfigError
 from allometry.configs.ladder import LaunchConfig, LocalLaunch, Name
 from allometry.configs.loader import PRESET, validate_as
 from allometry.configs.paths import expanded
-from allometry.configs.source import Tree, parse_file
+from allometry.configs.renamed import parse
+from allometry.configs.source import Tree
 
 TRUNK = "trunk"
 
@@ -103,7 +104,7 @@ def load_tree(path: str | Path) -> tuple[TreeConfig, Tree]:
         ConfigError: one sentence with file, line and key.
     """
     file = Path(expanded(str(path)))
-    source = parse_file(file)
+    source = parse(file, "tree")
     if source.data.get("kind") != "tree":
         raise ConfigError(
             f"{file} does not describe a tree of runs; begin it with 'kind: tree', or give a run "

@@ -11,6 +11,8 @@ FOLDERS = (
     *("configs", "scaling", "laws", "data", "models", "parallel", "optim", "trainer"),
     *("interop", "studies"),
 )
+_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]*\.svg)\)")
+_SCHEME = re.compile(r'<style class="scheme">.*?</style>')
 _LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]*)(?:#[^)]*)?\)")
 
 
@@ -22,7 +24,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Write links to files outside of docs/ as text."""
+    """Write links to files outside of docs/ as text, and SVG pictures into the page."""
     folder = (ROOT / "docs" / page.file.src_uri).parent
 
     def as_text(link: re.Match[str]) -> str:
@@ -33,7 +35,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         name = str(target.relative_to(ROOT))
         return link[1] if name in link[1] else f"{link[1]} (`{name}`)"
 
+    markdown = _PICTURE.sub(lambda found: inline(folder / found[1]), markdown)
     return _LINK.sub(as_text, markdown)
+
+
+def inline(path: Path) -> str:
+    """Return a picture as part of a page, whose text colour it takes."""
+    return f"<div>{_SCHEME.sub('', path.read_text(encoding='utf-8'))}</div>"
 
 
 def api(folder: str) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typing_extensions import override
 
 from allometry.configs.errors import RankError, UserError
+from allometry.configs.renamed import RenamedKeyWarning
+from allometry.configs.version import VERSION
 from allometry.data.processes import end_with_launcher
 from allometry.launch.command import Command, register
 from allometry.launch.laws import commands as laws
@@ -45,6 +47,7 @@ COMMANDS: Commands = {
     "refine": (studies.Refine, "studies.refine:refined"),
     "plot": (runs.Plot, "runs.plot:plotted"),
     "report": (report.WriteReport, "report.report:written"),
+    "gallery": (report.WriteGallery, "report.gallery:written"),
     "forecast": (runs.Forecast, "runs.forecast:forecasted"),
     "fit": (laws.Fit, "laws.fit:fitted"),
     "compare": (laws.Compare, "laws.compare:compared"),
@@ -121,6 +124,42 @@ app.add_typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"allometry {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """Pretrain language models whose hyperparameters, losses and layouts scale."""
+
+
+def _is_main_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_renamed_keys() -> None:
+    """Print a RenamedKeyWarning as one sentence, on the main rank and once for each key."""
+    printed, show = set(), warnings.showwarning
+
+    def shown(message: Warning | str, *place: Any, **more: Any) -> None:
+        if not isinstance(message, RenamedKeyWarning):
+            show(message, *place, **more)
+        elif _is_main_rank() and message.key not in printed:
+            printed.add(message.key)
+            print(f"allometry: warning: {message}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = shown
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line. The main rank prints a UserError as one sentence; the exit code is 2.
 
@@ -131,9 +170,11 @@ def main(arguments: list[str] | None = None) -> Any:
     # torch warns about views that are modified in place; no view is modified in place here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     try:
-        return app(args=arguments, prog_name=None if arguments is None else "allometry")
+        with warnings.catch_warnings():  # restores the way to print them
+            _print_renamed_keys()
+            return app(args=arguments, prog_name=None if arguments is None else "allometry")
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+        if _is_main_rank() or isinstance(error, RankError):
             print(f"allometry: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.json_file import parse_object, read_object
-from allometry.configs.source import parse_file
+from allometry.configs.renamed import parse
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,6 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        return parse_file(path).data
+        return parse(path, recorded=True).data
     except ConfigError as error:
         raise UserError(f"{error}; restore it") from None

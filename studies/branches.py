@@ -95,7 +95,7 @@ def trunk_of(folder: Path) -> Tree:
             f"{folder} holds no run to branch from; name the folder of one (run.folder)"
         )
     try:
-        tree = read(path)
+        tree = read(path, recorded=True)
         put(tree, "run.folder", str(folder), str(path))
         validate(tree)
     except ConfigError as error:

@@ -87,7 +87,7 @@ class Window:
 
     def rates(self) -> tuple[float, float]:
         """Return the smallest and largest learning rate of the window, as fractions of the peak."""
-        run = load(self.folder.config)
+        run = load(self.folder.config, recorded=True)
         place = place_of(run, self.steps[-1])
         schedule = schedules_of(run)[place.number - 1]
         first = max(self.steps[0] + 1, schedule.first_step)
@@ -138,7 +138,7 @@ def open_window(run: str | Path, last: int, step: int | None = None) -> Window:
                 f"checkpoint {path} is damaged ({problem}); merge checkpoints before it with "
                 "--step, or fewer after it with --last"
             )
-    run_config = load(folder.config)
+    run_config = load(folder.config, recorded=True)
     places = [place_of(run_config, step_of(path)) for path in paths]
     _check_one_model(paths, [place.config for place in places])
     return Window(folder, places[-1].config, paths)

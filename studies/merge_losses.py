@@ -100,7 +100,7 @@ def held_out_loss(window: Window, device: torch.device | None = None) -> Iterato
     ``device`` None: the GPU, or the CPU without a GPU. For example,
     ``with held_out_loss(window) as loss: ...``. Raises UserError if the run has no held-out tokens.
     """
-    whole = load(window.folder.config)
+    whole = load(window.folder.config, recorded=True)
     alone = ParallelConfig(context=window.config.parallel.context)
     config = window.config.model_copy(update={"parallel": alone})
     number = place_of(whole, window.steps[-1]).number

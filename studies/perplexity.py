@@ -77,7 +77,7 @@ def open_scorer(
     if not folder.config.exists():
         raise UserError(f"{run} has no {folder.config.name}; name the folder of a run")
     path = chosen_checkpoint(folder, step)
-    config = place_of(load(folder.config), step_of(path)).config
+    config = place_of(load(folder.config, recorded=True), step_of(path)).config
     weights = CheckpointWeights(path)
     rules = Parameterization.of_run(config)
     model = build_model(config.model, rules, dtype).eval()

@@ -39,7 +39,7 @@ def build_part(
     with torch.device("meta"):
         made = build_model(config.model, plan.parameterization, config.training.compute_dtype, part)
     if kernels is not None:
-        use_kernels(made, kernels.core, kernels.norm.name, kernels.quantise.name)
+        use_kernels(made, kernels.core, kernels.norm.name, kernels.quantize.name)
     use_precision(made, config.precision, None if kernels is None else kernels.linears.name)
     return made
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from allometry.configs.errors import UserError
+from allometry.configs.renamed import new_names
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import Stream
@@ -57,7 +58,7 @@ class Kernels:
     adamw: Choice
     linears: Choice  # recipe of FP8 matrix products, or "compute"
     deterministic: bool
-    quantise: Choice = field(default_factory=lambda: Choice("torch", "rule"))
+    quantize: Choice = field(default_factory=lambda: Choice("torch", "rule"))
     by_call: bool = False  # attention: each call uses the first suitable back end
 
     @property
@@ -71,7 +72,7 @@ class Kernels:
 
     def changes(self, before: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the differences from the recorded ``kernels`` of a launch as event details."""
-        for key in ("attention", "norm", "adamw", "linears", "quantise"):
+        for key in ("attention", "norm", "adamw", "linears", "quantize"):
             choice: Choice = getattr(self, key)
             was = before.get(key, {}).get("name")
             if was not in (None, choice.name):
@@ -171,8 +172,7 @@ def _recorded(config: RunConfig, folder: RunFolder, start: Start) -> dict[str, A
         return {}
     parent = config.run.parent
     taken = RunFolder(parent.folder) if start.branched and parent is not None else folder
-    found: dict[str, Any] = taken.recorded().get("kernels", {})
-    return found
+    return new_names(taken.recorded().get("kernels", {}), "kernels")
 
 
 def _call(config: RunConfig, plan: RunPlan, mesh: Mesh) -> AttentionCall:
@@ -242,12 +242,12 @@ def _decide(
     )
     recipe, by, left_out = precision.choose(config, mesh.tp.size, device, known("linears"))
     linears = Choice(recipe, by, left_out=left_out)
-    quantise = _quantiser(config, plan, device, recipe, known("quantise"))
+    quantize = _quantiser(config, plan, device, recipe, known("quantize"))
     if on_cuda:
         torch.cuda.empty_cache()
     by_call = not on_cuda and asked.attention == "auto"
     deterministic = config.training.deterministic
-    return Kernels(attention, norm, adamw, linears, deterministic, quantise, by_call)
+    return Kernels(attention, norm, adamw, linears, deterministic, quantize, by_call)
 
 
 def _quantiser(
@@ -262,8 +262,8 @@ def _quantiser(
         return time_quantisers(names, rows, config.model.width, dtype, device)
 
     return settle(
-        "quantise",
-        config.kernels.quantise,
+        "quantize",
+        config.kernels.quantize,
         ("triton", "torch") if reason is None else ("torch",),
         lambda name: reason if name == "triton" else None,
         measure if reason is None else None,
@@ -278,9 +278,9 @@ def _check(config: RunConfig, plan: RunPlan, mesh: Mesh, kernels: Kernels) -> No
     for other in ("norm", "adamw"):
         if reason is None and getattr(kernels, other).name == "apex":
             reason, key = apex_refusal(mesh.device.type, compiled=False), other
-    if reason is None and kernels.quantise.name == "triton":
+    if reason is None and kernels.quantize.name == "triton":
         reason = quantise_refusal(mesh.device.type, compiled=False, rounds=True)
-        key = "quantise"
+        key = "quantize"
     if reason is None and kernels.linears.name != "compute":
         found = precision.Device.of(mesh.device)
         reason = precision.refusal(kernels.linears.name, config, mesh.tp.size, found)

@@ -6,7 +6,7 @@ import math
 import os
 from errno import EACCES, EISDIR
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from allometry.configs.errors import UserError
 from allometry.configs.format import human
@@ -42,8 +42,11 @@ def check_format(out: Path) -> None:
         ) from None
 
 
-def draw(figure: Figure, out: Path) -> None:
-    """Write the figure, two panels in a row; the last of an odd number of panels fills its row."""
+def draw(figure: Figure, out: Path | TextIO) -> None:
+    """Write the figure, two panels in a row; the last of an odd number of panels fills its row.
+
+    A path's suffix chooses the format; an open file receives SVG.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,8 +65,9 @@ def draw(figure: Figure, out: Path) -> None:
             draw_panel(axis, panel)
             if figure.legend or first:  # otherwise all panels show the same runs
                 _legend(axis, above=any(series.style == "bars" for series in panel.series))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(out, dpi=130)
+    if isinstance(out, Path):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(out, dpi=130, format=None if isinstance(out, Path) else "svg")
     plt.close(drawn)
 
 

@@ -1,4 +1,4 @@
-"""Command that writes a report."""
+"""Commands that write a report or a gallery."""
 
 from __future__ import annotations
 
@@ -27,3 +27,16 @@ class WriteReport(Command):
         "smoothing window of losses, as a fraction of the run so far", 0.05, "--smooth"
     )
     title: str = option("title of the page", "Allometry report")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteGallery(Command):
+    """Write a Markdown page and SVG pictures of the runs, sweeps and certificate in FOLDER."""
+
+    folder: Path = argument(
+        "folder with a ladder, runs, sweeps (*.jsonl of allometry transfer --trials) and "
+        "certificates (*.json of allometry verify)"
+    )
+    out: Path = option(
+        "Markdown page to write; pictures go to a folder of its name", Path("gallery.md"), "-o"
+    )

@@ -132,7 +132,7 @@ def _check_free(folder: Path, config: RunConfig) -> None:
         if not path.is_file():
             continue
         try:
-            if load(path) == config:
+            if load(path, recorded=True) == config:
                 return
         except ConfigError:
             pass

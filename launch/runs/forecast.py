@@ -98,7 +98,7 @@ def forecasted(asked: ForecastCommand) -> Report:
 def read_curve(folder: Path, choice: LossChoice, at_step: int | None = None) -> RunCurve:
     """Return a run with the curve of its loss and the learning rate of each of its steps."""
     run = read_run(folder)
-    config = load(Path(folder) / "config.yaml")
+    config = load(Path(folder) / "config.yaml", recorded=True)
     recorded = run.metrics["step"].astype(np.int64)
     rates = _as_recorded(planned_rates(config), run, config)
     if int(recorded[-1]) > len(rates.rates):
@@ -164,7 +164,7 @@ def _target(asked: ForecastCommand, first: RunCurve) -> tuple[LearningRates, str
             "the run; ask for more steps"
         )
     try:
-        config = load(first.run.folder / "config.yaml", overrides)
+        config = load(first.run.folder / "config.yaml", overrides, recorded=True)
         rates = _as_recorded(planned_rates(config), first.run, config)
     except UserError as error:
         raise UserError(_in_flags(str(error), asked, overrides)) from None

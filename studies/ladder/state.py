@@ -137,7 +137,7 @@ def check_stored(run: PlannedRun) -> RunConfig | None:
     if not path.is_file():
         return None
     try:
-        stored = load(path)
+        stored = load(path, recorded=True)
     except ConfigError as error:
         raise UserError(
             f"{path} was written by another version ({error}); remove that run's folder or "

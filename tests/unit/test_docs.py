@@ -7,6 +7,7 @@ import pytest
 import typer
 
 from allometry.configs.loader import _all_keys, ladder_presets, presets
+from allometry.configs.renamed import RENAMED
 from allometry.configs.run import RunConfig
 from allometry.launch.cli import app
 
@@ -29,7 +30,7 @@ def test_page(page: Path) -> None:
     wrong += [c for c in names(r"(?m)(?:`|^)allometry ([a-z]+)\b", page) if c not in commands]
     known_presets = presets() | ladder_presets()
     wrong += [p for p in names(r"preset:([a-z0-9_]+)", page) if p not in known_presets]
-    known = {".".join(path) for path in _all_keys(RunConfig, ())}
+    known = {".".join(path) for path in _all_keys(RunConfig, ())} | {row.old for row in RENAMED}
     sections = {key.split(".")[0] for key in known}
     for key in names(r"`([a-z_]+(?:\.[a-z_]+)+)(?:[=:][^`]*)?`", page):
         section, *rest = key.split(".")

@@ -152,7 +152,7 @@ def stored_config(folder: RunFolder) -> RunConfig:
         UserError: this version cannot read the config.
     """
     try:
-        return load(folder.config)
+        return load(folder.config, recorded=True)
     except ConfigError as error:
         raise UserError(
             f"{folder.config} was written by another version ({error}); choose another run.folder"

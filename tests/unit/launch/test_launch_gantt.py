@@ -9,7 +9,8 @@ from matplotlib.figure import Figure as Drawn
 
 from allometry.configs.errors import UserError
 from allometry.launch.figures.drawing import draw_panel
-from allometry.launch.runs.gantt import draw_plan, run_and_step, schedule_figure
+from allometry.launch.figures.schedule import schedule_figure
+from allometry.launch.runs.gantt import draw_plan, run_and_step
 from allometry.parallel.hdp.replay import replay
 from allometry.scaling.degrees import Degrees
 from allometry.scaling.hdp.plan import Plan, Unit

@@ -176,7 +176,7 @@ def test_a_cpu_follows_the_rule_and_the_record_says_which(tiny: Make, tmp_path: 
         ("kernels.attention=flash", "not packed documents in fp32"),
         ("kernels.norm=apex", "needs NVIDIA's apex"),
         ("kernels.adamw=apex", "needs NVIDIA's apex"),
-        ("kernels.quantise=triton", "has nothing to round"),
+        ("kernels.quantize=triton", "has nothing to round"),
     ],
 )
 def test_a_name_that_cannot_be_used_ends_the_launch(tiny: Make, asked: str, said: str) -> None:
