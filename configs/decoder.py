@@ -112,6 +112,19 @@ class SlidingWindow(Section):
     )
 
 
+class MultiToken(Section):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2; Ling 2.0, 2510.22115).
+
+    Depth k predicts the token k + 1 ahead from the output of the previous depth and the embedding
+    of the token k ahead, with a block of its own and the model's embedding and head.
+    """
+
+    depth: Count = Field(1, gt=0, le=8, description="number of tokens beyond the next to predict")
+    weight: float = Field(
+        0.1, ge=0.0, description="weight of the depths' mean loss, added to the main loss"
+    )
+
+
 class LatentAttention(Section):
     """Multi-head latent attention with low-rank queries, keys and values.
 
@@ -203,6 +216,9 @@ class Decoder(Section):
         None, description="sliding-window attention; null: full attention in every layer"
     )
     z_loss: float = Field(0.0, ge=0.0, description="coefficient of the squared log partition")
+    multi_token: MultiToken | None = Field(
+        None, description="predict tokens beyond the next one, in training; null: do not"
+    )
 
     @property
     def norms_before(self) -> bool:
@@ -225,6 +241,16 @@ class Decoder(Section):
         if self.latent_attention is not None:
             return self.latent_attention.qk_nope_head_dim + self.latent_attention.qk_rope_head_dim
         return self.head_dim or self.width // self.num_heads
+
+    @property
+    def num_depths(self) -> int:
+        """Depths of multi-token prediction; the block of depth k is that of layer L + k - 1."""
+        return 0 if self.multi_token is None else self.multi_token.depth
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, including those of multi-token prediction."""
+        return self.num_layers + self.num_depths
 
     @property
     def value_width(self) -> int:

@@ -231,7 +231,7 @@ class Block:
         return (latent.q_lora_rank or 0) + latent.kv_lora_rank + latent.qk_rope_head_dim
 
     def _dropout(self) -> Counter[str]:
-        """Return the bytes of a mask for each branch: on CUDA bool, on a CPU in the compute dtype."""
+        """Return the bytes of a mask for each branch: bool on CUDA, compute dtype on a CPU."""
         element = 1 if self.kernels.fused_norm else self.kernels.compute
         return Counter({RESIDUAL: 2 * element * self.model.width} if self.model.dropout else {})
 
