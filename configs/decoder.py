@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from allometry.configs.base import Count, Section
+from allometry.configs.streams import Streams
 
 NormOver = Literal["head", "width"]
 NormPlaces = Literal["before", "after", "both"]
@@ -219,6 +220,19 @@ class Decoder(Section):
     multi_token: MultiToken | None = Field(
         None, description="predict tokens beyond the next one, in training; null: do not"
     )
+    streams: Streams | None = Field(
+        None, description="parallel streams with learned prefixes (ParScale); null: one stream"
+    )
+
+    @property
+    def num_streams(self) -> int:
+        """Number of times that the blocks compute each token."""
+        return 1 if self.streams is None else self.streams.count
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Number of learned keys of a stream in each layer."""
+        return 0 if self.streams is None else self.streams.prefix_tokens
 
     @property
     def norms_before(self) -> bool:
@@ -297,6 +311,19 @@ class Decoder(Section):
             return 0
         every = self.window.global_every
         return self.num_layers - (self.num_layers // every if every else 0)
+
+    @model_validator(mode="after")
+    def _check_streams(self) -> Self:
+        prefixes = "prefixes are keys of grouped-query attention that every query sees"
+        without = {"latent_attention": prefixes, "window": prefixes}
+        without["multi_token"] = "blocks of multi-token prediction have no streams"
+        for key, reason in without.items() if self.streams is not None else ():
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"streams={{count: {self.num_streams}, ...}} with {key}: {reason}; leave "
+                    f"streams or {key} out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_latent(self) -> Self:

@@ -32,6 +32,7 @@ from allometry.models.multi_token import Depths, ahead_of, followed
 from allometry.models.products import Stacked, multiply, separate
 from allometry.models.rotary import Geometry, rotate, turn_of
 from allometry.models.router import RouterStatistics
+from allometry.models.streams import Aggregator, Prefix, repeated, repeated_documents
 from allometry.scaling.inventory import Specs, inventory, within
 from allometry.scaling.parameterizations.base import ForwardScales
 
@@ -55,6 +56,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(k_norm, model.norm_eps) if k_norm else None
         self.norm_over = model.qk_norm_over
         self.wo = Linear(specs["wo.weight"])
+        prefix = within(specs, "prefix")
+        self.prefix = Prefix(prefix, model.streams) if prefix and model.streams else None
         self.qkv = Stacked(*((w, "weight") for w in (self.wq, self.wk, self.wv)))
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:
@@ -69,9 +72,11 @@ class Attention(nn.Module):
             v_BLKH = v_BLKH.contiguous()  # a view would keep queries and keys until backward
         turn = geometry.turn if self.window is None else geometry.windowed
         q_BLNH, k_BLKH = rotate(q_BLNH, *turn), rotate(k_BLKH, *turn)
-        o_BLNH = self.core(
-            q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale, window=self.window
-        )
+        given = q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale
+        if self.prefix is None:
+            o_BLNH = self.core(*given, window=self.window)
+        else:
+            o_BLNH = self.prefix(self.core, *given)
         return self.wo(o_BLNH.flatten(2))
 
     def project(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
@@ -186,6 +191,7 @@ class Transformer(nn.Module):
 
     embedding: Embedding | None
     final_norm: RMSNorm | None
+    aggregator: Aggregator | None
     head: OutputHead | None
 
     def __init__(
@@ -216,6 +222,9 @@ class Transformer(nn.Module):
             of_block = within(specs, f"blocks.{layer}")
             self.blocks[str(layer)] = self._make_block(of_block, model, scales, layer)
         self.final_norm = RMSNorm(specs["final_norm.weight"], model.norm_eps) if part.last else None
+        self.num_streams, self.aggregator = model.num_streams, None
+        if model.streams is not None and part.last:
+            self.aggregator = Aggregator(within(specs, "aggregator"), model.streams)
         head = specs.get("head.weight")
         # A tied head reads the embedding's weight through its owner instead of registering it
         # twice: with one owner, leaving the meta device or sharding cannot untie the weights.
@@ -245,7 +254,7 @@ class Transformer(nn.Module):
         Without ``documents`` each sequence is one document with positions from 0. A part without
         the embedding takes the output of the previous part as ``x_BLD``. A part without the head
         returns [B, L, D], and so does any part with ``blocks_only``, which also collects router
-        statistics without gradients.
+        statistics without gradients. Between parts, B counts the sequences of all streams.
 
         ``ahead_MBL`` [M + 1, B, L]: the tokens ahead for the M depths of multi-token prediction,
         which a part with the head computes if it has targets; None: ``multi_token.ahead_of``.
@@ -262,16 +271,24 @@ class Transformer(nn.Module):
             # A single lookup, so that a sharded table is gathered once.
             read_BL = torch.cat([tokens_BL, *inputs]) if inputs else tokens_BL
             x_BLD, *embedded = self._embedded(self.embedding, read_BL).split(count)
+            if self.num_streams > 1:
+                x_BLD = repeated(x_BLD, self.num_streams)
         elif depths is not None and inputs:
             embedded = list(self._embedded(depths["embedding"], torch.cat(inputs)).split(count))
         assert x_BLD is not None
+        if self.num_streams > 1 and documents is not None:
+            documents = repeated_documents(documents, self.num_streams)
         geometry = self._geometry(tokens_BL, documents)
         for layer in self.part.layers:
             x_BLD = self._through(layer, x_BLD, geometry, blocks_only)
         if self.final_norm is None or self.head is None:
             return x_BLD
         if depths is None or ahead_MBL is None:
-            return x_BLD if blocks_only else self.head(self.final_norm(x_BLD), targets_BL)
+            if blocks_only:
+                return x_BLD
+            x_BLD = self.final_norm(x_BLD)
+            x_BLD = x_BLD if self.aggregator is None else self.aggregator(x_BLD)
+            return self.head(x_BLD, targets_BL)
         before, *embedded = depths.joined(self.final_norm(x_BLD), embedded)
         normed = [before]
         for depth, embedded_BLD in enumerate(embedded):

@@ -59,7 +59,9 @@ def measure_costs(
 
 def _seconds(part: Transformer, tokens_BL: Tensor, width: int, dtype: torch.dtype) -> float:
     device = tokens_BL.device
-    x_BLD = torch.randn(*tokens_BL.shape, width, device=device).to(dtype).requires_grad_()
+    B, L = tokens_BL.shape
+    shape_BLD = B * part.num_streams, L, width
+    x_BLD = torch.randn(*shape_BLD, device=device).to(dtype).requires_grad_()
     gradient_BLD = torch.randn_like(x_BLD)
     if part.mtp is not None:
         part.mtp.set_targets(torch.ones(1 + part.mtp.number, device=device))

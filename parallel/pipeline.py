@@ -1,9 +1,9 @@
 """Pipeline parallelism: each rank runs some stages of the model, ordered by torch's schedules.
 
 Stages send activations [B, L, D] ([B, L / tp, D] with tensor parallelism, where every rank has a
-shard of the sequence). Tokens, targets and documents are not sent: each rank has the batch and
-looks up a micro-batch by its index. The micro-batches of a step may therefore have any shapes, with
-every schedule.
+shard of the sequence); B counts the sequences of all streams (``model.streams``). Tokens, targets
+and documents are not sent: each rank has the batch and looks up a micro-batch by its index. The
+micro-batches of a step may therefore have any shapes, with every schedule.
 
 With ZeRO 1 to 3 parameters are gathered once per step, and gradients stay unsharded until the last
 backward of a stage, which reduces the gradients of a block while the backward continues with
@@ -105,6 +105,7 @@ class PipelineExecution(Execution):
         assert tuple(parts) == layout.stages_of(mesh.pp.rank), (tuple(parts), layout)
         self._parts, self._layout, self._mesh, self._sync = parts, layout, mesh, sync
         self._width, self._depths, self._dtype = model.width, model.num_depths, compute_dtype
+        self._streams = model.num_streams
         self._count = len(layout.stages)
         self._uneven = uneven
         self._prepared: dict[int, _Prepared] = {}  # by number of micro-batches, least recent first
@@ -240,7 +241,7 @@ class PipelineExecution(Execution):
         """Return an uninitialized tensor for the activation of this micro-batch between stages."""
         B, L = batch.tokens_BL.shape
         assert L % self._mesh.tp.size == 0, (L, self._mesh.tp.size)
-        shape_BlD = B, L // self._mesh.tp.size, self._width
+        shape_BlD = B * self._streams, L // self._mesh.tp.size, self._width
         return torch.empty(shape_BlD, dtype=self._dtype, device=self._mesh.device)
 
     def _prepare(self, count: int) -> _Prepared:

@@ -96,6 +96,16 @@ class Stage(PipelineStage):
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     @override
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        # Messages must be contiguous, and chunks of several sequences give other gradients.
+        made = self.bwd_cache.get(bwd_chunk_id)
+        if made is not None:
+            self.bwd_cache[bwd_chunk_id] = tuple(
+                x.contiguous() if isinstance(x, Tensor) else x for x in made
+            )
+        return super().get_bwd_send_ops(bwd_chunk_id)
+
+    @override
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         # Afterwards only the autograd graph keeps the input.
         made = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)

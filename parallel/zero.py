@@ -228,6 +228,8 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
                 )
         fully_shard(block, mp_policy=mixed, reshard_after_forward=reshard, **common)
     _shard_copies(model, zero.frees(mesh.pp.size), mp_policy=plain, **common)
+    if model.aggregator is not None and low is not None:  # computes in fp32, as routers do
+        fully_shard(model.aggregator.choice, mp_policy=plain, **common)
     # Backward starts with norm and head, which would be gathered again if freed after forward.
     fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
 

@@ -174,7 +174,9 @@ def _kernels(
         )
         for call in (of_all, attention)
     )
-    return Kernels(compute_bytes, attention.device == "cuda", scores, precision, windowed)
+    # A call of length 1 stands for any length: all tokens are one sequence.
+    share = model.prefix_tokens / (sequences if attention.length == 1 else attention.length)
+    return Kernels(compute_bytes, attention.device == "cuda", scores, precision, windowed, share)
 
 
 def _dormant(model: ModelConfig, stage: range, frozen: frozenset[str]) -> frozenset[int]:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-Start = Literal["ones", "zeros"]
+
+@dataclass(frozen=True, slots=True)
+class Normal:
+    """Initial values from N(0, ``std``²)."""
+
+    std: float
+
+
+Start = Literal["ones", "zeros"] | Normal
 
 
 class Role(StrEnum):

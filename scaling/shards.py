@@ -34,7 +34,7 @@ def tensor_dim(spec: ParamSpec) -> int | None:
         return 1 if spec.role is Role.EXPERT_UP else 2
     if spec.role is Role.VECTOR:
         return 0 if spec.of_heads else None
-    if spec.role is Role.ROUTER or ".latent_" in spec.name:
+    if spec.role is Role.ROUTER or ".latent_" in spec.name or spec.name.startswith("aggregator."):
         return None
     return 1 if spec.name.endswith((".wo.weight", ".down.weight")) else 0
 

@@ -92,6 +92,7 @@ class Prepare(Command):
     decontaminate: tuple[str, ...] = option(
         "with --engine: file of benchmark texts; drop documents that share 12 consecutive words",
         (),
+        paths=True,
     )
 
 

@@ -218,6 +218,8 @@ def left_out(config: RunConfig) -> Iterator[str]:
                 "widths in model.latent_attention: products are timed as if two thirds of a head "
                 "were not rotated, and values as wide as these"
             )
+    if model.streams is not None:
+        yield f"model.streams.count={model.streams.count}: the step is timed as of one stream"
     if model.norms == "both":
         yield "model.norms=both: blocks are timed with two norms, not four"
     if model.qkv_bias:
