@@ -289,23 +289,36 @@ class Transformer(nn.Module):
             x_BLD = self.final_norm(x_BLD)
             x_BLD = x_BLD if self.aggregator is None else self.aggregator(x_BLD)
             return self.head(x_BLD, targets_BL)
-        before, *embedded = depths.joined(self.final_norm(x_BLD), embedded)
+        normed = self._through_depths(self.final_norm(x_BLD), embedded, geometry, blocks_only)
+        return x_BLD if blocks_only else self._losses_ahead(normed, ahead_MBL, documents)
+
+    def _through_depths(
+        self, hidden_BLD: Tensor, embedded: list[Tensor], geometry: Geometry, blocks_only: bool
+    ) -> list[Tensor]:
+        """Return the head's input for the main loss and for each depth, [B, L, D]."""
+        assert self.mtp is not None
+        before, *embedded = self.mtp.joined(hidden_BLD, embedded)
         normed = [before]
         for depth, embedded_BLD in enumerate(embedded):
-            joined_BLD = depths[str(depth)](embedded_BLD, before)
-            before = self._through(depths.first + depth, joined_BLD, geometry, blocks_only)
-            normed.append(depths[str(depth)].final_norm(before))
-        if blocks_only:
-            return x_BLD
-        wanted_BL = torch.cat([ahead_MBL[0], *ahead_MBL[1:]])
-        losses = self.head(torch.cat(normed), wanted_BL, depths.weights)
-        nll_BL, *others = losses.nll_BL.split(count)
-        if trained:
-            depths.observe(others, ahead_MBL[1:])
+            joined_BLD = self.mtp[str(depth)](embedded_BLD, before)
+            before = self._through(self.mtp.first + depth, joined_BLD, geometry, blocks_only)
+            normed.append(self.mtp[str(depth)].final_norm(before))
+        return normed
+
+    def _losses_ahead(
+        self, normed: list[Tensor], ahead_MBL: Tensor, documents: Documents | None
+    ) -> Losses:
+        """Return the losses, of all depths in ``total``; compare drafts without gradients."""
+        assert self.mtp is not None
+        assert self.head is not None
+        losses = self.head(torch.cat(normed), ahead_MBL.flatten(0, 1), self.mtp.weights)
+        nll_BL, *others = losses.nll_BL.split(len(normed[0]))
+        if torch.is_grad_enabled():
+            self.mtp.observe(others, ahead_MBL[1:])
         else:
             main_BL, drafts_BL = (self.head(x_BLD, choose=True) for x_BLD in normed[:2])
             counted_BL = (ahead_MBL[1] != IGNORE) & followed(ahead_MBL[0], documents)
-            depths.compare(main_BL, drafts_BL, counted_BL)
+            self.mtp.compare(main_BL, drafts_BL, counted_BL)
         return Losses(losses.total, nll_BL)
 
     def _embedded(self, embedding: nn.Module, tokens_BL: Tensor) -> Tensor:
