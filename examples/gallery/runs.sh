@@ -31,7 +31,7 @@ done
 # A mixture of experts, and whole documents on four ranks.
 "${cli[@]}" train preset:moe_demo "${small[@]}" run.folder=gallery/experts \
   'model.experts={kind: swiglu, num_experts: 8, experts_per_token: 2, width: 64}' \
-  data.sequence_length=128 batch.sequences=8 training.total_steps=120
+  data.sequence_length=128 batch.sequences=8 training.total_steps=80
 "$python" -m allometry.launch.torchrun --nproc-per-node 4 -m allometry.launch.train \
   preset:documents_demo "${small[@]}" model.ffn_width=192 run.folder=gallery/documents \
   training.total_steps=4 checkpoint.every_steps=null

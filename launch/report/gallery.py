@@ -103,7 +103,7 @@ def sections(found: Found) -> Iterator[tuple[Section, str]]:
     if found.ladders or found.trials:
         inputs = read_inputs(found.ladders, (), found.trials, SMOOTHING)
     of_ladders = made_by([one.run for one in inputs.runs])
-    for section in (curves(inputs), _law(inputs), isoflop.isoflops(inputs)):
+    for section in (curves(inputs), _law(inputs), isoflop.isoflops(replace(inputs, fits=()))):
         yield section.without_blanks(), of_ladders
     yield transfer.transfer(inputs).without_blanks(), ""
     for file, make in (("plans.jsonl", documents), ("expert_load.jsonl", experts)):
@@ -130,9 +130,10 @@ def made_by(runs: Sequence[Run]) -> str:
     """Return one sentence about the runs: number, tokens, FLOPs, commit, versions, hardware."""
     if not runs:
         return ""
-    tokens = sum(float(run.metrics["tokens"][-1]) for run in runs)
-    flops = sum(float(run.metrics["flops"][-1]) for run in runs)
-    said = f"{counted(len(runs), 'run')}, {tokens:,.0f} tokens and {flops:.2e} FLOPs in all"
+    tokens, flops = (
+        max(float(run.metrics[key][-1]) for run in runs) for key in ("tokens", "flops")
+    )
+    said = f"Trained: {counted(len(runs), 'run')}, up to {tokens:,.0f} tokens and {flops:.2e} FLOPs"
     record = runs[-1].record
     facts = {
         "commit": record.get("commit"),
