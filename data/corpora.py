@@ -103,8 +103,13 @@ def open_corpus(
         for file in found.files:
             if file.kind == TEXT:
                 raise _no_fields(str(file.path), split)
-    keys = text_key(text), None if split is None else split_key(split)
+    keys = record_keys(text, split)
     return FileCorpus(str(path.absolute()), found.files, found.left_out, keys, separator)
+
+
+def record_keys(text: str, split: str | None) -> tuple[Key, Key | None]:
+    """Return the keys of a ``FileCorpus`` for the names of the two fields."""
+    return text_key(text), None if split is None else split_key(split)
 
 
 def _no_fields(where: str, split: str) -> UserError:
@@ -198,11 +203,12 @@ class FileCorpus(Corpus):
         self.left_out = left_out
         self.text_key, self.split_key = keys
         self.separator = separator
-        self._sources = files
+        self.sources = files
+        """Files with their kinds, in order."""
 
     def documents(self, log: ReadLog, ordered_map: OrderedMap) -> Iterator[Document]:
         """See ``Corpus.documents``."""
-        for file in self._sources:
+        for file in self.sources:
             read = _Reading(file.path, log.advance)
             try:
                 if file.kind == PARQUET:

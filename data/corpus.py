@@ -83,10 +83,11 @@ class LeftOut:
 
     def update(self, other: LeftOut) -> None:
         """Add the counts and places of ``other``."""
-        for reason, places in other.places.items():
-            self.counts[reason] += other.counts[reason]
-            self.places.setdefault(reason, []).extend(places)
-            del self.places[reason][_PLACES_KEPT:]
+        for reason, count in other.counts.items():
+            self.counts[reason] += count
+            places = self.places.setdefault(reason, [])
+            places += [one for one in other.places.get(reason, ()) if one not in places]
+            del places[_PLACES_KEPT:]
 
     def __str__(self) -> str:
         parts = []
@@ -120,7 +121,8 @@ class ReadLog:
         """Occurrences of the requested separator."""
         self._on_bad_line = on_bad_line
         self._max_bad_lines = max_bad_lines
-        self._bad = 0
+        self.bad_lines = 0
+        """Occurrences of missing or damaged text."""
 
     def bad(self, place: str, error: BadText, count: int = 1) -> None:
         """Omit and count a bad text, or raise UserError."""
@@ -129,8 +131,8 @@ class ReadLog:
                 f"{place} {error}, or leave out what is like it with --on-bad-line skip"
             )
         self.left_out.add(error.reason, place, count)
-        self._bad += count
-        if self._bad > self._max_bad_lines:
+        self.bad_lines += count
+        if self.bad_lines > self._max_bad_lines:
             raise UserError(
                 f"{place} {error}; it is one of more than {self._max_bad_lines} bad lines "
                 f"({self.left_out}); mend the input or raise --max-bad-lines"

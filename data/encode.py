@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +113,7 @@ class Encoding:
     tokenizer: str
     tokenizer_sha256: str
     end_of_document: int
-    dtype: str
+    dtype: Literal["uint16", "int32"]
     validation_below: int
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from allometry.data.corpus import Corpus, ReadLog
 from allometry.data.kinds import JSON_LINES, PARQUET, TEXT
@@ -19,15 +19,20 @@ def unused(corpora: Iterable[Corpus], text_key: str, separator: str | None) -> I
         yield f"--text-key={text_key} has no use: none of the inputs is JSON Lines or parquet"
 
 
-def hints(corpus: Corpus, log: ReadLog, text_bytes: int, separator: str | None) -> Iterator[str]:
-    """Yield a sentence for each possible mistake in reading a source's documents."""
+def hints(
+    kinds: Mapping[str, int], log: ReadLog, text_bytes: int, separator: str | None
+) -> Iterator[str]:
+    """Yield a sentence for each possible mistake in reading a source's documents.
+
+    ``kinds``: number of files of each kind.
+    """
     for mark, count in log.marks.items():
         if count > 1 and text_bytes < count * _LONG_DOCUMENT_BYTES:
             yield (
                 f"{mark} stands {count:,} times in text files, each of which is one document; if "
                 f"it separates documents, give --separator '{mark}'"
             )
-    if separator is not None and TEXT in corpus.kinds and not log.separators:
+    if separator is not None and TEXT in kinds and not log.separators:
         said = f"--separator={separator!r} stands in none of the text files, each of which is one "
         escaped = "; a backslash is one: in bash, $'\\n' is a line end" if "\\" in separator else ""
         yield f"{said}document{escaped}"

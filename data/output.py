@@ -71,10 +71,10 @@ def refuse_to_overwrite(out: Path, names: Iterable[str]) -> None:
             )
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that create token files."""
+def versions(further: Iterable[str] = ()) -> dict[str, str]:
+    """Return the versions of Python, of the packages that create token files, and ``further``."""
     found = {"python": python_version()}
-    for package in ("allometry", "tokenizers", "numpy", "megatron-core"):
+    for package in ("allometry", "tokenizers", "numpy", "megatron-core", *further):
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # run from a checkout that was not installed

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,6 @@ from allometry.data.corpora import named_input, open_corpus
 from allometry.data.corpus import (
     Corpus,
     Document,
-    LeftOut,
     OnBadLine,
     ReadLog,
     held_out_below,
@@ -27,19 +25,15 @@ from allometry.data.corpus import (
 from allometry.data.encode import (
     Encoding,
     TextSample,
-    Unknown,
     Workers,
-    chunks,
-    encode_chunk,
     train_tokenizer,
 )
-from allometry.data.hints import hints, unused
+from allometry.data.hints import unused
 from allometry.data.lock import locked
 from allometry.data.manifest import (
     MANIFEST,
     Manifest,
     SourceRecord,
-    Split,
     TokenizerRecord,
     manifest_of,
     read_manifest,
@@ -53,13 +47,24 @@ from allometry.data.output import (
     write_manifest,
 )
 from allometry.data.progress import ProgressReport
+from allometry.data.source_files import (
+    SPLITS,
+    say_source,
+    source_record,
+    with_text,
+    write_splits,
+)
 from allometry.data.special_tokens import END_OF_DOCUMENT, find_end_of_document, load_tokenizer
 from allometry.data.tokenizer import TOKENIZER, fingerprint, read_tokenizer_json, recorded_as
-from allometry.data.writer import TokenWriter, load_megatron
+from allometry.data.writer import load_megatron
 
 DEFAULT_VOCAB_SIZE = 8192
 _PARTIAL = ".partial"
+TASKS = ".tasks"
+"""Folder of an unfinished preparation in tasks (data/tasks/)."""
 _DECIDING = "text_key", "split_key", "max_documents", "max_bytes", "separator", "on_bad_line"
+_WITHOUT: dict[str, Any] = {"deduplicate": None, "decontaminate": None}
+"""Settings of a preparation in tasks that change the documents."""
 _SAMPLE_CHARACTERS = 4 << 20
 _SAMPLED_FROM = 16  # limit of the characters read, in multiples of the sample
 
@@ -134,7 +139,7 @@ def prepare(request: PrepareRequest, quiet: bool = False) -> Manifest:
     Raises:
         UserError: inputs cannot be read or have no text, or ``out`` has files of another request.
     """
-    corpora = _open_inputs(request)
+    corpora = open_inputs(request)
     out = Path(request.out)
     with ProgressReport(quiet=quiet) as report, locked(out):
         return _prepare_locked(request, corpora, out, report)
@@ -143,26 +148,30 @@ def prepare(request: PrepareRequest, quiet: bool = False) -> Manifest:
 def _prepare_locked(
     request: PrepareRequest, corpora: dict[str, Corpus], out: Path, report: ProgressReport
 ) -> Manifest:
-    identity = _identity(request, corpora)
-    manifest = _already_prepared(out, identity, corpora)
+    identity = identity_of(request, corpora)
+    manifest = already_prepared(out, identity, corpora)
     if manifest is not None:
         report.say(f"{out} is already prepared from the same inputs; nothing to do")
         return manifest
+    if (out / TASKS).exists():
+        raise UserError(
+            f"folder {out} holds an unfinished preparation in tasks; repeat its command, with its "
+            f"--engine, to finish it, or remove {out / TASKS}"
+        )
     partial = out / _PARTIAL
     interrupted = (partial / MANIFEST).is_file()
     if partial.exists():
         report.say(f"removing what an interrupted preparation left in {partial}")
         shutil.rmtree(partial)
     if not interrupted:
-        endings = ("train.bin", "train.idx", "validation.bin", "validation.idx")
-        refuse_to_overwrite(out, [f"{name}.{end}" for name in corpora for end in endings])
+        refuse_to_overwrite(out, token_files(corpora))
     partial.mkdir()
     try:
         processes = request.processes or len(os.sched_getaffinity(0))
         if processes > 1:  # the import takes seconds, while the processes can work
             threading.Thread(target=load_megatron, daemon=True).start()
         with Workers(processes) as workers:
-            manifest = _Preparation(request, partial, workers, report).run(corpora, identity)
+            manifest = Preparation(request, partial, workers, report).run(corpora, identity)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -171,7 +180,13 @@ def _prepare_locked(
     return manifest
 
 
-class _Preparation:
+def token_files(sources: Iterable[str]) -> list[str]:
+    """Return the names that token files of ``sources`` can have, in one file or in shards."""
+    endings = ".bin", ".idx", ".shards.json", ".shards"
+    return [f"{name}.{split}{end}" for name in sources for split in SPLITS for end in endings]
+
+
+class Preparation:
     """One run of ``prepare`` into an empty folder."""
 
     def __init__(
@@ -184,14 +199,13 @@ class _Preparation:
         self.validation_below = held_out_below(request.validation_fraction)
 
     def run(self, corpora: dict[str, Corpus], identity: dict[str, Any]) -> Manifest:
+        """Write all files to the folder."""
         for hint in unused(corpora.values(), self.request.text_key, self.request.separator):
             self.report.say(hint)
-        tokenizer = self._tokenizer(corpora)
-        dtype: Literal["uint16", "int32"] = "uint16" if tokenizer.vocab_size < 65536 else "int32"
-        path, end = str(self.folder / TOKENIZER), tokenizer.end_of_document_id
-        encoding = Encoding(path, tokenizer.sha256, end, dtype, self.validation_below)
+        tokenizer = self.tokenizer(corpora)
+        encoding = self.encoding(tokenizer)
         manifest = Manifest(
-            dtype=dtype,
+            dtype=encoding.dtype,
             tokenizer=tokenizer,
             sources={name: self._source(name, corpora[name], encoding) for name in corpora},
             request=identity,
@@ -200,28 +214,27 @@ class _Preparation:
         write_manifest(self.folder, manifest)
         return manifest
 
+    def encoding(self, tokenizer: TokenizerRecord) -> Encoding:
+        """Return the settings of the encoding with the tokenizer in the folder."""
+        dtype: Literal["uint16", "int32"] = "uint16" if tokenizer.vocab_size < 65536 else "int32"
+        path, end = str(self.folder / TOKENIZER), tokenizer.end_of_document_id
+        return Encoding(path, tokenizer.sha256, end, dtype, self.validation_below)
+
     def _log(self) -> ReadLog:
         return ReadLog(self.report.advance, self.request.on_bad_line, self.request.max_bad_lines)
 
     def _documents(self, corpus: Corpus, log: ReadLog) -> Iterator[Document]:
         """Yield the corpus without blank documents, up to the request's limits."""
-
-        def with_text() -> Iterator[Document]:
-            for document in corpus.documents(log, self.workers.map):
-                if document.is_blank():
-                    log.left_out.add("text is blank", document.id)
-                else:
-                    yield document
-
+        texts = with_text(corpus.documents(log, self.workers.map), log)
         left = self.request.max_bytes
-        for document in islice(with_text(), self.request.max_documents):
+        for document in islice(texts, self.request.max_documents):
             if left is not None:
                 left -= document.num_bytes()
                 if left < 0:
                     return
             yield document
 
-    def _tokenizer(self, corpora: dict[str, Corpus]) -> TokenizerRecord:
+    def tokenizer(self, corpora: dict[str, Corpus]) -> TokenizerRecord:
         """Write a tokenizer.json to the folder: the given one, or one trained on a sample."""
         given = self.request.tokenizer
         if given is not None:
@@ -244,73 +257,23 @@ class _Preparation:
         return sample.texts()
 
     def _source(self, name: str, corpus: Corpus, encoding: Encoding) -> SourceRecord:
-        log, inexact_cuts = self._log(), 0
+        log = self._log()
         log.left_out.update(corpus.left_out)
-        splits: tuple[Split, Split] = ("train", "validation")
-        writers = [TokenWriter(self.folder, f"{name}.{split}", encoding.dtype) for split in splits]
         self.report.begin(f"encoding {name}", corpus.total_bytes)
-        pieces = chunks(self._documents(corpus, log))
-        for chunk in self.workers.map(functools.partial(encode_chunk, encoding), pieces):
-            for piece in chunk:
-                writers[piece.held_out].add(piece.tokens, piece.text_bytes, piece.last)
-                inexact_cuts += not piece.exact
-                if piece.unknown is not None:
-                    _add_unknown(log.left_out, piece.unknown)
-        records = {split: writer.finish() for split, writer in zip(splits, writers, strict=True)}
-        self._say_source(name, corpus, writers, log)
-        if inexact_cuts:
-            self.report.say(
-                f"{name}: {inexact_cuts} cuts in long stretches without a boundary between tokens; "
-                "a few tokens there may differ from those of the whole text"
-            )
-        return SourceRecord(
-            input=corpus.input,
-            input_sha256=corpus.fingerprint(),
-            kinds=corpus.kinds,
-            skipped=dict(sorted(log.left_out.counts.items())),
-            skipped_places=dict(sorted(log.left_out.places.items())),
-            inexact_cuts=inexact_cuts,
-            splits={split: record for split, record in records.items() if record is not None},
+        documents = self._documents(corpus, log)
+        written = write_splits(self.folder, name, documents, encoding, log, self.workers.map)
+        record = source_record(corpus, log, *written)
+        limited = (self.request.max_documents, self.request.max_bytes) != (None, None)
+        say_source(
+            *(self.report, name, record, log),
+            separator=None if limited else self.request.separator,
+            holds_out=bool(self.validation_below),
         )
-
-    def _say_source(
-        self, name: str, corpus: Corpus, writers: list[TokenWriter], log: ReadLog
-    ) -> None:
-        train, validation = writers
-        left_out = str(log.left_out)
-        if train.documents == 0:
-            raise UserError(
-                f"source {name} ({corpus.input}) has no documents to train on "
-                f"({validation.documents} held out; left out: {left_out or 'nothing'}); give an "
-                "input with more text or lower validation_fraction"
-            )
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in corpus.kinds.items())
-        self.report.say(f"{name}: files read: {kinds}")
-        self.report.say(
-            f"{name}: {train.documents:,} documents, {train.tokens:,} tokens to train on "
-            f"({train.text_bytes / train.tokens:.2f} bytes a token); {validation.documents:,} "
-            f"documents, {validation.tokens:,} tokens held out"
-        )
-        if left_out:
-            self.report.say(f"{name}: left out: {left_out}")
-        text_bytes = train.text_bytes + validation.text_bytes
-        whole = self.request.max_documents is None and self.request.max_bytes is None
-        for hint in hints(corpus, log, text_bytes, self.request.separator if whole else None):
-            self.report.say(f"{name}: {hint}")
-        if validation.documents == 0 and self.validation_below:
-            self.report.say(f"{name}: no document fell into the held-out split, so it has no files")
+        return record
 
 
-def _add_unknown(left_out: LeftOut, unknown: Unknown) -> None:
-    """Count the parts of a text without a token, with examples."""
-    became = "dropped" if unknown.token is None else f"became {unknown.token}"
-    reason = f"text that the tokenizer does not know, {became}"
-    left_out.counts[reason] += unknown.times
-    for part in unknown.parts:
-        left_out.add(reason, repr(part), 0)
-
-
-def _open_inputs(request: PrepareRequest) -> dict[str, Corpus]:
+def open_inputs(request: PrepareRequest) -> dict[str, Corpus]:
+    """Return the sources of a request; UserError if one cannot be opened."""
     corpora: dict[str, Corpus] = {}
     for value in request.inputs:
         name, source = named_input(value)
@@ -323,7 +286,7 @@ def _open_inputs(request: PrepareRequest) -> dict[str, Corpus]:
     return corpora
 
 
-def _identity(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, Any]:
+def identity_of(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, Any]:
     """Return the settings that determine the files of a request, without the inputs (JSON)."""
     if request.tokenizer is None:
         tokenizer: dict[str, Any] = {"trained_vocab_size": request.vocab_size or DEFAULT_VOCAB_SIZE}
@@ -335,10 +298,11 @@ def _identity(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, 
         )
     inputs = {name: corpus.input for name, corpus in corpora.items()}
     values = {key: getattr(request, key) for key in ("validation_fraction", *_DECIDING)}
+    values |= _WITHOUT
     return {"inputs": inputs, "tokenizer": tokenizer, "end_of_document": end, **values}
 
 
-def _already_prepared(
+def already_prepared(
     out: Path, identity: dict[str, Any], corpora: dict[str, Corpus]
 ) -> Manifest | None:
     """Return the manifest of ``out`` if it matches the request; None if ``out`` has none.
@@ -349,7 +313,7 @@ def _already_prepared(
     if manifest is None:
         return None
     advice = "choose another output folder or remove this one"
-    recorded = {"split_key": None, **manifest.request}
+    recorded = {"split_key": None, **_WITHOUT, **manifest.request}
     recorded["end_of_document"] = manifest.tokenizer.end_of_document
     for key, value in identity.items():
         before = recorded.get(key, value)  # older manifests have fewer keys

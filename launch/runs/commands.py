@@ -42,7 +42,11 @@ class Fetch(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare(Command):
-    """Convert text into token files for training (Megatron's .bin/.idx)."""
+    """Convert text into token files for training (Megatron's .bin/.idx).
+
+    With --engine, many tasks write the files, on this machine, a Slurm cluster or a Ray cluster;
+    repeat an interrupted command to continue it. Requires: pip install 'allometry[prepare]'.
+    """
 
     inputs: tuple[str, ...] = argument(
         "NAME=PATH or PATH: text or JSON Lines (both also as .gz, .zst, .bz2, .xz), parquet, a "
@@ -70,6 +74,25 @@ class Prepare(Command):
     max_bad_lines: int = option("with skip: maximum number of bad lines in a source", 1000, min=0)
     max_documents: int | None = option("maximum number of documents of each source; default: all")
     processes: int | None = option("number of worker processes; default: number of cores")
+    engine: str | None = option(
+        "datatrove:local, datatrove:slurm or datatrove:ray: divide the input files into tasks; "
+        "default: processes of this machine"
+    )
+    tasks: int | None = option(
+        "with --engine: number of tasks and shards; default: one per file, at most 1000", min=1
+    )
+    workers: int | None = option(
+        "with --engine: number of tasks at a time; default: number of cores (local), no limit",
+        min=1,
+    )
+    sbatch: tuple[str, ...] = option(
+        "with datatrove:slurm: KEY=VALUE, an option of sbatch; partition and time are required", ()
+    )
+    deduplicate: bool = option("with --engine: drop near duplicates, found by MinHash", False)
+    decontaminate: tuple[str, ...] = option(
+        "with --engine: file of benchmark texts; drop documents that share 12 consecutive words",
+        (),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
+from allometry.configs.errors import UserError
 from allometry.data.corpus import OnBadLine
-from allometry.data.manifest import Manifest
+from allometry.data.manifest import MANIFEST, Manifest
 from allometry.data.prepare import PrepareRequest, prepare
+from allometry.data.tasks.executors import Engine, Kind
+from allometry.data.tasks.run import prepare_in_tasks
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Prepare
 from allometry.launch.text import table
@@ -30,7 +33,45 @@ def prepared(asked: Prepare) -> Report:
         max_bad_lines=asked.max_bad_lines,
         split_key=asked.split_key,
     )
-    return manifest_report(prepare(request, quiet=asked.json), asked.out)
+    engine = _engine(asked)
+    if engine is None:
+        return manifest_report(prepare(request, quiet=asked.json), asked.out)
+    made = prepare_in_tasks(request, engine, quiet=asked.json)
+    if isinstance(made, Manifest):
+        return manifest_report(made, asked.out)
+    return Report(
+        {"jobs": made.jobs, "tasks": made.tasks, "out": str(asked.out)},
+        f"submitted {made.tasks:,} tasks as Slurm jobs {', '.join(made.jobs)}; the last job writes "
+        f"{asked.out / MANIFEST}; if a job fails, repeat this command",
+    )
+
+
+_KIND = "datatrove:"
+
+
+def _engine(asked: Prepare) -> Engine | None:
+    """Return the engine of the tasks; None for processes of this machine."""
+    if asked.engine is None:
+        for key in ("tasks", "workers", "sbatch", "deduplicate", "decontaminate"):
+            if value := getattr(asked, key):
+                raise UserError(
+                    f"--{key} ({value}) is for preparation in tasks; add --engine datatrove:local"
+                )
+        return None
+    kind = asked.engine.removeprefix(_KIND)
+    if not asked.engine.startswith(_KIND) or kind not in get_args(Kind):
+        raise UserError(
+            f"engine={asked.engine} must be one of "
+            + ", ".join(f"{_KIND}{kind}" for kind in get_args(Kind))
+        )
+    return Engine(
+        kind=cast(Kind, kind),
+        tasks=asked.tasks,
+        workers=asked.workers,
+        sbatch=asked.sbatch,
+        deduplicate=asked.deduplicate,
+        decontaminate=asked.decontaminate,
+    )
 
 
 def manifest_report(manifest: Manifest, out: Path) -> Report:

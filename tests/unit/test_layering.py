@@ -40,6 +40,25 @@ SUB_ROOM_MAY_IMPORT = {
     "data.select": {
         *("data.store", "data.manifest", "data.special_tokens", "data.tokenizer", "data.order"),
     },
+    "data.tasks": {
+        *(
+            "data.prepare",
+            "data.corpora",
+            "data.corpus",
+            "data.encode",
+            "data.hints",
+            "data.joined",
+        ),
+        *(
+            "data.kinds",
+            "data.lock",
+            "data.manifest",
+            "data.output",
+            "data.progress",
+            "data.shards",
+        ),
+        *("data.source_files", "data.store", "data.tokenizer", "data.writer"),
+    },
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
     "parallel.hdp": set(),

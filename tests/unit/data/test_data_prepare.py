@@ -220,7 +220,7 @@ def test_interrupted_preparation_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, "encode_chunk", interrupt)
+        patch.setattr("allometry.data.source_files.encode_chunk", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(small, quiet=True)
     assert contents(Path(small.out)) == {}

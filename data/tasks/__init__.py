@@ -1,0 +1,1 @@
+"""Preparation in many tasks, on the executors of datatrove (docs/preparation.md)."""
