@@ -17,7 +17,7 @@ MARKERS = {"dots": "o", "point": "s", "star": "*", "cross": "x"}
 SIZES = {"dots": 3.0, "point": 4.0, "star": 12.0, "cross": 7.0}
 COLUMNS, FAINT, FEW_TICKS = 2, 0.35, 3
 DASHES: dict[str, Any] = {"dashed": "--", "dotted": (0, (1.0, 6.0))}
-SHORT = 30.0
+SHORT = 100.0
 """Ratio of the ends of a logarithmic axis below which its ticks are 1, 2 and 5 times powers."""
 NAMED = 12
 """Maximum number of entries of a legend."""

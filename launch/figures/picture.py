@@ -79,9 +79,12 @@ def _cleaned(svg: str, key: str, title: str) -> str:
     svg = re.sub(rf"(['\"]?){FONT}\1", f"'{FONT}', Verdana, sans-serif", svg)
     svg = re.sub(r"#[0-9a-f]{6}\b", _page_colour, svg)
     head, rest = svg.split(">", 1)
+    width = re.search(r' width="([\d.]+)pt"', head)
+    assert width is not None
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     head += (
-        ' role="img" style="stroke-linejoin:round;stroke-linecap:butt;max-width:100%;height:auto"'
+        f' role="img" style="width:{float(width[1]) / 72:g}in;max-width:100%;height:auto;'
+        'stroke-linejoin:round;stroke-linecap:butt"'
     )
     whole = f"{head}>{SCHEME}<title>{html.escape(title)}</title>{rest}"
     return "\n".join(line.strip() for line in whole.splitlines() if line.strip()) + "\n"
