@@ -77,11 +77,11 @@ def test_one_command_writes_the_page_and_its_pictures(
     assert end.value.code == 0
     facts = json.loads(capsys.readouterr().out)
     assert [s["section"] for s in facts["sections"] if s["absent"] is None] == [
-        *("loss", "fits", "isoflop", "transfer", "documents", "experts", "certificate")
+        *("loss", "fits", "transfer", "documents", "experts", "certificate")
     ]
     text = out.read_text()
     pictures = re.findall(r"!\[[^\]]+\]\((gallery/[\w-]+\.svg)\)", text)
-    assert len(pictures) == facts["pictures"] == 6
+    assert len(pictures) == facts["pictures"] == 5
     for name in pictures:
         root = ElementTree.parse(out.parent / name).getroot()
         svg = (out.parent / name).read_text()
