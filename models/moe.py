@@ -196,10 +196,11 @@ def begin_step(model: Transformer, tokens: int | Tensor) -> None:
     """Set the routers' token count of the step, over all micro-batches and ranks; must be positive.
 
     Counts every token that passes through the model, with or without a target, except padding.
-    For example, ``begin_step(model, 8 * 4096)`` for a global batch of 8 sequences.
+    Routers route a token once for each stream. For example, ``begin_step(model, 8 * 4096)`` for a
+    global batch of 8 sequences.
     """
     for router in routers(model).values():
-        router.tokens.fill_(tokens)
+        router.tokens.fill_(tokens * model.num_streams)
 
 
 @torch.no_grad()

@@ -119,6 +119,8 @@ class Observer:
             return hook
 
         core: Attend = block.attention.core
+        prefix = getattr(block.attention, "prefix", None)
+        before = 0 if prefix is None else prefix.tokens
 
         def observed_core(
             q: Tensor,
@@ -129,7 +131,8 @@ class Observer:
             *,
             window: int | None = None,
         ) -> Tensor:
-            self._see_attention(layer, q, k, documents, scale, window)
+            filled = before if documents is None else 0  # queries without a token
+            self._see_attention(layer, q, k, documents, scale, window, filled)
             return core(q, k, v, documents, scale, window=window)
 
         block.attention.core = observed_core
@@ -169,6 +172,7 @@ class Observer:
         documents: Documents | None,
         scale: float,
         window: int | None,
+        filled: int = 0,
     ) -> None:
         assert documents is None or documents.ring is None, "keys of a ring are elsewhere"
         B, L, N, _ = q_BLNH.shape
@@ -181,7 +185,8 @@ class Observer:
         if window is not None:
             first_BQ = torch.maximum(first_BQ, place_Q - window + 1)
         visible_BQL = (key_L <= place_Q[:, None]) & (key_L >= first_BQ[:, :, None])
-        counted_BQ = self._counted_whole(B, L, q_BLNH.device)[:, place_Q]
+        counted_BL = self._counted_whole(documents, B, L, q_BLNH.device)
+        counted_BQ = counted_BL[:, place_Q] & (place_Q >= filled)
         visible_BQL = visible_BQL & counted_BQ[:, :, None]
         q_BQKGH = _wide(q_BLNH[:, place_Q]).unflatten(2, (K, N // K))
         for head in range(K):  # one head at a time, to bound the memory of the logits
@@ -211,7 +216,9 @@ class Observer:
         sums_BQ = (logits_BQV - largest_BQ[:, :, None]).exp().sum(2)
         if head.vocabulary is not None:
             head.vocabulary.sum_(sums_BQ)
-        counted_BQ = self._counted_whole(B, L, x_BLD.device)[:, place_Q]
+        # The head reads the sum of the streams; ``documents`` are those of all streams.
+        counted_BL = self._counted_whole(self._documents, B, L, x_BLD.device)[:B]
+        counted_BQ = counted_BL[:, place_Q]
         log_z_BQ = (largest_BQ + sums_BQ.log()).where(counted_BQ, 0.0).double()
         self.output += torch.stack(
             [log_z_BQ.sum(), log_z_BQ.square().sum(), counted_BQ.sum().double()]
@@ -254,8 +261,9 @@ class Observer:
         apart = -(-length // self._queries)
         return torch.arange((length - 1) % apart, length, apart, device=device)
 
-    def _counted_whole(self, B: int, L: int, device: torch.device) -> Tensor:
-        counted_BL = None if self._documents is None else self._documents.counted_BL
+    @staticmethod
+    def _counted_whole(documents: Documents | None, B: int, L: int, device: torch.device) -> Tensor:
+        counted_BL = None if documents is None else documents.counted_BL
         if counted_BL is None:
             return torch.ones(B, L, dtype=torch.bool, device=device)
         return counted_BL

@@ -74,7 +74,7 @@ class StackedModel:
     def begin_step(self, tokens: int) -> None:
         """Set the routers' ``tokens`` to the number of tokens in a step of one run."""
         for buffer in self._shared.values():
-            buffer.fill_(tokens)
+            buffer.fill_(tokens * self.model.num_streams)
 
     @torch.no_grad()
     def set_loads(self, counts: Mapping[int, Tensor]) -> None:

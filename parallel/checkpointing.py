@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 from allometry.models.transformer import Transformer
+from allometry.parallel.hdp.prefix import PREFIX_RING_OPERATOR
 from allometry.parallel.hdp.ring import RING_OPERATOR
 from allometry.parallel.offload.results import with_saved_tensor_hooks
 from allometry.scaling.attention import BACKENDS
@@ -27,7 +28,8 @@ from allometry.scaling.attention import BACKENDS
 _COMMUNICATION = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm")
 _ATTENTION = frozenset(
-    {RING_OPERATOR, *(name for backend in BACKENDS for name in backend.operators)}
+    {RING_OPERATOR, PREFIX_RING_OPERATOR}
+    | {name for backend in BACKENDS for name in backend.operators}
 )
 # Dispatch modes that save results in the first pass and replay them in the second pass.
 _SELECTION = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)

@@ -12,6 +12,7 @@ from torch import Tensor
 from allometry.models.attention import Attend, attend, backend_of, filled
 from allometry.models.documents import Documents
 from allometry.models.transformer import Transformer
+from allometry.parallel.hdp.prefix import prefix_over_ring
 from allometry.parallel.hdp.ring import ring_attention
 from allometry.parallel.mesh import Mesh
 
@@ -65,3 +66,6 @@ def apply_context(part: Transformer, mesh: Mesh) -> None:
     name = mesh.hdp.group.group_name
     for block in part.blocks.values():
         block.attention.core = ContextAttention(name, block.attention.core)
+        prefix = getattr(block.attention, "prefix", None)
+        if prefix is not None:
+            prefix.over_ring = prefix_over_ring(name)

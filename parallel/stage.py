@@ -72,7 +72,10 @@ class Stage(PipelineStage):
         if self.inputs.before is not None and self.stage_index == self.inputs.first:
             self.inputs.before(index)
         x_BLD = None if self.is_first else args[0]
-        made = self.submod(batch.tokens_BL, batch.targets_BL, batch.documents, x_BLD)
+        made = self.submod(
+            *(batch.tokens_BL, batch.targets_BL, batch.documents, x_BLD),
+            ahead_MBL=batch.ahead_MBL,
+        )
         if not isinstance(made, Losses):
             # Output of a frozen first stage; torch's schedules differentiate every output.
             return made if made.requires_grad else made.detach().requires_grad_()
@@ -91,6 +94,16 @@ class Stage(PipelineStage):
         if self.has_backward and not self.is_last:
             self._make_buffers("backward", self.grad_recv_info, bwd_chunk_id)
         return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    @override
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        # Messages must be contiguous, and chunks of several sequences give other gradients.
+        made = self.bwd_cache.get(bwd_chunk_id)
+        if made is not None:
+            self.bwd_cache[bwd_chunk_id] = tuple(
+                x.contiguous() if isinstance(x, Tensor) else x for x in made
+            )
+        return super().get_bwd_send_ops(bwd_chunk_id)
 
     @override
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ boundaries.
 | wq, wk, wv, gate, up          | Shard(0)              |
 | their biases                  | Shard(0)              |
 | gains over all heads          | Shard(0)              |
+| prefixes of streams           | Shard(0)              |
 | wo, down                      | Shard(1)              |
 | wq, wkv of latents, wo        | Shard(0), Shard(1)    |
 | experts' gate, up [E, F, D]   | Shard(1)              |
@@ -228,6 +229,10 @@ def _cut_heads(module: Attention | LatentAttention, mesh: DeviceMesh) -> None:
     _cut_weights(module, mesh, {"wq": 0, "wk": 0, "wv": 0, "wo": 1})
     if module.norm_over == "width":
         _norm_over_ranks(module, mesh)
+    for name in ("keys", "values") if module.prefix is not None else ():
+        assert module.prefix is not None
+        assert module.prefix.specs[name].of_heads
+        _distribute(module.prefix, name, mesh, [Shard(0)])
 
 
 def _norm_over_ranks(module: Attention, mesh: DeviceMesh) -> None:

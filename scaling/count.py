@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from allometry.configs.model import ModelConfig, MoEModel
 from allometry.scaling.inventory import inventory
-from allometry.scaling.roles import EXPERTS, MATRICES, ParamSpec, Role
+from allometry.scaling.roles import EXPERTS, MATRICES, ParamSpec, Role, layer_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,8 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     by_role: dict[str, int] = {}
     active = 0
     for spec in inventory(model):
+        if spec.ahead:
+            continue
         by_role[spec.role.value] = by_role.get(spec.role.value, 0) + spec.numel
         active += active_numel(model, spec)
     total = sum(by_role.values())
@@ -81,6 +83,11 @@ def attention_flops(model: ModelConfig, sequence_length: int, window: int | None
     return features * window * (2 * length - window + 1) // length
 
 
+def prefix_flops(model: ModelConfig) -> int:
+    """Return forward FLOPs per token of one layer's attention to the prefix: 2·n·N·(H + V)."""
+    return 2 * model.prefix_tokens * _score_features(model)
+
+
 def _score_features(model: ModelConfig) -> int:
     """Return the multiply-adds of a query and one of its keys: N (H + V)."""
     return model.num_heads * (model.head_width + model.value_width)
@@ -90,16 +97,25 @@ def _score_features(model: ModelConfig) -> int:
 def layer_flops(model: ModelConfig, sequence_length: int) -> tuple[int, ...]:
     """Return forward FLOPs per token of the embedding (0), of each layer, and of the head.
 
+    The head's FLOPs include the depths of multi-token prediction, which run on the head's stage.
     The sum is ``flops_per_token(...).forward``.
     """
     layers = [
-        attention_flops(model, sequence_length, model.window_of(layer))
+        attention_flops(model, sequence_length, model.window_of(layer)) + prefix_flops(model)
         for layer in range(model.num_layers)
     ]
+    ahead = range(model.num_layers, model.num_blocks)
+    end = 2 * model.vocab_size * model.width * (1 + model.num_depths)
+    end += sum(attention_flops(model, sequence_length, model.window_of(n)) for n in ahead)
     for spec in inventory(model):
-        if spec.role in MATRICES:
-            layers[int(spec.name.split(".")[1])] += 2 * active_numel(model, spec)
-    return (0, *layers, 2 * model.vocab_size * model.width)
+        if spec.role not in MATRICES:
+            continue
+        layer = layer_of(spec.name)
+        if spec.ahead or layer is None:  # the weights of the streams have no layer
+            end += 2 * active_numel(model, spec)
+        else:
+            layers[layer] += 2 * active_numel(model, spec)
+    return (0, *(model.num_streams * layer for layer in layers), end)
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
@@ -108,19 +124,26 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
     Forward = 2 x (weights of every matrix product, including a tied head, and only the routed
     experts that a token visits) + ``attention_flops`` of each layer: 2·N·H for the scores and 2·N·V
     for the weighted values of each key that a query attends to, with the causal mask (position p
-    attends to p) or a window. Backward = 2 x forward, one product for each operand. Lookups, norms,
-    RoPE, softmax, and recomputation by kernels or activation checkpointing are not counted: the
-    result is the numerator of MFU (PaLM, arXiv 2204.02311, appendix B, with the causal half counted
-    once). The result is for one document per sequence; for packed documents see ``DocumentFlops``.
-    For example, ``flops_per_token(model, 4096).total * tokens`` for a run of such sequences.
+    attends to p) or a window. With ``model.streams`` blocks and attention count once for each
+    stream, with the prefix's keys; the weights of the streams and the head count once. Backward = 2
+    x forward, one product for each operand. Lookups, norms, RoPE, softmax, and recomputation by
+    kernels or activation checkpointing are not counted: the result is the numerator of MFU (PaLM,
+    arXiv 2204.02311, appendix B, with the causal half counted once). The result is for one document
+    per sequence; for packed documents see ``DocumentFlops``. For example,
+    ``flops_per_token(model, 4096).total * tokens`` for a run of such sequences.
     """
     assert sequence_length > 0, sequence_length
-    products = sum(active_numel(model, spec) for spec in inventory(model) if spec.role in MATRICES)
-    head = model.vocab_size * model.width
-    attention = (model.num_layers - model.num_windowed) * attention_flops(model, sequence_length)
+    products = sum(
+        active_numel(model, spec) * (1 if layer_of(spec.name) is None else model.num_streams)
+        for spec in inventory(model)
+        if spec.role in MATRICES
+    )
+    head = model.vocab_size * model.width * (1 + model.num_depths)
+    windowed = sum(map(model.windowed, range(model.num_blocks)))
+    attention = (model.num_blocks - windowed) * attention_flops(model, sequence_length)
     if model.window is not None:
-        each = attention_flops(model, sequence_length, model.window.tokens)
-        attention += model.num_windowed * each
+        attention += windowed * attention_flops(model, sequence_length, model.window.tokens)
+    attention = model.num_streams * (attention + model.num_layers * prefix_flops(model))
     forward = 2 * (products + head) + attention
     return Flops(forward=forward, backward=2 * forward, total=3 * forward, attention=3 * attention)
 
@@ -129,7 +152,8 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
 class DocumentFlops:
     """Model FLOPs of training on documents with attention within each document.
 
-    ``per_token``: of a token without attention. ``per_pair``: of a query and one of its keys; a
+    ``per_token``: of a token without attention to the document, but to the streams' prefixes.
+    ``per_pair``: of a query and one of its keys; a
     document of L tokens has L (L + 1) / 2 pairs. ``per_windowed_pair``: the same in layers with a
     ``window``, where longer documents have fewer pairs.
     """
@@ -143,11 +167,11 @@ class DocumentFlops:
     def of(cls, model: ModelConfig) -> DocumentFlops:
         """Return the coefficients of ``model``."""
         one = flops_per_token(model, 1)
-        each = 3 * 2 * _score_features(model)
-        windowed = model.num_windowed
+        each = 3 * 2 * _score_features(model) * model.num_streams
+        windowed = sum(map(model.windowed, range(model.num_blocks)))
         return cls(
-            one.total - one.attention,
-            (model.num_layers - windowed) * each,
+            one.total - model.num_blocks * each,  # a document of one token has one pair
+            (model.num_blocks - windowed) * each,
             windowed * each,
             0 if model.window is None else model.window.tokens,
         )

@@ -1,15 +1,19 @@
 """Parameters of a model, derived from its config; modules are built from this list."""
 
 # V vocabulary, D width, N query heads, K key/value heads, H head width, F feed-forward width,
-# E experts
+# E experts, P streams, n tokens of a prefix
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from allometry.configs.decoder import LatentAttention
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
-from allometry.scaling.roles import ParamSpec, Role, Start
+from allometry.scaling.roles import Normal, ParamSpec, Role, Start
+
+PREFIX_STD = 0.02
+"""Standard deviation of initial prefixes."""
 
 
 def matrix(name: str, role: Role, fan_out: int, fan_in: int) -> ParamSpec:
@@ -58,10 +62,44 @@ def inventory(
     for layer in range(model.num_layers) if layers is None else layers:
         specs.extend(block_specs(model, layer, f"blocks.{layer}"))
     if last:
+        specs.extend(depth_blocks(model))
         specs.append(vector("final_norm.weight", model.width))
+        specs.extend(aggregator_specs(model, "aggregator"))
     if last and not (model.tied_embeddings and first):
         specs.append(matrix("head.weight", Role.OUTPUT, model.vocab_size, model.width))
+    if last:
+        specs.extend(depth_specs(model, mirrored=not first))
     return tuple(specs)
+
+
+def depth_blocks(model: ModelConfig) -> Iterator[ParamSpec]:
+    """Yield the parameters of the blocks of multi-token prediction, numbered after the others."""
+    for layer in range(model.num_layers, model.num_layers + model.num_depths):
+        yield from _ahead(block_specs(model, layer, f"blocks.{layer}"))
+
+
+def depth_specs(model: ModelConfig, *, mirrored: bool = False) -> Iterator[ParamSpec]:
+    """Yield what multi-token prediction has beside its blocks.
+
+    ``mirrored``: in a part without the embedding, of which it has a copy.
+    """
+    if mirrored and model.num_depths:
+        table = embedding("mtp.embedding.weight", model.vocab_size, model.width)
+        yield replace(table, ahead=True)
+    for depth in range(model.num_depths):
+        prefix = f"mtp.{depth}"
+        yield from _ahead(
+            (
+                vector(f"{prefix}.embedding_norm.weight", model.width),
+                vector(f"{prefix}.hidden_norm.weight", model.width),
+                matrix(f"{prefix}.projection.weight", Role.HIDDEN, model.width, 2 * model.width),
+                vector(f"{prefix}.final_norm.weight", model.width),
+            )
+        )
+
+
+def _ahead(specs: Iterable[ParamSpec]) -> Iterator[ParamSpec]:
+    return (replace(spec, ahead=True) for spec in specs)
 
 
 def within(specs: Specs, module: str) -> Specs:
@@ -103,6 +141,34 @@ def attention_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
             size = features if whole else head_width
             yield vector(f"{prefix}.{name}.weight", size, of_heads=whole)
     yield matrix(f"{prefix}.wo.weight", Role.HIDDEN, width, queries)
+    yield from prefix_specs(model, f"{prefix}.prefix")
+
+
+def prefix_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
+    """Yield the prefixes of the streams in a layer, keys and values [K, P, n, H], flattened.
+
+    As a bias, a prefix has one dimension that grows with the width, the heads.
+    """
+    size = model.kv_heads * model.num_streams * model.prefix_tokens * model.head_width
+    for name in ("keys", "values") if size else ():
+        yield vector(f"{prefix}.{name}", size, Normal(PREFIX_STD), of_heads=True)
+
+
+def aggregator_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
+    """Yield the parameters that compute the streams' weights, [D, D P], [D], [P, D] and [P]."""
+    width, count = model.width, model.num_streams
+    if model.streams is None:
+        return
+    yield matrix(f"{prefix}.mix.weight", Role.HIDDEN, width, width * count)
+    yield vector(f"{prefix}.mix.bias", width, "zeros")
+    yield matrix(f"{prefix}.choice.weight", Role.ROUTER, count, width)
+    yield vector(f"{prefix}.choice.bias", count, "zeros")
+
+
+def stream_names(model: ModelConfig) -> frozenset[str]:
+    """Return the parameters that ``model.streams`` adds to a model of one stream."""
+    plain = model.model_copy(update={"streams": None})
+    return frozenset(s.name for s in inventory(model)) - {s.name for s in inventory(plain)}
 
 
 def latent_attention_specs(

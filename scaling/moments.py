@@ -39,6 +39,7 @@ from allometry.scaling.saved import (
     Kernels,
     norm,
 )
+from allometry.scaling.saved_streams import weighted_sum
 from allometry.scaling.shards import PREFETCHED, RankParts
 
 _FP32 = 4
@@ -91,8 +92,13 @@ class Step:
     # --- the model on this rank
 
     @cached_property
+    def _rows(self) -> int:
+        """Tokens of a micro-batch in all streams, as the blocks compute them."""
+        return self.tokens * self.part.model.num_streams
+
+    @cached_property
     def _blocks(self) -> RankBlocks:
-        how = self.tokens, self.checkpointing, self.away, self.dormant
+        how = self._rows, self.checkpointing, self.away, self.dormant
         return RankBlocks(self.part, self.kernels, *how)
 
     @property
@@ -102,12 +108,18 @@ class Step:
     def _ends(self) -> Counter[str]:
         """Return bytes saved by the final norm and, in a pipeline, of received and sent tensors."""
         model, part = self.part.model, self.part
-        c, local = self.kernels.compute, self.tokens // part.tp
+        c, local = self.kernels.compute, self._rows // part.tp
         kept: Counter[str] = Counter()
         if part.last:
             trained = any(spec.name == "final_norm.weight" for spec in self.part.trained)
             of_norm = norm(model.width, self.kernels, trained=trained)
             kept += Counter({name: round(local * n) for name, n in of_norm.items()})
+            # Each depth has three norms more, and keeps what its projection reads.
+            for _ in range(model.num_depths):
+                kept += Counter({name: round(3 * local * n) for name, n in of_norm.items()})
+                kept[RESIDUAL] += 2 * c * local * model.width
+            of_sum = weighted_sum(model, self.kernels)
+            kept += Counter({name: self.tokens // part.tp * n for name, n in of_sum.items()})
         if self.pipelined:
             kept[RESIDUAL] += c * local * model.width * ((not part.first) + (not part.last))
         return kept
@@ -145,7 +157,7 @@ class Step:
 
     def _head(self) -> Moment:
         model, part = self.part.model, self.part
-        local = self.tokens // part.tp
+        local, rows = self.tokens // part.tp, 1 + model.num_depths
         c, wide = self.kernels.compute, self.kernels.wide
         vocabulary = self._vocabulary
         chunk = self._chunk_tokens()
@@ -155,13 +167,15 @@ class Step:
         softmax = logits * (c if c == wide else c + wide)
         if part.tp > 1:
             softmax = logits * (c + 2 * wide if c < wide else c + wide)
-        first = chunk >= self.tokens and not (self.pipelined and self.micro_batches > 1)
+        first = (
+            rows == 1 and chunk >= self.tokens and not (self.pipelined and self.micro_batches > 1)
+        )
         summed = 0 if first else wide * head
         product = logits * c + (head * (wide if c == wide else c + wide) if first else c * head)
         if not self._head_is_trained:
             summed, product = 0, logits * c
-        inputs = c * self.tokens * model.width * self.in_flight  # their gradients
-        normed = c * model.width * (local if part.tp == 1 else local + self.tokens)
+        inputs = c * rows * self.tokens * model.width * self.in_flight  # their gradients
+        normed = c * rows * model.width * (local if part.tp == 1 else local + self.tokens)
         gathered = c * head + (_FP32 * head if model.tied_embeddings and part.first else 0)
         if self.zero.stage:
             gathered = self._gathered(None)
@@ -210,7 +224,7 @@ class Step:
         recipe = kernels.recipe(Role.EXPERT_UP if experts else Role.HIDDEN, block.layer)
         if self.compiled or not (recipe or kernels.saves):
             return 0
-        local = self.tokens // part.tp
+        local = self._rows // part.tp
         emulated = recipe and self.on_cpu
         copies = 3 if emulated or c < wide else 2
         activations = copies * wide * 2 * block.widest * local if emulated or kernels.saves else 0
@@ -227,10 +241,10 @@ class Step:
         )
         left = Counter({name: n - others[name] for name, n in one.items()})
         done = self._ends_gradients
-        stream = c * self.tokens // self.part.tp * model.width
+        stream = c * self._rows // self.part.tp * model.width
         found, here = [], set[int]()
         if self.part.last:
-            final = self._norm_backward(model.width) * (self.tokens // self.part.tp)
+            final = self._norm_backward(model.width) * (self._rows // self.part.tp)
             kinds = self._base(self._gathered(None), max(self._added_up, done) + self._flat)
             kinds[WORKSPACE] = final + stream
             found.append(Moment("backward of the head", with_saved(kinds, left + others)))
@@ -265,7 +279,7 @@ class Step:
         others: Counter[str],
     ) -> list[Moment]:
         """Return the moments of the backward of one block."""
-        stream = self.kernels.compute * self.tokens // self.part.tp * self.part.model.width
+        stream = self.kernels.compute * self._rows // self.part.tp * self.part.model.width
         kept = self._blocks.saved(layer)
         again: Counter[str] = Counter()
         if self.checkpointing != "none":
@@ -330,7 +344,7 @@ class Step:
 
     def _block_backward(self, block: Block) -> int:
         """Return peak bytes of a block's backward, in addition to saved tensors."""
-        part, tokens = self.part, self.tokens
+        part, tokens = self.part, self._rows
         c, wide = self.kernels.compute, self.kernels.wide
         hidden = block.hidden * tokens // part.tp
         # In half types one product computes gate and up, so one tensor receives their gradients.

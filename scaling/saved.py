@@ -23,13 +23,13 @@ Checkpointing = Literal["none", "selective", "full"]
 
 NORMS, QKV, ATTENTION, GATE_UP, SWIGLU = "norms", "q, k, v", "attention", "gate, up", "SwiGLU"
 ROUTER, ROWS, RESIDUAL, GATHERED = "router", "expert rows", "residual", "gathered tokens"
-OPERATIONS = (NORMS, QKV, ATTENTION, GATE_UP, SWIGLU, ROUTER, ROWS, RESIDUAL, GATHERED)
+STREAMS = "streams"  # inputs of their weighted sum
+OPERATIONS = (NORMS, QKV, ATTENTION, GATE_UP, SWIGLU, ROUTER, ROWS, RESIDUAL, GATHERED, STREAMS)
 """Operations. ``norms``: inputs of norms (in fp32 if their kernel is not fused) and outputs that
 the next product reads. ``q, k, v``: before their norm, and rotated. ``attention``: its output and
 tensors saved by its back end. ``SwiGLU``: silu(gate) and its product with up. ``router``: its fp32
 input, logits and gates. ``expert rows``: tokens sorted by expert, outputs of experts, the order.
-``residual``: a block's input if it is read again. ``gathered tokens``: input of a branch, of all
-tensor-parallel ranks.
+``residual``: a block's input if read again. ``gathered tokens``: branch input of all tp ranks.
 """
 
 _WHOLE = (GATHERED, ROWS)  # not sharded by tp; rows are with whole experts
@@ -45,7 +45,7 @@ class Kernels:
     per row, like torch's CUDA kernel; on a CPU it saves the quotient and, for half types, the
     input, both in fp32. ``scores``: bytes per token saved by attention in addition to its output;
     ``windowed_scores``: the same for layers with a sliding window. ``precision``: FP8 settings;
-    ``auto`` is treated as compute.
+    ``auto`` is treated as compute. ``prefix_share``: tokens of a prefix by tokens of a sequence.
     """
 
     compute: int
@@ -53,6 +53,7 @@ class Kernels:
     scores: int
     precision: PrecisionConfig = COMPUTE
     windowed_scores: int = 0
+    prefix_share: float = 0.0
 
     @property
     def wide(self) -> int:
@@ -131,8 +132,7 @@ class Block:
     def hidden(self) -> int:
         """Hidden elements of a token in all its feed-forwards: F, or k·F and the shared experts."""
         if self.mixture is None:
-            assert self.model.ffn_width is not None
-            return self.model.ffn_width
+            return self.model.ffn_width or 0
         experts = self.mixture.experts
         return experts.width * (experts.experts_per_token + experts.num_shared_experts)
 
@@ -176,13 +176,13 @@ class Block:
             return self._latent_attention(self.model.latent_attention)
         kernels = self.kernels
         queries, keys = self._features
-        rows = self._norms("attention") + self._branch_input(
-            "attention.wq", "attention.wk", "attention.wv"
-        )
-        rows[QKV] += kernels.compute * (queries + 2 * keys)
-        rows[ATTENTION] += kernels.compute * queries + self._scores
-        # Otherwise the attention output itself is the input of the next product.
-        if kernels.saves and self._trains("attention.wo"):
+        weights = "attention.wq", "attention.wk", "attention.wv"
+        rows = self._norms("attention") + self._branch_input(*weights)
+        longer = 1.0 + kernels.prefix_share
+        rows[QKV] += round(longer * kernels.compute * (queries + 2 * keys))
+        rows[ATTENTION] += round(longer * (kernels.compute * queries + self._scores))
+        # Else the product reads the attention output itself; of a longer output it reads a copy.
+        if (kernels.saves or kernels.prefix_share) and self._trains("attention.wo"):
             rows[ATTENTION] += kernels.product_input(queries, self._recipe())
         if self.model.qk_norm:
             normed = self._qk_norm()
@@ -231,7 +231,7 @@ class Block:
         return (latent.q_lora_rank or 0) + latent.kv_lora_rank + latent.qk_rope_head_dim
 
     def _dropout(self) -> Counter[str]:
-        """Return the bytes of a mask for each branch: on CUDA bool, on a CPU in the compute dtype."""
+        """Return the bytes of a mask for each branch: bool on CUDA, compute dtype on a CPU."""
         element = 1 if self.kernels.fused_norm else self.kernels.compute
         return Counter({RESIDUAL: 2 * element * self.model.width} if self.model.dropout else {})
 
@@ -361,7 +361,7 @@ class Block:
         rows: Counter[str] = Counter(
             {
                 QKV: made * projected,
-                ATTENTION: c * queries + self._scores,
+                ATTENTION: round((1.0 + self.kernels.prefix_share) * (c * queries + self._scores)),
                 GATE_UP: 2 * made * self.hidden,
                 RESIDUAL: (c + made) * width,  # the input, and the output of attention
             }

@@ -11,6 +11,7 @@ from allometry.optim.offload.swap import StatesLost
 from allometry.parallel.agree import on_all_ranks
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
+from allometry.scaling.inventory import stream_names
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.loop import Progress, state_tensors
 from allometry.trainer.state import checkpoint
@@ -43,6 +44,13 @@ def restore(
     except StatesLost as error:
         raise progress.lost(error) from None
     return progress, converted
+
+
+def _added(config: RunConfig, start: Start) -> frozenset[str]:
+    """Return the parameters that a branch adds to its parent's model, at the step of the branch."""
+    parent = config.run.parent
+    begins = parent is not None and parent.step == start.step and not start.weights_only
+    return stream_names(config.model) if begins else frozenset()
 
 
 def _load(
@@ -82,7 +90,7 @@ def _load(
         own = start.checkpoint
         on_all_ranks(mesh, lambda: load_copy(own, state), "loading local copies")
     else:
-        converted, anew = load(start.checkpoint, state, names, mesh)
+        converted, anew = load(start.checkpoint, state, names, mesh, _added(config, start))
     settle(optimizer)
     if anew:
         begin_anew(optimizer, anew)

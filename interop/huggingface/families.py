@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from allometry.configs.decoder import Activation, NormOver, NormPlaces
 from allometry.configs.model import ModelConfig, MoEModel
 from allometry.interop.huggingface import deepseek
+from allometry.scaling.inventory import inventory, stream_names
 
 Family = Literal[
     "llama",
@@ -124,6 +125,10 @@ def _of_blocks(model: ModelConfig, has: Traits) -> Iterator[tuple[str, Any, str]
     if (model.latent_attention is not None) != has.latent:
         value = None if has.latent else "{...}"
         yield "latent_attention", value, "it has one" if has.latent else "it has none"
+    if model.streams is not None:
+        first = next(s.name for s in inventory(model) if s.name in stream_names(model))
+        value = f"{{count: {model.streams.count}, ...}}"
+        yield "streams", value, f"it has no place for {first} and aggregator.mix.weight"
     if model.qkv_bias != has.qkv_bias:
         yield "qkv_bias", model.qkv_bias, "it has biases" if has.qkv_bias else "it has no biases"
     if model.qk_norm != (has.qk_norm is not None):

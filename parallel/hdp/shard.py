@@ -54,6 +54,12 @@ def ring_table(ring: Sequence[int], member: int, lengths: Sequence[int], tag: in
     return torch.tensor([len(ring), member, tag, *ring, *lengths], dtype=torch.int64)
 
 
+def repeated_table(table: Tensor, count: int) -> Tensor:
+    """Return the table of ``count`` copies of all documents of a ``ring_table``, copy by copy."""
+    n = int(table[0])
+    return torch.cat([table[: 3 + n], table[3 + n :].repeat(count)])
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Runs of rows in ascending order, all non-empty: run i is ``starts[i]`` to ``stops[i]``."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from allometry.configs.execution import ContextCosts, Zero
 from allometry.configs.model import ModelConfig
 from allometry.configs.precision import PrecisionConfig
-from allometry.scaling.count import flops_per_token, layer_flops
+from allometry.scaling.count import DocumentFlops, layer_flops
 from allometry.scaling.memory import estimate_memory
 from allometry.scaling.saved import COMPUTE
 
@@ -73,10 +73,10 @@ class CostModel:
         number = model.num_layers if layers is None else layers
         share = number / model.num_layers
         rate = costs.tflops * 1e12 * tp
-        one = flops_per_token(model, 1)
-        products = one.total - one.attention
-        in_layers = sum(layer_flops(model, 1)[1:-1]) * 3 - one.attention
-        features = model.kv_heads * model.head_width / tp
+        flops = DocumentFlops.of(model)
+        pairs = flops.per_pair + flops.per_windowed_pair
+        in_layers = sum(layer_flops(model, 1)[1:-1]) * 3 - pairs
+        features = model.num_streams * model.kv_heads * model.head_width / tp
         kept = estimate_memory(
             model,
             micro_batch_tokens=1024,
@@ -87,8 +87,8 @@ class CostModel:
             precision=precision,
         ).activations
         return cls(
-            token_s=share * products / rate,
-            pair_s=share * one.attention / 2 / (rate * costs.attention_efficiency),
+            token_s=share * flops.per_token / rate,
+            pair_s=share * pairs / 2 / (rate * costs.attention_efficiency),
             micro_batch_s=number * costs.micro_batch_ms * 1e-3,
             layer_s=in_layers / model.num_layers / rate,
             layers=number,

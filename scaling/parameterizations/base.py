@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, ParameterizationConfig, WeightDecayRule
 from allometry.configs.optimization import Muon, OptimizerConfig
-from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.roles import Normal, ParamSpec, Role, Start
 from allometry.scaling.update_rules import OPTIMIZER_KINDS, Rates, UpdateRule, rule_of, rules_of
 
 InitKind = Literal["normal", "uniform", "ones", "zeros"]
@@ -143,7 +143,7 @@ class Multipliers(ABC):
         width_rate = self.width_rate(spec, rule)
         lr = width_rate * self.other_rate(spec)
         return Resolved(
-            *((spec.start, 0.0) if spec.start is not None else self.initial(spec)),
+            *(_started(spec.start) if spec.start is not None else self.initial(spec)),
             lr=lr,
             weight_decay=self._decay(spec, rule, width_rate, lr),
             eps=self.epsilon(spec),
@@ -189,6 +189,11 @@ class Multipliers(ABC):
         base = base_head_dim or width
         plain = 1.0 / math.sqrt(width) if base == width else math.sqrt(base) / width
         return plain * self.model.score_factor
+
+
+def _started(start: Start) -> tuple[InitKind, float]:
+    """Return the initialization and σ of a start that a module states."""
+    return ("normal", start.std) if isinstance(start, Normal) else (start, 0.0)
 
 
 def muon_rate(spec: ParamSpec, m: Fraction, optimizer: OptimizerConfig | None) -> float:

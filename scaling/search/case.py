@@ -218,12 +218,16 @@ def left_out(config: RunConfig) -> Iterator[str]:
                 "widths in model.latent_attention: products are timed as if two thirds of a head "
                 "were not rotated, and values as wide as these"
             )
+    if model.streams is not None:
+        yield f"model.streams.count={model.streams.count}: the step is timed as of one stream"
     if model.norms == "both":
         yield "model.norms=both: blocks are timed with two norms, not four"
     if model.qkv_bias:
         yield "model.qkv_bias: adding biases is not timed"
     if model.qk_norm_over == "width" and (parallel.tp or 1) > 1:
         yield "model.qk_norm_over=width: its message between tensor-parallel ranks is not timed"
+    if model.multi_token is not None:
+        yield f"model.multi_token: {model.num_depths} more blocks and heads are not timed"
     loads = BalanceLoads.of(config)
     if loads is not None and loads.loads == "this_batch":
         yield "the forward pass that counts experts' loads (model.router.balance.loads)"

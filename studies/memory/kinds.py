@@ -15,6 +15,7 @@ from allometry.scaling.saved import (
     RESIDUAL,
     ROUTER,
     ROWS,
+    STREAMS,
     SWIGLU,
 )
 from allometry.studies.memory.live import BACKWARD, BETWEEN, FORWARD, HEAD, Stored
@@ -27,6 +28,7 @@ _MODULES = {
     **dict.fromkeys(("gate", "up"), GATE_UP),
     **dict.fromkeys(("latent_down", "latent_up"), ROWS),
     "router": ROUTER,
+    **dict.fromkeys(("aggregator", "mix", "choice"), STREAMS),
 }
 _INPUTS = {"wo": ATTENTION, "down": SWIGLU, "latent_down": NORMS, "latent_up": ROWS}
 _PRODUCTS = ("mm", "linear", "_to_copy", "cat", "clone")

@@ -54,6 +54,7 @@ POSSIBLE = (
     "model.z_loss",
     "model.router.z_loss",
     "model.router.balance",
+    "model.streams",
 )
 """Keys whose value may change at a step."""
 _IMPOSSIBLE = ("optimizer.kind", "optimizer.rank", "model.router.balance.kind")

@@ -39,14 +39,21 @@ class Loaded(NamedTuple):
     begun: list[Tensor]
 
 
-def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> Loaded:
+def load(
+    path: Path,
+    state: State,
+    names: Mapping[Tensor, str],
+    mesh: Mesh,
+    added: frozenset[str] = frozenset(),
+) -> Loaded:
     """Load the full state of a run, including optimizer states, into ``state`` in place.
 
     ``names`` are the parameters' names. Every rank calls this. States in the same format are loaded
     bit for bit; other states are read in their stored format, converted and rounded to nearest, a
     batch at a time, on the device or in an offload tier. Parameters without states in the
-    checkpoint keep their initial states, as in a first step. For example, 8 states of an FP8
-    checkpoint resumed in fp32 give ``converted={"fp8 -> fp32": 8}``.
+    checkpoint keep their initial states, as in a first step. Parameters ``added`` to the model
+    since the checkpoint also keep their initial values if the checkpoint has none. For example, 8
+    states of an FP8 checkpoint resumed in fp32 give ``converted={"fp8 -> fp32": 8}``.
 
     Raises:
         UserError: the checkpoint stores states in FP8, and the run uses the DeepSpeed engine.
@@ -61,6 +68,7 @@ def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> L
     # Stochastic rounding starts its step count, and delayed updates begin.
     delayed = [p for p in prefixes if LATE in held[p] and LATE not in saved[p]]
     away |= {f"{p}{LATE}" for p in delayed}
+    away |= {f"model.{name}" for name in added if f"model.{name}" not in there}
     away |= {f"{p}step" for p in prefixes if "step" in held[p] and "step" not in saved[p]}
     checkpoint.load(path, {name: each for name, each in state.items() if name not in away}, mesh)
     for prefix in delayed:

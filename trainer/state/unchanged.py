@@ -74,6 +74,7 @@ def check_branch(parent: RunConfig, branch: RunConfig, link: Parent) -> None:
     """
     step, folder = link.step, link.folder
     _check_skips(parent, branch, step, f"of run.parent.folder={folder}")
+    _check_streams(parent, branch, folder)
     check_names(link, _at(parent, step), _at(branch, step))
     for begun, change in _differences_of_stages(parent, branch, step):
         if not begun.goes_on and _is_of_branch(change):
@@ -139,6 +140,17 @@ def _check_skips(old: RunConfig, new: RunConfig, step: int, of: str) -> None:
         )
 
 
+def _check_streams(parent: RunConfig, branch: RunConfig, folder: str) -> None:
+    """Raise UserError if the streams change in another way than from one stream to several."""
+    was, now = parent.model.streams, branch.model.streams
+    if was is not None and was != now:
+        raise UserError(
+            f"model.streams differs from that of run.parent.folder={folder}, which has "
+            f"{was.count} streams: a branch can add streams to a run with one, but not change "
+            "them; restore model.streams"
+        )
+
+
 def _is_of_branch(change: Difference) -> bool:
     return not covers("run", change.key) or change.key == "run.seed"
 
@@ -187,7 +199,7 @@ def rates_part(old: RunConfig, new: RunConfig, step: int) -> int | None:
     last = min(step, begun)
     for one, place in zip(places_of(old), places_of(new), strict=False):
         at, first = one.number - 1, one.steps_before + 1
-        if first <= step and _multipliers(old, at) != _multipliers(new, at):
+        if first <= step and not _same_multipliers(old, new, at):
             return first
         last = min(step, one.last_step, place.last_step)
         done = max(first, was[at].first_step)
@@ -257,17 +269,25 @@ def _check_length(config: RunConfig, step: int) -> int:
     return total
 
 
-def _multipliers(config: RunConfig, stage: int) -> list[tuple[float, float, float, float]]:
-    """Return the multipliers of rate, weight decay, epsilon and 1 - beta2 in a stage.
+def _same_multipliers(old: RunConfig, new: RunConfig, stage: int) -> bool:
+    """Return True if all parameters that both runs have follow the same multipliers in a stage."""
+    was, now = _multipliers(old, stage), _multipliers(new, stage)
+    return all(was[name] == now[name] for name in was.keys() & now.keys())
 
-    There is a tuple for each parameter; overrides are ignored.
+
+def _multipliers(config: RunConfig, stage: int) -> dict[str, tuple[float, float, float, float]]:
+    """Return the multipliers of rate, weight decay, epsilon and 1 - beta2 in a stage, by parameter.
+
+    Overrides are ignored.
     """
     whole = Parameterization.of_run(config, stage)
     assert whole.optimizer is not None
     plain = whole.optimizer.model_copy(update={"overrides": ()})
     rules = Parameterization(whole.config, whole.model, plain, whole.scale)
-    resolved = [rules.resolve(spec) for spec in inventory(config.model)]
-    return [(one.lr, one.weight_decay, one.eps, one.forgetting) for one in resolved]
+    resolved = {spec.name: rules.resolve(spec) for spec in inventory(config.model)}
+    return {
+        name: (one.lr, one.weight_decay, one.eps, one.forgetting) for name, one in resolved.items()
+    }
 
 
 def _with_overrides(config: RunConfig, of: RunConfig) -> RunConfig:
@@ -278,7 +298,7 @@ def _with_overrides(config: RunConfig, of: RunConfig) -> RunConfig:
 
 def _why(old: RunConfig, new: RunConfig) -> str:
     """Return the keys that cause the difference in the rates of two runs."""
-    if _multipliers(old, 0) != _multipliers(new, 0):
+    if not _same_multipliers(old, new, 0):
         return (
             f"parameterization.kind={new.parameterization.kind} scales learning rates with the "
             "length of the run: training.total_steps or total_tokens"
