@@ -27,5 +27,13 @@ class ConfigError(UserError):
     """An error in a configuration: an unknown key, an invalid value, or a contradiction."""
 
 
+class RenamedKeyWarning(FutureWarning):
+    """A config uses the old name ``key``, which a later version refuses."""
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 HUNG = 75
 """Exit code of a rank of a hanging run: EX_TEMPFAIL, which requests a restart."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from allometry.configs.errors import ConfigError
+from allometry.configs.errors import ConfigError, RenamedKeyWarning
 from allometry.configs.source import KeyPath, Tree, parse_file
 from allometry.configs.version import VERSION, release
 
@@ -47,14 +47,6 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("kernels.quantise", "kernels.quantize", since="0.1.0", until="0.2.0"),
 )
 """All renamed keys, the oldest first."""
-
-
-class RenamedKeyWarning(FutureWarning):
-    """A config uses the old name ``key``, which a later version refuses."""
-
-    def __init__(self, message: str, key: str) -> None:
-        super().__init__(message)
-        self.key = key
 
 
 def parse(path: Any, of: Description = "run", *, recorded: bool = False) -> Tree:

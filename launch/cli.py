@@ -11,8 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typing_extensions import override
 
-from allometry.configs.errors import RankError, UserError
-from allometry.configs.renamed import RenamedKeyWarning
+from allometry.configs.errors import RankError, RenamedKeyWarning, UserError
 from allometry.configs.version import VERSION
 from allometry.data.processes import end_with_launcher
 from allometry.launch.command import Command, register

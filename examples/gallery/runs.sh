@@ -31,12 +31,12 @@ done
 # A mixture of experts, and whole documents on four ranks.
 "${cli[@]}" train preset:moe_demo "${small[@]}" run.folder=gallery/experts \
   'model.experts={kind: swiglu, num_experts: 8, experts_per_token: 2, width: 64}' \
-  data.sequence_length=128 batch.sequences=8 training.total_steps=120
+  data.sequence_length=128 batch.sequences=8 training.total_steps=80
 "$python" -m allometry.launch.torchrun --nproc-per-node 4 -m allometry.launch.train \
   preset:documents_demo "${small[@]}" model.ffn_width=192 run.folder=gallery/documents \
-  training.total_steps=4 checkpoint.every_steps=null
+  training.total_steps=4 schedule.warmup_steps=1 checkpoint.every_steps=null
 
 "${cli[@]}" verify preset:demo model.width=48 model.num_layers=2 model.vocab_size=256 \
   model.ffn_width=96 data.sequence_length=32 batch.sequences=4 batch.micro_batch_sequences=1 \
-  --layout dp=2 --layout dp=2,zero.stage=3 --layout tp=2 --layout pp=2 --layout cp=2 \
+  --layout hdp=2 --layout hdp=2,zero.stage=3 --layout tp=2 --layout pp=2 \
   --out gallery/certificate.json

@@ -17,6 +17,8 @@ MARKERS = {"dots": "o", "point": "s", "star": "*", "cross": "x"}
 SIZES = {"dots": 3.0, "point": 4.0, "star": 12.0, "cross": 7.0}
 COLUMNS, FAINT, FEW_TICKS = 2, 0.35, 3
 DASHES: dict[str, Any] = {"dashed": "--", "dotted": (0, (1.0, 6.0))}
+SHORT = 100.0
+"""Ratio of the ends of a logarithmic axis below which its ticks are 1, 2 and 5 times powers."""
 NAMED = 12
 """Maximum number of entries of a legend."""
 MANY_ROWS = 32
@@ -111,7 +113,7 @@ def _name_numbers(axis: Any, panel: Panel) -> None:
     )
     for log, scale, ticks, hold in sides:
         low, high = scale.get_view_interval()
-        if log and high < 20.0 * low:
+        if log and high < SHORT * low:
             hold(low, high)  # keep matplotlib from widening it to the ticks
             digits = max(3, 2 - math.floor(math.log10(1.0 - low / high)))
             form = human if ticks == "count" else f"{{:.{digits}g}}".format

@@ -15,6 +15,8 @@ INK = "#0a0b0c"
 BLACK = ("#000000", INK)
 LEAST = 0.15
 """Smallest relative luminance of a curve: contrast 3 with a page of colour #1b1b1b."""
+FONT = "DejaVu Sans"
+"""Font of matplotlib's layout; Verdana has nearly the same widths."""
 SCHEME = (
     '<style class="scheme">svg{color:#222}'
     "@media(prefers-color-scheme:dark){svg{color:#ddd}}</style>"
@@ -33,7 +35,7 @@ def picture(figure: Figure, title: str) -> str:
         "svg.fonttype": "none",
         "svg.hashsalt": figure.key,
         "savefig.transparent": True,
-        "font.family": ["DejaVu Sans", "Verdana", "sans-serif"],
+        "font.family": FONT,
         "legend.framealpha": 0.0,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -74,11 +76,15 @@ def _cleaned(svg: str, key: str, title: str) -> str:
     svg = re.sub(r"<style type=.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", svg)
+    svg = re.sub(rf"(['\"]?){FONT}\1", f"'{FONT}', Verdana, sans-serif", svg)
     svg = re.sub(r"#[0-9a-f]{6}\b", _page_colour, svg)
     head, rest = svg.split(">", 1)
+    width = re.search(r' width="([\d.]+)pt"', head)
+    assert width is not None
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     head += (
-        ' role="img" style="stroke-linejoin:round;stroke-linecap:butt;max-width:100%;height:auto"'
+        f' role="img" style="width:{float(width[1]) / 72:g}in;max-width:100%;height:auto;'
+        'stroke-linejoin:round;stroke-linecap:butt"'
     )
     whole = f"{head}>{SCHEME}<title>{html.escape(title)}</title>{rest}"
     return "\n".join(line.strip() for line in whole.splitlines() if line.strip()) + "\n"

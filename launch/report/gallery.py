@@ -23,6 +23,7 @@ from allometry.launch.report.inputs import Inputs, read_inputs
 from allometry.launch.report.section import Section, Table
 from allometry.launch.text import counted
 from allometry.laws.runs import Run, read_run
+from allometry.laws.trials import TrialFile
 
 HEADER = """\
 # Gallery
@@ -103,13 +104,22 @@ def sections(found: Found) -> Iterator[tuple[Section, str]]:
     if found.ladders or found.trials:
         inputs = read_inputs(found.ladders, (), found.trials, SMOOTHING)
     of_ladders = made_by([one.run for one in inputs.runs])
-    for section in (curves(inputs), _law(inputs), isoflop.isoflops(inputs)):
+    for section in (curves(inputs), _law(inputs), isoflop.isoflops(replace(inputs, fits=()))):
         yield section.without_blanks(), of_ladders
-    yield transfer.transfer(inputs).without_blanks(), ""
+    yield transfer.transfer(inputs).without_blanks(), _trained_by(inputs.trials)
     for file, make in (("plans.jsonl", documents), ("expert_load.jsonl", experts)):
         folders = [path for path in found.runs if (path / file).is_file()]
         yield make(folders), made_by([read_run(path) for path in folders])
     yield certificates(found.certificates), ""
+
+
+def _trained_by(trials: Sequence[TrialFile]) -> str:
+    """Return one sentence about sweeps: the number of runs and of seeds of each file."""
+    said = []
+    for file in trials:
+        seeds = [len(by_seed) for rates in file.losses.values() for by_seed in rates.values()]
+        said.append(f"{file.path.name} {counted(sum(seeds), 'run')} (seeds per rate: {max(seeds)})")
+    return f"Trained: {', '.join(said)}." if said else ""
 
 
 def _law(inputs: Inputs) -> Section:
@@ -130,9 +140,10 @@ def made_by(runs: Sequence[Run]) -> str:
     """Return one sentence about the runs: number, tokens, FLOPs, commit, versions, hardware."""
     if not runs:
         return ""
-    tokens = sum(float(run.metrics["tokens"][-1]) for run in runs)
-    flops = sum(float(run.metrics["flops"][-1]) for run in runs)
-    said = f"{counted(len(runs), 'run')}, {tokens:,.0f} tokens and {flops:.2e} FLOPs in all"
+    tokens, flops = (
+        max(float(run.metrics[key][-1]) for run in runs) for key in ("tokens", "flops")
+    )
+    said = f"Trained: {counted(len(runs), 'run')}, up to {tokens:,.0f} tokens and {flops:.2e} FLOPs"
     record = runs[-1].record
     facts = {
         "commit": record.get("commit"),

@@ -31,32 +31,34 @@ def curves(inputs: Inputs) -> Section:
     predicted, measured = losses.forecasts(alone).figures[0].panels[0], losses.losses(alone)
     curve = [one for one in measured.figures[0].panels[0].series if one.style != "dots"]
     begin = min(float(one.x.min()) for one in predicted.series)
-    shown = [_after(one, begin) for one in curve]
     named = {"line": "forecast of the final loss", "band": "95 % interval", "star": "measured"}
     series = [
-        *shown,
+        *(_after(one, begin) for one in curve),
         *(replace(one, name=named[one.style], named=True) for one in predicted.series),
     ]
     panel = Panel(
         f"{target.name}: forecast of its own final loss",
         "training tokens so far",
         losses.LOSS,
-        tuple(replace(one, colour=GREY) if one in shown else one for one in series),
+        tuple(series),
     )
     text = (
-        "Left: training loss of each run, smoothed over 5 % of the run so far, and dots for the "
-        "held-out loss. Right: the longest run alone; grey is its training loss, the line "
-        "what was forecast at each point for the end of the run, from the run's own curve, with "
-        "its 95 % interval, and the star the smoothed loss that was measured there."
+        "Left: training loss of each run, each point the mean of the last 5 % of the run so far, "
+        "and held-out loss (dots); a dotted part was copied from the run's trunk. Right: the run "
+        "with the most FLOPs. Grey is its training loss, recorded and smoothed; at each point the "
+        "coloured line is the forecast of its final training loss from its own curve up to there, "
+        "with the 95 % interval; the star is the smoothed loss at its end."
     )
-    figure = Figure("curves", (section.figures[0].panels[0], panel), legend=True)
+    over_tokens = section.figures[0].panels[0]
+    smoothed = tuple(one for one in over_tokens.series if one.layer != "recorded")
+    figure = Figure("curves", (replace(over_tokens, series=smoothed), panel), legend=True)
     return replace(section, text=text, figures=(figure,))
 
 
 def _after(one: Series, begin: float) -> Series:
     kept = one.x >= begin
     name = "training loss" if one.layer == "smooth" else one.name
-    return replace(one, name=name, x=one.x[kept], y=one.y[kept])
+    return replace(one, name=name, x=one.x[kept], y=one.y[kept], colour=GREY)
 
 
 def experts(folders: Sequence[Path]) -> Section:

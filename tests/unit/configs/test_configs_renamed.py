@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from allometry.configs import renamed
-from allometry.configs.errors import ConfigError
+from allometry.configs.errors import ConfigError, RenamedKeyWarning
 from allometry.configs.ladder import LadderConfig, load_ladder
 from allometry.configs.loader import _models_at, dump, load, presets
 from allometry.configs.machine import HardwareConfig
-from allometry.configs.renamed import RENAMED, Renamed, RenamedKeyWarning, new_names
+from allometry.configs.renamed import RENAMED, Renamed, new_names
 from allometry.configs.run import RunConfig
 from allometry.configs.tree import TreeConfig
 from allometry.configs.version import VERSION, release
