@@ -82,7 +82,13 @@ def test_all_published_counts(count: int) -> None:
     assert tuple(found) == COUNTS[count]
 
 
-@pytest.mark.parametrize(("losses", "k", "E"), [(PILE, 0.3344, 1.2886), (STACK, 0.3935, 0.6912)])
+@pytest.mark.parametrize(
+    ("losses", "k", "E"),
+    [
+        (PILE, 0.3344, 1.2886),
+        pytest.param(STACK, 0.3935, 0.6912, marks=pytest.mark.slow),
+    ],
+)
 def test_the_law_refits_the_published_table(losses: Any, k: float, E: float) -> None:
     rows = [(COUNTS[p][i], p, losses[r][i]) for r, p in enumerate(COUNTS) for i in range(6)]
     n, streams, loss = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
