@@ -1,14 +1,17 @@
 """Measure preparation in tasks: peak memory and tokens/s, over sizes of the corpus and of shards.
 
-    python benchmarks/preparation.py [--unit-mb 10] [--out FILE]
+    python benchmarks/preparation.py [--unit-mb 10] [--quick] [--out FILE]
 
 The corpus is the code of Python's standard library, repeated with a number before each document, as
-JSON Lines. A row is one command ``allometry prepare --engine datatrove:local --workers 1``, whose
-tasks run one after another in one process; peak memory is the largest resident size of that process
-and of its children. Rows: 1 and 4 units in shards of one unit, and 4 units in one shard, after one
-small corpus, whose processor seconds (imports, plan) are subtracted. ``join``: bytes of index
-written per second by the last step, for documents of two shards. ``planned``: arithmetic for 10 TB
-of text on 64 nodes of 64 cores, from the row with 4 shards; ``unit`` is 1e6 bytes of JSON Lines.
+JSON Lines. A row is ``prepare_in_tasks`` on the local engine with one worker, whose tasks run one
+after another in one process: a fork of this process, so that imports are neither in its processor
+seconds nor repeated. ``peak_mb`` is the largest resident size of the fork, imports included. Rows:
+1 and 4 units in shards of one unit, 4 units in one shard. ``bare``: a corpus of 100 kB, whose
+processor seconds are subtracted from those of the rows. ``writer``: memory that one document takes
+in the writer of a shard until the shard ends. ``join``: rate of the last step, which concatenates
+indices. ``encode``: text to tokens alone, in this process, without reading or writing files.
+``planned``: arithmetic for 10 TB of text on 64 nodes of 64 cores. ``--quick``: encode, join and
+planned alone, in seconds.
 """
 
 from __future__ import annotations
@@ -17,11 +20,10 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
-from itertools import count
+from collections.abc import Callable
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,14 @@ import numpy as np
 
 from allometry.data.builtin import open_builtin
 from allometry.data.corpus import ReadLog
+from allometry.data.encode import Encoding, chunks, encode_chunk, train_tokenizer
 from allometry.data.joined import write_joined_index
+from allometry.data.manifest import Manifest
 from allometry.data.prepare import PrepareRequest, prepare
 from allometry.data.store import HEADER, MAGIC
+from allometry.data.tasks.executors import Engine
+from allometry.data.tasks.run import prepare_in_tasks
+from allometry.data.writer import TokenWriter, load_megatron
 
 BYTES, NODES, CORES = 10e12, 64, 64
 SHARD_BYTES = 2.5e9
@@ -39,12 +46,12 @@ SHARD_BYTES = 2.5e9
 VOCAB = 8192
 
 
-def write_corpus(folder: Path, files: int, size: int) -> int:
-    """Write ``files`` of at least ``size`` bytes each; return their size."""
+def write_corpus(folder: Path, files: int, size: int) -> None:
+    """Write ``files`` of at least ``size`` bytes each."""
     folder.mkdir()
     corpus = open_builtin("builtin:python-code")
     texts = [one.text for one in corpus.documents(ReadLog(lambda n: None), map)]
-    numbers, total = count(), 0
+    numbers = count()
     for part in range(files):
         written = 0
         with (folder / f"{part:03d}.jsonl").open("w", encoding="utf-8") as file:
@@ -53,33 +60,91 @@ def write_corpus(folder: Path, files: int, size: int) -> int:
                 text = f"# {number}\n{texts[number % len(texts)]}"
                 written += len(text.encode())
                 file.write(json.dumps({"text": text}) + "\n")
-        total += written
-    return total
+
+
+def write_corpora(folder: Path, unit: int) -> dict[str, Any]:
+    """Write the corpora of all rows and a tokenizer."""
+    for name, files, size in (("tiny", 1, 100_000), ("one", 1, unit), ("four", 4, unit)):
+        write_corpus(folder / name, files, size)
+    inputs = ("builtin:python-code",)
+    prepare(
+        PrepareRequest(inputs, str(folder / "t"), vocab_size=VOCAB, max_documents=400, processes=1),
+        quiet=True,
+    )
+    return {}
+
+
+def forked(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run ``work`` in a fork; return its result with processor seconds and peak memory."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        start = time.process_time()
+        with os.fdopen(writing, "w") as file:
+            result = work()
+            json.dump({**result, "cpu_s": time.process_time() - start}, file)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        text = file.read()
+    _, status, used = os.wait4(child, 0)
+    if status:
+        raise SystemExit(f"a row ended with status {status}")
+    return {**json.loads(text), "peak_mb": used.ru_maxrss / 1024}
 
 
 def run(folder: Path, out: Path, tokenizer: Path, tasks: int) -> dict[str, Any]:
-    """Run one command; return its processor seconds, peak memory and tokens."""
-    words = [sys.executable, "-m", "allometry.launch.cli", "prepare", f"web={folder}"]
-    words += ["--out", str(out), "--tokenizer", str(tokenizer), "--engine", "datatrove:local"]
-    words += ["--tasks", str(tasks), "--workers", "1", "--json"]
-    start = time.perf_counter()
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as command:
-        assert command.stdout is not None
-        said = command.stdout.read()
-        _, status, used = os.wait4(command.pid, 0)
-        command.returncode = os.waitstatus_to_exitcode(status)
-    if command.returncode:
-        raise SystemExit(f"{' '.join(words)} ended with exit code {command.returncode}")
-    splits = json.loads(said)["sources"]["web"]["splits"].values()
+    """Run one preparation in a fork; return its sizes."""
+
+    def work() -> dict[str, Any]:
+        request = PrepareRequest((f"web={folder}",), str(out), tokenizer=str(tokenizer))
+        made = prepare_in_tasks(request, Engine("local", tasks=tasks, workers=1), quiet=True)
+        assert isinstance(made, Manifest)
+        splits = made.sources["web"].splits.values()
+        return {
+            "tasks": tasks,
+            "text_bytes": sum(split.bytes or 0 for split in splits),
+            "documents": sum(split.documents for split in splits),
+            "tokens": sum(split.tokens for split in splits),
+        }
+
+    return forked(work)
+
+
+def encode(folder: Path, documents: int = 500) -> dict[str, Any]:
+    """Measure ``encode_chunk`` on the built-in code, with a tokenizer of its first documents."""
+    corpus = open_builtin("builtin:python-code")
+    texts = list(islice(corpus.documents(ReadLog(lambda n: None), map), documents))
+    path = folder / "encode.json"
+    train_tokenizer((one.text for one in texts[:100]), VOCAB).save(str(path))
+    encoding = Encoding(str(path), "", 0, "uint16", 0)
+    encode_chunk(encoding, next(chunks(texts[:1])))  # loads the tokenizer
+    start = time.process_time()
+    pieces = [piece for chunk in chunks(texts) for piece in encode_chunk(encoding, chunk)]
+    seconds = time.process_time() - start
+    tokens, size = sum(len(one.tokens) for one in pieces), sum(one.text_bytes for one in pieces)
     return {
-        "tasks": tasks,
-        "text_bytes": sum(split["bytes"] for split in splits),
-        "documents": sum(split["documents"] for split in splits),
-        "tokens": sum(split["tokens"] for split in splits),
-        "cpu_s": used.ru_utime + used.ru_stime,
-        "wall_s": time.perf_counter() - start,
-        "peak_mb": used.ru_maxrss / 1024,
+        "documents": len(texts),
+        "text_bytes": size,
+        "tokens": tokens,
+        "cpu_s": seconds,
+        "bytes_per_core_s": size / seconds,
+        "tokens_per_core_s": tokens / seconds,
     }
+
+
+def writer(folder: Path, documents: int) -> dict[str, Any]:
+    """Write documents of two tokens in a fork; return its peak memory."""
+
+    def work() -> dict[str, Any]:
+        file = TokenWriter(folder, f"w{documents}", "uint16")
+        tokens = np.zeros(2, "uint16")
+        for _ in range(documents):
+            file.add(tokens, 5, last=True)
+        file.finish()
+        return {"documents": documents}
+
+    return forked(work)
 
 
 def join(folder: Path, documents: int = 2_000_000) -> dict[str, float]:
@@ -120,42 +185,47 @@ def planned(row: dict[str, Any], joined: dict[str, float]) -> dict[str, float]:
     }
 
 
+def measured(folder: Path, unit: int) -> dict[str, Any]:
+    """Measure the commands and the writer, each in a fork."""
+    forked(lambda: write_corpora(folder, unit))
+    tokenizer = folder / "t/tokenizer.json"
+    load_megatron()
+    bare = run(folder / "tiny", folder / "out-bare", tokenizer, 1)
+    rows = [
+        run(folder / corpus, folder / f"out-{corpus}-{tasks}", tokenizer, tasks)
+        for corpus, tasks in (("one", 1), ("four", 4), ("four", 1))
+    ]
+    for row in rows:
+        seconds = row["cpu_s"] - bare["cpu_s"]
+        row["bytes_per_core_s"] = row["text_bytes"] / seconds
+        row["tokens_per_core_s"] = row["tokens"] / seconds
+    written = [writer(folder, documents) for documents in (1000, 1_000_000)]
+    growth = written[1]["peak_mb"] - written[0]["peak_mb"]
+    return {
+        "bare": bare,
+        "rows": rows,
+        "writer": {"rows": written, "bytes_per_document": growth * 2**20 / 999_000},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--unit-mb", type=float, default=10.0)
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    unit = int(asked.unit_mb * 1e6)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_corpus(folder / "tiny", 1, 100_000)
-        request = PrepareRequest(
-            ("builtin:python-code",), str(folder / "t"), vocab_size=VOCAB, max_documents=400
-        )
-        prepare(request, quiet=True)
-        tokenizer = folder / "t/tokenizer.json"
-        bare = run(folder / "tiny", folder / "out-bare", tokenizer, 1)
-        write_corpus(folder / "one", 1, unit)
-        write_corpus(folder / "four", 4, unit)
-        rows = [
-            run(folder / corpus, folder / f"out-{corpus}-{tasks}", tokenizer, tasks)
-            for corpus, tasks in (("one", 1), ("four", 4), ("four", 1))
-        ]
-        for row in rows:
-            seconds = row["cpu_s"] - bare["cpu_s"]
-            row["bytes_per_core_s"] = row["text_bytes"] / seconds
-            row["tokens_per_core_s"] = row["tokens"] / seconds
-        joined = join(folder)
-    result = {
+    result: dict[str, Any] = {
         "benchmark": "preparation",
-        "unit_mb": asked.unit_mb,
         "cpu": platform.processor() or platform.machine(),
         "python": platform.python_version(),
-        "bare": bare,
-        "rows": rows,
-        "join": joined,
-        "planned": planned(rows[1], joined),
     }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if not asked.quick:
+            result |= {"unit_mb": asked.unit_mb, **measured(folder, int(asked.unit_mb * 1e6))}
+        result |= {"join": join(folder), "encode": encode(folder)}
+    row = result["encode"] if asked.quick else result["rows"][1]
+    result["planned"] = planned(row, result["join"])
     text = json.dumps(result, indent=1)
     print(text)
     if asked.out is not None:

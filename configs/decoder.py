@@ -113,6 +113,19 @@ class SlidingWindow(Section):
     )
 
 
+class MultiToken(Section):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2; Ling 2.0, 2510.22115).
+
+    Depth k predicts the token k + 1 ahead from the output of the previous depth and the embedding
+    of the token k ahead, with a block of its own and the model's embedding and head.
+    """
+
+    depth: Count = Field(1, gt=0, le=8, description="number of tokens beyond the next to predict")
+    weight: float = Field(
+        0.1, ge=0.0, description="weight of the depths' mean loss, added to the main loss"
+    )
+
+
 class LatentAttention(Section):
     """Multi-head latent attention with low-rank queries, keys and values.
 
@@ -204,6 +217,9 @@ class Decoder(Section):
         None, description="sliding-window attention; null: full attention in every layer"
     )
     z_loss: float = Field(0.0, ge=0.0, description="coefficient of the squared log partition")
+    multi_token: MultiToken | None = Field(
+        None, description="predict tokens beyond the next one, in training; null: do not"
+    )
     streams: Streams | None = Field(
         None, description="parallel streams with learned prefixes (ParScale); null: one stream"
     )
@@ -239,6 +255,16 @@ class Decoder(Section):
         if self.latent_attention is not None:
             return self.latent_attention.qk_nope_head_dim + self.latent_attention.qk_rope_head_dim
         return self.head_dim or self.width // self.num_heads
+
+    @property
+    def num_depths(self) -> int:
+        """Depths of multi-token prediction; the block of depth k is that of layer L + k - 1."""
+        return 0 if self.multi_token is None else self.multi_token.depth
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, including those of multi-token prediction."""
+        return self.num_layers + self.num_depths
 
     @property
     def value_width(self) -> int:
@@ -288,11 +314,14 @@ class Decoder(Section):
 
     @model_validator(mode="after")
     def _check_streams(self) -> Self:
-        for key in ("latent_attention", "window") if self.streams is not None else ():
+        prefixes = "prefixes are keys of grouped-query attention that every query sees"
+        without = {"latent_attention": prefixes, "window": prefixes}
+        without["multi_token"] = "blocks of multi-token prediction have no streams"
+        for key, reason in without.items() if self.streams is not None else ():
             if getattr(self, key) is not None:
                 raise ValueError(
-                    f"streams={{count: {self.num_streams}, ...}} with {key}: prefixes are keys of "
-                    f"grouped-query attention that every query sees; leave streams or {key} out"
+                    f"streams={{count: {self.num_streams}, ...}} with {key}: {reason}; leave "
+                    f"streams or {key} out"
                 )
         return self
 

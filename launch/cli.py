@@ -64,6 +64,8 @@ MIX: Commands = {
     "critical": (laws.MixCritical, "laws.continual:critical"),
     "pools": (laws.MixPools, "laws.pools:pools"),
     "filter-rate": (laws.MixFilterRate, "laws.filter_rate:filter_rate"),
+    "ot": (select.MixOt, "select.transport:screened"),
+    "bilevel": (studies.MixBilevel, "studies.bilevel:learned"),
 }
 SELECT: Commands = {
     "show": (select.Show, "select.show:shown"),
@@ -72,6 +74,7 @@ SELECT: Commands = {
     "perplexity": (select.Perplexity, "select.perplexity:scored"),
     "betr": (select.Betr, "select.near:near_targets"),
     "prototypes": (select.Prototypes, "select.near:near_centres"),
+    "ot": (select.Ot, "select.transport:scored"),
 }
 LADDER: Commands = {
     "run": (ladder.Run, "studies.ladder.work:run"),
@@ -114,7 +117,11 @@ app.add_typer(
 app.add_typer(
     _select, name="select", help="Score documents and show the documents that a selection keeps."
 )
-app.add_typer(_mix, name="mix", help="Choose data mixtures by laws that are fitted to small runs.")
+app.add_typer(
+    _mix,
+    name="mix",
+    help="Choose data mixtures by laws of small runs, by bilevel training, or by distances.",
+)
 
 
 def _print_version(asked: bool) -> None:

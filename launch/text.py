@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+from allometry.configs.errors import UserError
 
 if TYPE_CHECKING:
     from allometry.laws.fit.bootstrap import Bootstrap
@@ -103,3 +108,16 @@ def size(number: float) -> str:
     if abs(number) >= 2**18:
         return f"{number / 2**20:.1f} MiB"
     return f"{number / 2**10:.1f} KiB" if abs(number) >= 2**10 else f"{number:.0f} B"
+
+
+def write_yaml(path: Path, option: str, content: Mapping[str, Any]) -> None:
+    """Write part of a configuration to a YAML file.
+
+    Raises UserError: the file cannot be written; the message names the ``option`` that gave it.
+    """
+    out = StringIO()
+    YAML().dump(content, out)
+    try:
+        path.write_text(out.getvalue(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{option}={path} cannot be written ({error.strerror})") from None

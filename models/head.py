@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.configs.model import ModelConfig
-from allometry.models.loss import GradientSum, WholeSoftmax, linear_cross_entropy
+from allometry.models.loss import (
+    GradientSum,
+    Segment,
+    WholeSoftmax,
+    default_chunk_tokens,
+    linear_cross_entropy,
+)
 from allometry.models.parameters import OwnsParameters
 from allometry.models.products import Stacked
 from allometry.models.vocabulary import SharedSoftmax, Vocabulary
@@ -72,14 +78,33 @@ class OutputHead(OwnsParameters):
         """Shard of the vocabulary on this rank; None if the weight covers all of it."""
         return self.softmax.vocabulary if isinstance(self.softmax, SharedSoftmax) else None
 
-    def forward(self, x_BLD: Tensor, targets_BL: Tensor | None) -> Tensor | Losses:
-        """Return logits [B, L, V] (fp32 or wider), or ``Losses`` if targets are given."""
+    def forward(
+        self,
+        x_BLD: Tensor,
+        targets_BL: Tensor | None = None,
+        weights_K: Tensor | None = None,
+        *,
+        choose: bool = False,
+    ) -> Tensor | Losses:
+        """Return logits [B, L, V] (fp32 or wider), or ``Losses`` if targets are given.
+
+        ``weights_K``: x and targets are 1 + K batches in a row, [(1 + K) B, L]; ``total`` includes
+        the losses of batch k > 0 times ``weights_K[k - 1]`` and without z-loss. ``choose``: return
+        the most likely tokens [B, L] instead, without gradients.
+        """
+        if choose:
+            return self._most_likely(x_BLD)
         if targets_BL is None:
             logits_BLV = F.linear(x_BLD, self.stacked.joined(x_BLD.dtype))
             if self.vocabulary is not None:
                 logits_BLV = self.vocabulary.gather(logits_BLV)
             wide = torch.promote_types(x_BLD.dtype, torch.float32)
             return logits_BLV.to(wide) * self.scale
+        more: dict[str, Any] = {}
+        if weights_K is not None:
+            tokens = targets_BL.numel() // (1 + len(weights_K))
+            ahead = [Segment(tokens, weight, 0.0) for weight in weights_K.unbind()]
+            more["segments"] = [Segment(tokens, None, self.z_loss), *ahead]
         total, nll_T = self.cross_entropy(
             x_BLD.flatten(0, 1),
             *self.stacked.weights(),
@@ -89,5 +114,19 @@ class OutputHead(OwnsParameters):
             z_loss=self.z_loss,
             softmax=self.softmax,
             gradient_sum=self.gradient_sum,
+            **more,
         )
         return Losses(total, nll_T.view(targets_BL.shape))
+
+    @torch.no_grad()
+    def _most_likely(self, x_BLD: Tensor) -> Tensor:
+        weight, x_TD = self.stacked.joined(x_BLD.dtype), x_BLD.flatten(0, 1)
+        columns = self.softmax.columns(weight)
+        chunk = default_chunk_tokens(len(x_TD), columns, x_TD.dtype, x_TD.device.type)
+        chosen = []
+        for x_cD in x_TD.split(chunk):
+            logits_1cV = F.linear(x_cD, weight)[None]
+            if self.vocabulary is not None:
+                logits_1cV = self.vocabulary.gather(logits_1cV)
+            chosen.append(logits_1cV[0].argmax(dim=1))
+        return torch.cat(chosen).view(x_BLD.shape[:2])

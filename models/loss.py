@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,15 @@ from allometry.models.products import add_product_, product
 
 IGNORE = -100
 """Target that is excluded from the loss (the same number as in ``allometry.data.batch``)."""
+
+
+class Segment(NamedTuple):
+    """A run of tokens whose losses count ``weight`` times (0-dim; None: once), with this z-loss."""
+
+    tokens: int
+    weight: Tensor | None
+    z_loss: float
+
 
 ChunkGradient = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
 
@@ -129,6 +138,7 @@ def linear_cross_entropy(
     softmax: ChunkSoftmax | None = None,
     gradient_sum: GradientSum | None = None,
     cast_VD: Tensor | None = None,
+    segments: Sequence[Segment] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (total, nll_T) of logits = ``logit_scale`` * x @ weight.T.
 
@@ -144,15 +154,20 @@ def linear_cross_entropy(
     is unsharded. With a shard, ``total`` and ``nll_T`` cover the full vocabulary, the weight
     gradient is the shard's, and the gradient of x is the shard's partial sum. ``gradient_sum``
     accumulates the weight gradient over calls. ``cast_VD``: the weight cast to x's type, if there.
+    ``segments``: runs of tokens with different weights, of T tokens in all (None: one run of weight
+    1 with ``z_loss``).
     """
     assert x_TD.ndim == 2, x_TD.shape
     assert targets_T.shape == x_TD.shape[:1], (targets_T.shape, x_TD.shape)
     softmax = softmax or WholeSoftmax()
     if chunk_tokens is None:
         columns = softmax.columns(weight_VD)
-        chunk_tokens = default_chunk_tokens(len(x_TD), columns, x_TD.dtype, x_TD.device.type)
+        longest = max((segment.tokens for segment in segments or ()), default=len(x_TD))
+        chunk_tokens = default_chunk_tokens(longest, columns, x_TD.dtype, x_TD.device.type)
+    runs = tuple(segments or (Segment(len(x_TD), None, z_loss),))
+    assert sum(run.tokens for run in runs) == len(x_TD), (runs, x_TD.shape)
     if torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad):
-        options = (cast_VD, logit_scale, z_loss, chunk_tokens, softmax)
+        options = (cast_VD, logit_scale, runs, chunk_tokens, softmax)
         if gradient_sum is None or not weight_VD.requires_grad:
             return _LinearCrossEntropy.apply(x_TD, weight_VD, None, targets_T, *options, None)
         handle: Tensor = _HandOver.apply(weight_VD, gradient_sum, _wide(x_TD))
@@ -161,11 +176,24 @@ def linear_cross_entropy(
         )
     total, nll_T = _empty_sums(x_TD)
     weight = weight_VD.to(x_TD.dtype) if cast_VD is None else cast_VD
-    for part in _chunks(x_TD.shape[0], chunk_tokens):
+    for part, run in _parts(runs, chunk_tokens):
         logits = F.linear(x_TD[part], weight)
-        nll_T[part], penalty = softmax.loss(logits, targets_T[part], logit_scale, z_loss)
-        total += nll_T[part].sum() + penalty
+        nll_T[part], penalty = softmax.loss(logits, targets_T[part], logit_scale, run.z_loss)
+        total += _weighted(nll_T[part].sum() + penalty, run)
     return total, nll_T
+
+
+def _parts(runs: Sequence[Segment], chunk_tokens: int) -> Iterator[tuple[slice, Segment]]:
+    """Cut each run into chunks; yield (place among all tokens, its run)."""
+    start = 0
+    for run in runs:
+        for part in _chunks(run.tokens, chunk_tokens):
+            yield slice(start + part.start, start + part.stop), run
+        start += run.tokens
+
+
+def _weighted(loss: Tensor, run: Segment) -> Tensor:
+    return loss if run.weight is None else loss * run.weight.to(loss.dtype)
 
 
 def default_chunk_tokens(tokens: int, vocab_size: int, dtype: torch.dtype, device_type: str) -> int:
@@ -270,7 +298,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_T: Tensor,
         cast_VD: Tensor | None,
         logit_scale: float,
-        z_loss: float,
+        runs: tuple[Segment, ...],
         chunk_tokens: int,
         softmax: ChunkSoftmax,
         gradient_sum: GradientSum | None,
@@ -282,19 +310,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = None if gradient_sum is None else gradient_sum.pending_VD
 
         # A function, so that a chunk's logits are freed before the next chunk.
-        def chunk(part: slice) -> None:
+        def chunk(part: slice, run: Segment) -> None:
             nonlocal grad_weight, total
             x = x_TD[part]
             logits = F.linear(x, weight)
-            nll_T[part], penalty = softmax.gradient_(logits, targets_T[part], logit_scale, z_loss)
-            total += nll_T[part].sum() + penalty
+            targets = targets_T[part]
+            nll_T[part], penalty = softmax.gradient_(logits, targets, logit_scale, run.z_loss)
+            total += _weighted(nll_T[part].sum() + penalty, run)
+            if run.weight is not None:
+                logits.mul_(run.weight)
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[part])
             if need_weight:
                 grad_weight = _accumulate(grad_weight, logits, x, total.dtype)
 
-        for part in _chunks(x_TD.shape[0], chunk_tokens):
-            chunk(part)
+        for part, run in _parts(runs, chunk_tokens):
+            chunk(part, run)
         if gradient_sum is not None:
             gradient_sum.pending_VD, grad_weight = grad_weight, None
         elif grad_weight is not None:

@@ -27,6 +27,8 @@ from allometry.models.documents import Documents
 from allometry.models.head import Losses, OutputHead
 from allometry.models.latent import LatentAttention
 from allometry.models.layers import GATES, Embedding, Linear, RMSNorm, gated
+from allometry.models.loss import IGNORE
+from allometry.models.multi_token import Depths, ahead_of, followed
 from allometry.models.products import Stacked, multiply, separate
 from allometry.models.rotary import Geometry, rotate, turn_of
 from allometry.models.router import RouterStatistics
@@ -215,7 +217,8 @@ class Transformer(nn.Module):
         specs = {spec.name: spec for spec in listed}
         self.embedding = Embedding(specs["embedding.weight"], compute_dtype) if part.first else None
         self.blocks = nn.ModuleDict()
-        for layer in part.layers:
+        depths = range(model.num_layers, model.num_blocks) if part.last else range(0)
+        for layer in (*part.layers, *depths):
             of_block = within(specs, f"blocks.{layer}")
             self.blocks[str(layer)] = self._make_block(of_block, model, scales, layer)
         self.final_norm = RMSNorm(specs["final_norm.weight"], model.norm_eps) if part.last else None
@@ -227,6 +230,7 @@ class Transformer(nn.Module):
         # twice: with one owner, leaving the meta device or sharding cannot untie the weights.
         owner = self.embedding if self.tied else None
         self.head = OutputHead(head, model, scales.output, owner) if part.last else None
+        self.mtp = Depths(specs, model, compute_dtype, mirrored=not part.first) if depths else None
         self._statistics: dict[int, RouterStatistics] = {}
 
     def _make_block(
@@ -242,6 +246,7 @@ class Transformer(nn.Module):
         documents: Documents | None = None,
         x_BLD: Tensor | None = None,
         *,
+        ahead_MBL: Tensor | None = None,
         blocks_only: bool = False,
     ) -> Tensor | Losses:
         """Return logits [B, L, V] (fp32 or wider) without targets, else ``Losses``.
@@ -250,27 +255,71 @@ class Transformer(nn.Module):
         the embedding takes the output of the previous part as ``x_BLD``. A part without the head
         returns [B, L, D], and so does any part with ``blocks_only``, which also collects router
         statistics without gradients. Between parts, B counts the sequences of all streams.
+
+        ``ahead_MBL`` [M + 1, B, L]: the tokens ahead for the M depths of multi-token prediction,
+        which a part with the head computes if it has targets; None: ``multi_token.ahead_of``.
         """
+        depths, count = self.mtp, len(tokens_BL)
+        trained = torch.is_grad_enabled() or blocks_only
+        if depths is None or targets_BL is None or not (trained or depths.comparing):
+            depths = None
+        elif ahead_MBL is None:
+            ahead_MBL = ahead_of(targets_BL, documents, depths.number)
+        inputs = [] if depths is None or ahead_MBL is None else depths.inputs(ahead_MBL)
+        embedded: list[Tensor] = []
         if self.embedding is not None:
-            x_BLD = self.embedding(tokens_BL)
-            if self.embedding_scale != 1.0:
-                x_BLD = x_BLD * self.embedding_scale
+            # A single lookup, so that a sharded table is gathered once.
+            read_BL = torch.cat([tokens_BL, *inputs]) if inputs else tokens_BL
+            x_BLD, *embedded = self._embedded(self.embedding, read_BL).split(count)
             if self.num_streams > 1:
                 x_BLD = repeated(x_BLD, self.num_streams)
+        elif depths is not None and inputs:
+            embedded = list(self._embedded(depths["embedding"], torch.cat(inputs)).split(count))
         assert x_BLD is not None
         if self.num_streams > 1 and documents is not None:
             documents = repeated_documents(documents, self.num_streams)
         geometry = self._geometry(tokens_BL, documents)
-        for layer, block in self.blocks.items():
-            x_BLD, statistics = self.call_block(block, x_BLD, geometry)
-            # Recomputation in a backward pass does not run this loop, so each token counts once.
-            counting = blocks_only or (self.training and torch.is_grad_enabled())
-            if statistics is not None and counting:
-                self.add_statistics(int(layer), statistics)
-        if self.final_norm is None or self.head is None or blocks_only:
+        for layer in self.part.layers:
+            x_BLD = self._through(layer, x_BLD, geometry, blocks_only)
+        if self.final_norm is None or self.head is None:
             return x_BLD
-        x_BLD = self.final_norm(x_BLD)
-        return self.head(x_BLD if self.aggregator is None else self.aggregator(x_BLD), targets_BL)
+        if depths is None or ahead_MBL is None:
+            if blocks_only:
+                return x_BLD
+            x_BLD = self.final_norm(x_BLD)
+            x_BLD = x_BLD if self.aggregator is None else self.aggregator(x_BLD)
+            return self.head(x_BLD, targets_BL)
+        before, *embedded = depths.joined(self.final_norm(x_BLD), embedded)
+        normed = [before]
+        for depth, embedded_BLD in enumerate(embedded):
+            joined_BLD = depths[str(depth)](embedded_BLD, before)
+            before = self._through(depths.first + depth, joined_BLD, geometry, blocks_only)
+            normed.append(depths[str(depth)].final_norm(before))
+        if blocks_only:
+            return x_BLD
+        wanted_BL = torch.cat([ahead_MBL[0], *ahead_MBL[1:]])
+        losses = self.head(torch.cat(normed), wanted_BL, depths.weights)
+        nll_BL, *others = losses.nll_BL.split(count)
+        if trained:
+            depths.observe(others, ahead_MBL[1:])
+        else:
+            main_BL, drafts_BL = (self.head(x_BLD, choose=True) for x_BLD in normed[:2])
+            counted_BL = (ahead_MBL[1] != IGNORE) & followed(ahead_MBL[0], documents)
+            depths.compare(main_BL, drafts_BL, counted_BL)
+        return Losses(losses.total, nll_BL)
+
+    def _embedded(self, embedding: nn.Module, tokens_BL: Tensor) -> Tensor:
+        x_BLD: Tensor = embedding(tokens_BL)
+        return x_BLD if self.embedding_scale == 1.0 else x_BLD * self.embedding_scale
+
+    def _through(self, layer: int, x_BLD: Tensor, geometry: Geometry, blocks_only: bool) -> Tensor:
+        """Return [B, L, D] after a block, and collect its router's statistics."""
+        x_BLD, statistics = self.call_block(self.blocks[str(layer)], x_BLD, geometry)
+        # Recomputation in a backward pass does not run this, so each token counts once.
+        counting = blocks_only or (self.training and torch.is_grad_enabled())
+        if statistics is not None and counting:
+            self.add_statistics(layer, statistics)
+        return x_BLD
 
     def take_statistics(self) -> dict[int, RouterStatistics]:
         """Return the router statistics by layer since the last call, and reset them.

@@ -35,6 +35,10 @@ class MicroBatch(Protocol):
     def documents(self) -> Documents | None:
         """Boundaries of the packed documents; None if sequences are not packed."""
 
+    @property
+    def ahead_MBL(self) -> Tensor | None:
+        """Tokens ahead for multi-token prediction; None if they follow from the targets."""
+
 
 @contextmanager
 def cast_weights(parts: Iterable[Transformer], sync: GradientSync) -> Iterator[None]:
@@ -157,9 +161,11 @@ class Accumulation(Execution):
             for index, batch in enumerate(batches):
                 if before is not None:
                     before(index)
-                self._model(batch.tokens_BL, None, batch.documents, blocks_only=True)
+                inputs = batch.tokens_BL, batch.targets_BL, batch.documents
+                self._model(*inputs, ahead_MBL=batch.ahead_MBL, blocks_only=True)
 
     def _losses(self, batch: MicroBatch) -> Losses:
-        losses = self._model(batch.tokens_BL, batch.targets_BL, batch.documents)
+        inputs = batch.tokens_BL, batch.targets_BL, batch.documents
+        losses = self._model(*inputs, ahead_MBL=batch.ahead_MBL)
         assert isinstance(losses, Losses)
         return losses

@@ -81,6 +81,8 @@ def _obstacles(config: RunConfig, mesh: Mesh) -> Iterator[str]:
             f"training.activation_offload={config.training.activation_offload} copies to the "
             "host's memory beside forward and backward"
         )
+    if config.model.multi_token is not None:
+        yield "model.multi_token adds up its losses on the host's side of a micro-batch"
     if config.model.dropout > 0.0:
         yield f"model.dropout={config.model.dropout} is seeded anew for each micro-batch"
 

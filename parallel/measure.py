@@ -42,7 +42,7 @@ def measure_costs(
 
     shapes: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(model.num_layers)]
     for spec in inventory(model):
-        if spec.name.startswith("blocks."):
+        if spec.name.startswith("blocks.") and not spec.ahead:
             _, layer, name = spec.name.split(".", 2)
             shapes[int(layer)].append((name, spec.shape))
     kinds = [tuple(of_layer) for of_layer in shapes]
@@ -63,6 +63,8 @@ def _seconds(part: Transformer, tokens_BL: Tensor, width: int, dtype: torch.dtyp
     shape_BLD = B * part.num_streams, L, width
     x_BLD = torch.randn(*shape_BLD, device=device).to(dtype).requires_grad_()
     gradient_BLD = torch.randn_like(x_BLD)
+    if part.mtp is not None:
+        part.mtp.set_targets(torch.ones(1 + part.mtp.number, device=device))
 
     def run() -> None:
         made = part(tokens_BL, tokens_BL, None, None if part.part.first else x_BLD)

@@ -47,7 +47,7 @@ from allometry.parallel.execution import Execution, MicroBatch, Observe, cast_we
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.reduce import GradientSync
 from allometry.parallel.stage import Stage, StepInputs
-from allometry.parallel.tied import TiedHead
+from allometry.parallel.tied import Mirrors
 from allometry.scaling.layout import ONE_STAGE_SCHEDULES, SPLIT_BACKWARD, Layout
 
 SCHEDULES: Mapping[str, Any] = {
@@ -104,19 +104,20 @@ class PipelineExecution(Execution):
     ) -> None:
         assert tuple(parts) == layout.stages_of(mesh.pp.rank), (tuple(parts), layout)
         self._parts, self._layout, self._mesh, self._sync = parts, layout, mesh, sync
-        self._width, self._dtype = model.width, compute_dtype
+        self._width, self._depths, self._dtype = model.width, model.num_depths, compute_dtype
         self._streams = model.num_streams
         self._count = len(layout.stages)
         self._uneven = uneven
         self._prepared: dict[int, _Prepared] = {}  # by number of micro-batches, least recent first
-        self._tied = TiedHead(
+        self._tied = Mirrors(
             parts,
             first=layout.rank_of(0),
             last=layout.rank_of(self._count - 1),
             axis=mesh.pp,
             tied=model.tied_embeddings,
+            depths=self._depths > 0,
         )
-        self.mirrors = self._tied.mirrors
+        self.mirrors = self._tied.names
         self._head_gradient = GradientSum()
         for part in parts.values():
             if part.head is not None:
@@ -177,6 +178,8 @@ class PipelineExecution(Execution):
         self, batches: Sequence[MicroBatch], before: Callable[[int], None] | None = None
     ) -> None:
         # ``before(i)`` runs on every rank, before the forward of its first stage.
+        if self._depths:
+            self._tied.send_value()  # blocks of multi-token prediction read the table
         gathered = self._sync.gathered() if self._uneven else nullcontext()
         with gathered, cast_weights(self._parts.values(), self._sync):
             self._forward(batches, None, before)
@@ -210,6 +213,7 @@ class PipelineExecution(Execution):
                         batch.targets_BL,
                         batch.documents,
                         inputs.pop(index, None),
+                        ahead_MBL=batch.ahead_MBL,
                         blocks_only=observe is None,
                     )
                     if isinstance(made, Losses):

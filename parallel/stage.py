@@ -72,7 +72,10 @@ class Stage(PipelineStage):
         if self.inputs.before is not None and self.stage_index == self.inputs.first:
             self.inputs.before(index)
         x_BLD = None if self.is_first else args[0]
-        made = self.submod(batch.tokens_BL, batch.targets_BL, batch.documents, x_BLD)
+        made = self.submod(
+            *(batch.tokens_BL, batch.targets_BL, batch.documents, x_BLD),
+            ahead_MBL=batch.ahead_MBL,
+        )
         if not isinstance(made, Losses):
             # Output of a frozen first stage; torch's schedules differentiate every output.
             return made if made.requires_grad else made.detach().requires_grad_()

@@ -227,13 +227,21 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
                     **common | (spread if apart else {}),
                 )
         fully_shard(block, mp_policy=mixed, reshard_after_forward=reshard, **common)
-    if model.mirrored and model.head is not None:
-        # A copy of an embedding is gathered and reduced like the embedding.
-        fully_shard(model.head, mp_policy=plain, reshard_after_forward=False, **common)
+    _shard_copies(model, zero.frees(mesh.pp.size), mp_policy=plain, **common)
     if model.aggregator is not None and low is not None:  # computes in fp32, as routers do
         fully_shard(model.aggregator.choice, mp_policy=plain, **common)
     # Backward starts with norm and head, which would be gathered again if freed after forward.
     fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
+
+
+def _shard_copies(model: Transformer, frees: bool, **options: Any) -> None:
+    """Shard copies of an embedding, which are gathered and reduced like the embedding."""
+    if model.mirrored and model.head is not None:
+        fully_shard(model.head, reshard_after_forward=False, **options)
+    if model.mtp is not None and "embedding" in model.mtp:
+        table = model.mtp["embedding"]
+        fully_shard(table, reshard_after_forward=frees, **options)
+        table.set_unshard_in_backward(False)
 
 
 def prefetch(model: Transformer) -> None:
@@ -264,7 +272,9 @@ def prefetch(model: Transformer) -> None:
         end = [[model.head]]
     # Blocks without a backward would stay gathered until the next step.
     returning = [[] if place < dormant else units for place, units in enumerate(blocks)]
-    forward, backward = [*blocks, *end], [*end, *reversed(returning)]
+    # Blocks of multi-token prediction do not run in an evaluation, which would leave them gathered.
+    main = len(model.part.layers)
+    forward, backward = [*blocks[:main], *end], [*end, *reversed(returning)]
 
     def ahead(units: list[list[FSDPModule]], place: int) -> list[FSDPModule]:
         return [unit for some in units[place : place + PREFETCHED] for unit in some]
@@ -273,7 +283,8 @@ def prefetch(model: Transformer) -> None:
     model.set_modules_to_forward_prefetch([*start, *ahead(forward, 0)])
     model.set_modules_to_backward_prefetch(ahead(backward, 0))
     for place, (block, *_) in enumerate(blocks):
-        block.set_modules_to_forward_prefetch(ahead(forward, place + 1))
+        if place < main:
+            block.set_modules_to_forward_prefetch(ahead(forward, place + 1))
         if place > 0:
             block.set_modules_to_backward_prefetch(ahead(backward, len(backward) - place))
 

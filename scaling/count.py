@@ -52,6 +52,8 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     by_role: dict[str, int] = {}
     active = 0
     for spec in inventory(model):
+        if spec.ahead:
+            continue
         by_role[spec.role.value] = by_role.get(spec.role.value, 0) + spec.numel
         active += active_numel(model, spec)
     total = sum(by_role.values())
@@ -95,22 +97,25 @@ def _score_features(model: ModelConfig) -> int:
 def layer_flops(model: ModelConfig, sequence_length: int) -> tuple[int, ...]:
     """Return forward FLOPs per token of the embedding (0), of each layer, and of the head.
 
+    The head's FLOPs include the depths of multi-token prediction, which run on the head's stage.
     The sum is ``flops_per_token(...).forward``.
     """
     layers = [
         attention_flops(model, sequence_length, model.window_of(layer)) + prefix_flops(model)
         for layer in range(model.num_layers)
     ]
-    last = 2 * model.vocab_size * model.width
+    ahead = range(model.num_layers, model.num_blocks)
+    end = 2 * model.vocab_size * model.width * (1 + model.num_depths)
+    end += sum(attention_flops(model, sequence_length, model.window_of(n)) for n in ahead)
     for spec in inventory(model):
         if spec.role not in MATRICES:
             continue
         layer = layer_of(spec.name)
-        if layer is None:  # the weights of the streams
-            last += 2 * spec.numel
+        if spec.ahead or layer is None:  # the weights of the streams have no layer
+            end += 2 * active_numel(model, spec)
         else:
             layers[layer] += 2 * active_numel(model, spec)
-    return (0, *(model.num_streams * layer for layer in layers), last)
+    return (0, *(model.num_streams * layer for layer in layers), end)
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
@@ -133,11 +138,11 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
         for spec in inventory(model)
         if spec.role in MATRICES
     )
-    head = model.vocab_size * model.width
-    attention = (model.num_layers - model.num_windowed) * attention_flops(model, sequence_length)
+    head = model.vocab_size * model.width * (1 + model.num_depths)
+    windowed = sum(map(model.windowed, range(model.num_blocks)))
+    attention = (model.num_blocks - windowed) * attention_flops(model, sequence_length)
     if model.window is not None:
-        each = attention_flops(model, sequence_length, model.window.tokens)
-        attention += model.num_windowed * each
+        attention += windowed * attention_flops(model, sequence_length, model.window.tokens)
     attention = model.num_streams * (attention + model.num_layers * prefix_flops(model))
     forward = 2 * (products + head) + attention
     return Flops(forward=forward, backward=2 * forward, total=3 * forward, attention=3 * attention)
@@ -163,10 +168,10 @@ class DocumentFlops:
         """Return the coefficients of ``model``."""
         one = flops_per_token(model, 1)
         each = 3 * 2 * _score_features(model) * model.num_streams
-        windowed = model.num_windowed
+        windowed = sum(map(model.windowed, range(model.num_blocks)))
         return cls(
-            one.total - model.num_layers * each,  # a document of one token has one pair
-            (model.num_layers - windowed) * each,
+            one.total - model.num_blocks * each,  # a document of one token has one pair
+            (model.num_blocks - windowed) * each,
             windowed * each,
             0 if model.window is None else model.window.tokens,
         )

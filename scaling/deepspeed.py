@@ -142,6 +142,8 @@ def _refusals(config: RunConfig, degrees: Degrees) -> Iterator[tuple[str, Any, s
         yield "model.streams.count", config.model.num_streams, "streams have not been tried with it"
     if training.activation_offload > 0.0:
         yield "training.activation_offload", training.activation_offload, _UNTRIED
+    if config.model.multi_token is not None:
+        yield "model.multi_token.depth", config.model.num_depths, "it has not been tried with it"
     if config.data.kind == "documents" and config.parallel.context.offload != "none":
         yield "parallel.context.offload", config.parallel.context.offload, _UNTRIED
     states = zero.optimizer_states

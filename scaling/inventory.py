@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from allometry.configs.decoder import LatentAttention
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
@@ -61,11 +62,44 @@ def inventory(
     for layer in range(model.num_layers) if layers is None else layers:
         specs.extend(block_specs(model, layer, f"blocks.{layer}"))
     if last:
+        specs.extend(depth_blocks(model))
         specs.append(vector("final_norm.weight", model.width))
         specs.extend(aggregator_specs(model, "aggregator"))
     if last and not (model.tied_embeddings and first):
         specs.append(matrix("head.weight", Role.OUTPUT, model.vocab_size, model.width))
+    if last:
+        specs.extend(depth_specs(model, mirrored=not first))
     return tuple(specs)
+
+
+def depth_blocks(model: ModelConfig) -> Iterator[ParamSpec]:
+    """Yield the parameters of the blocks of multi-token prediction, numbered after the others."""
+    for layer in range(model.num_layers, model.num_layers + model.num_depths):
+        yield from _ahead(block_specs(model, layer, f"blocks.{layer}"))
+
+
+def depth_specs(model: ModelConfig, *, mirrored: bool = False) -> Iterator[ParamSpec]:
+    """Yield what multi-token prediction has beside its blocks.
+
+    ``mirrored``: in a part without the embedding, of which it has a copy.
+    """
+    if mirrored and model.num_depths:
+        table = embedding("mtp.embedding.weight", model.vocab_size, model.width)
+        yield replace(table, ahead=True)
+    for depth in range(model.num_depths):
+        prefix = f"mtp.{depth}"
+        yield from _ahead(
+            (
+                vector(f"{prefix}.embedding_norm.weight", model.width),
+                vector(f"{prefix}.hidden_norm.weight", model.width),
+                matrix(f"{prefix}.projection.weight", Role.HIDDEN, model.width, 2 * model.width),
+                vector(f"{prefix}.final_norm.weight", model.width),
+            )
+        )
+
+
+def _ahead(specs: Iterable[ParamSpec]) -> Iterator[ParamSpec]:
+    return (replace(spec, ahead=True) for spec in specs)
 
 
 def within(specs: Specs, module: str) -> Specs:

@@ -255,8 +255,9 @@ def _kept(
     bucket = max(int(tiers.bucket_mib * 2**20), *whole, 0)
     states = min(total, bytes_of(tiers.device, total) + 3 * bucket)
     if tiers.gradients:
-        tied = part.model.tied_embeddings and not (part.first and part.last)
-        summed = sum(_FP32 * part.held(s) for s, _ in specs if tied and s.role is Role.INPUT)
+        copied = part.model.tied_embeddings or part.model.num_depths > 0
+        copied = copied and not (part.first and part.last)
+        summed = sum(_FP32 * part.held(s) for s, _ in specs if copied and s.role is Role.INPUT)
         gradients = min(gradients, summed + int((1.0 - away) * (gradients - summed)) + bucket)
     return sum(parameters.values()), gradients, states
 
@@ -286,6 +287,7 @@ def _compute_copies(part: RankParts, kernels: Kernels, zero: Zero, pp: int) -> i
         sizes = {spec.name: size for spec, size in part.sizes.items() if _is_cast(spec)}
         if not part.model.tied_embeddings:
             sizes.pop("embedding.weight", 0)  # a lookup casts only the rows that it reads
+        sizes.pop("mtp.embedding.weight", 0)
         return 0 if compute_bytes == _FP32 else compute_bytes * sum(sizes.values())
     gathered, joined = gathered_bytes(part, kernels), _joined_bytes(part, compute_bytes)
     if not zero.frees(pp):

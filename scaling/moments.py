@@ -114,6 +114,10 @@ class Step:
             trained = any(spec.name == "final_norm.weight" for spec in self.part.trained)
             of_norm = norm(model.width, self.kernels, trained=trained)
             kept += Counter({name: round(local * n) for name, n in of_norm.items()})
+            # Each depth has three norms more, and keeps what its projection reads.
+            for _ in range(model.num_depths):
+                kept += Counter({name: round(3 * local * n) for name, n in of_norm.items()})
+                kept[RESIDUAL] += 2 * c * local * model.width
             of_sum = weighted_sum(model, self.kernels)
             kept += Counter({name: self.tokens // part.tp * n for name, n in of_sum.items()})
         if self.pipelined:
@@ -153,7 +157,7 @@ class Step:
 
     def _head(self) -> Moment:
         model, part = self.part.model, self.part
-        local = self.tokens // part.tp
+        local, rows = self.tokens // part.tp, 1 + model.num_depths
         c, wide = self.kernels.compute, self.kernels.wide
         vocabulary = self._vocabulary
         chunk = self._chunk_tokens()
@@ -163,13 +167,15 @@ class Step:
         softmax = logits * (c if c == wide else c + wide)
         if part.tp > 1:
             softmax = logits * (c + 2 * wide if c < wide else c + wide)
-        first = chunk >= self.tokens and not (self.pipelined and self.micro_batches > 1)
+        first = (
+            rows == 1 and chunk >= self.tokens and not (self.pipelined and self.micro_batches > 1)
+        )
         summed = 0 if first else wide * head
         product = logits * c + (head * (wide if c == wide else c + wide) if first else c * head)
         if not self._head_is_trained:
             summed, product = 0, logits * c
-        inputs = c * self.tokens * model.width * self.in_flight  # their gradients
-        normed = c * model.width * (local if part.tp == 1 else local + self.tokens)
+        inputs = c * rows * self.tokens * model.width * self.in_flight  # their gradients
+        normed = c * rows * model.width * (local if part.tp == 1 else local + self.tokens)
         gathered = c * head + (_FP32 * head if model.tied_embeddings and part.first else 0)
         if self.zero.stage:
             gathered = self._gathered(None)

@@ -140,8 +140,12 @@ class Parameterization:
                 )
 
     def _owner(self, spec: ParamSpec) -> ParamSpec:
-        """Return the original of a copy: the embedding for a tied head, otherwise ``spec``."""
+        """Return the original of a copy, otherwise ``spec``.
+
+        A tied head and the table of multi-token prediction are copies of the embedding.
+        """
         copied = self.model.tied_embeddings and spec.role is Role.OUTPUT
+        copied = copied or (spec.ahead and spec.role is Role.INPUT)
         return inventory(self.model)[0] if copied else spec
 
     def describe(self) -> dict[str, Any]:

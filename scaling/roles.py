@@ -47,8 +47,9 @@ class ParamSpec:
     ``name`` is the dotted global name, ``shape`` the unsharded shape. Weights are stored [fan_out,
     fan_in]; an embedding [V, D] has fan_in V (constant) and fan_out D; a vector [n] has fan_in 1
     and fan_out n. ``start``: initial value in every parameterization; None: the parameterization
-    decides. ``of_heads``: a vector with elements for each head, sharded with the heads. For
-    example, ``ParamSpec("head.weight", Role.OUTPUT, (V, D), fan_in=D, fan_out=V)``.
+    decides. ``of_heads``: a vector with elements for each head, sharded with the heads. ``ahead``:
+    a parameter of multi-token prediction, which published counts and laws leave out. For example,
+    ``ParamSpec("head.weight", Role.OUTPUT, (V, D), fan_in=D, fan_out=V)``.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ParamSpec:
     fan_out: int
     start: Start | None = None
     of_heads: bool = False
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         assert all(size > 0 for size in self.shape), (self.name, self.shape)

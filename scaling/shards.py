@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import Any
 
 from allometry.configs.model import ModelConfig, MoEModel
-from allometry.scaling.inventory import inventory
+from allometry.scaling.inventory import depth_specs, inventory
 from allometry.scaling.layout import Layout
 from allometry.scaling.roles import EXPERTS, ParamSpec, Role, layer_of
 
@@ -107,14 +108,17 @@ class RankParts:
     ) -> RankParts:
         """Return the parts of a pipeline rank; ``layout`` None: the full, unsharded model."""
         if layout is None:
-            layers = frozenset(range(model.num_layers))
+            layers = frozenset(range(model.num_blocks))
             return cls(model, layers, True, True, shards=shards, frozen=frozen)
         stages = layout.stages_of(pp_rank)
+        last = len(layout.stages) - 1 in stages
+        ahead = range(model.num_layers, model.num_blocks) if last else ()
+        here = (layer for stage in stages for layer in layout.stages[stage])
         return _known_parts(
             model,
-            frozenset(layer for stage in stages for layer in layout.stages[stage]),
+            frozenset((*here, *ahead)),
             0 in stages,
-            len(layout.stages) - 1 in stages,
+            last,
             layout.degrees.tp,
             layout.degrees.ep,
             shards,
@@ -129,7 +133,17 @@ class RankParts:
     def _specs_of(self, layers: Iterable[int]) -> tuple[ParamSpec, ...]:
         # A tied head on another stage than its embedding is a copy of it.
         first = self.first or (self.last and self.model.tied_embeddings)
-        return inventory(self.model, sorted(layers), first=first, last=self.last)
+        count, given = self.model.num_layers, frozenset(layers)
+        main = sorted(layer for layer in given if layer < count)
+        listed = inventory(self.model, main, first=first, last=self.last)
+        if self.last and self.model.num_depths and not self.first and first:
+            listed += tuple(islice(depth_specs(self.model, mirrored=True), 1))
+        # Of depths that are alike one is asked for.
+        return tuple(
+            spec
+            for spec in listed
+            if (layer := layer_of(spec.name)) is None or layer < count or layer in given
+        )
 
     @cached_property
     def counted(self) -> tuple[tuple[ParamSpec, int], ...]:
@@ -171,6 +185,8 @@ class RankParts:
 
     def trains(self, spec: ParamSpec) -> bool:
         """Return True if this rank's optimizer updates the parameter; copies are not updated."""
+        if spec.ahead and spec.role is Role.INPUT:
+            return False
         return spec.name != "embedding.weight" or self.first
 
     def part(self, spec: ParamSpec) -> tuple[int, ...]:
@@ -204,7 +220,7 @@ class RankParts:
         for spec, size in self.trained.items():
             layer = layer_of(spec.name)
             unit = f"block {layer}" if layer is not None else "ends"
-            if spec.name == "embedding.weight" or (self.ep > 1 and spec.role in EXPERTS):
+            if spec.role is Role.INPUT or (self.ep > 1 and spec.role in EXPERTS):
                 unit = f"{unit} {'experts' if spec.role in EXPERTS else 'embedding'}"
             sizes[unit] = sizes.get(unit, 0) + size
         return sizes

@@ -146,7 +146,7 @@ def _step(
                 parallel.sync.finish()
         for call, times in Counter(log.calls).items():
             total[call] += times * number
-    total.update(_tied(config, plan.layout, parallel))
+    total.update(_tied(config, plan, parallel))
     parameters = [p for _, p in parallel.named_parameters()]
     gradients = _nbytes(p.grad for p in _parameters(parallel))
     with CollectiveLog(mesh) as log:
@@ -196,18 +196,31 @@ def _handed_on(
     return sent
 
 
-def _tied(config: RunConfig, layout: Layout, parallel: Parallel) -> dict[Collective, int]:
-    """Return the messages of a tied head on another rank: its weight, and its gradient."""
+def _tied(config: RunConfig, plan: RunPlan, parallel: Parallel) -> dict[Collective, int]:
+    """Return the messages of copies of the embedding on another rank: weight and gradient.
+
+    The copies, a tied head and the table of multi-token prediction, share the messages. A pass that
+    counts the loads of this batch needs the table as well.
+    """
+    layout, loads = plan.layout, plan.balance_loads
+    counts = config.model.num_depths > 0 and loads is not None and loads.loads == "this_batch"
     last = len(layout.stages) - 1
-    if not config.model.tied_embeddings or layout.rank_of(0) == layout.rank_of(last):
+    copied = config.model.tied_embeddings or config.model.num_depths > 0
+    if not copied or layout.rank_of(0) == layout.rank_of(last):
         return {}
     sent: dict[Collective, int] = {}
-    for stage, kind in ((0, "send tied weight"), (last, "send tied gradient")):
+    for stage, kind, times in (
+        (0, "send tied weight", 1 + counts),
+        (last, "send tied gradient", 1),
+    ):
         part = parallel.parts.get(stage)
-        module = None if part is None else part.embedding if stage == 0 else part.head
+        module = None
+        if part is not None:
+            table = part.mtp["embedding"] if stage and part.mtp is not None else part.head
+            module = part.embedding if stage == 0 else table
         if module is not None and (stage == 0 or module.weight.requires_grad):
             weight = module.weight
-            sent[Collective(kind, "pp", 2, _nbytes([weight]), dtype_name(weight.dtype))] = 1
+            sent[Collective(kind, "pp", 2, _nbytes([weight]), dtype_name(weight.dtype))] = times
     return sent
 
 

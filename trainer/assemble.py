@@ -121,6 +121,7 @@ def make_train_step(
         dropout_seed=config.run.seed if config.model.dropout else None,
         balancer=balancer,
         judge=judge,
+        depths=config.model.num_depths,
     )
 
 

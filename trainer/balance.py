@@ -89,7 +89,7 @@ class Balancer:
         """
         experts = self._model.experts.num_experts
         sums = torch.zeros(
-            self._model.num_layers, 3 * experts + 3, dtype=torch.float64, device=self._mesh.device
+            self._model.num_blocks, 3 * experts + 3, dtype=torch.float64, device=self._mesh.device
         )
         one_of_its_stage = self._mesh.stage.rank == 0
         for part in self._parts:
@@ -116,7 +116,7 @@ def routing_rows(model: MoEModel, sums: Tensor) -> tuple[Row, Mapping[str, list[
     loads: dict[str, list[float]] = {}
     values: dict[str, list[float]] = {}
     host = sums.cpu()
-    for layer in filter(model.has_experts, range(model.num_layers)):
+    for layer in filter(model.has_experts, range(model.num_blocks)):
         counts_E, probabilities_E, before_E, scalars = host[layer].split([experts] * 3 + [3])
         record = balance_record(RouterStatistics(counts_E, probabilities_E, *scalars), model)
         loads[str(layer)] = record.pop("load")

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,11 @@ def evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
 class Evaluator:
     """Evaluates the model on the validation split of each source, distributed over the ranks."""
 
+    drafts: float | None = None
+    """Share of multi-token prediction's drafts that equal the main head's most likely token, in the
+    last evaluation; None without multi-token prediction.
+    """
+
     def __init__(self, held_out: HeldOut, parallel: Parallel, mesh: Mesh) -> None:
         self.names = list(held_out.names)
         self._mine = held_out.batches
@@ -117,10 +122,20 @@ class Evaluator:
             nonlocal total
             total += source_sums(nll_BL, batch.targets_BL, batch.sources, len(self.names))
 
-        with evaluating(list(self._parallel.parts.values())):
+        parts = list(self._parallel.parts.values())
+        drafts_2 = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
+        depths = [part.mtp for part in parts if part.mtp is not None]
+        with evaluating(parts), ExitStack() as stack:
+            for one in depths:
+                stack.enter_context(one.compared())
             self._parallel.execution.evaluate(self._mine, observe)
-        self._mesh.all_reduce_sum(total, "hdp")
-        self._mesh.all_reduce_sum(total, "pp")
+        for one in depths:
+            drafts_2 += one.take_drafts()
+        for sums in (total, drafts_2):
+            self._mesh.all_reduce_sum(sums, "hdp")
+            self._mesh.all_reduce_sum(sums, "pp")
+        equal, compared = drafts_2.tolist()
+        self.drafts = equal / compared if compared else None
         loss, count = total.tolist()
         return {name: loss[i] / count[i] for i, name in enumerate(self.names) if count[i]}
 
@@ -175,4 +190,6 @@ class Evaluation(Callback):
         forgotten = {
             f"forgetting/{name}": losses[name] - self._before[name] for name in self._replayed
         }
-        return {f"validation/{name}": loss for name, loss in losses.items()} | forgotten
+        drafts = self._evaluator.drafts
+        accepted = {} if drafts is None else {"drafts_accepted": drafts}
+        return {f"validation/{name}": loss for name, loss in losses.items()} | forgotten | accepted

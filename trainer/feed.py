@@ -20,6 +20,7 @@ from allometry.data.documents import DocumentStream, Pieces
 from allometry.data.prefetch import Prefetcher
 from allometry.data.stream import Stream
 from allometry.models.documents import Documents
+from allometry.models.multi_token import ahead_of
 from allometry.parallel.hdp.filling import TOKENS, Filling
 from allometry.parallel.hdp.orders import Orders, schedule_orders
 from allometry.parallel.hdp.replay import Replay, replay
@@ -41,7 +42,8 @@ class DeviceBatch:
     documents`` all micro-batches of a step have the same ``position``, and ``first`` is the index
     of the first document. ``squared_lengths`` is the sum of the squared document lengths, from
     which FLOPs are counted; for a micro-batch that several ranks share, the first of these ranks
-    has the full sum and the others 0.
+    has the full sum and the others 0. ``ahead_MBL``: the tokens ahead (``models/multi_token.py``)
+    of a micro-batch that several ranks share; None: they follow from the targets.
     """
 
     tokens_BL: Tensor
@@ -51,6 +53,7 @@ class DeviceBatch:
     position: int
     first: int = 0
     squared_lengths: int = 0
+    ahead_MBL: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device, position: int) -> DeviceBatch:
@@ -93,7 +96,15 @@ class DeviceBatch:
             targets_BL=_move(self.targets_BL, device),
             sources=_move(self.sources, device),
             documents=documents,
+            ahead_MBL=None if self.ahead_MBL is None else _move(self.ahead_MBL, device),
         )
+
+    def targets_ahead(self, depths: int) -> Tensor:
+        """Return how many targets each depth of multi-token prediction has, [depths]."""
+        ahead_MBL = self.ahead_MBL
+        if ahead_MBL is None:
+            ahead_MBL = ahead_of(self.targets_BL, self.documents, depths)
+        return (ahead_MBL[1:] != IGNORE).flatten(1).sum(1)
 
     @property
     def num_tokens(self) -> int | Tensor:
@@ -130,7 +141,7 @@ class DocumentPlanner:
             precision=config.precision,
         )
         self.layout, self._ranks, self._tp = layout, degrees.hdp, degrees.tp
-        self._layers = min(layers)
+        self._layers, self._depths = min(layers), config.model.num_depths
         self._orders = lru_cache(self._make_orders)
 
     def plan(self, lengths: Sequence[int], mode: Mode | None = None) -> Plan:
@@ -167,7 +178,8 @@ class DocumentPlanner:
             filling(device, self._tp, position)
             if number is None
             else document_batch(
-                plan.units[number], rank, pieces, device, self._tp, tag=number, position=position
+                *(plan.units[number], rank, pieces, device, self._tp),
+                **{"tag": number, "position": position, "depths": self._depths},
             )
             for number in plan.orders[rank]
         ]
@@ -288,14 +300,16 @@ def document_batch(
     *,
     tag: int = 0,
     position: int = 0,
+    depths: int = 0,
 ) -> DeviceBatch:
     """Return hdp rank ``rank``'s tokens of a unit, padded to a multiple of ``multiple``.
 
-    Only the rank's own tokens are read. ``tag`` distinguishes the unit's messages from those of
-    other units.
+    Only the rank's own tokens are read, and with ``depths`` of multi-token prediction those ahead
+    of them. ``tag`` distinguishes the unit's messages from those of other units.
     """
     size, member = len(unit.ring), unit.ring.index(rank)
     tokens, targets, positions, sources, runs = [], [], [], [], []
+    ahead: list[np.ndarray] = []  # where several ranks share documents
     for index in unit.documents:
         for part in _parts(int(pieces.lengths[index]), size, member):
             part_tokens, part_targets = pieces.read(index, part.start, part.stop)
@@ -304,6 +318,8 @@ def document_batch(
             positions.append(np.arange(part.start, part.stop))
             sources.append(np.full(len(part), pieces.sources[index], np.int64))
             runs.append(len(part))
+            if size > 1 and depths:
+                ahead.append(_ahead(pieces, index, part, depths))
     held = sum(runs)
     padding = max(-held % multiple, 0) if held else TOKENS * multiple
     if padding:
@@ -311,6 +327,8 @@ def document_batch(
         targets.append(np.full(padding, IGNORE, np.int64))
         positions.append(np.arange(padding))
         sources.append(np.zeros(padding, np.int64))
+        if size > 1 and depths:
+            ahead.append(np.full((depths + 1, padding), IGNORE, np.int64))
         if size == 1:
             runs.append(padding)
     lengths = [int(pieces.lengths[index]) for index in unit.documents]
@@ -330,7 +348,17 @@ def document_batch(
         position,
         first=unit.documents[0],
         squared_lengths=sum(length**2 for length in lengths) if member == 0 else 0,
+        ahead_MBL=_move(np.concatenate(ahead, axis=1)[:, None], device) if ahead else None,
     )
+
+
+def _ahead(pieces: Pieces, index: int, part: range, depths: int) -> np.ndarray:
+    """Return the tokens 1, 2, ... ``depths`` + 1 ahead of a part of a document, or IGNORE."""
+    length = int(pieces.lengths[index])
+    _, targets = pieces.read(index, part.start, min(part.stop + depths, length))
+    padded = np.full(len(part) + depths, IGNORE, np.int64)
+    padded[: len(targets)] = targets
+    return np.stack([padded[depth : depth + len(part)] for depth in range(depths + 1)])
 
 
 def filling(device: torch.device, multiple: int, position: int) -> DeviceBatch:

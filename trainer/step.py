@@ -32,7 +32,8 @@ class StepOutcome:
     dimensions; ``routing`` the routers' statistics (``Balancer.observed`` summed over all ranks),
     None without experts. ``tokens`` and ``squared_lengths`` are the tokens of the global batch and
     the sum of its squared document lengths (integers, exact in float64). ``verdict`` is the result
-    of a ``Judge``, None without one.
+    of a ``Judge``, None without one. ``ahead``: sum of losses and targets of each depth of
+    multi-token prediction, [depths, 2], None without.
     """
 
     step: int
@@ -43,6 +44,13 @@ class StepOutcome:
     tokens: Tensor
     squared_lengths: Tensor
     verdict: Tensor | None = None
+    ahead: Tensor | None = None
+
+    @property
+    def losses_ahead(self) -> dict[str, float]:
+        """Mean loss of each depth of multi-token prediction that has targets, by its number."""
+        sums = [] if self.ahead is None else self.ahead.tolist()
+        return {str(k): total / count for k, (total, count) in enumerate(sums, 1) if count}
 
     def to_host(self) -> StepOutcome:
         """Copy the outcome to host memory; on a GPU complete once the work queued now has run."""
@@ -89,6 +97,7 @@ class TrainStep:
         dropout_seed: int | None,
         balancer: Balancer | None = None,
         judge: Judge | None = None,
+        depths: int = 0,
     ) -> None:
         self.parallel = parallel
         self._balancer, self._judge = balancer, judge
@@ -99,6 +108,7 @@ class TrainStep:
         self._sources = sources
         self._clip = clip_grad_norm
         self._dropout_seed = dropout_seed
+        self._depths = depths
 
     def __call__(self, step: int, batches: Sequence[DeviceBatch]) -> StepOutcome:
         """Take the step; ``batches`` are this rank's micro-batches.
@@ -128,7 +138,8 @@ class TrainStep:
         execution.train(batches, scale, observe, before)
         sums_2S *= self._mesh.tp.rank == 0  # all tensor-parallel ranks have the same losses
         routing = None if self._balancer is None else self._balancer.observed()
-        along = [sums_2S] if routing is None else [sums_2S, routing]
+        ahead = self._ahead()
+        along = [tensor for tensor in (sums_2S, routing, ahead) if tensor is not None]
         fraction = self._schedule.fraction(step)
         verdict = bad = None
 
@@ -153,7 +164,18 @@ class TrainStep:
             tokens=tokens,
             squared_lengths=squared_lengths,
             verdict=verdict,
+            ahead=ahead,
         )
+
+    def _ahead(self) -> Tensor | None:
+        """Take the sums of losses and the targets of each depth on this rank, [depths, 2]."""
+        if not self._depths:
+            return None
+        sums = torch.zeros(self._depths, 2, dtype=torch.float64, device=self._mesh.device)
+        for part in self.parallel.parts.values():
+            if part.mtp is not None:
+                sums += part.mtp.take()
+        return sums * (self._mesh.tp.rank == 0)
 
     def pass_over(self, step: int) -> StepOutcome:
         """Return the outcome of a skipped step, without computing or changing anything."""
@@ -189,6 +211,7 @@ class TrainStep:
         execution.train(batches, 1.0 / targets.clamp(min=1.0), observe, before)
         if self._balancer is not None:
             self._balancer.observed()
+        self._ahead()
         return combined(losses, self._mesh.device)
 
     def groups_not_finite(self) -> list[str]:
@@ -203,10 +226,12 @@ class TrainStep:
         All three are 0-dim float64 tensors. All counts that ranks need before the first backward
         pass are reduced in one message.
         """
-        counts = torch.zeros(3, dtype=torch.float64, device=self._mesh.device)
+        counts = torch.zeros(3 + self._depths, dtype=torch.float64, device=self._mesh.device)
         for batch in batches:
             counts[0] += (batch.targets_BL != IGNORE).sum()
             counts[1] += batch.num_tokens
+            if self._depths:
+                counts[3:] += batch.targets_ahead(self._depths)
         counts[2] = sum(batch.squared_lengths for batch in batches)
         visits = None if self._balancer is None else self._balancer.count_visits(count_visits)
         # All ranks of a pipeline and of a tensor-parallel group have the same micro-batches.
@@ -215,7 +240,10 @@ class TrainStep:
         else:
             counts *= self._mesh.tp.rank == self._mesh.pp.rank == 0
             self._mesh.sum_together([counts, visits])
-        targets, tokens, squared_lengths = counts
+        targets, tokens, squared_lengths = counts[:3]
+        for part in self.parallel.parts.values():
+            if part.mtp is not None:
+                part.mtp.set_targets(torch.cat([counts[:1], counts[3:]]))
         if self._balancer is not None:
             self._balancer.begin_step(tokens, visits)
         return targets, tokens, squared_lengths

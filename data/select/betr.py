@@ -119,7 +119,7 @@ def betr(
         )
     examples = equal_examples(targets, seed)
     most = max(int(ids.max(initial=0)) for ids in examples)
-    embed = embedder(kind, store, sampled, 1 + max(most, largest_id(store, sampled)))
+    embed = embedder(kind, [(store, sampled)], 1 + max(most, largest_id(store, sampled)))
     places = best_ranks(stacked(embed.rows, store, sampled), embed.rows(examples))
     near = places < positives
     others = np.flatnonzero(~near)

@@ -22,19 +22,21 @@ from allometry.data.select.text import decoder_of
 from allometry.data.store import TokenStore
 
 Ids = NDArray[np.integer[Any]]
+Sample = tuple[TokenStore, NDArray[np.int64]]
+"""A store and numbers of documents in it."""
 BATCH_TOKENS = 1 << 22
 """Number of tokens per batch of documents."""
 HASH_BITS = 18
 _ODD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 
 
-def require(module: str) -> Any:
-    """Import a module of scikit-learn. Raises UserError if it is not installed."""
+def require(module: str, package: str = "scikit-learn") -> Any:
+    """Import a module of the extra ``select``. Raises UserError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"this needs scikit-learn, which cannot be imported ({error}); pip install "
+            f"this needs {package}, which cannot be imported ({error}); pip install "
             "'allometry[select]'"
         ) from None
 
@@ -77,16 +79,19 @@ def hashed_bigrams(documents: Sequence[Ids]) -> Any:
 
 
 class TfIdf:
-    """TF-IDF of token ids (1 + log of counts, smoothed idf), with the idf of ``documents``.
+    """TF-IDF of token ids (1 + log of counts, smoothed idf), with the idf of ``samples``.
 
-    ``documents`` are document numbers; ids are below ``width``.
+    ``samples`` are document numbers of stores; ids are below ``width``.
     """
 
-    def __init__(self, store: TokenStore, documents: NDArray[np.int64], width: int) -> None:
+    def __init__(self, samples: Sequence[Sample], width: int) -> None:
+        from scipy import sparse
+
         text = require("sklearn.feature_extraction.text")
         self._width = width
         self._transformer = text.TfidfTransformer(sublinear_tf=True)
-        self._transformer.fit(stacked(lambda some: counts(some, width), store, documents))
+        parts = [stacked(lambda some: counts(some, width), *sample) for sample in samples]
+        self._transformer.fit(sparse.vstack(parts, "csr"))
 
     def rows(self, documents: Sequence[Ids]) -> Any:
         """See ``Embedder``."""
@@ -144,16 +149,18 @@ class Static:
         return made
 
 
-def embedder(kind: str, store: TokenStore, sample: NDArray[np.int64], width: int) -> Embedder:
-    """Return the embedder ``kind``: tfidf (fitted to ``sample``), or static:FOLDER.
+def embedder(kind: str, samples: Sequence[Sample], width: int) -> Embedder:
+    """Return the embedder ``kind``: tfidf (fitted to ``samples``), or static:FOLDER.
 
-    Raises UserError for an unknown kind.
+    The stores of ``samples`` have one tokenizer. For example,
+    ``embedder("tfidf", [(store, np.arange(100))], store.vocab_bound)``. Raises UserError for an
+    unknown kind.
     """
     name, _, rest = kind.partition(":")
     if name == "tfidf" and not rest:
-        return TfIdf(store, sample, width)
+        return TfIdf(samples, width)
     if name == "static" and rest:
-        return Static(Path(rest), store)
+        return Static(Path(rest), samples[0][0])
     raise UserError(f"--embedder={kind} is not known; use tfidf or static:FOLDER")
 
 

@@ -63,7 +63,8 @@ def prototypes(
         raise UserError(
             f"--k={count} clusters of {len(sampled)} documents have fewer than two each; lower --k"
         )
-    embed = embedder(kind, store, sampled, 1 + largest_id(store, np.flatnonzero(store.lengths)))
+    width = 1 + largest_id(store, np.flatnonzero(store.lengths))
+    embed = embedder(kind, [(store, sampled)], width)
     means = cluster.MiniBatchKMeans(
         count, random_state=seed, n_init=3, batch_size=max(1024, 2 * count)
     ).fit(stacked(embed.rows, store, sampled))

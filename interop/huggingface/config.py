@@ -103,7 +103,7 @@ _OWN_KEYS: Mapping[Family, frozenset[str]] = {
     "deepseek_v3": deepseek.OWN_KEYS,
 }
 # Keys used in training but not in a forward pass with given weights.
-_TRAINING_ONLY = ("dropout", "z_loss", "router.balance", "router.z_loss")
+_TRAINING_ONLY = ("dropout", "z_loss", "multi_token", "router.balance", "router.z_loss")
 
 
 def choose_family(model: ModelConfig, asked: str | None = None) -> Family:

@@ -123,33 +123,34 @@ def export_hf(
     end_of_document: str | None = None,
     optimizer_state: bool = False,
     check: bool = False,
+    main_model: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> ExportReport:
     """Write a checkpoint of a run (default: the latest) as a Hugging Face folder ``out``.
 
-    Multipliers of the forward pass that the family lacks are folded into weights. ``tokenizer`` and
-    ``end_of_document`` supply values that the run folder does not have. ``optimizer_state`` also
-    writes the optimizer states, for a later import. ``check`` loads the folder with transformers
-    and compares both models before the rename. Raises UserError for features that the family does
-    not support, before any file is written. For example, ``export_hf("runs/a", "hf/a", step=100)``.
+    Multipliers that the family lacks are folded into weights. ``tokenizer`` and ``end_of_document``
+    supply values missing in the run folder. ``optimizer_state`` also writes the optimizer states.
+    ``main_model`` leaves multi-token prediction out. ``check`` compares both models, with
+    transformers, before the rename. Raises UserError, before any file is written, for features that
+    the family does not support. For example, ``export_hf("runs/a", "hf/a", step=100)``.
     """
     if check:
         compare.require_transformers()
     folder, config, path = _run(run_folder, step)
     chosen = choose_family(config.model, family)
-    theirs = attention_scale({}, config.model, chosen)
-    folding = folds(config.model, Parameterization.of_run(config).forward, theirs)
-    wanted, weights = counterparts(config.model, chosen), CheckpointWeights(path)
+    folding = _folding(config, chosen)
+    model = config.model.model_copy(update={"multi_token": None}) if main_model else config.model
+    wanted, weights = counterparts(model, chosen), CheckpointWeights(path)
     _check_tensors(config.model, chosen, weights, path)
     states = _optimizer_states(path) if optimizer_state else None
     text = tokenizer_of_run(folder.path, config.data)
-    text = text.told(tokenizer, end_of_document, config.model.vocab_size)
+    text = text.told(tokenizer, end_of_document, model.vocab_size)
     longest, torch_dtype = config.data.sequence_length, _TORCH[dtype]
     name, end_id = str(torch_dtype).removeprefix("torch."), text.end[1] if text.end else None
     with new_folder(out) as (final, partial):
         parts = [_part(counterpart, weights, folding, torch_dtype) for counterpart in wanted]
         files = write_safetensors(partial, parts, shard_bytes)
-        write_json(partial / CONFIG, to_hf(config.model, chosen, name, Text(longest, end_id)))
+        write_json(partial / CONFIG, to_hf(model, chosen, name, Text(longest, end_id)))
         write_texts(partial, text, longest)
         write_origin(partial, folder, config, path)
         if states is not None:
@@ -171,6 +172,11 @@ def export_hf(
             if check
             else None,
         )
+
+
+def _folding(config: RunConfig, family: Family) -> tuple[Fold, ...]:
+    theirs = attention_scale({}, config.model, family)
+    return folds(config.model, Parameterization.of_run(config).forward, theirs)
 
 
 def _run(run_folder: str | Path, step: int | None) -> tuple[RunFolder, RunConfig, Path]:
@@ -253,7 +259,6 @@ def import_hf(
                 *(source, model.wanted, model.folding),
                 torch.float32,
                 imported=True,
-                left_out=model.left_out,
             )
             if check
             else None,
@@ -312,7 +317,7 @@ def _part(
     """Return a part for ``write_safetensors``: names and sizes, and a function for the tensors."""
     name = counterpart.spec.name
     stored = counterpart.stored_as(dtype)
-    nbytes = counterpart.spec.numel * stored.itemsize // len(counterpart.written)
+    nbytes = counterpart.spec.numel * stored.itemsize // len(counterpart.sources[0].names)
     return (
         [(written, nbytes) for written in counterpart.written],
         lambda: counterpart.split(folded(name, value_of(weights, counterpart), folding), dtype),

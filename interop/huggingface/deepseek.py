@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from allometry.configs.model import ModelConfig, MoEModel
+from allometry.scaling.roles import ParamSpec
 
 NORM_EPS = 1e-6
 """Epsilon of the norms of latents, a constant in its code; ``rms_norm_eps`` sets the others."""
@@ -33,7 +34,7 @@ OWN_KEYS = frozenset(
         *("qk_head_dim", "ep_size", "aux_loss_alpha", "seq_aux"),  # derived, or for training only
     ]
 )
-"""Keys allowed in its files. Multi-token prediction layers are not imported."""
+"""Keys allowed in its files."""
 
 NAMES: Mapping[str, str] = {
     "attention.latent_q": "self_attn.q_a_proj",
@@ -47,6 +48,18 @@ NAMES: Mapping[str, str] = {
     "ffn.shared.down": "mlp.shared_experts.down_proj",
 }
 """Modules of a block with other names than in other families, or without a counterpart there."""
+
+_DEPTH: Mapping[str, str] = {
+    "embedding_norm": "enorm",
+    "hidden_norm": "hnorm",
+    "projection": "eh_proj",
+    "final_norm": "shared_head.norm",
+}
+"""Modules of a depth of multi-token prediction, in the layer after the model's own layers.
+
+As in our models, readers such as vLLM (``deepseek_mtp.py``) multiply ``eh_proj`` by
+[enorm(embedding); hnorm(hidden)], where hidden is the output of the model's final norm.
+"""
 
 ROUTER_BIAS = "mlp.gate.e_score_correction_bias"
 """Hugging Face name of a router's ``bias``."""
@@ -107,7 +120,7 @@ def written(model: MoEModel) -> dict[str, Any]:
         "norm_topk_prob": router.normalize,
         "routed_scaling_factor": router.scale,
         **{key: allowed[0] for key, allowed in FIXED.items()},
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": model.num_depths,
     }
 
 
@@ -141,6 +154,27 @@ def rows_of(model: ModelConfig, name: str) -> tuple[int, ...] | None:
     if name.endswith(".attention.latent_kv.weight"):
         return _interleaved(latent.kv_lora_rank, latent.qk_rope_head_dim, 1)
     return None
+
+
+def name_of_depth(model: ModelConfig, name: str) -> str | None:
+    """Return the tensor of a parameter ``mtp.K...``; None for other parameters.
+
+    For example, ``mtp.0.projection.weight`` of 61 layers is ``model.layers.61.eh_proj.weight``.
+    """
+    match = re.fullmatch(r"mtp\.(\d+)\.(\w+)\.weight", name)
+    if match is None:
+        return None
+    return f"model.layers.{model.num_layers + int(match[1])}.{_DEPTH[match[2]]}.weight"
+
+
+def copies_of(model: ModelConfig, spec: ParamSpec) -> tuple[str, ...]:
+    """Return the copies of the embedding and the head in the layers of multi-token prediction."""
+    own = {"embedding.weight": ["embed_tokens"], "head.weight": ["shared_head.head"]}
+    if model.tied_embeddings:
+        own["embedding.weight"].append("shared_head.head")
+    layers = range(model.num_layers, model.num_blocks)
+    modules = own.get(spec.name, [])
+    return tuple(f"model.layers.{layer}.{name}.weight" for layer in layers for name in modules)
 
 
 @lru_cache(maxsize=8)

@@ -46,7 +46,8 @@ class HFModel:
 
     ``wanted``: counterpart of each of our parameters; ``places``: the source found in the folder.
     ``folding``: factors to divide out of the weights. ``said``: content of the origin file of our
-    own export, None for other folders. ``left_out``: tensors of multi-token prediction layers.
+    own export, None for other folders. ``ahead``: tensors of multi-token prediction layers, of
+    which those in ``left_out`` are not imported.
     """
 
     source: Path
@@ -57,7 +58,14 @@ class HFModel:
     folding: tuple[Fold, ...]
     tokenizer: Path | None
     said: dict[str, Any] | None
-    left_out: tuple[str, ...] = ()
+    ahead: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Tensors of multi-token prediction layers without a counterpart in the run's model."""
+        used = {name for source in self.places.values() for name in source.names}
+        used |= {name for counterpart in self.wanted for name in counterpart.copies}
+        return tuple(name for name in self.ahead if name not in used)
 
     def write(self, shards: Path, states: CheckpointWeights | None = None) -> Files:
         """Write checkpoint shards, one parameter at a time; return sizes and checksums."""
@@ -100,8 +108,11 @@ def open_model(source: Path, config: RunConfig) -> HFModel:
     wanted = counterparts(config.model, family)
     weights = FolderWeights(source)
     tied = config.model.tied_embeddings
-    left_out = deepseek.beyond(said, weights.shapes) if TRAITS[family].latent else ()
+    ahead = deepseek.beyond(said, weights.shapes) if TRAITS[family].latent else ()
+    # Without multi-token prediction in the run its layers are left out, all of them.
+    left_out = () if config.model.num_depths else ahead
     places = locate(wanted, weights.shapes, str(source), tied=tied, left_out=left_out)
+    _check_copies(wanted, weights)
     _check_biases(config.model, wanted, places, weights)
     if config.model.tied_embeddings and HEAD in weights.shapes:
         _check_tied(weights, wanted[0].written[0])
@@ -118,7 +129,7 @@ def open_model(source: Path, config: RunConfig) -> HFModel:
         ),
         tokenizer=tokenizer_that_agrees(config.data, source),
         said=read_origin(source),
-        left_out=left_out,
+        ahead=ahead,
     )
 
 
@@ -148,6 +159,20 @@ def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> No
 def balances_by_bias(model: ModelConfig) -> bool:
     """Return True if the model's routers select experts with a bias."""
     return isinstance(model, MoEModel) and model.router.balance.kind == "bias"
+
+
+def _check_copies(wanted: Sequence[Counterpart], weights: FolderWeights) -> None:
+    """Raise UserError for a copy of the embedding or of the head with other values."""
+    for counterpart in wanted:
+        original = counterpart.written[0]
+        for name in counterpart.copies:
+            if name in weights.shapes and not torch.equal(
+                weights.read(name), weights.read(original)
+            ):
+                raise UserError(
+                    f"{weights.folder}: {name} differs from {original}, and our multi-token "
+                    "prediction shares it; leave model.multi_token out to import the main model"
+                )
 
 
 def _check_biases(

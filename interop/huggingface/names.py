@@ -95,7 +95,8 @@ class Counterpart:
 
     ``offset``: added to the stored tensor by the Hugging Face model. ``rows``: for each of our rows
     the index of the Hugging Face row; None for equal order. ``buffer``: a router's bias, which is
-    not a parameter of ours and stays in fp32.
+    not a parameter of ours and stays in fp32. ``copies``: tensors with the same values, written as
+    well, and optional in a folder that is read.
     """
 
     spec: ParamSpec
@@ -103,6 +104,7 @@ class Counterpart:
     offset: float = 0.0
     rows: tuple[int, ...] | None = None
     buffer: bool = False
+    copies: tuple[str, ...] = ()
 
     def stored_as(self, dtype: torch.dtype) -> torch.dtype:
         """Return the stored type of this tensor in a model of ``dtype``."""
@@ -111,7 +113,7 @@ class Counterpart:
     @property
     def written(self) -> tuple[str, ...]:
         """Return the names of the tensors to write."""
-        return self.sources[0].names
+        return (*self.sources[0].names, *self.copies)
 
     def shape_in(self, source: Source) -> tuple[int, ...]:
         """Return the shape that each tensor of ``source`` must have."""
@@ -129,7 +131,8 @@ class Counterpart:
         if self.rows is not None:
             tensor = tensor[torch.tensor(self.rows).argsort()]
         if not self.sources[0].stacked:
-            return {self.written[0]: tensor.contiguous()}
+            copies = {name: tensor.clone() for name in self.copies}
+            return {self.written[0]: tensor.contiguous(), **copies}
         return {name: part.clone() for name, part in zip(self.written, tensor, strict=True)}
 
     def kept(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -167,6 +170,7 @@ def counterparts(model: ModelConfig, family: Family) -> tuple[Counterpart, ...]:
             _sources(spec, model, family),
             has.gain_offset if spec.start == "ones" else 0.0,
             deepseek.rows_of(model, spec.name) if has.latent else None,
+            copies=deepseek.copies_of(model, spec) if has.latent else (),
         )
         for spec in inventory(model)
     ]
@@ -176,7 +180,7 @@ def counterparts(model: ModelConfig, family: Family) -> tuple[Counterpart, ...]:
 def _router_biases(model: ModelConfig) -> Iterator[Counterpart]:
     """Yield the router biases, which DeepSeek-V3's forward pass reads."""
     assert isinstance(model, MoEModel)
-    for layer in filter(model.has_experts, range(model.num_layers)):
+    for layer in filter(model.has_experts, range(model.num_blocks)):
         spec = vector(f"blocks.{layer}.ffn.router.bias", model.experts.num_experts, "zeros")
         name = f"model.layers.{layer}.{deepseek.ROUTER_BIAS}"
         yield Counterpart(spec, (Source((name,)),), buffer=True)
@@ -194,6 +198,13 @@ def _modules(model: ModelConfig, family: Family) -> dict[str, str]:
 def _sources(spec: ParamSpec, model: ModelConfig, family: Family) -> tuple[Source, ...]:
     if spec.name in _OUTER:
         return (Source((_OUTER[spec.name],)),)
+    if spec.ahead and not TRAITS[family].latent:
+        raise UserError(
+            f"parameter {spec.name} of multi-token prediction has no counterpart in a model of "
+            f"{family}; add --main-model to convert the model without its multi-token prediction"
+        )
+    if (depth := deepseek.name_of_depth(model, spec.name)) is not None:
+        return (Source((depth,)),)
     match = re.fullmatch(r"blocks\.(\d+)\.(.+?)(?:\.(weight|bias))?", spec.name)
     if match is not None:
         layer, inner, kind = f"model.layers.{match[1]}", match[2], match[3]
@@ -238,7 +249,8 @@ def locate(
     for counterpart in wanted:
         source = next((s for s in counterpart.sources if set(s.names) <= present.keys()), None)
         if source is None:
-            missing += [name for name in counterpart.written if name not in present]
+            names = counterpart.sources[0].names
+            missing += [name for name in names if name not in present]
             continue
         places[counterpart.spec.name] = source
         for name in source.names:
@@ -249,6 +261,7 @@ def locate(
                 )
     used = {name for source in places.values() for name in source.names}
     used |= {HEAD} if tied else set()
+    used |= {name for counterpart in wanted for name in counterpart.copies}
     used |= set(left_out)
     extra = [name for name in present if name not in used and not _COMPUTED.search(name)]
     for problem, names in (("is missing", missing), ("has no counterpart in our models", extra)):

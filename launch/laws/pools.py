@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
-
-from ruamel.yaml import YAML
 
 from allometry.configs.errors import UserError
 from allometry.data.store import TokenStore
@@ -15,7 +12,7 @@ from allometry.launch.command import Report
 from allometry.launch.laws.commands import MixPools
 from allometry.launch.laws.predict import LEVEL, interval
 from allometry.launch.laws.sources import assignments, numbers
-from allometry.launch.text import number, table
+from allometry.launch.text import number, table, write_yaml
 from allometry.laws.fit.store import StoredFit, load_fit
 from allometry.laws.forms.quality import QualityPools
 from allometry.laws.pools import ALL_SUBSETS, PoolChoice, choose_pools, most_epochs, pool_changes
@@ -170,9 +167,4 @@ def _write(path: Path, chosen: Sequence[PoolChoice], stores: Mapping[str, str]) 
         {"name": pool, "train": stores[pool], "weight": round(share, 9)}
         for pool, share in zip(one.best.pools, one.best.shares, strict=True)
     ]
-    out = StringIO()
-    YAML().dump({"data": {"sources": sources}}, out)
-    try:
-        path.write_text(out.getvalue(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--yaml={path} cannot be written ({error.strerror})") from None
+    write_yaml(path, "--yaml", {"data": {"sources": sources}})

@@ -92,6 +92,7 @@ class Prepare(Command):
     decontaminate: tuple[str, ...] = option(
         "with --engine: file of benchmark texts; drop documents that share 12 consecutive words",
         (),
+        paths=True,
     )
 
 
@@ -142,6 +143,7 @@ class Convert(Command):
     optimizer_state: bool = option(
         "export: include the optimizer states; import: continue with these states", False
     )
+    main_model: bool = option("export: leave multi-token prediction out", False)
     check: bool = option("compare every tensor, and the logits with those of transformers", False)
 
 

@@ -74,6 +74,7 @@ def _export(asked: Convert) -> Report:
         end_of_document=asked.end_of_document,
         optimizer_state=asked.optimizer_state,
         check=asked.check,
+        main_model=asked.main_model,
     )
     lines = [
         f"{report.source}, step {report.step} -> {report.target}",
@@ -88,7 +89,7 @@ def _export(asked: Convert) -> Report:
 
 def _import(asked: Convert) -> Report:
     why = f"goes with a run, and {asked.source} is a Hugging Face model"
-    _refuse(asked, ("step", "family", "dtype", "tokenizer", "end_of_document"), why)
+    _refuse(asked, ("step", "family", "dtype", "tokenizer", "end_of_document", "main_model"), why)
     if asked.print_model:
         _refuse(
             asked, ("out", "config", "check", "optimizer_state"), "does not go with --print-model"

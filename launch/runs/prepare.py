@@ -10,7 +10,7 @@ from allometry.data.corpus import OnBadLine
 from allometry.data.manifest import MANIFEST, Manifest
 from allometry.data.prepare import PrepareRequest, prepare
 from allometry.data.tasks.executors import Engine, Kind
-from allometry.data.tasks.run import prepare_in_tasks
+from allometry.data.tasks.run import Submitted, prepare_in_tasks
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Prepare
 from allometry.launch.text import table
@@ -37,7 +37,7 @@ def prepared(asked: Prepare) -> Report:
     if engine is None:
         return manifest_report(prepare(request, quiet=asked.json), asked.out)
     made = prepare_in_tasks(request, engine, quiet=asked.json)
-    if isinstance(made, Manifest):
+    if not isinstance(made, Submitted):
         return manifest_report(made, asked.out)
     return Report(
         {"jobs": made.jobs, "tasks": made.tasks, "out": str(asked.out)},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from allometry.launch.command import REQUIRED, Command, argument, option
+from allometry.launch.command import REQUIRED, Command, ConfigCommand, argument, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,3 +115,63 @@ class Prototypes(Command):
     side: str | None = option("with --keep: top (far from centres, hard), middle or bottom (easy)")
     seed: int = option("seed of the sample and the clusters", 0, min=0)
     name: str = option("name of the scores", "prototypes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ot(Command):
+    """Score the documents of STORE by optimal transport from a base to a target (2405.02774).
+
+    The lowest scores reduce the distance of the base (the data already read) most. Never use test
+    sets as targets. Requires the extra: pip install 'allometry[select]'.
+    """
+
+    store: Path = argument("path of the token files, without .bin/.idx")
+    base: Path = option("token files of the data already read, without .bin/.idx", REQUIRED)
+    target: str = option(
+        "JSON Lines of examples, or a store without .bin/.idx", REQUIRED, paths=True
+    )
+    target_keys: tuple[str, ...] = option(
+        "field of an example; the fields are joined into one text; repeat for more; default: text",
+        (),
+        "--target-key",
+    )
+    samples: int = option("number of documents of the base, and largest of examples", 2000, min=2)
+    embedder: str = option(
+        "embedding: tfidf, or static:FOLDER (.safetensors and tokenizer.json)", "tfidf"
+    )
+    keep: float | None = option(
+        "fraction of the tokens for which to report the kept documents, with side bottom"
+    )
+    tokenizer: Path | None = option("tokenizer.json of STORE; default: the one next to it")
+    seed: int = option("seed of the samples", 0, min=0)
+    name: str = option("name of the scores", "ot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixOt(ConfigCommand):
+    """Compare the sources of CONFIG by their optimal transport distance to a target.
+
+    This is a screen without training: the distance of each source, the change of the mixture's
+    distance by each share, and the shares of the least distance. Requires the extra: pip install
+    'allometry[select]'.
+    """
+
+    target: str = option(
+        "name of a source, for its held-out documents; or JSON Lines, or a store without .bin/.idx",
+        REQUIRED,
+        paths=True,
+    )
+    target_keys: tuple[str, ...] = option(
+        "field of an example; the fields are joined into one text; repeat for more; default: text",
+        (),
+        "--target-key",
+    )
+    samples: int = option(
+        "largest number of documents of each source, and of examples", 2000, min=2
+    )
+    seeds: int = option("number of draws of the samples, for standard deviations", 3, min=1)
+    embedder: str = option(
+        "embedding: tfidf, or static:FOLDER (.safetensors and tokenizer.json)", "tfidf"
+    )
+    tokenizer: Path | None = option("tokenizer.json of examples; default: the one of the sources")
+    seed: int = option("seed of the first draw", 0, min=0)

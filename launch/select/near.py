@@ -19,7 +19,7 @@ from allometry.data.select.scores import write_scores
 from allometry.data.select.text import tokenizer_path
 from allometry.data.store import TokenStore
 from allometry.launch.command import Report
-from allometry.launch.select.commands import Betr, Prototypes, Show
+from allometry.launch.select.commands import Betr, Ot, Prototypes, Show
 from allometry.launch.select.show import check_share, shown
 
 
@@ -33,7 +33,7 @@ def near_targets(asked: Betr) -> Report:
     if not 0.0 < asked.top < 1.0:
         raise UserError(f"--top={asked.top:g} must be a share, above 0 and below 1")
     store = TokenStore(asked.store)
-    encode = _Encode(store, asked.tokenizer)
+    encode = Encode(store, asked.tokenizer)
     keys = asked.target_keys or ("text",)
     targets = [read_target(path, keys, encode) for path in asked.targets]
     begun = time.perf_counter()
@@ -51,7 +51,7 @@ def near_targets(asked: Betr) -> Report:
         "classifier_sha256": found.weights_sha256,
     }
     what = f"log-odds of being near one of {found.examples:,} examples"
-    return _written(asked, store, found.scores, settings, seconds, what, side)
+    return write_shown(asked, store, found.scores, settings, seconds, what, side, _versions())
 
 
 def near_centres(asked: Prototypes) -> Report:
@@ -81,10 +81,10 @@ def near_centres(asked: Prototypes) -> Report:
         f"distance to the nearest of {asked.k:,} centres; {found.duplicates:,} near duplicates "
         "have no score"
     )
-    return _written(asked, store, found.scores, settings, seconds, what, asked.side)
+    return write_shown(asked, store, found.scores, settings, seconds, what, asked.side, _versions())
 
 
-class _Encode:
+class Encode:
     """Encoder of text with a store's tokenizer, which is loaded at the first call."""
 
     def __init__(self, store: TokenStore, given: Path | None) -> None:
@@ -92,6 +92,7 @@ class _Encode:
         self._encoder: Any = None
 
     def __call__(self, text: str) -> list[int]:
+        """Return the ids of a text. Raises UserError: the store's tokenizer is not known."""
         if self._encoder is None:
             from allometry.data.encode import Encoder
 
@@ -107,17 +108,21 @@ class _Encode:
         return ids
 
 
-def _written(
-    asked: Betr | Prototypes,
+def _versions() -> dict[str, str]:
+    return {"scikit-learn": str(require("sklearn").__version__)}
+
+
+def write_shown(
+    asked: Betr | Prototypes | Ot,
     store: TokenStore,
     scores: NDArray[np.float32],
     settings: Mapping[str, Any],
     seconds: float,
     what: str,
     side: str | None,
+    versions: Mapping[str, str],
 ) -> Report:
     """Write scores and show the documents that a share keeps."""
-    versions = {"scikit-learn": require("sklearn").__version__}
     out = write_scores(store, asked.name, scores, settings, seconds=seconds, versions=versions)
     report = shown(Show(store=asked.store, scores=out.path, keep=asked.keep, side=side))
     rate = seconds / (store.num_tokens / 1e6)

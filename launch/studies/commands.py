@@ -206,3 +206,21 @@ class Refine(Command):
     out: Path = option("JSON file to write", Path("schedule.json"), "-o")
     optimizer: str = option("adam (1-norms of gradients) or sgd (squared 2-norms)", "adam")
     smoothing: float = option("width of the median filter, as a fraction of the run", 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixBilevel(ConfigCommand):
+    """Learn the weights of CONFIG's sources for a target: ScaleBiO (arXiv 2406.19976).
+
+    Trains two models of CONFIG on equal batches of all sources, in one process: choose a small
+    model. The weights given in CONFIG are not used, except that a source of weight 0 takes no part.
+    """
+
+    target: str = option("name of the source whose training documents are the target", REQUIRED)
+    alpha: float = option("weight of the penalty (arXiv 2406.19976: 10 for GPT-2)", 10.0)
+    weight_lr: float = option("peak learning rate of the weights (of lambda)", 1e-2)
+    seeds: int = option("number of studies, for standard deviations", 1, min=1)
+    max_epochs: float = option("largest number of epochs over a source in the run to weight", 4.0)
+    tokens: float | None = option("tokens of the run to weight; default: those of CONFIG")
+    yaml: Path | None = option("file to write data.sources to")
+    device: str | None = option("cpu or cuda; default: a GPU if available")

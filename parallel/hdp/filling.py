@@ -23,6 +23,7 @@ class Filling:
     tokens_BL: Tensor
     targets_BL: Tensor
     documents: Documents
+    ahead_MBL: None = None
 
     @classmethod
     def of(cls, device: torch.device, multiple: int = 1) -> Filling:

@@ -226,6 +226,8 @@ def left_out(config: RunConfig) -> Iterator[str]:
         yield "model.qkv_bias: adding biases is not timed"
     if model.qk_norm_over == "width" and (parallel.tp or 1) > 1:
         yield "model.qk_norm_over=width: its message between tensor-parallel ranks is not timed"
+    if model.multi_token is not None:
+        yield f"model.multi_token: {model.num_depths} more blocks and heads are not timed"
     loads = BalanceLoads.of(config)
     if loads is not None and loads.loads == "this_batch":
         yield "the forward pass that counts experts' loads (model.router.balance.loads)"

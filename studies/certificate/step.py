@@ -86,6 +86,11 @@ def reference_steps(config: RunConfig, steps: Sequence[Sequence[DeviceBatch]]) -
     for step, batches in enumerate(steps, 1):
         optimizer.zero_grad()
         begin_step(model, sum(batch.tokens_BL.numel() for batch in batches))
+        if model.mtp is not None:
+            main = [(batch.targets_BL != IGNORE).sum() for batch in batches]
+            ahead = [batch.targets_ahead(model.mtp.number) for batch in batches]
+            targets_K = torch.cat([torch.stack(main).sum()[None], torch.stack(ahead).sum(0)])
+            model.mtp.set_targets(targets_K)
         before = {layer: router.load.clone() for layer, router in routers(model).items()}
         if loads is not None and loads.loads == "this_batch":
             set_loads(model, _counted_visits(config, model, batches))
@@ -155,7 +160,7 @@ def _end_step(config: MoEModel, model: Transformer, before: Mapping[int, Tensor]
     """
     observed = model.take_statistics()
     end_step(model, {layer: seen.counts_E for layer, seen in observed.items()})
-    rows = torch.zeros(config.num_layers, 3 * config.experts.num_experts + 3, dtype=torch.float64)
+    rows = torch.zeros(config.num_blocks, 3 * config.experts.num_experts + 3, dtype=torch.float64)
     for layer, seen in observed.items():
         scalars = torch.stack([seen.entropy, seen.squared_log_z, seen.tokens])
         parts = (seen.counts_E, seen.probabilities_E, before[layer], scalars)

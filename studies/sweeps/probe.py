@@ -18,7 +18,9 @@ from allometry.configs.optimization import OptimizerConfig
 from allometry.data.stream import Stream
 from allometry.models.build import ComputeDtype, build_model, parameter_specs
 from allometry.models.init import initialize
+from allometry.models.loss import IGNORE
 from allometry.models.moe import begin_step, end_step, set_loads
+from allometry.models.multi_token import ahead_of
 from allometry.models.transformer import Transformer
 from allometry.optim.build import build_optimizer, set_lr
 from allometry.optim.clip import clip_by_global_norm
@@ -78,8 +80,11 @@ class Probe:
             begin_step(self.model, inputs_BL.numel())
         if self._counts_first:
             with torch.no_grad():
-                self.model(inputs_BL, blocks_only=True)
+                self.model(inputs_BL, targets_BL, blocks_only=True)
             set_loads(self.model, self._visits())
+        if self.model.mtp is not None:
+            ahead_MBL = ahead_of(targets_BL, None, self.model.mtp.number)
+            self.model.mtp.set_targets((ahead_MBL != IGNORE).flatten(1).sum(1))
         loss = self.model(inputs_BL, targets_BL).total / targets_BL.numel()
         loss.backward()
         if clip is not None:
@@ -101,7 +106,10 @@ class Probe:
 
     @torch.no_grad()
     def activations(self, sequences_BL: Sequences) -> dict[str, Tensor]:
-        """Return each block's output ("blocks.0", ...) and the logits in float64."""
+        """Return each block's output ("blocks.0", ...) and the logits in float64.
+
+        The blocks of multi-token prediction are those after the model's own.
+        """
         self.model.eval()
         kept: dict[str, Tensor] = {}
         handles = [
@@ -113,7 +121,11 @@ class Probe:
             for index, block in self.model.blocks.items()
         ]
         try:
-            kept[LOGITS] = self.model(split(sequences_BL)[0]).double()
+            inputs_BL, targets_BL = split(sequences_BL)
+            kept[LOGITS] = self.model(inputs_BL).double()
+            if self.model.mtp is not None:
+                with self.model.mtp.compared():
+                    self.model(inputs_BL, targets_BL)
         finally:
             for handle in handles:
                 handle.remove()

@@ -32,6 +32,11 @@ LOOK = 16
 def check_stackable(model: ModelConfig, optimizer: OptimizerConfig) -> None:
     """Raise UserError for runs that cannot be stacked."""
     check_stacked(optimizer)
+    if model.multi_token is not None:
+        raise UserError(
+            f"model.multi_token.depth={model.num_depths} weighs tokens by a step's targets, which "
+            "stacked runs do not count; use --engine processes, or leave model.multi_token out"
+        )
     if model.dropout:
         raise UserError(
             f"model.dropout={model.dropout:g} draws numbers run by run, which stacked runs cannot; "

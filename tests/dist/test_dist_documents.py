@@ -261,6 +261,19 @@ def test_planned_documents_with_experts(
     assert max(found) <= 1e-12
 
 
+AHEAD = ("hdp4", "hdp4-zero3", "hdp2-tp2", "pp2-hdp2", "pp2-hdp2-zbv")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixed", *AHEAD])
+def test_documents_with_multi_token_prediction(run_ranks: RunRanks, store: str, name: str) -> None:
+    model = DENSE | {"multi_token": {"depth": 2, "weight": 0.3}}
+    ranks, changes = LAYOUTS.get(name, (5, {}))
+    planned = MIXED if name == "mixed" else None
+    found = run_ranks(errors, ranks, config(store, model, **changes), planned, timeout_s=200.0)
+    assert max(found) <= 1e-12
+
+
 def trained(run: RunConfig, planned: bool, steps: int = 3) -> dict[str, torch.Tensor]:
     """(On each rank) full parameters after some AdamW steps on the same documents."""
     with open_mesh(run.parallel, CPU) as mesh:

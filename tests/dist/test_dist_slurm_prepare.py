@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,5 +44,5 @@ def test_two_tasks_on_slurm_give_the_store_of_one_process(
         assert time.monotonic() < until, listed
         assert not re.search("JobState=(FAILED|CANCELLED)", listed), listed
         time.sleep(0.5)
-    prepare(PrepareRequest(request.inputs, str(tmp_path / "one"), vocab_size=300), quiet=True)
+    prepare(replace(request, out=str(tmp_path / "one"), processes=1), quiet=True)
     assert differences(folder.out, tmp_path / "one") == []

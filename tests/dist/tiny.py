@@ -39,6 +39,7 @@ class MicroBatch:
     tokens_BL: Tensor
     targets_BL: Tensor
     documents: Documents
+    ahead_MBL: Tensor | None = None
 
 
 def config(

@@ -17,6 +17,7 @@ _VARYING = {
     "ROLE": "|".join(Role),
     "PARAMETER": r"[A-Za-z_][\w.]*",
     "DEGREE": r"\d+",
+    "DEPTH": r"\d+",
     "STATE": "exp_avg|exp_avg_sq|momentum_buffer",
 }
 """Patterns of the placeholders in a column's name."""

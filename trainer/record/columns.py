@@ -161,6 +161,13 @@ _LOOP = (
         lambda s: {} if s.skipped else s.losses,
     ),
     Column(
+        "multi_token/DEPTH",
+        "nats",
+        "mean loss over the targets of depth 1, 2, ... of multi-token prediction, which loss and "
+        "loss/SOURCE exclude",
+        lambda s: {} if s.skipped else s.outcome.losses_ahead,
+    ),
+    Column(
         "tokens/SOURCE",
         "tokens",
         "tokens of a source read so far",
@@ -196,6 +203,13 @@ _LOOP = (
         "nats",
         "validation/SOURCE of a replayed source, minus its value before the first step that this "
         "run took with data.replay",
+        by="evaluate",
+    ),
+    Column(
+        "drafts_accepted",
+        "1",
+        "share of held-out tokens for which depth 1 of multi-token prediction and the main head, "
+        "one position later, have the same most likely token; with validation/SOURCE",
         by="evaluate",
     ),
 )
@@ -353,17 +367,7 @@ _CARDS = tuple(
     )
 )
 
-COLUMNS = (
-    *_LOOP,
-    *_ROUTERS,
-    *_PLANS,
-    *_OFFLOAD,
-    *_MONITORS,
-    *_STATES,
-    *_RANKS,
-    *_FORECAST,
-    *_CARDS,
-)
+COLUMNS = _LOOP + _ROUTERS + _PLANS + _OFFLOAD + _MONITORS + _STATES + _RANKS + _FORECAST + _CARDS
 
 
 def row_of(finished: FinishedStep) -> Row:

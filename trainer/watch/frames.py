@@ -27,8 +27,8 @@ _NAMED = {
     "_Bucket.wait": "all_reduce",
     "_Hop.wait": "send and recv of keys and values",
     "Axis.receive": "recv",
-    "TiedHead.send_value": "send of the tied weight",
-    "TiedHead.return_gradient": "send of the tied gradient",
+    "Mirrors.send_value": "send of the tied weight",
+    "Mirrors.return_gradient": "send of the tied gradient",
     "StopRequest._read": "all_reduce of signals",
 }
 """Messages of allometry, by the function that waits for them."""

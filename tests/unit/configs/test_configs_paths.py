@@ -172,9 +172,15 @@ def test_no_argument_that_is_a_path_is_forgotten() -> None:
     }
     assert marked == {
         *("Adopt.shards", "Adopt.validation", "Betr.targets"),
-        *("Prepare.inputs", "Fit.sources", "Compare.sources", "Predict.arguments"),
+        *(
+            "Prepare.inputs",
+            "Prepare.decontaminate",
+            "Fit.sources",
+            "Compare.sources",
+            "Predict.arguments",
+        ),
         *("IsoFlop.sources", "Sweeps.sources", "MixBest.fits", "MixCritical.sources"),
-        "MixFilterRate.fits",
+        *("MixFilterRate.fits", "MixOt.target", "Ot.target"),
         *("MixReplay.sources", "Fetch.url"),
         *("Run.file", "Status.file", "Fit.file", "Predict.file"),
     }

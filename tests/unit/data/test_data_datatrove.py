@@ -14,6 +14,7 @@ from allometry.data.prepare import PrepareRequest, prepare
 from allometry.data.store import TokenStore
 
 pytest.importorskip("datatrove", reason="datatrove[io] with xxhash<4 is not installed")
+pytest.importorskip("orjson", reason="datatrove[io] is not installed")
 TEXTS = [f"document {k}: " + "the cat sat on the mat and looked. " * (k % 7) for k in range(60)]
 FRACTION = 0.3
 

@@ -112,7 +112,7 @@ def test_prototypes_are_clusters_and_duplicates_have_no_score(store: TokenStore)
 def test_rows_are_unit_vectors(tmp_path: Path) -> None:
     documents = [np.array([1, 2, 2]), np.array([2, 1, 2]), np.array([], np.int64)]
     write_store(tmp_path / "few", documents)
-    bags = TfIdf(TokenStore(tmp_path / "few"), np.arange(3), 5).rows(documents)
+    bags = TfIdf([(TokenStore(tmp_path / "few"), np.arange(3))], 5).rows(documents)
     pairs = hashed_bigrams(documents)
     for rows in (bags, pairs):
         norms = np.sqrt(np.asarray(rows.multiply(rows).sum(1))).ravel()
@@ -128,9 +128,9 @@ def test_what_cannot_be_scored_is_a_sentence(
     with pytest.raises(UserError, match=r"10 documents with a share of 0\.1 near the target"):
         betr(store, [few], sample=10)
     with pytest.raises(UserError, match="--embedder=bert is not known; use tfidf or static:FOLDER"):
-        embedder("bert", store, np.arange(2), 1)
+        embedder("bert", [(store, np.arange(2))], 1)
     with pytest.raises(UserError, match=r"has 0 \.safetensors files"):
-        embedder(f"static:{tmp_path}", store, np.arange(2), 1)
+        embedder(f"static:{tmp_path}", [(store, np.arange(2))], 1)
     with pytest.raises(UserError, match="--k=300 clusters of 399 documents have fewer than two"):
         prototypes(store, 300)
     for text, says in (

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from allometry.configs.errors import UserError
+from allometry.data.encode import train_tokenizer
 from allometry.data.manifest import Manifest
 from allometry.data.prepare import PrepareRequest, prepare
 from allometry.data.store import TokenStore
@@ -49,7 +51,9 @@ def request_(tmp_path: Path) -> PrepareRequest:
     rng = random.Random(0)
     write_lines(tmp_path / "in/0.jsonl", [sentence(rng) for _ in range(50)])
     write_lines(tmp_path / "in/1.jsonl", [sentence(rng) for _ in range(8000)])
-    return PrepareRequest((f"web={tmp_path}/in",), str(tmp_path / "out"), vocab_size=300)
+    tokenizer = str(tmp_path / "tokenizer.json")
+    train_tokenizer([" ".join(WORDS)], 300).save(tokenizer)
+    return PrepareRequest((f"web={tmp_path}/in",), str(tmp_path / "out"), tokenizer=tokenizer)
 
 
 @pytest.mark.timeout(4 * LIMIT_S)
@@ -58,7 +62,8 @@ def test_a_killed_command_goes_on_when_it_is_repeated(
 ) -> None:
     folder = Folder(tmp_path / "out")
     words = [sys.executable, "-m", "allometry.launch.cli", "prepare", *request_.inputs]
-    words += ["--out", request_.out, "--vocab-size", "300", "--engine", "datatrove:local"]
+    words += ["--out", request_.out, "--tokenizer", str(request_.tokenizer)]
+    words += ["--engine", "datatrove:local"]
     words += ["--tasks", "2", "--workers", "1", "--json"]
     with subprocess.Popen(words, start_new_session=True) as command:
         until = time.monotonic() + LIMIT_S
@@ -84,11 +89,11 @@ def test_ray_gives_the_store_of_one_process(request_: PrepareRequest, tmp_path: 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     engine = replace(LOCAL, kind="ray")
     try:
-        first = Path(request_.inputs[0].partition("=")[2]) / "1.jsonl"
+        first = tmp_path / "in/1.jsonl"
         before = first.read_bytes()
         first.write_bytes(before + b'{"text": 3}\n')
         bad = replace(request_, out=str(tmp_path / "bad"))
-        with pytest.raises(Exception, match=r"1\.jsonl, line 8001"):
+        with pytest.raises(UserError, match=r"1\.jsonl, line 8001"):
             prepare_in_tasks(bad, engine, quiet=True)
         assert [Folder(tmp_path / "bad").record(task).is_file() for task in (0, 1)] == [True, False]
         first.write_bytes(before)

@@ -203,3 +203,45 @@ def test_the_published_description(tiny: Make) -> None:
     assert rows is not None
     assert rows[510:516] == (510, 511, 512, 514, 516, 518)
     assert rows[-2:] == (573, 575)
+
+
+@pytest.mark.slow
+def test_multi_token_prediction_goes_out_and_in(tiny: Make, tmp_path: Path) -> None:
+    depths = {"multi_token": {"depth": 2, "weight": 0.3}}
+    config = tiny(overrides(**depths))
+    folder = random_run(config)
+    report = export_hf(folder, tmp_path / "hf", check=True)
+    assert report.family == "deepseek_v3"
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["num_nextn_predict_layers"] == 2
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    own = {name.removeprefix("model.layers.3.") for name in tensors if ".layers.3." in name}
+    wanted = ("enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head", "embed_tokens")
+    assert {f"{name}.weight" for name in wanted} < own
+    assert {"mlp.gate.e_score_correction_bias", "self_attn.q_a_proj.weight"} < own
+    assert torch.equal(tensors["model.layers.2.shared_head.head.weight"], tensors["lm_head.weight"])
+    notes = import_hf(tmp_path / "hf", config, tmp_path / "back", check=True).notes
+    assert not any("multi-token prediction" in note for note in notes)
+    ours, back = (
+        CheckpointWeights(path / "checkpoints" / step)
+        for path, step in ((folder, "step-4"), (tmp_path / "back", "step-0"))
+    )
+    for name in ours.shapes:
+        if not name.endswith("router.load"):
+            assert torch.equal(ours.read(name), back.read(name)), name
+    # Without multi-token prediction in the run the layers are left out; a changed copy is refused.
+    notes = import_hf(tmp_path / "hf", tiny(overrides()), tmp_path / "main", check=True).notes
+    assert any("multi-token prediction" in note for note in notes)
+    tensors["model.layers.3.embed_tokens.weight"][0, 0] += 1.0
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.3\.embed_tokens\.weight differs from model\.emb"):
+        import_hf(tmp_path / "hf", config, tmp_path / "changed")
+
+
+def test_other_families_take_the_main_model_alone(tiny: Make, tmp_path: Path) -> None:
+    folder = random_run(tiny("model.multi_token={depth: 1}"))
+    said = r"blocks\.2\..+ of multi-token prediction has no counterpart in a model of qwen3; add --"
+    with pytest.raises(UserError, match=said):
+        export_hf(folder, tmp_path / "hf")
+    export_hf(folder, tmp_path / "hf", main_model=True)
+    assert "num_nextn_predict_layers" not in json.loads((tmp_path / "hf/config.json").read_text())

@@ -262,6 +262,10 @@ def test_documents_of_all_streams_and_with_prefixes() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"multi_token": {"depth": 1}},
+            "streams={count: 3, ...} with multi_token: blocks of multi-token prediction have no",
+        ),
         ({"window": {"tokens": 4}}, "streams={count: 3, ...} with window"),
         ({"streams": {"count": 1}}, "greater than 1"),
     ],

@@ -43,6 +43,7 @@ def made(tiny: Make, *more: str, stage: int = 3, **zero: Any) -> RunConfig:
             *(2, "optimizer_states.master_weights=true "),
         ),
         ({"optimizer_states": {"gradients": True}}, (), 2, "optimizer_states.gradients=true "),
+        ({}, ("model.multi_token={depth: 2}",), 2, "^model.multi_token.depth=2 "),
         ({}, ("precision.linears=fp8_tensorwise", "precision.gather=fp8"), 2, "gather=fp8 "),
         ({}, ("training.activation_offload=0.5", "model.num_layers=4"), 2, "_offload=0.5 "),
         (

@@ -21,6 +21,7 @@ from allometry.models.init import initialize
 from allometry.models.products import cast_once
 from allometry.scaling.count import (
     active_numel,
+    attention_flops,
     count_parameters,
     flops_per_token,
     layer_flops,
@@ -28,7 +29,7 @@ from allometry.scaling.count import (
 from allometry.scaling.inventory import inventory
 from allometry.scaling.memory import COMPUTE_BYTES, FUSED_ATTENTION, estimate_memory
 from allometry.scaling.parameterization import Parameterization
-from allometry.scaling.roles import Role
+from allometry.scaling.roles import MATRICES, Role
 
 EXPERTS = {"kind": "swiglu", "num_experts": 8, "experts_per_token": 2, "width": 32}
 LATENT = {**EXPERTS, "kind": "latent", "latent_width": 24, "num_shared_experts": 2}
@@ -109,6 +110,27 @@ def test_presets_have_the_sizes_in_their_names(preset: str, total: int, active: 
     assert isinstance(model, MoEModel)
     count = count_parameters(model)
     assert (count.total, count.active) == (total, active)
+
+
+def test_published_sizes_leave_multi_token_prediction_out() -> None:
+    plain = load("preset:moe_ling_mini").model
+    model = load("preset:moe_ling_mini_mtp").model
+    assert model.multi_token is not None
+    assert (model.multi_token.depth, model.multi_token.weight) == (1, 0.1)
+    assert count_parameters(model) == count_parameters(plain)
+    ahead = sum(spec.numel for spec in inventory(model) if spec.ahead)
+    assert ahead == 827_861_248
+    assert sum(spec.numel for spec in inventory(model)) == 16_255_638_528 + ahead
+    D, block = 2048, 827_861_248 - 2 * 2048**2 - 3 * 2048
+    assert block == sum(s.numel for s in inventory(plain) if s.name.startswith("blocks.19."))
+    used = sum(
+        active_numel(plain, s)
+        for s in inventory(plain)
+        if s.name.startswith("blocks.19.") and s.role in MATRICES
+    )
+    more = flops_per_token(model, 4096).forward - flops_per_token(plain, 4096).forward
+    attention = attention_flops(plain, 4096)
+    assert more == 4 * D**2 + 2 * used + attention + 2 * 157_184 * D
 
 
 @pytest.mark.parametrize("compute_dtype", ["bf16", "fp32"])

@@ -103,6 +103,14 @@ def test_families_move_alike_at_every_width(options: dict[str, Any]) -> None:
     assert failures(found, MUP_BOUNDS) == [], found
 
 
+@pytest.mark.slow
+def test_multi_token_prediction_moves_alike_at_every_width() -> None:
+    depths = {"multi_token": {"depth": 1, "weight": 0.3}}
+    found = measured(MUP, model=DenseModel.model_validate(MODEL.model_dump() | depths))
+    assert set(found) == {"blocks.0", "blocks.1", "blocks.2", "stream", "logits"}
+    assert failures(found, MUP_BOUNDS) == [], found
+
+
 def test_the_standard_parameterization_fails_the_same_gate() -> None:
     found = measured(SP)
     assert found["blocks.0"] >= 0.8, found
