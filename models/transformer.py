@@ -271,24 +271,17 @@ class Transformer(nn.Module):
             # A single lookup, so that a sharded table is gathered once.
             read_BL = torch.cat([tokens_BL, *inputs]) if inputs else tokens_BL
             x_BLD, *embedded = self._embedded(self.embedding, read_BL).split(count)
-            if self.num_streams > 1:
-                x_BLD = repeated(x_BLD, self.num_streams)
+            x_BLD = repeated(x_BLD, self.num_streams)
         elif depths is not None and inputs:
             embedded = list(self._embedded(depths["embedding"], torch.cat(inputs)).split(count))
         assert x_BLD is not None
-        if self.num_streams > 1 and documents is not None:
-            documents = repeated_documents(documents, self.num_streams)
         geometry = self._geometry(tokens_BL, documents)
         for layer in self.part.layers:
             x_BLD = self._through(layer, x_BLD, geometry, blocks_only)
-        if self.final_norm is None or self.head is None:
+        if self.final_norm is None or self.head is None or (blocks_only and depths is None):
             return x_BLD
         if depths is None or ahead_MBL is None:
-            if blocks_only:
-                return x_BLD
-            x_BLD = self.final_norm(x_BLD)
-            x_BLD = x_BLD if self.aggregator is None else self.aggregator(x_BLD)
-            return self.head(x_BLD, targets_BL)
+            return self.head(self._summed(self.final_norm(x_BLD)), targets_BL)
         before, *embedded = depths.joined(self.final_norm(x_BLD), embedded)
         normed = [before]
         for depth, embedded_BLD in enumerate(embedded):
@@ -297,8 +290,7 @@ class Transformer(nn.Module):
             normed.append(depths[str(depth)].final_norm(before))
         if blocks_only:
             return x_BLD
-        wanted_BL = torch.cat([ahead_MBL[0], *ahead_MBL[1:]])
-        losses = self.head(torch.cat(normed), wanted_BL, depths.weights)
+        losses = self.head(torch.cat(normed), ahead_MBL.flatten(0, 1), depths.weights)
         nll_BL, *others = losses.nll_BL.split(count)
         if trained:
             depths.observe(others, ahead_MBL[1:])
@@ -307,6 +299,10 @@ class Transformer(nn.Module):
             counted_BL = (ahead_MBL[1] != IGNORE) & followed(ahead_MBL[0], documents)
             depths.compare(main_BL, drafts_BL, counted_BL)
         return Losses(losses.total, nll_BL)
+
+    def _summed(self, x_BLD: Tensor) -> Tensor:
+        """Return [B, L, D], the weighted sum of streams [P B, L, D]; one stream unchanged."""
+        return x_BLD if self.aggregator is None else self.aggregator(x_BLD)
 
     def _embedded(self, embedding: nn.Module, tokens_BL: Tensor) -> Tensor:
         x_BLD: Tensor = embedding(tokens_BL)
@@ -339,6 +335,8 @@ class Transformer(nn.Module):
         self._statistics[layer] = seen
 
     def _geometry(self, tokens_BL: Tensor, documents: Documents | None) -> Geometry:
+        if documents is not None:
+            documents = repeated_documents(documents, self.num_streams)
         if documents is None:
             positions = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[None]
         else:
