@@ -30,12 +30,14 @@ OverRing = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Documents, float], 
 
 
 def repeated(x_BLD: Tensor, count: int) -> Tensor:
-    """Return the rows of ``count`` equal streams, [P B, L, D]."""
-    return x_BLD.repeat(count, 1, 1)
+    """Return the rows of ``count`` equal streams, [P B, L, D]; for one stream ``x_BLD`` itself."""
+    return x_BLD if count == 1 else x_BLD.repeat(count, 1, 1)
 
 
 def repeated_documents(documents: Documents, count: int) -> Documents:
     """Return the documents of all streams; ``ring`` still describes the documents of one stream."""
+    if count == 1:
+        return documents
     tokens = documents.positions_BL.numel()
     counted = documents.counted_BL
     host = documents.cu_host

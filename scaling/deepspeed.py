@@ -138,6 +138,8 @@ def _refusals(config: RunConfig, degrees: Degrees) -> Iterator[tuple[str, Any, s
         yield "kernels.adamw", "apex", "it updates with torch's fused kernel"
     if config.precision.gather != "compute":
         yield "precision.gather", config.precision.gather, "it gathers fp32"
+    if config.model.streams is not None:
+        yield "model.streams.count", config.model.num_streams, "streams have not been tried with it"
     if training.activation_offload > 0.0:
         yield "training.activation_offload", training.activation_offload, _UNTRIED
     if config.model.multi_token is not None:

@@ -41,6 +41,7 @@ def assert_same_run(one: Path, other: Path, step: int, scratch: Path) -> None:
     assert not [name for name in first if not torch.equal(first[name], second[name])]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_streams_is_the_same_to_the_bit(tiny: Make, tmp_path: Path) -> None:
     straight = run(tiny(STREAMS, SHORT, folder=tmp_path / "straight"))
     resumed = tiny(STREAMS, SHORT, folder=tmp_path / "resumed")
