@@ -39,7 +39,7 @@ OF_OTHERS = {
 }
 OF_ADOPT = ("data/adopt.py", "data/shard_inputs.py")
 """Files in data/ whose messages are those of ``allometry adopt`` and not of ``prepare``."""
-ANYWHERE = {"--nproc-per-node"}  # torchrun's
+ANYWHERE = {"--nproc-per-node", "--version"}  # torchrun's; of allometry without a command
 COMMAND = re.compile(r"(?<![\w./-])allometry ([a-z]+(?: [a-z]+)?)([^\n]*)")
 NO_COMMANDS = {"is"}  # "allometry is tested with ..."
 NO_KEYS = {  # names of files, tensors and modules that look like keys
@@ -53,6 +53,7 @@ NO_KEYS = {  # names of files, tensors and modules that look like keys
     "model.norm.weight",
     *("parallel.expert", "parallel.hdp.ring", "parallel.reduce", "parallel.stage"),
     *("parallel.tensor", "parallel.tensor_chunks", "parallel.tied"),
+    "kernels.quantise",  # the earlier name of a key
     "record.plans",
     "record.rows",
     "record.states",

@@ -42,6 +42,7 @@ MOE = {
 }
 RUNS: dict[str, tuple[str, ...]] = {
     "dense": ("training.total_steps=2", "data.replay={ratio: 0.5, sources: [down]}"),
+    "ahead": ("training.total_steps=2", "model.multi_token={depth: 1}"),
     "stages": (
         "training.total_steps=null",
         "stages=[{name: one, steps: 2}, {name: two, steps: 2}]",
