@@ -168,7 +168,10 @@ def saved_linear(x: Tensor, weight: Tensor, kept: fp8.Quantised | None = None) -
 
 def separate(made: Joined, widths: Sequence[int]) -> tuple[Tensor, ...]:
     """Return the output of each weight, of the given ``widths``; views of one tensor."""
-    return made.split(list(widths), dim=-1) if isinstance(made, Tensor) else made
+    if not isinstance(made, Tensor):
+        return made
+    # The backward pass of a split concatenates, also when there is only one part.
+    return (made,) if len(widths) == 1 else made.split(list(widths), dim=-1)
 
 
 def _forward(

@@ -270,9 +270,10 @@ class Transformer(nn.Module):
         if self.embedding is not None:
             # A single lookup, so that a sharded table is gathered once.
             read_BL = torch.cat([tokens_BL, *inputs]) if inputs else tokens_BL
-            x_BLD, *embedded = self._embedded(self.embedding, read_BL).split(count)
-            if self.num_streams > 1:
-                x_BLD = repeated(x_BLD, self.num_streams)
+            x_BLD = self._embedded(self.embedding, read_BL)
+            if inputs:  # without them, a split would copy the gradient
+                x_BLD, *embedded = x_BLD.split(count)
+            x_BLD = repeated(x_BLD, self.num_streams)
         elif depths is not None and inputs:
             embedded = list(self._embedded(depths["embedding"], torch.cat(inputs)).split(count))
         assert x_BLD is not None
