@@ -79,9 +79,9 @@ def depth_blocks(model: ModelConfig) -> Iterator[ParamSpec]:
 
 
 def depth_specs(model: ModelConfig, *, mirrored: bool = False) -> Iterator[ParamSpec]:
-    """Yield what multi-token prediction has beside its blocks.
+    """Yield the norms and projections of multi-token prediction; its blocks are yielded elsewhere.
 
-    ``mirrored``: in a part without the embedding, of which it has a copy.
+    ``mirrored``: the part has no embedding, so multi-token prediction has a copy of it.
     """
     if mirrored and model.num_depths:
         table = embedding("mtp.embedding.weight", model.vocab_size, model.width)

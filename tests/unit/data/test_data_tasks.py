@@ -101,7 +101,7 @@ def test_an_interrupted_job_gives_the_store_of_one_process(
             if (Path(one.out) / f"{name}.{split}.bin").exists():
                 ours = TokenStore(folder.out / f"{name}.{split}")
                 assert ours.fingerprint == TokenStore(Path(one.out) / f"{name}.{split}").fingerprint
-    # Again: nothing is written; also by one process, whose store it is.
+    # The same request again writes nothing, in tasks or by one process.
     before = len(finished)
     made = prepare_in_tasks(request, replace(LOCAL, tasks=None), quiet=True)
     assert made == prepare(replace(request, processes=1), quiet=True)

@@ -1,4 +1,4 @@
-"""Multi-token prediction against its plain twin, and what it must leave alone."""
+"""Multi-token prediction against its plain twin; the main model's gradients do not change."""
 
 # B sequences, L tokens, D width, V vocabulary
 
@@ -166,7 +166,7 @@ def test_documents_end_what_is_ahead() -> None:
 
 
 def test_what_is_predicted_is_not_seen() -> None:
-    """Depth 1 at i reads tokens up to i + 1, and not the one that it predicts."""
+    """Depth 1 at i reads tokens up to i + 1; it does not read token i + 2, its target."""
     _, model = made(1, 0.3)
     tokens_BL = torch.randint(V, (1, L + 2), generator=torch.Generator().manual_seed(2))
     seen: list[Tensor] = []
